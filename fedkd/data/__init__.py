@@ -1,0 +1,15 @@
+"""Images for a federation: sources, disjoint splits, partitions and a picture of them."""
+
+from fedkd.data.federated import FederatedData, build_federated_data
+from fedkd.data.overview import plot_split, split_table
+from fedkd.data.settings import DataSettings, PartitionSettings, PublicSettings
+
+__all__ = [
+    "DataSettings",
+    "FederatedData",
+    "PartitionSettings",
+    "PublicSettings",
+    "build_federated_data",
+    "plot_split",
+    "split_table",
+]

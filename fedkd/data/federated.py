@@ -1,0 +1,175 @@
+"""The data of one run: private rows per client, a public set, validation and test sets."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from fedkd.data.images import match_channels
+from fedkd.data.partitions import partition_rows
+from fedkd.data.settings import DataSettings
+from fedkd.data.sources import Source, open_source
+from fedkd.data.splits import RowSplit, split_rows
+from fedkd.randomness import Purpose, generator_for
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class FederatedData:
+    """Everything that clients and server learn from and are measured on.
+
+    Inputs are standardised per channel: ``(pixel - channel_mean) / channel_std`` with pixels in
+    [0, 1]. Arrays are C-contiguous, so that workers can read them from shared memory.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    channel_mean: Float32[np.ndarray, "channels"]
+    channel_std: Float32[np.ndarray, "channels"]
+    train_inputs: Float32[np.ndarray, "train_rows channels height width"]
+    """The private pool: what the clients hold together."""
+    train_labels: Int64[np.ndarray, "train_rows"]
+    client_rows: tuple[Int64[np.ndarray, "_"], ...]
+    """Per client the rows of the pool it holds: sorted, disjoint, possibly not all of them."""
+    public_inputs: Float32[np.ndarray, "public_rows channels height width"]
+    public_labels: Int64[np.ndarray, "public_rows"] | None
+    """``None`` unless ``data.public.labelled``: then nobody can look at them by mistake."""
+    validation_inputs: Float32[np.ndarray, "validation_rows channels height width"]
+    validation_labels: Int64[np.ndarray, "validation_rows"]
+    test_inputs: Float32[np.ndarray, "test_rows channels height width"]
+    test_labels: Int64[np.ndarray, "test_rows"]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the source has; a run's rows need not hold all of them."""
+        return len(self.class_names)
+
+    @property
+    def num_clients(self) -> int:
+        """How many parts the pool was dealt into."""
+        return len(self.client_rows)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one input."""
+        _, channels, height, width = self.train_inputs.shape
+        return channels, height, width
+
+    @property
+    def num_unassigned_rows(self) -> int:
+        """Rows of the pool that no client holds (pathological and shard partitions)."""
+        return len(self.train_labels) - sum(map(len, self.client_rows))
+
+    def private(
+        self, client: int
+    ) -> tuple[
+        Float32[np.ndarray, "rows channels height width"],
+        Int64[np.ndarray, "rows"],
+    ]:
+        """Return a copy of the inputs and labels that one client holds.
+
+        Raises:
+            ValueError: if there is no such client.
+        """
+        if not 0 <= client < self.num_clients:
+            raise ValueError(f"client must be 0 to {self.num_clients - 1}, got {client}")
+        rows = self.client_rows[client]
+        return self.train_inputs[rows], self.train_labels[rows]
+
+    def label_counts(self) -> Int64[np.ndarray, "clients classes"]:
+        """Count each client's private rows per class."""
+        return np.stack(
+            [
+                np.bincount(self.train_labels[rows], minlength=self.num_classes)
+                for rows in self.client_rows
+            ]
+        ).astype(np.int64)
+
+
+def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int) -> FederatedData:
+    """Load a source, split it and deal the private rows to the clients.
+
+    The split into test, public, validation and private rows depends on neither the kind of
+    partition nor the number of clients, so arms that differ in those share their test set.
+
+    Inputs are standardised with the mean and standard deviation of the training rows in use
+    (private, public and validation together). These two numbers per channel count as known to
+    everybody, like the published constants of well-known datasets; no privacy budget is spent on
+    them.
+
+    Args:
+        settings: the table ``data``.
+        num_clients: how many clients share the private rows.
+        seed: the run's seed, in force unless ``settings.seed`` is set.
+
+    Raises:
+        ValueError: if the source cannot be read or has too few rows for what is asked; names the
+            setting, its value and what would work.
+    """
+    seed = settings.seed if settings.seed is not None else seed
+    source = open_source(settings)
+    test_labels = None if source.test is None else source.test.labels
+    split = split_rows(source.train.labels, test_labels, settings, seed=seed)
+    private_labels = source.train.labels[split.private]
+    # Before the images: a partition that does not work should fail at once.
+    client_rows = partition_rows(
+        private_labels,
+        settings.partition,
+        num_clients=num_clients,
+        rng=generator_for(seed, Purpose.PARTITION),
+    )
+    inputs, test_inputs = _read_pixels(source, split, settings)
+    mean, std = _channel_statistics(inputs)
+    for pixels in (inputs, test_inputs):  # in place: they may fill much of the memory
+        pixels -= mean[:, None, None]
+        pixels /= std[:, None, None]
+    public_end = len(split.public)
+    validation_end = public_end + len(split.validation)
+    return FederatedData(
+        name=source.name,
+        class_names=source.class_names,
+        channel_mean=mean,
+        channel_std=std,
+        # Copies, so that none of the three keeps the memory of the others alive.
+        public_inputs=inputs[:public_end].copy(),
+        validation_inputs=inputs[public_end:validation_end].copy(),
+        train_inputs=inputs[validation_end:].copy(),
+        public_labels=source.train.labels[split.public] if settings.public.labelled else None,
+        validation_labels=source.train.labels[split.validation],
+        train_labels=private_labels,
+        client_rows=client_rows,
+        test_inputs=test_inputs,
+        test_labels=(source.train.labels if test_labels is None else test_labels)[split.test],
+    )
+
+
+def _read_pixels(
+    source: Source, split: RowSplit, settings: DataSettings
+) -> tuple[
+    Float32[np.ndarray, "train_rows channels height width"],
+    Float32[np.ndarray, "test_rows channels height width"],
+]:
+    """Return the pixels of (public, validation, private) rows in this order, and of test rows."""
+    train_rows = np.concatenate([split.public, split.validation, split.private])
+    try:
+        train_pixels = source.train.read(train_rows)
+        test_pixels = (source.test or source.train).read(split.test)
+    except ValueError as error:
+        raise ValueError(f"data.source {settings.source!r}: {error}") from error
+    train_pixels, test_pixels = match_channels(train_pixels, test_pixels)
+    if train_pixels.shape[1:] != test_pixels.shape[1:]:
+        raise ValueError(
+            f"data.source {settings.source!r}: training and test images must have one height x "
+            f"width, got {'x'.join(map(str, train_pixels.shape[2:]))} and "
+            f"{'x'.join(map(str, test_pixels.shape[2:]))}: resize them first"
+        )
+    return train_pixels, test_pixels
+
+
+def _channel_statistics(
+    pixels: Float32[np.ndarray, "rows channels height width"],
+) -> tuple[Float32[np.ndarray, "channels"], Float32[np.ndarray, "channels"]]:
+    # Double precision: single loses digits over many millions of pixels.
+    mean = pixels.mean(axis=(0, 2, 3), dtype=np.float64)
+    std = pixels.std(axis=(0, 2, 3), dtype=np.float64)
+    std[std == 0] = 1.0  # a channel without any contrast stays at 0
+    return mean.astype(np.float32), std.astype(np.float32)

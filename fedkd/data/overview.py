@@ -1,0 +1,110 @@
+"""Who holds what: the split as a table and as a picture."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from scipy.special import entr
+
+from fedkd.data.federated import FederatedData
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Beyond this many cells numbers inside the heat map would be too small to read.
+MOST_NUMBERED_CELLS = 240
+
+
+def split_table(data: FederatedData) -> list[dict[str, int | float]]:
+    """One row per client, ready to print.
+
+    Keys, in this order: ``client``; ``rows`` (private rows held); ``classes`` (how many classes
+    they show); ``label_entropy`` (nats, of the class shares: 0 for one class, ln(classes) for
+    equal shares); then the rows of each class as ``class <name>``.
+    """
+    counts = data.label_counts()
+    return [
+        {
+            "client": client,
+            "rows": int(row.sum()),
+            "classes": int(np.count_nonzero(row)),
+            "label_entropy": float(entropy),
+            **{f"class {name}": int(n) for name, n in zip(data.class_names, row, strict=True)},
+        }
+        for client, (row, entropy) in enumerate(zip(counts, label_entropy(counts), strict=True))
+    ]
+
+
+def label_entropy(counts: Int64[np.ndarray, "clients classes"]) -> Float64[np.ndarray, "clients"]:
+    """Return the entropy of each client's class shares in nats; 0 for a client without rows."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    entropies: np.ndarray = entr(shares).sum(axis=1)
+    return entropies
+
+
+def plot_split(data: FederatedData) -> "Figure":
+    """Draw a heat map of each client's rows per class, with its total beside it.
+
+    One colour scale from light to dark reads the same with every kind of colour vision, and in
+    print, for any number of classes. The figure belongs to no ``pyplot`` state.
+    """
+    from matplotlib.figure import Figure
+
+    counts = data.label_counts()
+    height = float(np.clip(1.6 + 0.3 * data.num_clients, 3.0, 14.0))
+    width = float(np.clip(4.4 + 0.5 * data.num_classes, 6.5, 14.0))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    cells, totals = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    _draw_cells(cells, counts, data.class_names)
+    _draw_totals(totals, counts.sum(axis=1))
+    figure.colorbar(cells.images[0], ax=totals, label="rows of this class", fraction=0.2)
+    title = f"{data.name}: {counts.sum():,} private rows on {data.num_clients} clients"
+    if data.num_unassigned_rows:
+        title += f" ({data.num_unassigned_rows:,} unassigned)"
+    figure.suptitle(title, fontsize="medium", fontweight="bold")
+    return figure
+
+
+def _draw_cells(
+    axes: "Axes", counts: Int64[np.ndarray, "clients classes"], class_names: tuple[str, ...]
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    num_clients, num_classes = counts.shape
+    held = np.ma.masked_equal(counts, 0)  # a class that a client lacks shows the background
+    axes.imshow(held, cmap="YlGnBu", vmin=0, aspect="auto", interpolation="nearest")
+    axes.set_facecolor("#f3f3f1")
+    axes.set(xlabel="class", ylabel="client")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if num_classes <= 30:
+        names_are_long = max(map(len, class_names)) > 3
+        axes.set_xticks(
+            range(num_classes),
+            class_names,
+            rotation=40 if names_are_long else 0,
+            ha="right" if names_are_long else "center",
+        )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if counts.size <= MOST_NUMBERED_CELLS:
+        axes.set_yticks(range(num_clients))
+        for (client, label), count in np.ndenumerate(counts):
+            if count:
+                ink = "white" if count > 0.55 * counts.max() else "black"
+                axes.text(
+                    label, client, str(count), ha="center", va="center", color=ink, fontsize="small"
+                )
+
+
+def _draw_totals(axes: "Axes", totals: Int64[np.ndarray, "clients"]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    bars = axes.barh(np.arange(len(totals)), totals, color="#2c7fb8", height=0.7)
+    if len(totals) <= 30:
+        axes.bar_label(bars, padding=3, fontsize="small")
+        axes.margins(x=0.3)
+    axes.set(xlabel="rows in total")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    axes.tick_params(left=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,0 +1,100 @@
+"""Settings under ``data:``: where the images come from and who gets which rows."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PartitionKind = Literal["iid", "dirichlet", "pathological", "shard"]
+
+
+class PublicSettings(BaseModel):
+    """The public set: rows that every client and the server can see (``data.public``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(
+        default=500,
+        ge=0,
+        description="rows; 0 for algorithms that exchange no predictions on public data",
+    )
+    labelled: bool = Field(
+        default=False,
+        description="whether anybody may see the public labels; false leaves them out of the data",
+    )
+
+
+class PartitionSettings(BaseModel):
+    """How the private rows are dealt to the clients (``data.partition``).
+
+    A client may end up with one class only. It still trains and still is evaluated: class
+    averages such as macro recall run over the classes of the test set, not over its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: PartitionKind = Field(
+        default="dirichlet",
+        description=(
+            "iid: equal random shares; dirichlet: each class is dealt in Dirichlet(alpha) shares; "
+            "pathological: each client holds classes_per_client classes; "
+            "shard: each client holds shards_per_client shards of the rows sorted by label"
+        ),
+    )
+    alpha: float = Field(
+        default=0.3,
+        gt=0,
+        allow_inf_nan=False,
+        description="Dirichlet concentration: 0.1 is very uneven, 100 is close to iid",
+    )
+    classes_per_client: int = Field(default=2, ge=1, description="used by pathological")
+    shards_per_client: int = Field(default=2, ge=1, description="used by shard")
+    min_rows: int = Field(default=8, ge=1, description="fewest private rows a client may hold")
+
+
+class DataSettings(BaseModel):
+    """Everything that decides which rows a run sees (``data``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        default="digits",
+        min_length=1,
+        description=(
+            "'digits' (1797 grey 8x8 images, ships with scikit-learn), a folder of Parquet files "
+            "in the Hugging Face image layout, or the name of a Hugging Face dataset"
+        ),
+    )
+    config: str | None = Field(
+        default=None, description="configuration (subset) of a Hugging Face dataset name"
+    )
+    image_column: str | None = Field(
+        default=None, description="none: the first column that holds images"
+    )
+    label_column: str | None = Field(
+        default=None, description="none: the first of label, labels, fine_label"
+    )
+    test_fraction: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="share of all rows held out for testing, where the source has no test split",
+    )
+    validation_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="validation rows as a share of validation and private rows together",
+    )
+    private_rows: int | None = Field(
+        default=None, ge=1, description="at most this many private rows in total; none: all"
+    )
+    test_rows: int | None = Field(
+        default=None, ge=1, description="at most this many test rows; none: all"
+    )
+    public: PublicSettings = PublicSettings()
+    partition: PartitionSettings = PartitionSettings()
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        description="seed of the split and the partition; none: the run's seed",
+    )

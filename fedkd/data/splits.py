@@ -1,0 +1,132 @@
+"""Which rows are for testing, for the public, for validation and for the clients together.
+
+Only labels are needed here, so the rows are chosen before a single image is decoded.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+from fedkd.data.settings import DataSettings
+from fedkd.randomness import Purpose, generator_for
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RowSplit:
+    """Row ids of the four sets, each in random order.
+
+    All are rows of the source's training split, except that ``test`` holds rows of the source's
+    test split where it has one (``test_is_separate``).
+    """
+
+    test: Int64[np.ndarray, "test_rows"]
+    public: Int64[np.ndarray, "public_rows"]
+    validation: Int64[np.ndarray, "validation_rows"]
+    private: Int64[np.ndarray, "private_rows"]
+    test_is_separate: bool
+
+
+def stratified_rows(
+    labels: Int64[np.ndarray, "rows"], size: int, rng: np.random.Generator
+) -> Int64[np.ndarray, "size"]:
+    """Draw ``size`` distinct rows whose class shares follow those of ``labels``.
+
+    A class gets the floor of its exact share; rows left over go to the largest remainders, ties
+    decided by ``rng``. The result is shuffled: were it sorted, the order of a public set taken
+    from a source sorted by class would give its labels away.
+
+    Raises:
+        ValueError: if ``size`` is not between 0 and the number of rows.
+    """
+    if not 0 <= size <= len(labels):
+        raise ValueError(f"size must be between 0 and {len(labels)}, got {size}")
+    if size == 0:
+        return np.empty(0, dtype=np.int64)
+    class_counts = np.bincount(labels)
+    # In whole numbers: floating point could round a share above what the class has.
+    shares, remainders = np.divmod(class_counts * size, len(labels))
+    tie_break = rng.permutation(len(class_counts))
+    by_remainder = np.lexsort((tie_break, -remainders))
+    shares[by_remainder[: size - shares.sum()]] += 1
+    chosen = [
+        rng.choice(np.flatnonzero(labels == label), size=share, replace=False)
+        for label, share in enumerate(shares)
+        if share > 0
+    ]
+    return rng.permutation(np.concatenate(chosen))
+
+
+def split_rows(
+    train_labels: Int64[np.ndarray, "train_rows"],
+    test_labels: Int64[np.ndarray, "source_test_rows"] | None,
+    settings: DataSettings,
+    *,
+    seed: int,
+) -> RowSplit:
+    """Divide a source's rows into disjoint test, public, validation and private sets.
+
+    All four are stratified by label. Test rows come first, then public, validation and private
+    ones, each from its own random stream: a cap on the private rows moves no public row, and
+    nothing here depends on the clients.
+
+    Args:
+        train_labels: labels of the source's training split (or of all its rows).
+        test_labels: labels of the source's test split, ``None`` where it has none.
+        settings: sizes and fractions.
+        seed: of the run, or ``settings.seed``.
+
+    Raises:
+        ValueError: if the source has too few rows for the sets that are asked for.
+    """
+    test_rng, public_rng, validation_rng, private_rng = (
+        generator_for(seed, Purpose.SPLIT, stage) for stage in range(4)
+    )
+    free = np.arange(len(train_labels))
+    if test_labels is not None:
+        test = np.arange(len(test_labels))
+        labels_of_test = test_labels
+    else:
+        test = stratified_rows(
+            train_labels, max(1, round(settings.test_fraction * len(free))), test_rng
+        )
+        free = _without(free, test)
+        labels_of_test = train_labels[test]
+    if settings.test_rows is not None and settings.test_rows < len(test):
+        # Test rows beyond the cap stay unused: the cap must not move rows into training.
+        test = test[stratified_rows(labels_of_test, settings.test_rows, test_rng)]
+
+    fewest_private_rows = 2  # one to learn from and one to validate on
+    most_public_rows = len(free) - fewest_private_rows
+    if most_public_rows < 0:
+        raise ValueError(
+            f"data.source {settings.source!r} leaves {len(free)} rows besides the test set, too "
+            "few for one private and one validation row: use a larger source or a smaller "
+            f"data.test_fraction (now {settings.test_fraction})"
+        )
+    if settings.public.size > most_public_rows:
+        raise ValueError(
+            f"data.public.size must be at most {most_public_rows}, got {settings.public.size}: "
+            f"data.source {settings.source!r} has {len(free)} rows besides the test set, and one "
+            "private and one validation row must be left"
+        )
+    public = free[stratified_rows(train_labels[free], settings.public.size, public_rng)]
+    free = _without(free, public)
+
+    # With a cap on the private rows, validation keeps its share of what is used.
+    usable = len(free)
+    if settings.private_rows is not None:
+        usable = min(usable, round(settings.private_rows / (1 - settings.validation_fraction)))
+    validation_size = min(max(1, round(settings.validation_fraction * usable)), len(free) - 1)
+    validation = free[stratified_rows(train_labels[free], validation_size, validation_rng)]
+    free = _without(free, validation)
+
+    private_size = len(free)
+    if settings.private_rows is not None:
+        private_size = min(private_size, settings.private_rows)
+    private = free[stratified_rows(train_labels[free], private_size, private_rng)]
+    return RowSplit(test, public, validation, private, test_is_separate=test_labels is not None)
+
+
+def _without(rows: Int64[np.ndarray, "_"], taken: Int64[np.ndarray, "_"]) -> np.ndarray:
+    return np.setdiff1d(rows, taken, assume_unique=True)

@@ -1,0 +1,151 @@
+"""How well a classifier does: accuracy, recall per class, personal accuracy, calibration.
+
+What the rows do not determine, such as the recall of a class that never occurs, is NaN and
+never 0: a zero would read as a failure of the model.
+"""
+
+import numpy as np
+from jaxtyping import Float, Integer, Num
+
+from fedkd.metrics.arrays import (
+    Array,
+    as_classes,
+    as_float64,
+    as_probabilities,
+    log_softmax,
+    mean_or_nan,
+)
+
+NAN = float("nan")
+
+
+def confusion_counts(
+    labels: Integer[Array, " rows"], predictions: Integer[Array, " rows"], num_classes: int
+) -> Integer[np.ndarray, "classes classes"]:
+    """Count rows by true class (first axis) and predicted class (second axis).
+
+    Counts of several batches add up to the counts of all their rows.
+
+    Raises:
+        ValueError: if a label or prediction is not in ``[0, num_classes)``.
+    """
+    true_classes = as_classes("labels", labels, num_classes)
+    predicted = as_classes("predictions", predictions, num_classes)
+    if true_classes.shape != predicted.shape:
+        raise ValueError(
+            f"labels and predictions must have as many rows, got {len(true_classes)} "
+            f"and {len(predicted)}"
+        )
+    cells = np.bincount(true_classes * num_classes + predicted, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def accuracy(counts: Integer[np.ndarray, "classes classes"]) -> float:
+    """Return the share of rows predicted right; NaN without rows."""
+    rows = counts.sum()
+    return float(np.trace(counts) / rows) if rows else NAN
+
+
+def per_class_recall(
+    counts: Integer[np.ndarray, "classes classes"],
+) -> Float[np.ndarray, " classes"]:
+    """Return the share of each class's rows predicted right; NaN for a class without rows."""
+    rows = counts.sum(axis=1)
+    recall = np.full(len(counts), NAN)
+    np.divide(np.diagonal(counts), rows, out=recall, where=rows > 0)
+    return recall
+
+
+def macro_recall(counts: Integer[np.ndarray, "classes classes"]) -> float:
+    """Return the mean recall over the classes that occur (balanced accuracy); NaN without rows."""
+    recall = per_class_recall(counts)
+    return mean_or_nan(recall[~np.isnan(recall)])
+
+
+def worst_class_recall(counts: Integer[np.ndarray, "classes classes"]) -> float:
+    """Return the lowest recall over the classes that occur; NaN without rows.
+
+    Under label skew this is the number that moves first.
+    """
+    return float(np.fmin.reduce(per_class_recall(counts)))
+
+
+def personal_accuracy(
+    counts: Integer[np.ndarray, "classes classes"], label_mix: Num[Array, " classes"]
+) -> float:
+    """Estimate a client's accuracy on its own label mix from a test split common to all clients.
+
+    Computes ``sum over classes of share(class) * recall(class)``. Where clients differ in how
+    often they see a class but not in how the class looks, this is an unbiased estimate of the
+    accuracy under the client's label mix, and it uses every test row instead of the few that a
+    test split of the client's own would hold. Classes without test rows are left out and the
+    remaining shares rescaled to sum to 1.
+
+    Args:
+        counts: confusion counts on the common test split, see `confusion_counts`.
+        label_mix: how often the client sees each class, as counts or shares, >= 0.
+
+    Returns:
+        Accuracy in [0, 1]; NaN if none of the client's classes occurs in the test split.
+
+    Raises:
+        ValueError: if a share is negative or not finite, or all are 0.
+    """
+    shares = as_float64(label_mix)
+    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.any()):
+        raise ValueError(
+            f"label_mix must be finite, >= 0 and not all 0, got {np.round(shares, 6).tolist()}"
+        )
+    recall = per_class_recall(counts)
+    occurs = ~np.isnan(recall)
+    total = shares[occurs].sum()
+    return float(shares[occurs] @ recall[occurs] / total) if total else NAN
+
+
+def negative_log_likelihood(
+    logits: Float[Array, "rows classes"], labels: Integer[Array, " rows"]
+) -> float:
+    """Return the mean surprise at the true class, in nats per row, >= 0; NaN without rows.
+
+    Raises:
+        ValueError: if a label is not a class of ``logits``.
+    """
+    true_classes = as_classes("labels", labels, logits.shape[1])
+    log_probabilities = log_softmax(logits)
+    # One entry per row. log_probabilities[:, labels] would pick a rows x rows table instead.
+    own = np.take_along_axis(log_probabilities, true_classes[:, None], axis=1)
+    return -mean_or_nan(own)
+
+
+def expected_calibration_error(
+    probabilities: Float[Array, "rows classes"],
+    labels: Integer[Array, " rows"],
+    *,
+    bins: int = 15,
+) -> float:
+    """Return by how much confidence and accuracy differ, in [0, 1]; NaN without rows.
+
+    Rows are put into ``bins`` equal intervals of their highest probability; the error is the
+    mean of ``|accuracy - mean confidence|`` over intervals, weighted by their rows. An interval
+    holds its lower edge, the last one both.
+
+    Raises:
+        ValueError: if ``bins`` < 1, a row of ``probabilities`` is no distribution or a label is
+            none of its classes.
+
+    Source:
+        Guo, Pleiss, Sun, Weinberger, 2017, section 2. https://arxiv.org/abs/1706.04599
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be >= 1, got {bins}")
+    distributions = as_probabilities(probabilities)
+    true_classes = as_classes("labels", labels, distributions.shape[1])
+    if not len(true_classes):
+        return NAN
+    confidence = distributions.max(axis=1)
+    correct = distributions.argmax(axis=1) == true_classes
+    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
+    interval = np.searchsorted(inner_edges, confidence, side="right")
+    # |sum of (correct - confidence)| is the interval's rows times its gap.
+    excess = np.bincount(interval, weights=correct - confidence, minlength=bins)
+    return float(np.abs(excess).sum() / len(true_classes))

@@ -1,0 +1,279 @@
+"""Models by name: the table of built-in families, their settings, and one seeded builder.
+
+Every model maps images [batch, channels, height, width] to class logits [batch, classes], adapts
+to the image and to the number of classes, and runs under ``torch.func.vmap``. Besides the names
+in the table, ``package.module:callable`` builds a model of your own.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from torch import nn
+
+from fedkd.models.cnn import CNNOptions, LeNetOptions
+from fedkd.models.mlp import MLPOptions
+from fedkd.models.options import ImageShape, ModelOptions
+from fedkd.models.recurrent import GRUOptions, LSTMOptions
+from fedkd.models.resnet import ResNet8Options, ResNet20Options
+from fedkd.models.transformer import TransformerOptions
+from fedkd.models.tutorial import TutorialStudentOptions, TutorialTeacherOptions
+from fedkd.randomness import seeded_torch
+
+__all__ = [
+    "ImageShape",
+    "ModelDescription",
+    "ModelOptions",
+    "ModelSettings",
+    "build_model",
+    "count_parameters",
+    "describe_models",
+    "known_models",
+    "uses_batch_norm",
+]
+
+_MODELS: dict[str, type[ModelOptions]] = {
+    "mlp": MLPOptions,
+    "cnn": CNNOptions,
+    "lenet": LeNetOptions,
+    "resnet8": ResNet8Options,
+    "resnet20": ResNet20Options,
+    "gru": GRUOptions,
+    "lstm": LSTMOptions,
+    "transformer": TransformerOptions,
+    "tutorial_teacher": TutorialTeacherOptions,
+    "tutorial_student": TutorialStudentOptions,
+}
+
+_DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_CALLABLE_NAME = re.compile(f"{_DOTTED}:{_DOTTED}")
+
+SMALLEST_SIDE = 8
+"""Built-in models need at least this many pixels in each direction."""
+
+
+class ModelDescription(NamedTuple):
+    """One line of a listing of models."""
+
+    name: str
+    source: str
+    """Where the architecture comes from."""
+    options: dict[str, Any]
+    """Each option with its default."""
+
+
+class ModelSettings(BaseModel):
+    """Which architecture, with which options; in YAML a plain string is the name alone.
+
+    Options are completed with their defaults: saved settings rebuild the same network after a
+    default has changed, and settings that spell a default equal those that leave it out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="a known model, or package.module:callable")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="options of that model; of a callable: passed on as keyword arguments",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: object) -> object:
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, dict):
+            return given
+        name, options = given.get("name"), given.get("options", {})
+        if not isinstance(name, str) or name not in _MODELS or not isinstance(options, dict):
+            return given
+        return {**given, "options": _validated(name, options).model_dump(mode="json")}
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name in _MODELS or _CALLABLE_NAME.fullmatch(name):
+            return name
+        known = ", ".join(_MODELS)
+        raise ValueError(
+            f"unknown model {name!r}; known: {known}; or package.module:callable"
+            + _nearest(name, list(_MODELS))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> str:
+        """Text to group clients by: settings with equal keys build the same architecture."""
+        return f"{self.name} {json.dumps(self.options, sort_keys=True)}"
+
+    @property
+    def label(self) -> str:
+        """Short text for tables: the name and the options that differ from their defaults."""
+        family = _MODELS.get(self.name)
+        defaults = family().model_dump(mode="json") if family else {}
+        changed = [
+            f"{option}={value if isinstance(value, str) else json.dumps(value)}"
+            for option, value in self.options.items()
+            if option not in defaults or value != defaults[option]
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def known_models() -> tuple[str, ...]:
+    """Return the built-in names."""
+    return tuple(_MODELS)
+
+
+def describe_models() -> tuple[ModelDescription, ...]:
+    """Return name, source and default options of every built-in model."""
+    return tuple(
+        ModelDescription(name, family.source, family().model_dump(mode="json"))
+        for name, family in _MODELS.items()
+    )
+
+
+def build_model(
+    settings: ModelSettings, *, input_shape: ImageShape, num_classes: int, seed: int
+) -> nn.Module:
+    """Build a freshly initialised network; the same arguments give the same bits.
+
+    torch's global generators are left as they were. A model of your own is tried on two blank
+    images in eval mode, so a wrong output shape is found here and not in a worker.
+
+    Args:
+        settings: the architecture.
+        input_shape: channels, height and width; sides >= 8 for built-in models.
+        num_classes: logits per image, >= 2.
+        seed: of the initial weights, see `fedkd.randomness.torch_seed_for`.
+
+    Returns:
+        The network in training mode, on the CPU.
+
+    Raises:
+        ValueError: if the shape or the options cannot work together, or if a callable cannot be
+            imported, fails, or returns something that is no such network.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be >= 2, got {num_classes}")
+    smallest = SMALLEST_SIDE if settings.name in _MODELS else 1
+    if input_shape[0] < 1 or min(input_shape[1:]) < smallest:
+        raise ValueError(
+            f"input_shape of model {settings.name!r} must be (channels, height, width) with "
+            f"channels >= 1 and sides >= {smallest}, got {input_shape}"
+        )
+    with seeded_torch(seed):
+        if settings.name in _MODELS:
+            try:
+                model = _validated(settings.name, settings.options).build(input_shape, num_classes)
+            except ValueError as error:
+                raise ValueError(f"model {settings.label!r}: {error}") from error
+        else:
+            model = _build_from_callable(settings, input_shape, num_classes)
+    return model.train()
+
+
+def uses_batch_norm(module: nn.Module) -> bool:
+    """Tell whether examples of a batch influence each other through BatchNorm.
+
+    Such a model cannot train on a batch of one and has running statistics besides its parameters.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(part, kinds) for part in module.modules())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return how many numbers an optimizer may change; a shared parameter counts once."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _validated(name: str, options: dict[str, Any]) -> ModelOptions:
+    family = _MODELS[name]
+    known = list(family.model_fields)
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"unknown option {option!r} of model {name!r}; known: {', '.join(known) or 'none'}"
+                + _nearest(str(option), known)
+            )
+    try:
+        return family.model_validate(options)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
+            if problem["loc"]
+            else problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
+        ]
+        raise ValueError(f"option of model {name!r}: {'; '.join(problems)}") from error
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    matches = get_close_matches(word, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _load_callable(name: str) -> Callable[..., object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        target: object = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"model {name!r}: cannot import {module_name!r}: {error}") from error
+    for part in attribute.split("."):
+        try:
+            target = getattr(target, part)
+        except AttributeError as error:
+            raise ValueError(f"model {name!r}: {error}") from error
+    if not callable(target):
+        raise ValueError(f"model {name!r} must name a callable, got {type(target).__name__}")
+    return target
+
+
+def _build_from_callable(
+    settings: ModelSettings, input_shape: ImageShape, num_classes: int
+) -> nn.Module:
+    factory = _load_callable(settings.name)
+    try:
+        model = factory(input_shape=input_shape, num_classes=num_classes, **settings.options)
+    # Somebody else's code may fail in any way; the message must still say which model it was.
+    except Exception as error:
+        raise ValueError(
+            f"model {settings.label!r} failed to build for input_shape={input_shape}, "
+            f"num_classes={num_classes}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model {settings.label!r} must return a torch.nn.Module, got {type(model).__name__}"
+        )
+    images = torch.zeros(2, *input_shape)
+    try:
+        with torch.no_grad():
+            logits: object = model.eval()(images)
+    except Exception as error:
+        raise ValueError(
+            f"model {settings.label!r} failed on images of shape {list(images.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(
+            f"model {settings.label!r} must return a tensor of logits, got {type(logits).__name__}"
+        )
+    if logits.shape != (2, num_classes) or not logits.is_floating_point():
+        raise ValueError(
+            f"model {settings.label!r} must map {list(images.shape)} to floating-point logits "
+            f"[2, {num_classes}], got {logits.dtype} of shape {list(logits.shape)}"
+        )
+    return model

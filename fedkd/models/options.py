@@ -1,0 +1,42 @@
+"""What the model families share: typed options that know how to build, and normalisation layers."""
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+ImageShape = tuple[int, int, int]
+"""Channels, height and width of one image."""
+
+Normalisation = Literal["none", "group", "batch"]
+
+
+class ModelOptions(BaseModel):
+    """Settings under ``options:`` of one model; a subclass lists them and builds the network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: ClassVar[str]
+    """Where the architecture comes from, one line for listings."""
+
+    @abstractmethod
+    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+        """Return a fresh network that maps [batch, *input_shape] to [batch, num_classes] logits.
+
+        Weights are drawn from torch's global generator, so the caller seeds it.
+        """
+
+
+def normalisation_layer(kind: Normalisation, channels: int, *, groups: int) -> nn.Module:
+    """Return the layer that normalises ``channels`` feature maps.
+
+    GroupNorm sees one example at a time. BatchNorm mixes the examples of a batch and keeps
+    running statistics, which are wrong for everybody once clients with different labels share
+    them, and it refuses a batch of one value per channel. ``groups`` divides ``channels``.
+    """
+    if kind == "none":
+        return nn.Identity()
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(groups, channels)

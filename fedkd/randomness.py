@@ -1,0 +1,59 @@
+"""Every random draw has its own stream, derived from the run's seed and what the draw is for.
+
+Derived, never stored: a retried or resumed task draws the same numbers again, and results do
+not depend on how many workers there are or in which order they answer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Purpose(IntEnum):
+    """What a stream is drawn for; the numbers are part of a run's bits and never change."""
+
+    SPLIT = 1
+    PARTITION = 2
+    MODEL = 3
+    PARTICIPANTS = 4
+    PUBLIC_ROWS = 5
+    TRAIN = 6
+    TEACHER = 7
+    SERVER = 8
+
+
+def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    return np.random.SeedSequence(seed, spawn_key=(int(purpose), *key))
+
+
+def generator_for(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
+    """Return the NumPy stream of one purpose; ``key`` is, for example, (round, client)."""
+    return np.random.Generator(np.random.PCG64(_sequence(seed, purpose, key)))
+
+
+def torch_seed_for(seed: int, purpose: Purpose, *key: int) -> int:
+    """Return the 63-bit seed of one purpose for a ``torch.Generator`` or `seeded_torch`."""
+    return int(_sequence(seed, purpose, key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seed torch's global generators inside the block and put their old state back after it.
+
+    Weight initialisers and dropout draw from the global generators and take no other, so this
+    is the one place that touches them; two clients in one process still never share a stream.
+    """
+    cpu_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)

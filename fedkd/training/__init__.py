@@ -1,0 +1,50 @@
+"""Training over cohorts of clients: state, batches, optimizers, objectives and backends."""
+
+from fedkd.training.batches import Passes
+from fedkd.training.cohort import (
+    MODEL,
+    Cohort,
+    LoopCohort,
+    Member,
+    ModelPool,
+    PublicLesson,
+    Streams,
+    TrainingData,
+    initial_model_seed,
+)
+from fedkd.training.objectives import (
+    Batch,
+    Losses,
+    Objective,
+    Outputs,
+    distilled,
+    supervised,
+    supervised_public,
+)
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.state import Arrays, ClientState, ModelState, weights_digest
+
+__all__ = [
+    "MODEL",
+    "Arrays",
+    "Batch",
+    "ClientState",
+    "Cohort",
+    "LoopCohort",
+    "Losses",
+    "Member",
+    "ModelPool",
+    "ModelState",
+    "Objective",
+    "OptimizerSettings",
+    "Outputs",
+    "Passes",
+    "PublicLesson",
+    "Streams",
+    "TrainingData",
+    "distilled",
+    "initial_model_seed",
+    "supervised",
+    "supervised_public",
+    "weights_digest",
+]

@@ -1,0 +1,48 @@
+"""Which rows make up each step: shuffled passes cut into batches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """How long to train: whole epochs over the rows, or a number of steps.
+
+    Attributes:
+        batch_size: rows a step, >= 1.
+        epochs: passes over the rows, >= 0; used when ``steps`` is None.
+        steps: optimizer steps, >= 0; passes are repeated, reshuffled, as far as needed.
+    """
+
+    batch_size: int
+    epochs: int = 1
+    steps: int | None = None
+
+    def batches(self, rows: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """Return one int64 array of positions in [0, rows) for each step.
+
+        A pass visits every row once. A last batch of a single row joins the batch before it,
+        because BatchNorm cannot train on one row and a lone row makes the noisiest step.
+        """
+        if rows < 1:
+            raise ValueError(f"need at least one row to train on, got {rows}")
+        batches: list[np.ndarray] = []
+        passes = 0
+        while passes < self.epochs if self.steps is None else len(batches) < self.steps:
+            batches.extend(_one_pass(rows, self.batch_size, rng))
+            passes += 1
+        return batches[: self.steps]
+
+    def spread_over(self, steps: int, rows: int) -> "Passes":
+        """Return passes that hand out these rows evenly over ``steps`` steps of another feed."""
+        share = max(2, -(-rows * self.epochs // max(steps, 1)))
+        return Passes(batch_size=min(share, rows), steps=steps)
+
+
+def _one_pass(rows: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    order = rng.permutation(rows)
+    cuts = list(range(batch_size, rows, batch_size))
+    if cuts and rows - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(order, cuts)

@@ -1,0 +1,367 @@
+"""Settings of a run: YAML and ``key=value`` text turned once into frozen, checked objects.
+
+Below this line code takes typed objects or plain values, never a table of text.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedkd.data import DataSettings
+from fedkd.models import ModelSettings
+from fedkd.training import OptimizerSettings, Passes
+from strategies import STRATEGIES
+from strategies.base import StrategySettings
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work; the text is one readable line that names it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LocalSettings(_Section):
+    """How long a client trains on its private rows in a round (``clients.local``)."""
+
+    epochs: int = Field(1, ge=0, description="passes over the private rows")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps instead of epochs; 1 exchanges at every step"
+    )
+
+
+class ClientsSettings(_Section):
+    """Who takes part and how they learn (``clients``)."""
+
+    count: int = Field(10, ge=1)
+    participation: float = Field(1.0, gt=0, le=1, description="fraction drawn each round")
+    participants: int | None = Field(None, ge=1, description="number drawn each round instead")
+    models: tuple[ModelSettings, ...] = Field(
+        tuple(ModelSettings(name=name) for name in ("mlp", "cnn", "gru", "transformer")),
+        description="dealt out in turn: client i gets models[i % len(models)]",
+    )
+    batch_size: int = Field(32, ge=1)
+    optimizer: OptimizerSettings = OptimizerSettings()
+    local: LocalSettings = LocalSettings()
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _one_model_or_many(cls, value: object) -> object:
+        if value in ([], ()):
+            raise ValueError("need at least one model, got none")
+        return [value] if isinstance(value, str | dict) else value
+
+    @model_validator(mode="after")
+    def _participants_exist(self) -> Self:
+        if self.participants is not None and self.participants > self.count:
+            raise ValueError(
+                f"participants must be at most clients.count ({self.count}), "
+                f"got {self.participants}"
+            )
+        return self
+
+
+class ExchangeSettings(_Section):
+    """What is exchanged (``exchange``)."""
+
+    rows_per_round: int | None = Field(
+        None, ge=1, description="public rows drawn anew each round; none: the whole public set"
+    )
+
+
+class EngineSettings(_Section):
+    """What runs the clients (``engine``)."""
+
+    backend: Literal["ray", "inline"] = Field(
+        "ray", description="ray: worker processes; inline: this process, for debugging"
+    )
+    cpus_per_worker: float = Field(
+        1.0, gt=0, description="workers = CPUs // this; a worker computes with one thread"
+    )
+    gpus_per_worker: float = Field(0.0, ge=0, description="may be a fraction; 0 trains on the CPU")
+    cohort_size: int = Field(
+        16, ge=1, description="most clients of one architecture that travel in one call"
+    )
+    deadline_s: float = Field(
+        3600.0, gt=0, description="a call of one cohort that takes longer is given up"
+    )
+    quorum: float = Field(
+        0.5, ge=0, le=1, description="fraction of a round's replies without which the run stops"
+    )
+
+
+class EvaluationSettings(_Section):
+    """When models are judged (``evaluation``)."""
+
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last is always judged")
+
+
+class StudySettings(_Section):
+    """What ``fedkd compare`` runs (``study``)."""
+
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="by name, the settings in which an arm differs; a strategy replaces the whole",
+    )
+    seeds: int = Field(3, ge=1, description="paired seeds: seed, seed + 1, ...")
+
+    @field_validator("arms")
+    @classmethod
+    def _names_are_file_names(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in arms:
+            _check_name(name, "the name of an arm")
+        return arms
+
+
+if TYPE_CHECKING:
+    StrategyField = SerializeAsAny[StrategySettings]
+else:
+    StrategyField = Annotated[
+        reduce(or_, (strategy.Settings for strategy in STRATEGIES.values())),
+        Field(discriminator="name"),
+    ]
+
+
+def _check_name(name: str, what: str) -> str:
+    if not NAME.fullmatch(name) or name.strip(".") == "":
+        raise ValueError(
+            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-' (it names a folder), "
+            f"got {name!r}"
+        )
+    return name
+
+
+class Settings(_Section):
+    """Everything that decides a run. Without arguments: the digits default."""
+
+    name: str = Field("quickstart", description="names the folder of the run")
+    seed: int = Field(0, ge=0, lt=2**32)
+    rounds: int = Field(20, ge=1)
+    output: Path = Field(Path("runs"), description="where run folders are made")
+    data: DataSettings = DataSettings()
+    clients: ClientsSettings = ClientsSettings()
+    strategy: StrategyField = Field(STRATEGIES["dml"].Settings(name="dml"))
+    exchange: ExchangeSettings = ExchangeSettings()
+    engine: EngineSettings = EngineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    study: StudySettings = StudySettings()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        return _check_name(name, "name")
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _known_strategy(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            return value
+        name = value.get("name", "dml")
+        if name not in STRATEGIES:
+            raise ValueError(
+                f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}"
+                + nearest(str(name), STRATEGIES)
+            )
+        return {**value, "name": name}
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        rows, size = self.exchange.rows_per_round, self.data.public.size
+        if rows is not None and rows > size:
+            raise ValueError(
+                f"exchange.rows_per_round must be at most data.public.size ({size}), got {rows}"
+            )
+        return self
+
+    def model_of(self, client: int) -> ModelSettings:
+        """Return the model of one client."""
+        return self.clients.models[client % len(self.clients.models)]
+
+    @property
+    def local(self) -> Passes:
+        """The training on private rows in a round."""
+        local = self.clients.local
+        return Passes(batch_size=self.clients.batch_size, epochs=local.epochs, steps=local.steps)
+
+    @property
+    def participation(self) -> float:
+        """The fraction of clients drawn each round."""
+        clients = self.clients
+        if clients.participants is not None:
+            return clients.participants / clients.count
+        return clients.participation
+
+    def to_table(self) -> dict[str, Any]:
+        """Return the settings as plain values, all defaults included."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that `load_settings` reads back."""
+        return yaml.safe_dump(self.to_table(), sort_keys=False, allow_unicode=True)
+
+
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return ``"; did you mean 'x'?"``, or nothing where no known word is near."""
+    matches = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def load_settings(
+    config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+) -> Settings:
+    """Read settings: defaults, then the file, then ``key=value`` overrides.
+
+    Args:
+        config: a YAML file; ``${...}`` may refer to other keys of the file.
+        overrides: such as ``strategy.temperature=2`` or ``clients.models=[mlp,cnn]``. Naming
+            another strategy than the file does drops the file's strategy settings.
+
+    Raises:
+        SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
+    """
+    table = _read_yaml(Path(config)) if config is not None else OmegaConf.create({})
+    return settings_from_table(_resolve(merge_overrides(table, overrides)))
+
+
+def merge_overrides(table: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Lay ``key=value`` overrides over a table."""
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise SettingsError(f"overrides are written key=value, got {override!r}")
+    try:
+        patch = OmegaConf.from_dotlist(list(overrides))
+        return merge_tables(table, patch)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise SettingsError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from None
+
+
+def merge_tables(table: DictConfig, patch: DictConfig) -> DictConfig:
+    """Lay one table over another; a strategy of another name replaces the old one whole."""
+    new = _strategy_name(patch)
+    if new is not None and new != _strategy_name(table):
+        table = table.copy()
+        table.pop("strategy", None)
+    merged = OmegaConf.merge(table, patch)
+    if not isinstance(merged, DictConfig):
+        raise SettingsError("settings must be a table of keys and values")
+    return merged
+
+
+def _strategy_name(table: DictConfig) -> str | None:
+    strategy = table.get("strategy")
+    if isinstance(strategy, str):
+        return strategy
+    name = strategy.get("name") if isinstance(strategy, DictConfig) else None
+    return None if name is None else str(name)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        table = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise SettingsError(f"config {str(path)!r} does not exist") from None
+    except IsADirectoryError:
+        raise SettingsError(f"config {str(path)!r} is a folder, need a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise SettingsError(f"cannot read config {str(path)!r}: {_one_line(error)}") from None
+    if not isinstance(table, DictConfig):
+        raise SettingsError(f"config {str(path)!r} must be a table of keys and values")
+    return table
+
+
+def _resolve(table: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(table, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingsError(_one_line(error)) from None
+    if not isinstance(plain, dict):
+        raise SettingsError("settings must be a table of keys and values")
+    return {str(key): value for key, value in plain.items()}
+
+
+def settings_from_table(table: Mapping[str, Any]) -> Settings:
+    """Check plain values and return the settings.
+
+    Raises:
+        SettingsError: names the first setting that cannot work.
+    """
+    try:
+        return Settings.model_validate(table)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_readable(error))) from None
+
+
+def _readable(error: ValidationError) -> list[str]:
+    """One line for each problem: the setting, what is wrong, the value it got."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        path = [str(part) for part in problem["loc"]]
+        if len(path) > 1 and path[0] == "strategy" and path[1] in STRATEGIES:
+            strategy: str | None = path.pop(1)
+        else:
+            strategy = None
+        where = ".".join(path)
+        message = problem["msg"].removeprefix("Value error, ")
+        message = message.replace("Input should be", "must be")
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1], strategy)
+            lines.append(
+                f"unknown setting {where!r}{nearest(path[-1], known)} "
+                f"(known there: {', '.join(known)})"
+            )
+        elif problem["type"] == "value_error":
+            section = ".".join(path)
+            named = not section or message.startswith((section, "unknown")) or "." in message
+            lines.append(
+                message if named and section in message else f"{section} {message}".strip()
+            )
+        else:
+            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
+    return lines
+
+
+def _known_keys(path: Sequence[str], strategy: str | None) -> list[str]:
+    """Return the keys of the section at ``path``."""
+    model: type[BaseModel] = Settings
+    for part in path:
+        if part == "strategy" and model is Settings and strategy is not None:
+            model = STRATEGIES[strategy].Settings
+            continue
+        field = model.model_fields.get(part)
+        found = _model_in(field.annotation) if field is not None else None
+        if found is not None:
+            model = found
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,171 @@
+"""One-way distillation: knowledge flows in one direction, for comparison with mutual learning.
+
+``teacher_to_clients``: a teacher is trained before the first round, then fixed, and every
+client distils from it (Hinton, Vinyals, Dean, 2015. https://arxiv.org/abs/1503.02531).
+``server_to_clients``: the clients' ensemble teaches a server model on the public rows, and the
+clients distil from the server model.
+``clients_to_server``: the ensemble teaches the server model, which does not teach back (as the
+distillation step of Lin, Kong, Stich, Jaggi, 2020, Algorithm 1, with predictions uploaded in
+place of weights. https://arxiv.org/abs/2006.07242).
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from fedkd.models import ModelSettings
+from fedkd.schedules import ConstantSchedule, CosineSchedule, NonNegativeSchedule, PositiveSchedule
+from fedkd.targets import StreamingMean
+from fedkd.training import Cohort, Passes, distilled, supervised, supervised_public
+from strategies.base import (
+    DistillationStrategy,
+    Federation,
+    RoundPlan,
+    Server,
+    ServerModel,
+    StrategySettings,
+    predictions_of,
+    upload_logits,
+)
+from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+
+
+class OneWaySettings(StrategySettings):
+    """Settings under ``strategy:`` when ``name: one_way``.
+
+    Attributes:
+        direction: who teaches whom; see the module's first lines.
+        model: the teacher's or the server's model.
+        teacher_data: what the teacher is trained on. ``public``: the labelled public set;
+            ``largest_client``: the private rows of the client that has most (it plays the
+            teacher as well); ``pooled``: everybody's private rows, an upper bound that no
+            federation has; ``auto``: ``public`` where it is labelled, else ``largest_client``.
+        teacher_epochs: passes of the teacher over its rows.
+        server_epochs: passes of the server model over a round's public rows.
+        temperature, ce_weight, kd_weight, scale_by_t2, public_epochs: as for ``dml``.
+    """
+
+    name: Literal["one_way"] = "one_way"
+    direction: Literal["teacher_to_clients", "server_to_clients", "clients_to_server"] = (
+        "teacher_to_clients"
+    )
+    model: ModelSettings = ModelSettings(name="cnn")
+    teacher_data: Literal["auto", "public", "largest_client", "pooled"] = "auto"
+    teacher_epochs: int = Field(30, ge=1)
+    server_epochs: int = Field(1, ge=1)
+    temperature: PositiveSchedule = CosineSchedule(start=4.0, end=1.0)
+    ce_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
+    kd_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
+    scale_by_t2: bool = True
+    public_epochs: int = Field(1, ge=1)
+
+
+class OneWay(DistillationStrategy[OneWaySettings]):
+    """A teacher that never learns from its students in the round in which it teaches them."""
+
+    Settings: ClassVar[type[StrategySettings]] = OneWaySettings
+    needs_public = True
+
+    def __init__(self, settings: OneWaySettings, federation: Federation) -> None:
+        super().__init__(settings, federation)
+        if settings.teacher_data == "public" and not federation.public_labelled:
+            raise ValueError(
+                "strategy.teacher_data: public needs data.public.labelled: true; "
+                "largest_client or pooled do without"
+            )
+        self.forms_ensemble = settings.direction != "teacher_to_clients"  # type: ignore[misc]
+        self._model: ServerModel | None = None
+
+    def client_round(
+        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
+    ) -> Sequence[Knowledge]:
+        """Learn from own labels and, where something was received, from the teacher."""
+        settings = self.settings
+        kd_weight = settings.kd_weight.at(plan.progress)
+        if isinstance(received, Predictions) and kd_weight > 0:
+            objective = partial(
+                distilled,
+                temperature=received.temperature,
+                targets_are_logits=True,
+                ce_weight=settings.ce_weight.at(plan.progress),
+                kd_weight=kd_weight,
+                scale_by_t2=settings.scale_by_t2,
+            )
+            lesson = plan.public(received, epochs=settings.public_epochs)
+            cohort.fit(objective, private=plan.local, public=lesson)
+        else:
+            cohort.fit(supervised, private=plan.local)
+        if settings.direction == "teacher_to_clients":
+            return ()
+        return upload_logits(cohort, plan.public_rows)
+
+    def prepare(self, server: Server) -> Broadcast:
+        """Train the teacher, or make the server's model."""
+        if self.settings.direction != "teacher_to_clients":
+            self._model = server.model(self.settings.model)
+            return Broadcast()
+        self._model = self._train_teacher(server)
+        return Broadcast(self._lesson_for(self.federation.plan(1)))
+
+    def _train_teacher(self, server: Server) -> ServerModel:
+        passes = Passes(
+            batch_size=self.federation.local.batch_size, epochs=self.settings.teacher_epochs
+        )
+        source = self.settings.teacher_data
+        if source == "auto":
+            source = "public" if self.federation.public_labelled else "largest_client"
+        if source == "public":
+            teacher = server.model(self.settings.model)
+            lesson = self.federation.plan(1).labelled_public(epochs=self.settings.teacher_epochs)
+            teacher.fit(supervised_public, plan=None, public=lesson)
+            return teacher
+        rows = server.data.client_rows
+        chosen = max(rows, key=len) if source == "largest_client" else np.concatenate(rows)
+        teacher = server.model(self.settings.model, train_rows=np.sort(chosen))
+        teacher.fit(supervised, plan=None, private=passes)
+        return teacher
+
+    def aggregate(
+        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
+    ) -> Broadcast:
+        """Keep the teacher as it is; or let the ensemble teach the server model."""
+        if self.settings.direction == "teacher_to_clients":
+            return Broadcast(self._lesson_for(plan.next()))
+        temperature = self.settings.temperature.at(plan.progress)
+        mean = StreamingMean()
+        for _, predictions in predictions_of(uploads):
+            mean.add(F.softmax(torch.from_numpy(predictions.values) / temperature, dim=-1))
+        assert self._model is not None  # noqa: S101
+        if mean.count:
+            ensemble = Predictions(
+                kind="mean_probability",
+                rows=plan.public_rows,
+                values=mean.mean().float().numpy(),
+                temperature=temperature,
+            )
+            objective = partial(
+                distilled, temperature=temperature, scale_by_t2=self.settings.scale_by_t2
+            )
+            lesson = plan.public(ensemble, epochs=self.settings.server_epochs)
+            self._model.fit(objective, plan=plan, public=lesson)
+        if self.settings.direction == "clients_to_server":
+            return Broadcast()
+        return Broadcast(self._lesson_for(plan.next()))
+
+    def _lesson_for(self, plan: RoundPlan) -> Predictions:
+        assert self._model is not None  # noqa: S101
+        return Predictions(
+            kind="logits",
+            rows=plan.public_rows,
+            values=self._model.predict_public(plan.public_rows),
+            temperature=self.settings.temperature.at(plan.progress),
+        )
+
+    def server_model(self) -> ServerModel | None:
+        """The teacher or the server's model."""
+        return self._model

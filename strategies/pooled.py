@@ -1,0 +1,74 @@
+"""Pooled: one model per architecture trained on everybody's private rows together.
+
+The upper bound for any exchange. No federation could do this; its bytes are therefore those of
+the models that are handed out for evaluation, not of the rows that would have to move.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from fedkd.data import FederatedData
+from fedkd.training import Cohort, supervised
+from strategies.base import (
+    DistillationStrategy,
+    Federation,
+    RoundPlan,
+    Server,
+    StrategySettings,
+)
+from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
+
+
+class PooledSettings(StrategySettings):
+    """Settings under ``strategy:`` when ``name: pooled``: none."""
+
+    name: Literal["pooled"] = "pooled"
+
+
+class Pooled(DistillationStrategy[PooledSettings]):
+    """The first client of each architecture trains on all private rows for the others."""
+
+    Settings: ClassVar[type[StrategySettings]] = PooledSettings
+    judges_received = True
+
+    def __init__(self, settings: PooledSettings, federation: Federation) -> None:
+        super().__init__(settings, federation)
+        self._representative = {
+            architecture: federation.architectures.index(architecture)
+            for architecture in federation.architectures
+        }
+
+    def participants(self, plan: RoundPlan) -> tuple[int, ...]:
+        """One client of each architecture."""
+        return tuple(sorted(self._representative.values()))
+
+    def private_rows(self, client: int, data: FederatedData) -> np.ndarray:
+        """Everybody's rows."""
+        return np.sort(np.concatenate(data.client_rows))
+
+    def client_round(
+        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
+    ) -> Sequence[Knowledge]:
+        """Go on training on the pool."""
+        cohort.fit(supervised, private=plan.local)
+        return [Parameters(arrays) for arrays in cohort.weights()]
+
+    def aggregate(
+        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
+    ) -> Broadcast:
+        """Hand each architecture's model to all clients that have this architecture."""
+        trained = {upload.client: upload.knowledge for upload in uploads}
+        return Broadcast(
+            personal={
+                client: trained[self._representative[architecture]]
+                for client, architecture in enumerate(self.federation.architectures)
+                if self._representative[architecture] in trained
+            }
+        )
+
+    def before_evaluation(self, cohort: Cohort, received: Knowledge | None) -> None:
+        """Judge the pooled model."""
+        if isinstance(received, Parameters):
+            cohort.load_weights(received.arrays)

@@ -1,0 +1,114 @@
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy as scipy_entropy
+
+from fedkd.metrics import VoteCounter, jensen_shannon, pairwise_disagreement, target_entropy
+
+predicted = arrays(
+    np.int64, st.tuples(st.integers(2, 6), st.integers(1, 8)), elements=st.integers(0, 3)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(predicted)
+def test_closed_form_equals_the_mean_over_all_pairs(classes):
+    pairs = [np.mean(one != other) for one, other in combinations(classes, 2)]
+    assert pairwise_disagreement(classes) == pytest.approx(np.mean(pairs))
+
+
+def test_disagreement_of_three_peers_by_hand():
+    # Row 0: all agree, 0 of 3 pairs differ. Row 1: two against one, 2 of 3 pairs differ.
+    assert pairwise_disagreement(torch.tensor([[0, 1], [0, 1], [0, 2]])) == pytest.approx(1 / 3)
+
+
+def test_a_lone_peer_has_nobody_to_disagree_with():
+    assert math.isnan(pairwise_disagreement(np.array([[0, 1, 2]])))
+    assert math.isnan(VoteCounter(3, 3).disagreement())
+    assert math.isnan(VoteCounter(3, 3).vote_entropy())
+
+
+def test_peers_may_be_counted_one_at_a_time_in_any_order():
+    classes = np.random.default_rng(0).integers(4, size=(5, 20))
+    forwards, backwards = VoteCounter(20, 4), VoteCounter(20, 4)
+    for one, other in zip(classes, classes[::-1], strict=True):
+        forwards.add(one)
+        backwards.add(other)
+    assert forwards.disagreement() == backwards.disagreement() == pairwise_disagreement(classes)
+    assert forwards.vote_entropy() == backwards.vote_entropy()
+
+
+def test_vote_entropy_is_zero_for_a_unanimous_row_and_log_two_for_a_tie():
+    counter = VoteCounter(num_rows=2, num_classes=3)
+    counter.add(np.array([2, 0]))
+    counter.add(np.array([2, 1]))
+    assert counter.vote_entropy() == pytest.approx(math.log(2) / 2)
+    assert counter.disagreement() == 0.5
+
+
+def test_votes_that_do_not_fit_are_refused():
+    counter = VoteCounter(num_rows=2, num_classes=3)
+    with pytest.raises(ValueError, match="one class for each of the 2 rows, got 3"):
+        counter.add(np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"predictions must lie in \[0, 3\), got 0 to 3"):
+        counter.add(np.array([0, 3]))
+    assert counter.num_peers == 0
+
+
+def test_target_entropy_runs_from_one_hot_to_uniform():
+    assert target_entropy(np.eye(4)) == 0
+    assert target_entropy(np.full((3, 4), 0.25)) == pytest.approx(math.log(4))
+
+
+def test_target_entropy_agrees_with_scipy():
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(5), size=30)
+    expected = scipy_entropy(probabilities, axis=1).mean()
+    assert target_entropy(torch.tensor(probabilities)) == pytest.approx(expected)
+
+
+def test_entropy_of_logits_is_refused():
+    with pytest.raises(ValueError, match="probabilities must be >= 0 and sum to 1"):
+        target_entropy(np.array([[1.0, 2.0, 3.0]]))
+
+
+def test_targets_that_travelled_as_half_precision_are_probabilities():
+    probabilities = torch.full((3, 100), 0.01, dtype=torch.float16)
+    assert target_entropy(probabilities) == pytest.approx(math.log(100), abs=1e-3)
+
+
+def test_jensen_shannon_of_two_clients_agrees_with_scipy():
+    p, q = np.random.default_rng(0).dirichlet(np.ones(5), size=(2, 30))
+    expected = np.mean(jensenshannon(p, q, axis=1) ** 2)
+    assert jensen_shannon(np.stack([p, q])) == pytest.approx(expected)
+    logits = torch.tensor(np.log(np.stack([p, q])) + 7.0)
+    assert jensen_shannon(logits, from_logits=True) == pytest.approx(expected)
+
+
+def test_jensen_shannon_runs_from_equal_clients_to_disjoint_ones():
+    same = np.repeat(np.random.default_rng(0).dirichlet(np.ones(4), size=(1, 9)), 3, axis=0)
+    assert jensen_shannon(same) == pytest.approx(0, abs=1e-15)
+    assert jensen_shannon(np.eye(3)[:, None, :]) == pytest.approx(math.log(3))
+
+
+def test_jensen_shannon_is_what_mean_of_kls_exceeds_kl_to_the_mean_by():
+    # Two peers and a student, T = 1. The last line: the two losses with the same CE term in both.
+    peers = torch.tensor(
+        [[[2, 1, 4, -1], [0, 0, 1, 3]], [[-4, 3, 1, 1], [2, 0, -1, 1]]], dtype=torch.float64
+    )
+    student = torch.tensor([[1, 2, 3, 0], [0.5, -1, 0, 2]], dtype=torch.float64).log_softmax(1)
+    probabilities = peers.softmax(-1)
+
+    def kl(target):
+        return torch.nn.functional.kl_div(student, target, reduction="batchmean").item()
+
+    mean_of_kls = (kl(probabilities[0]) + kl(probabilities[1])) / 2
+    expected = mean_of_kls - kl(probabilities.mean(0))
+    assert jensen_shannon(peers, from_logits=True) == pytest.approx(expected)
+    assert expected == pytest.approx(1.59208643 - 1.24723729, abs=1e-7)
