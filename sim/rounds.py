@@ -19,7 +19,7 @@ from fedkd.data import FederatedData
 from fedkd.metrics.classification import accuracy, confusion_counts
 from fedkd.metrics.diversity import VoteCounter, target_entropy
 from fedkd.targets import StreamingMean
-from fedkd.training.cohort import as_tensor
+from fedkd.training import as_tensor
 from sim.engine.grid import CohortGrid, instruction, read_reply
 from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
 from sim.records import Row

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -45,7 +45,7 @@ class _Section(BaseModel):
 class LocalSettings(_Section):
     """How long a client trains on its private rows in a round (``clients.local``)."""
 
-    epochs: int = Field(1, ge=0, description="passes over the private rows")
+    epochs: int = Field(5, ge=0, description="passes over the private rows")
     steps: int | None = Field(
         None, ge=1, description="optimizer steps instead of epochs; 1 exchanges at every step"
     )
@@ -73,7 +73,7 @@ class ClientsSettings(_Section):
         return [value] if isinstance(value, str | dict) else value
 
     @model_validator(mode="after")
-    def _participants_exist(self) -> Self:
+    def _participants_exist(self) -> "ClientsSettings":
         if self.participants is not None and self.participants > self.count:
             raise ValueError(
                 f"participants must be at most clients.count ({self.count}), "
@@ -188,7 +188,7 @@ class Settings(_Section):
         return {**value, "name": name}
 
     @model_validator(mode="after")
-    def _sections_fit_together(self) -> Self:
+    def _sections_fit_together(self) -> "Settings":
         rows, size = self.exchange.rows_per_round, self.data.public.size
         if rows is not None and rows > size:
             raise ValueError(

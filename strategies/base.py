@@ -210,11 +210,13 @@ class ServerModel:
 
     def predict(self, inputs: torch.Tensor) -> np.ndarray:
         """Return float32 logits ``[rows, classes]``."""
-        return self._cohort(None).predict(inputs)[0]
+        logits: np.ndarray = self._cohort(None).predict(inputs)[0]
+        return logits
 
     def predict_public(self, rows: np.ndarray) -> np.ndarray:
         """Return float32 logits ``[rows, classes]`` on positions of the public set."""
-        return self._cohort(None).predict_public(rows)[0]
+        logits: np.ndarray = self._cohort(None).predict_public(rows)[0]
+        return logits
 
 
 SettingsT = TypeVar("SettingsT", bound=StrategySettings)

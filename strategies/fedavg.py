@@ -43,7 +43,7 @@ class WeightedMean:
         self._dtypes: dict[str, np.dtype] = {}
         self._weight = 0.0
 
-    def add(self, arrays: Arrays, weight: float) -> None:
+    def add(self, arrays: Arrays, weight: int | float) -> None:
         """Fold one client's model in; ``weight`` > 0."""
         if not weight > 0:
             raise ValueError(f"weight must be > 0, got {weight}")

@@ -1,17 +1,8 @@
 """Training over cohorts of clients: state, batches, optimizers, objectives and backends."""
 
 from fedkd.training.batches import Passes
-from fedkd.training.cohort import (
-    MODEL,
-    Cohort,
-    LoopCohort,
-    Member,
-    ModelPool,
-    PublicLesson,
-    Streams,
-    TrainingData,
-    initial_model_seed,
-)
+from fedkd.training.cohort import Cohort, Member, PublicLesson, Streams, TrainingData, as_tensor
+from fedkd.training.loop import MODEL, LoopCohort, ModelPool, initial_model_seed
 from fedkd.training.objectives import (
     Batch,
     Losses,
@@ -42,6 +33,7 @@ __all__ = [
     "PublicLesson",
     "Streams",
     "TrainingData",
+    "as_tensor",
     "distilled",
     "initial_model_seed",
     "supervised",

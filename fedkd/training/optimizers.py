@@ -1,7 +1,7 @@
 """Optimizers by name, and the learning rate in force at each step."""
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -29,7 +29,7 @@ class OptimizerSettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _momentum_has_an_owner(self) -> Self:
+    def _momentum_has_an_owner(self) -> "OptimizerSettings":
         if self.momentum and self.name not in ("sgd", "rmsprop"):
             raise ValueError(
                 f"momentum belongs to sgd or rmsprop, got {self.momentum} with {self.name}"

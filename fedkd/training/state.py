@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class ClientState:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ClientState":
         """Rebuild the state that `to_arrays` flattened."""
         tables: dict[str, dict[str, Arrays]] = {}
         for key, array in arrays.items():

@@ -9,6 +9,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast, get_args
 
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
@@ -177,9 +178,9 @@ class CohortGrid(Grid, ABC):
 
 def _phase(message: Message) -> Phase:
     phase = message.metadata.message_type
-    if phase not in ("query", "train", "evaluate"):
-        raise ValueError(f"unknown message type {phase!r}; known: query, train, evaluate")
-    return phase
+    if phase not in get_args(Phase):
+        raise ValueError(f"unknown message type {phase!r}; known: {', '.join(get_args(Phase))}")
+    return cast(Phase, phase)
 
 
 # -- what messages carry ---------------------------------------------------------------------

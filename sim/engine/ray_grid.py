@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, cast
 
 import ray
 import torch
@@ -107,7 +107,7 @@ class RaySession:
             )
         self._workers: list[Any] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RaySession":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -232,7 +232,7 @@ class RayGrid(CohortGrid):
         """Yield each client's state, fetched one at a time."""
         for client in clients:
             reference = self._states.get(client)
-            yield None if reference is None else ray.get(reference)
+            yield None if reference is None else cast(ClientState, ray.get(reference))
 
     def close(self) -> None:
         """Forget the clients' states; the session keeps the workers."""

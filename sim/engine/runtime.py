@@ -21,8 +21,15 @@ from fedkd.metrics.classification import (
     personal_accuracy,
     worst_class_recall,
 )
-from fedkd.training import ClientState, LoopCohort, Member, ModelPool, Streams, TrainingData
-from fedkd.training.cohort import as_tensor
+from fedkd.training import (
+    ClientState,
+    LoopCohort,
+    Member,
+    ModelPool,
+    Streams,
+    TrainingData,
+    as_tensor,
+)
 from sim.settings import Settings
 from strategies import STRATEGIES
 from strategies.base import DistillationStrategy, Federation, StrategySettings

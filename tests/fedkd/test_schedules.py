@@ -111,6 +111,7 @@ def test_ramp_up_is_the_published_gaussian():
     # Epoch 20 of a ramp over 80 of 200 epochs: exp(-5 * (3/4)^2)
     value = ramp_up(20 / 200, end=1.0, until=80 / 200)
     assert value == pytest.approx(math.exp(-5 * 0.5625))
+    assert ramp_up(180 / 200, end=1.0, until=80 / 200) == 1.0
 
 
 @quick
