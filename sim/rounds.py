@@ -344,6 +344,17 @@ class Replies:
         )
 
 
+def registered_nodes(grid: Grid) -> list[int]:
+    """Return the nodes' ids, once their number has stopped growing; runtimes register them late."""
+    nodes = sorted(grid.get_node_ids())
+    for _ in range(300):
+        time.sleep(0.2)
+        before, nodes = nodes, sorted(grid.get_node_ids())
+        if nodes and nodes == before:
+            break
+    return nodes
+
+
 def node_ids(grid: Grid, count: int) -> dict[int, int]:
     """Return the node id of each partition, asking the nodes where the grid does not know.
 
@@ -352,19 +363,18 @@ def node_ids(grid: Grid, count: int) -> dict[int, int]:
     """
     if isinstance(grid, CohortGrid):
         return grid.partitions()
-    deadline = time.monotonic() + 60.0
-    while len(nodes := sorted(grid.get_node_ids())) < count and time.monotonic() < deadline:
-        time.sleep(0.2)
+    nodes = registered_nodes(grid)
     messages = [Message(instruction(0, None), node, "query") for node in nodes]
     found: dict[int, int] = {}
     for reply in grid.send_and_receive(messages):
-        if reply.has_content():
-            partition = int(read_reply(reply.content).metrics["partition"])
-            found[partition] = reply.metadata.src_node_id
+        if reply.has_error():
+            raise ValueError(f"a node does not answer: {reply.error.reason}")
+        partition = int(read_reply(reply.content).metrics["partition"])
+        found[partition] = reply.metadata.src_node_id
     if sorted(found) != list(range(count)):
         raise ValueError(
             f"clients.count is {count}, but the runtime has {len(nodes)} nodes with partition ids "
-            f"{sorted(found)}: start it with {count} supernodes"
+            f"{sorted(found)}"
         )
     return found
 

@@ -1,6 +1,6 @@
 """`run`: one federation from settings to a run folder."""
 
-import time
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,14 +141,12 @@ def run(
     folder = folder or new_run_folder(settings.output, settings.name)
     data = load_data(settings)
     recorder = RunFolder(folder, settings)
-    started = time.perf_counter()
     status, digest = "failed", None
     loop: RoundLoop | None = None
     with recorder:
         try:
             with open_grid(settings, data, session) as grid:
-                loop = RoundLoop(grid, settings, data, [_Recording(recorder), *observers])
-                started = time.perf_counter()
+                loop = RoundLoop(grid, settings, data, [RecordingObserver(recorder), *observers])
                 loop.run()
                 digest = _digest(grid, settings, data)
             status = "finished"
@@ -156,16 +154,23 @@ def run(
             status = "interrupted"
             raise
         finally:
-            result = RunResult(
-                settings=settings,
-                folder=folder,
-                status=status,
-                weights_sha256=digest,
-                history=loop.history if loop is not None else History(),
-                seconds=time.perf_counter() - started,
-            )
+            history = loop.history if loop is not None else History()
+            result = run_result(settings, folder, history, status=status, digest=digest)
             recorder.result(result.to_row())
     return result
+
+
+def run_result(
+    settings: Settings,
+    folder: Path,
+    history: History,
+    *,
+    status: str = "finished",
+    digest: str | None = None,
+) -> RunResult:
+    """Gather what a run measured."""
+    seconds = math.fsum(row["seconds"] for row in history.federation)
+    return RunResult(settings, folder, status, digest, history, seconds)
 
 
 def _digest(grid: CohortGrid, settings: Settings, data: FederatedData) -> str:
@@ -180,17 +185,20 @@ def _digest(grid: CohortGrid, settings: Settings, data: FederatedData) -> str:
     return weights_digest(states)
 
 
-class _Recording(Observer):
+class RecordingObserver(Observer):
     """Passes what happens on to the run's folder."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
     def metrics(self, rows: Sequence[Row]) -> None:
+        """Write a round's metrics."""
         self._folder.metrics(rows)
 
     def exchange(self, rows: Sequence[Row]) -> None:
+        """Write a round's bytes."""
         self._folder.exchange(rows)
 
     def event(self, row: Row) -> None:
+        """Write an event."""
         self._folder.event(row)

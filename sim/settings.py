@@ -242,43 +242,43 @@ def load_settings(
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
     """
-    table = _read_yaml(Path(config)) if config is not None else OmegaConf.create({})
-    return settings_from_table(_resolve(merge_overrides(table, overrides)))
+    table = _read_yaml(Path(config)) if config is not None else {}
+    return settings_from_table(_resolve(merge_tables(table, _read_overrides(overrides))))
 
 
-def merge_overrides(table: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Lay ``key=value`` overrides over a table."""
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise SettingsError(f"overrides are written key=value, got {override!r}")
     try:
-        patch = OmegaConf.from_dotlist(list(overrides))
-        return merge_tables(table, patch)
+        return _plain(OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from None
 
 
-def merge_tables(table: DictConfig, patch: DictConfig) -> DictConfig:
-    """Lay one table over another; a strategy of another name replaces the old one whole."""
-    new = _strategy_name(patch)
-    if new is not None and new != _strategy_name(table):
-        table = table.copy()
-        table.pop("strategy", None)
-    merged = OmegaConf.merge(table, patch)
-    if not isinstance(merged, DictConfig):
-        raise SettingsError("settings must be a table of keys and values")
+def merge_tables(
+    table: Mapping[str, Any], patch: Mapping[str, Any], *, nested: bool = False
+) -> dict[str, Any]:
+    """Lay one table over another, key by key.
+
+    A nested table that says what it is (a ``name`` or ``kind``: a strategy, an optimizer, a
+    schedule) and says something else than the old one replaces it whole: the old one's other
+    keys meant something for the old one only.
+    """
+    kinds = [key for key in ("name", "kind") if key in table and key in patch]
+    if nested and any(table[key] != patch[key] for key in kinds):
+        return dict(patch)
+    merged = dict(table)
+    for key, value in patch.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge_tables(old, value, nested=True)
+        else:
+            merged[key] = value
     return merged
 
 
-def _strategy_name(table: DictConfig) -> str | None:
-    strategy = table.get("strategy")
-    if isinstance(strategy, str):
-        return strategy
-    name = strategy.get("name") if isinstance(strategy, DictConfig) else None
-    return None if name is None else str(name)
-
-
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         table = OmegaConf.load(path)
     except FileNotFoundError:
@@ -289,17 +289,23 @@ def _read_yaml(path: Path) -> DictConfig:
         raise SettingsError(f"cannot read config {str(path)!r}: {_one_line(error)}") from None
     if not isinstance(table, DictConfig):
         raise SettingsError(f"config {str(path)!r} must be a table of keys and values")
-    return table
+    return _plain(table)
 
 
-def _resolve(table: DictConfig) -> dict[str, Any]:
+def _plain(table: DictConfig) -> dict[str, Any]:
+    """Return the table with ``${...}`` left as it is."""
+    return {str(key): value for key, value in OmegaConf.to_container(table).items()}  # type: ignore[union-attr]
+
+
+def _resolve(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in ``${...}``, after overrides had their say."""
     try:
-        plain = OmegaConf.to_container(table, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(
+            OmegaConf.create(dict(table)), resolve=True, throw_on_missing=True
+        )
     except OmegaConfBaseException as error:
         raise SettingsError(_one_line(error)) from None
-    if not isinstance(plain, dict):
-        raise SettingsError("settings must be a table of keys and values")
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in plain.items()}  # type: ignore[union-attr]
 
 
 def settings_from_table(table: Mapping[str, Any]) -> Settings:
@@ -332,12 +338,9 @@ def _readable(error: ValidationError) -> list[str]:
                 f"unknown setting {where!r}{nearest(path[-1], known)} "
                 f"(known there: {', '.join(known)})"
             )
-        elif problem["type"] == "value_error":
-            section = ".".join(path)
-            named = not section or message.startswith((section, "unknown")) or "." in message
-            lines.append(
-                message if named and section in message else f"{section} {message}".strip()
-            )
+        elif problem["type"] == "value_error" or "got " in message:
+            # A check of several settings names them itself; one of a single value does not.
+            lines.append(f"{where}: {message}" if where else message)
         else:
             lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
     return lines

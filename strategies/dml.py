@@ -66,21 +66,24 @@ class DML(DistillationStrategy[DMLSettings]):
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
     ) -> Sequence[Knowledge]:
         """Minimise both terms in every step; then predict the round's public rows."""
-        kd_weight = self.settings.kd_weight.at(plan.progress)
+        settings = self.settings
+        ce_weight, kd_weight = (
+            weight.at(plan.progress) for weight in (settings.ce_weight, settings.kd_weight)
+        )
         if isinstance(received, Predictions) and kd_weight > 0:
             objective = partial(
                 distilled,
                 temperature=received.temperature,
                 targets_are_logits=received.kind == "mean_logit",
-                ce_weight=self.settings.ce_weight.at(plan.progress),
+                ce_weight=ce_weight,
                 kd_weight=kd_weight,
-                scale_by_t2=self.settings.scale_by_t2,
-                confidence_threshold=self.settings.confidence_threshold,
+                scale_by_t2=settings.scale_by_t2,
+                confidence_threshold=settings.confidence_threshold,
             )
-            lesson = plan.public(received, epochs=self.settings.public_epochs)
+            lesson = plan.public(received, epochs=settings.public_epochs)
             cohort.fit(objective, private=plan.local, public=lesson)
         else:
-            cohort.fit(supervised, private=plan.local)
+            cohort.fit(partial(supervised, weight=ce_weight), private=plan.local)
         return upload_logits(cohort, plan.public_rows)
 
     def aggregate(

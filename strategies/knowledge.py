@@ -129,7 +129,8 @@ def read_knowledge(records: RecordDict) -> Knowledge | None:
 
 def to_array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Turn named NumPy arrays into a Flower record."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+    # Not np.ascontiguousarray: it turns the 0-d counters of BatchNorm into vectors.
+    return ArrayRecord({name: Array(np.asarray(a, order="C")) for name, a in arrays.items()})
 
 
 def from_array_record(record: ArrayRecord) -> Arrays:

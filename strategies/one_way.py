@@ -86,20 +86,22 @@ class OneWay(DistillationStrategy[OneWaySettings]):
     ) -> Sequence[Knowledge]:
         """Learn from own labels and, where something was received, from the teacher."""
         settings = self.settings
-        kd_weight = settings.kd_weight.at(plan.progress)
+        ce_weight, kd_weight = (
+            weight.at(plan.progress) for weight in (settings.ce_weight, settings.kd_weight)
+        )
         if isinstance(received, Predictions) and kd_weight > 0:
             objective = partial(
                 distilled,
                 temperature=received.temperature,
                 targets_are_logits=True,
-                ce_weight=settings.ce_weight.at(plan.progress),
+                ce_weight=ce_weight,
                 kd_weight=kd_weight,
                 scale_by_t2=settings.scale_by_t2,
             )
             lesson = plan.public(received, epochs=settings.public_epochs)
             cohort.fit(objective, private=plan.local, public=lesson)
         else:
-            cohort.fit(supervised, private=plan.local)
+            cohort.fit(partial(supervised, weight=ce_weight), private=plan.local)
         if settings.direction == "teacher_to_clients":
             return ()
         return upload_logits(cohort, plan.public_rows)

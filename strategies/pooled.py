@@ -39,6 +39,7 @@ class Pooled(DistillationStrategy[PooledSettings]):
             architecture: federation.architectures.index(architecture)
             for architecture in federation.architectures
         }
+        self._trained: dict[str, Knowledge] = {}
 
     def participants(self, plan: RoundPlan) -> tuple[int, ...]:
         """One client of each architecture."""
@@ -58,13 +59,14 @@ class Pooled(DistillationStrategy[PooledSettings]):
     def aggregate(
         self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
     ) -> Broadcast:
-        """Hand each architecture's model to all clients that have this architecture."""
-        trained = {upload.client: upload.knowledge for upload in uploads}
+        """Hand each architecture's model to its clients; one without an upload stays as it was."""
+        for upload in uploads:
+            self._trained[self.federation.architectures[upload.client]] = upload.knowledge
         return Broadcast(
             personal={
-                client: trained[self._representative[architecture]]
+                client: self._trained[architecture]
                 for client, architecture in enumerate(self.federation.architectures)
-                if self._representative[architecture] in trained
+                if architecture in self._trained
             }
         )
 

@@ -23,10 +23,10 @@ class Passes:
         """Return one int64 array of positions in [0, rows) for each step.
 
         A pass visits every row once. A last batch of a single row joins the batch before it,
-        because BatchNorm cannot train on one row and a lone row makes the noisiest step.
+        because BatchNorm cannot train on one row and a lone row makes the noisiest step; where
+        ``batch_size`` is 1 that is what was asked for.
         """
-        if rows < 1:
-            raise ValueError(f"need at least one row to train on, got {rows}")
+        _check_rows(rows)
         batches: list[np.ndarray] = []
         passes = 0
         while passes < self.epochs if self.steps is None else len(batches) < self.steps:
@@ -35,14 +35,34 @@ class Passes:
         return batches[: self.steps]
 
     def spread_over(self, steps: int, rows: int) -> "Passes":
-        """Return passes that hand out these rows evenly over ``steps`` steps of another feed."""
-        share = max(2, -(-rows * self.epochs // max(steps, 1)))
-        return Passes(batch_size=min(share, rows), steps=steps)
+        """Return passes that hand out these rows over ``steps`` steps of another feed.
+
+        Every row is handed out equally often, ``epochs`` times, and no two steps differ by more
+        than one row. Where that leaves fewer than two rows a step there are more passes.
+        """
+        at_least = min(2, rows) * steps
+        epochs = max(self.epochs, -(-at_least // max(rows, 1)))
+        return _Spread(batch_size=self.batch_size, epochs=epochs, steps=steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spread(Passes):
+    """All passes in a row, cut into ``steps`` parts of equal size; ``batch_size`` has no say."""
+
+    def batches(self, rows: int, rng: np.random.Generator) -> list[np.ndarray]:
+        _check_rows(rows)
+        order = np.concatenate([rng.permutation(rows) for _ in range(self.epochs)])
+        return np.array_split(order, self.steps) if self.steps else []
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 1:
+        raise ValueError(f"need at least one row to train on, got {rows}")
 
 
 def _one_pass(rows: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
     order = rng.permutation(rows)
     cuts = list(range(batch_size, rows, batch_size))
-    if cuts and rows - cuts[-1] == 1:
+    if batch_size > 1 and cuts and rows - cuts[-1] == 1:
         cuts.pop()
     return np.split(order, cuts)

@@ -26,6 +26,9 @@ def as_tensor(array: np.ndarray) -> Tensor:
 
     PyTorch has no read-only tensors and warns; nothing here ever writes to a data tensor.
     """
+    if array.flags.writeable:
+        # Most arrays are, and to silence a warning takes longer than to make the tensor.
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -50,7 +50,7 @@ class Slot:
             slot, name = key.split("/", 1)
             parameter = self._parameters[name]
             # Step counters stay on the CPU, where torch.optim keeps them.
-            device = parameter.device if array.ndim else torch.device("cpu")
+            device = torch.device("cpu") if slot == "step" else parameter.device
             self.optimizer.state[parameter][slot] = torch.tensor(array, device=device)
 
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -148,7 +148,7 @@ class LoopCohort(Cohort):
         self._data = data
         self._streams = streams
         self._fits = 0
-        self._terms: list[dict[str, tuple[Tensor, int]]] = [{} for _ in members]
+        self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
         self._slots = pool.slots(model, len(members))
         for member, slot in zip(members, self._slots, strict=True):
             state = member.state or pool.initial_state(
@@ -201,8 +201,8 @@ class LoopCohort(Cohort):
             total(losses).backward()
             slot.optimizer.step()
             for name, loss in losses.items():
-                sum_so_far, count = terms.get(name, (0.0, 0))
-                terms[name] = (sum_so_far + loss.detach(), count + 1)
+                # Kept as they are: to read or add up numbers here would hold up every step.
+                terms.setdefault(name, []).append(loss.detach())
 
     def predict(  # noqa: D102
         self, inputs: Float[Tensor, "rows channels height width"]
@@ -238,7 +238,7 @@ class LoopCohort(Cohort):
 
     def metrics(self) -> list[dict[str, float]]:  # noqa: D102
         return [
-            {f"loss/{name}": float(summed) / count for name, (summed, count) in terms.items()}
+            {f"loss/{name}": float(torch.stack(losses).mean()) for name, losses in terms.items()}
             for terms in self._terms
         ]
 
@@ -258,24 +258,28 @@ class _Feeds:
         if private is None and public is None:
             raise ValueError("fit needs private rows, public rows or both")
         self._data = data
-        self._private: list[Tensor] | None = None
-        self._public: list[tuple[Tensor, Tensor]] | None = None
+        self._private: Sequence[Tensor] | None = None
+        self._public: Sequence[tuple[Tensor, Tensor]] | None = None
         self._targets: Tensor | None = None
         device = data.train_inputs.device
         self.steps = 0
         if private is not None:
             batches = private.batches(len(member.rows), rng)
-            self._private = [as_tensor(member.rows[batch]).to(device) for batch in batches]
+            self._private = _rows_of(batches, member.rows, device)
             self.steps = len(batches)
         if public is not None:
             passes = public.passes
             if private is not None:
                 passes = passes.spread_over(self.steps, len(public.rows))
             batches = passes.batches(len(public.rows), rng)
-            self._public = [
-                (as_tensor(public.rows[batch]).to(device), as_tensor(batch).to(device))
-                for batch in batches
-            ]
+            positions = np.arange(len(public.rows))
+            self._public = list(
+                zip(
+                    _rows_of(batches, public.rows, device),
+                    _rows_of(batches, positions, device),
+                    strict=True,
+                )
+            )
             self.steps = len(batches)
             if public.targets is not None:
                 targets = public.targets
@@ -301,3 +305,14 @@ class _Feeds:
                 public_labels = self._data.public_labels[rows]
         batch = Batch(labels=labels, targets=targets, public_labels=public_labels)
         return torch.cat(inputs) if len(inputs) > 1 else inputs[0], num_private, batch
+
+
+def _rows_of(
+    batches: Sequence[np.ndarray], rows: np.ndarray, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return ``rows[batch]`` for each batch; all of them go to the device in one piece."""
+    if not batches:
+        return ()
+    together = as_tensor(rows[np.concatenate(batches)]).to(device)
+    parts: tuple[Tensor, ...] = together.split([len(batch) for batch in batches])
+    return parts

@@ -42,11 +42,11 @@ Losses = dict[str, Float[Tensor, ""]]
 Objective = Callable[[Outputs, Batch], Losses]
 
 
-def supervised(outputs: Outputs, batch: Batch) -> Losses:
-    """Cross-entropy on the client's own labelled rows."""
+def supervised(outputs: Outputs, batch: Batch, *, weight: float = 1.0) -> Losses:
+    """``weight`` times the cross-entropy on the client's own labelled rows."""
     if outputs.private is None or batch.labels is None:
         raise ValueError("supervised learning needs private rows with labels")
-    return {"ce": F.cross_entropy(outputs.private, batch.labels)}
+    return {"ce": weight * F.cross_entropy(outputs.private, batch.labels)}
 
 
 def supervised_public(outputs: Outputs, batch: Batch) -> Losses:

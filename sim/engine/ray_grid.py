@@ -54,6 +54,10 @@ class Worker:
         """Return the device that this worker trains on."""
         return str(torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
 
+    def threads(self) -> int:
+        """Return how many threads this worker computes with."""
+        return torch.get_num_threads()
+
 
 def available_cpus() -> int:
     """Return the CPUs that this process may use."""
@@ -99,8 +103,6 @@ class RaySession:
                 num_cpus=available_cpus(),
                 num_gpus=torch.cuda.device_count(),
                 include_dashboard=False,
-                # Ray binds its own ports to the node's address: keep them off the network.
-                _node_ip_address="127.0.0.1",
                 log_to_driver=False,
                 configure_logging=False,
                 logging_level=logging.ERROR,
@@ -167,28 +169,46 @@ class RayGrid(CohortGrid):
         )
         self._configuration = settings.to_table(), ray.put(data)
         self._workers = session.workers(cohorts)
-        ray.get([worker.configure.remote(*self._configuration) for worker in self._workers])
+        configured = [worker.configure.remote(*self._configuration) for worker in self._workers]
+        for worker, reference in zip(tuple(self._workers), configured, strict=True):
+            try:
+                ray.get(reference)
+            except RayActorError:
+                # It died since the session's last run.
+                self._renew(worker)
 
     def _execute(self, calls: Sequence[PackedCall]) -> Iterator[tuple[int, Outcome]]:
         waiting = deque(range(len(calls)))
         idle = deque(self._workers)
         in_flight: dict[Ref, tuple[int, Any, list[Ref], float]] = {}
         payloads: dict[int, Ref] = {}
+        retried: set[int] = set()
+        finished: list[tuple[int, Outcome]] = []
         while waiting or in_flight:
             while waiting and idle:
                 position, worker = waiting.popleft(), idle.popleft()
                 replies, *states = self._submit(worker, calls[position], payloads)
                 in_flight[replies] = position, worker, states, time.monotonic()
+            # Only now that every worker is busy again: whoever takes the outcomes works on them
+            # before asking for more, and that should not keep a worker waiting.
+            yield from finished
+            finished.clear()
             oldest = min(started for *_, started in in_flight.values())
             left = oldest + self._settings.engine.deadline_s - time.monotonic()
             done, _ = ray.wait(list(in_flight), timeout=max(left, 0.0))
             for reference in done or self._overdue(in_flight):
                 position, worker, states, _ = in_flight.pop(reference)
                 outcome, alive = self._outcome(reference, timed_out=not done)
+                idle.append(worker if alive else self._renew(worker))
+                if not alive and done and position not in retried:
+                    # The worker died, perhaps by no fault of this call: it may try once more.
+                    retried.add(position)
+                    waiting.append(position)
+                    continue
                 if outcome.failure is None:
                     self._states.update(zip(calls[position].call.clients, states, strict=False))
-                idle.append(worker if alive else self._renew(worker))
-                yield position, outcome
+                finished.append((position, outcome))
+        yield from finished
 
     def _submit(self, worker: Any, packed: PackedCall, payloads: dict[int, Ref]) -> list[Ref]:
         call = packed.call

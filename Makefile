@@ -1,0 +1,46 @@
+# Two commands set everything up on a fresh clone: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export FLWR_TELEMETRY_ENABLED := 0
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test test-all lint types bench clean
+
+help:
+	@echo "make demo      install, then compare local, one-way and mutual learning on digits"
+	@echo "make test      install, then run the tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make lint      ruff and the floors (import-linter)"
+	@echo "make types     mypy --strict"
+	@echo "make bench     run the benchmarks and print their figures"
+	@echo "make clean     remove the virtual environment and caches"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/fedkd compare conf/quickstart.yaml
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(BIN)/pytest -q -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python benchmarks/loop_ratio.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m fedkd``: the command line, which lives two floors up."""
+
+from sim.cli import main
+
+main()

@@ -1,0 +1,271 @@
+"""The command line: ``fedkd run``, ``compare``, ``data`` and ``report``.
+
+Every command is a thin shell around the function of the same name in `sim`. Heavy imports wait
+until a command needs them, so that ``--help`` and mistakes answer at once.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sim.running import RunResult
+    from sim.settings import Settings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+ConfigAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A YAML file, then settings that override it.",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"fedkd {version('fedkd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = None,
+) -> None:
+    """Federated learning by knowledge exchange: simulate, compare, report.
+
+    Examples:
+    - `fedkd run` : the digits default, in seconds
+    - `fedkd run strategy.name=fedmd rounds=10 seed=7`
+    - `fedkd compare conf/quickstart.yaml` : arms x seeds, a table and a report
+    - `fedkd data conf/quickstart.yaml` : who holds which rows
+    - `fedkd report runs/quickstart` : the report again, or over several runs
+    """
+
+
+@app.command()
+def run(arguments: ConfigAndOverrides = None, quiet: Quiet = False, json: AsJson = False) -> None:
+    """Run one federation and leave a run folder.
+
+    Examples:
+    - `fedkd run`
+    - `fedkd run strategy.name=dml rounds=5 seed=7 --json`
+    - `fedkd run conf/quickstart.yaml clients.count=20 data.partition.alpha=0.1`
+    - `fedkd run clients.local.steps=1 rounds=200` : exchange at every step
+    - `fedkd run engine.backend=inline` : in this process, for debugging
+    """
+    settings = _settings(arguments)
+    from sim.progress import ProgressObserver, progress_bars
+    from sim.records import to_json
+    from sim.report import load_run, write_report
+    from sim.running import run as run_federation
+
+    bars = progress_bars(Console(stderr=True), quiet=quiet or json)
+    with bars, _interruptible():
+        result = run_federation(
+            settings, observers=[ProgressObserver(bars, settings.strategy.name)]
+        )
+    record = load_run(result.folder)
+    report = write_report({record.arm: [record]}, result.folder, title=settings.name)
+    if json:
+        typer.echo(to_json({**result.to_row(), "report": str(report)}))
+    elif not quiet:
+        Console().print(_run_table(result))
+        typer.echo(f"run    {result.folder}\nreport {report}")
+
+
+@app.command()
+def compare(
+    arguments: ConfigAndOverrides = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Which arms, separated by commas: names from study.arms, or strategies. "
+            "The first is what the others are compared with."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Paired seeds; study.seeds by default.")
+    ] = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Run arms x paired seeds and print a table with intervals and paired tests.
+
+    What is finished is not run again, so an interrupted study goes on where it stopped.
+
+    Examples:
+    - `fedkd compare conf/quickstart.yaml`
+    - `fedkd compare conf/quickstart.yaml --arms local,dml --seeds 10`
+    - `fedkd compare --arms local,fedmd,dml rounds=10`
+    """
+    settings = _settings(arguments)
+    from sim.progress import ProgressObserver, progress_bars
+    from sim.records import to_json
+    from sim.report import summary_table
+    from sim.study import compare as compare_arms
+
+    bars = progress_bars(Console(stderr=True), quiet=quiet or json)
+    with bars, _interruptible():
+        study = compare_arms(
+            settings,
+            arms=[name.strip() for name in arms.split(",")] if arms else None,
+            seeds=seeds,
+            observer_of=lambda arm, seed: [ProgressObserver(bars, f"{arm} seed {seed}")],
+        )
+    if json:
+        typer.echo(to_json(study.to_row()))
+    elif not quiet:
+        console = Console()
+        console.print(summary_table(study.runs))
+        typer.echo(f"report {study.report}")
+
+
+@app.command()
+def data(
+    arguments: ConfigAndOverrides = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Where to draw it; by default OUTPUT/NAME/split.png.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Show how the rows are split: a table, and a figure.
+
+    Examples:
+    - `fedkd data`
+    - `fedkd data conf/quickstart.yaml data.partition.alpha=0.1`
+    - `fedkd data data.source=path/to/mnist data.private_rows=4000 --figure split.png`
+    """
+    settings = _settings(arguments)
+    from sim.overview import data as overview
+    from sim.records import to_json
+
+    shown = overview(settings, figure=figure)
+    if json:
+        typer.echo(to_json(shown.to_row()))
+        return
+    Console().print(shown.table())
+    typer.echo(f"figure {shown.figure}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run or study folders.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the report; by default beside the runs.")
+    ] = None,
+) -> None:
+    """Write report.html and its figures for runs or studies, grouped by arm.
+
+    Examples:
+    - `fedkd report runs/quickstart`
+    - `fedkd report runs/a/20260101-120000-1a2b3c runs/b/20260101-120500-4d5e6f --output both`
+    """
+    from sim.report import report_on
+
+    typer.echo(f"report {report_on(runs, output)}")
+
+
+def _settings(arguments: Sequence[str] | None) -> "Settings":
+    """Split ``[CONFIG] [KEY=VALUE]...`` and read the settings."""
+    from sim.settings import SettingsError, load_settings
+
+    words = list(arguments or ())
+    configs = [word for word in words if "=" not in word]
+    if len(configs) > 1:
+        raise SettingsError(
+            f"give at most one config file, got {' and '.join(configs)}; "
+            "settings are written key=value"
+        )
+    overrides = [word for word in words if "=" in word]
+    return load_settings(configs[0] if configs else None, overrides)
+
+
+def _run_table(result: "RunResult") -> Table:
+    """Two columns of what a run ended with."""
+    row = result.to_row()
+    last, selected = row["last"], row["selected"]
+    table = Table(title=f"{row['name']}: {row['strategy']}, seed {row['seed']}")
+    table.add_column("test split")
+    table.add_column(f"last round ({last.get('round')})", justify="right")
+    table.add_column(f"best by validation ({selected.get('round')})", justify="right")
+    names = {
+        "accuracy": "mean client accuracy",
+        "worst_accuracy": "worst client accuracy",
+        "personal_accuracy": "accuracy under own label mix",
+        "macro_recall": "macro recall",
+        "ensemble_accuracy": "ensemble accuracy",
+        "server_accuracy": "server model accuracy",
+    }
+    for key, name in names.items():
+        if key in last:
+            table.add_row(name, f"{100 * last[key]:.1f} %", f"{100 * selected[key]:.1f} %")
+    clients = max(len(row["clients"]), 1)
+    sent = f"{sum(row['bytes_up']) / clients / 1e3:.1f}"
+    received = f"{sum(row['bytes_down']) / clients / 1e3:.1f}"
+    table.caption = f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s"
+    return table
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C during a run; Click would end with a bare ``Aborted!``."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _InterruptedError from None
+
+
+def _on_sigterm(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; a mistake is one line and exit code 2."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app()
+    except (KeyboardInterrupt, _InterruptedError):
+        _fail("interrupted; what was measured so far is in the run folder", EXIT_INTERRUPTED)
+    except Exception as error:
+        from sim.rounds import QuorumError
+        from sim.settings import SettingsError
+
+        if isinstance(error, SettingsError):
+            _fail(str(error), EXIT_BAD_INPUT)
+        if isinstance(error, QuorumError):
+            _fail(str(error), EXIT_FAILED)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"fedkd: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,53 @@
+"""What a person sees while a run goes on: one line that moves, on standard error."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedkd.data import FederatedData
+from sim.records import Row
+from sim.rounds import Observer
+from sim.settings import Settings
+
+
+class ProgressObserver(Observer):
+    """Moves a bar by a step each round and shows the latest accuracy beside it."""
+
+    def __init__(self, progress: Progress, label: str, total: int | None = None) -> None:
+        self._progress = progress
+        self._label = label
+        self._task = progress.add_task(label, total=total, note="starting")
+
+    def started(self, settings: Settings, data: FederatedData) -> None:
+        """The first round is about to start."""
+        self._progress.update(self._task, total=settings.rounds, note="")
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        """A round is over."""
+        accuracy = rows[0].get("accuracy")
+        note = "" if accuracy is None else f"accuracy {100 * accuracy:5.1f} %"
+        self._progress.update(self._task, advance=1, note=note)
+
+    def event(self, row: Row) -> None:
+        """Name rejected replies above the bar."""
+        last_line = str(row["reason"]).strip().splitlines()[-1:] or [""]
+        self._progress.console.print(
+            f"{self._label}: round {row['round']}, client {row['client']}: {row['event']}: "
+            f"{last_line[0]}",
+            markup=False,
+        )
+
+
+def progress_bars(console: Console, *, quiet: bool) -> Progress:
+    """Return bars that show themselves only where a person is looking."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total} rounds"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )

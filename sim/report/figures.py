@@ -1,0 +1,474 @@
+"""Figures of a report, drawn with matplotlib's objects: no display, no global figure list.
+
+One run draws like a study: each function takes the runs of each arm, even of one arm with one
+seed, and returns None where the runs hold nothing to draw. Colours and markers are given out by
+the position of an arm, so an arm looks the same in every figure.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sim.report.runs import RunRecord, number
+from sim.report.statistics import counted, estimate
+
+Runs = Mapping[str, Sequence[RunRecord]]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours that people with any common colour blindness tell apart.
+
+Source:
+    Okabe and Ito, 2008. https://jfly.uni-koeln.de/color/ (without yellow, which white swallows).
+"""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+
+DOTS_PER_INCH = 160
+_STYLE: Any = MappingProxyType(
+    {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "text.parse_math": False,  # a name such as a$b is no formula
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#666666",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e4e4e4",
+        "grid.linewidth": 0.8,
+        "xtick.color": "#333333",
+        "ytick.color": "#333333",
+        "legend.frameon": False,
+        "figure.facecolor": "white",
+        "axes.facecolor": "white",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    color: str
+    marker: str
+    dash: Any
+
+
+def _looks(runs: Runs) -> dict[str, _Look]:
+    return {
+        arm: _Look(
+            PALETTE[position % len(PALETTE)],
+            MARKERS[position % len(MARKERS)],
+            DASHES[position // len(PALETTE) % len(DASHES)],
+        )
+        for position, arm in enumerate(runs)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A measure by round, averaged over the seeds of an arm.
+
+    Attributes:
+        rounds: in which every run that counts has a value.
+        mean: over seeds.
+        low, high: the band; equal to the mean for one seed.
+        seeds: how many.
+    """
+
+    rounds: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    seeds: int
+
+
+def curve_of(runs: Sequence[RunRecord], key: str) -> Curve | None:
+    """Average a federation measure over the runs that count, round by round.
+
+    The band is a 95 % t-interval from three seeds on. With two seeds that interval is several
+    times wider than their distance, so the band then shows the two values themselves.
+    """
+    chosen = counted(runs)
+    of_runs = [
+        {row["round"]: value for row in run.federation if (value := number(row, key)) is not None}
+        for run in chosen
+    ]
+    rounds = sorted(set.intersection(*(set(values) for values in of_runs))) if of_runs else []
+    if not rounds:
+        return None
+    means, lows, highs = [], [], []
+    for round in rounds:
+        values = [of_run[round] for of_run in of_runs]
+        of_round = estimate(values)
+        assert of_round is not None  # noqa: S101
+        means.append(of_round.mean)
+        if len(values) < 3 or of_round.low is None or of_round.high is None:
+            lows.append(min(values))
+            highs.append(max(values))
+        else:
+            lows.append(of_round.low)
+            highs.append(of_round.high)
+    return Curve(np.array(rounds), np.array(means), np.array(lows), np.array(highs), len(chosen))
+
+
+def band_note(curves: Sequence[Curve]) -> str:
+    """Say what lines and bands are, for the figure itself."""
+    seeds = {curve.seeds for curve in curves}
+    if seeds == {1}:
+        return "one seed"
+    parts = ["line: mean over seeds"]
+    if any(count >= 3 for count in seeds):
+        parts.append("band: 95 % t-interval")
+    if 2 in seeds:
+        parts.append("band of two seeds: from the lower to the higher")
+    if 1 in seeds:
+        parts.append("no band: one seed")
+    return "; ".join(parts)
+
+
+def accuracy_by_round(runs: Runs) -> Figure | None:
+    """Draw mean client accuracy by round."""
+    curves = _curves(runs, "accuracy")
+    if not curves:
+        return None
+    figure, (axes,) = _figure(1, height=4.4)
+    _draw_curves(axes, runs, curves, percent=True)
+    _title(
+        axes,
+        "Mean client accuracy on the common test split (%) by round",
+        band_note([*curves.values()]),
+    )
+    axes.set_xlabel("round")
+    axes.set_ylabel("mean client accuracy (%)")
+    _legend(figure, runs, list(curves))
+    return figure
+
+
+def accuracy_by_exchange(runs: Runs) -> Figure | None:
+    """Draw mean client accuracy against the bytes that a client had exchanged by then.
+
+    Arms without any exchange have no place on the axis: a dashed line shows where they end.
+    """
+    curves = _curves(runs, "accuracy")
+    if not curves:
+        return None
+    exchanged = {arm: _kilobytes_by_round(runs[arm], curve.rounds) for arm, curve in curves.items()}
+    silent = [arm for arm, spent in exchanged.items() if spent[-1] == 0]
+    if len(silent) == len(curves):
+        return None
+    figure, (axes,) = _figure(1, height=4.4)
+    looks = _looks(runs)
+    totals = [spent[-1] for arm, spent in exchanged.items() if arm not in silent]
+    logarithmic = max(totals) / min(totals) >= 5
+    if logarithmic:
+        axes.set_xscale("log")
+    for arm, curve in curves.items():
+        look = looks[arm]
+        if arm in silent:
+            axes.axhline(100 * curve.mean[-1], color=look.color, linestyle=(0, (6, 3)), lw=1.6)
+            continue
+        begun = exchanged[arm] > 0
+        kilobytes = exchanged[arm][begun]
+        axes.plot(
+            kilobytes,
+            100 * curve.mean[begun],
+            color=look.color,
+            linestyle=look.dash,
+            marker=look.marker,
+            markersize=_marker_size(len(kilobytes)),
+            lw=1.8,
+        )
+        low, high = (100 * np.clip(edge[begun], 0, 1) for edge in (curve.low, curve.high))
+        _draw_band(axes, kilobytes, low, high, curve.seeds, look)
+    if not logarithmic:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain_kilobytes))
+    _title(
+        axes,
+        "Mean client accuracy (%) against kB sent and received per client until then",
+        band_note([*curves.values()]) + ("; dashed: last round, no exchange" if silent else ""),
+    )
+    axes.set_xlabel("kB per client" + (" (logarithmic)" if logarithmic else ""))
+    axes.set_ylabel("mean client accuracy (%)")
+    _legend(figure, runs, list(curves), dashed=silent)
+    return figure
+
+
+def accuracy_by_client(runs: Runs) -> Figure | None:
+    """Draw each client's accuracy in the last judged round, in a lane for each architecture."""
+    points = {
+        arm: [
+            (run.model_labels[row["client"]], 100 * row["accuracy"])
+            for run in counted(of_arm)
+            for row in run.last_clients
+            if row["client"] < run.num_clients
+        ]
+        for arm, of_arm in runs.items()
+    }
+    points = {arm: of_arm for arm, of_arm in points.items() if of_arm}
+    if not points:
+        return None
+    models = list(dict.fromkeys(model for of_arm in points.values() for model, _ in of_arm))
+    looks = _looks(runs)
+    figure, (axes,) = _figure(1, height=1.7 + len(points) * max(0.55, 0.16 * len(models)))
+    for position, (arm, of_arm) in enumerate(points.items()):
+        values = np.array([value for _, value in of_arm])
+        _draw_box(axes, position, values, looks[arm].color)
+        for lane, model in enumerate(models):
+            of_model = np.array([value for name, value in of_arm if name == model])
+            height = position + 0.62 * ((lane + 0.5) / len(models) - 0.5)
+            axes.plot(
+                of_model,
+                np.full(len(of_model), height),
+                linestyle="none",
+                marker=MARKERS[lane % len(MARKERS)],
+                markersize=5 if len(values) <= 120 else 3.2,
+                color=_shade(lane, len(models)),
+                markeredgecolor="white",
+                markeredgewidth=0.4,
+                alpha=0.9,
+            )
+    axes.set_yticks(range(len(points)), _short(points))
+    for label, arm in zip(axes.get_yticklabels(), points, strict=True):
+        label.set_color(looks[arm].color)
+        label.set_fontweight("bold")
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    seeds = max(len(counted(of_arm)) for of_arm in runs.values() if of_arm)
+    _title(
+        axes,
+        "Accuracy of each client on the common test split (%), last round, by model",
+        ("one mark a client and seed" if seeds > 1 else "one mark a client")
+        + "; box: quartiles and median; whiskers: lowest and highest",
+    )
+    axes.set_xlabel("accuracy (%)")
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle="none",
+            marker=MARKERS[lane % len(MARKERS)],
+            color=_shade(lane, len(models)),
+        )
+        for lane in range(len(models))
+    ]
+    _place_legend(figure, handles, _short(models))
+    return figure
+
+
+def targets_by_round(runs: Runs) -> Figure | None:
+    """Draw the entropy of the shared targets and the peers' disagreement, where arms have them."""
+    panels = [
+        (
+            "target_entropy",
+            "Entropy of the shared targets (nats) by round",
+            "entropy (nats)",
+            False,
+        ),
+        (
+            "peer_disagreement",
+            "Peer disagreement on public rows (%) by round",
+            "pairs with different top classes (%)",
+            True,
+        ),
+    ]
+    filled = [
+        (curves, title, label, percent)
+        for key, title, label, percent in panels
+        if (curves := _curves(runs, key))
+    ]
+    if not filled:
+        return None
+    figure, all_axes = _figure(len(filled), height=3.9)
+    note = band_note([curve for curves, *_ in filled for curve in curves.values()])
+    shown: list[str] = []
+    for axes, (curves, title, label, percent) in zip(all_axes, filled, strict=True):
+        _draw_curves(axes, runs, curves, percent=percent)
+        # One note for both panels: it runs on over the second.
+        _title(axes, title, note if axes is all_axes[0] else "")
+        axes.set_xlabel("round")
+        axes.set_ylabel(label)
+        shown += [arm for arm in curves if arm not in shown]
+    _legend(figure, runs, [arm for arm in runs if arm in shown])
+    return figure
+
+
+FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
+    {
+        "accuracy_by_round": accuracy_by_round,
+        "accuracy_by_exchange": accuracy_by_exchange,
+        "accuracy_by_client": accuracy_by_client,
+        "targets_by_round": targets_by_round,
+    }
+)
+"""What a report draws, by file name."""
+
+
+def draw_figures(runs: Runs) -> dict[str, Figure]:
+    """Draw all figures that the runs have something to show in, by name."""
+    figures = {}
+    with matplotlib.rc_context(_STYLE):
+        for name, draw in FIGURES.items():
+            figure = draw(runs)
+            if figure is not None:
+                figures[name] = figure
+    return figures
+
+
+def to_png(figure: Figure) -> bytes:
+    """Render a figure; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(columns: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(8.2, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+
+
+def _curves(runs: Runs, key: str) -> dict[str, Curve]:
+    curves = {arm: curve_of(of_arm, key) for arm, of_arm in runs.items()}
+    return {arm: curve for arm, curve in curves.items() if curve is not None}
+
+
+def _draw_curves(axes: Axes, runs: Runs, curves: Mapping[str, Curve], *, percent: bool) -> None:
+    looks = _looks(runs)
+    factor = 100.0 if percent else 1.0
+    highest = 1.0 if percent else math.inf
+    for arm, curve in curves.items():
+        look = looks[arm]
+        axes.plot(
+            curve.rounds,
+            factor * curve.mean,
+            color=look.color,
+            linestyle=look.dash,
+            marker=look.marker,
+            markersize=_marker_size(len(curve.rounds)),
+            lw=1.8,
+        )
+        # A t-interval knows no bounds, a share does.
+        low, high = (factor * np.clip(edge, 0, highest) for edge in (curve.low, curve.high))
+        _draw_band(axes, curve.rounds, low, high, curve.seeds, look)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _draw_band(
+    axes: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: int, look: _Look
+) -> None:
+    if seeds == 1:
+        return
+    axes.fill_between(x, low, high, color=look.color, alpha=0.1, lw=0)
+    for edge in (low, high):
+        # Bands overlap; their edges keep them apart.
+        axes.plot(x, edge, color=look.color, alpha=0.45, lw=0.7)
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, pad=19)
+    written = axes.annotate(
+        note,
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 6),
+        textcoords="offset points",
+        fontsize=8.5,
+        color="#555555",
+    )
+    written.set_in_layout(False)
+
+
+def _marker_size(points: int) -> float:
+    return 5.0 if points <= 25 else 0.0
+
+
+def _draw_box(axes: Axes, position: int, values: np.ndarray, color: str) -> None:
+    low, lower, median, upper, high = np.percentile(values, (0, 25, 50, 75, 100))
+    axes.add_patch(
+        Rectangle((lower, position - 0.36), upper - lower, 0.72, facecolor=color, alpha=0.16, lw=0)
+    )
+    axes.plot([median, median], [position - 0.36, position + 0.36], color=color, lw=2)
+    for start, end in ((low, lower), (upper, high)):
+        axes.plot([start, end], [position, position], color=color, lw=1, alpha=0.7)
+
+
+def _shade(lane: int, lanes: int) -> Any:
+    """A grey-to-dark scale: hues stand for arms, so architectures get shapes and shades."""
+    return str(round(0.12 + 0.45 * lane / max(lanes - 1, 1), 3))
+
+
+def _kilobytes_by_round(runs: Sequence[RunRecord], rounds: np.ndarray) -> np.ndarray:
+    """Return kB per client, up and down, until the end of each round; mean over seeds."""
+    of_runs = []
+    for run in counted(runs):
+        spent = np.array(
+            [
+                (number(row, "bytes_up") or 0.0) + (number(row, "bytes_down") or 0.0)
+                for row in run.federation
+            ]
+        )
+        until = {
+            row["round"]: total for row, total in zip(run.federation, np.cumsum(spent), strict=True)
+        }
+        of_runs.append([until[round] / run.num_clients / 1e3 for round in rounds.tolist()])
+    return np.asarray(np.mean(of_runs, axis=0))
+
+
+def _plain_kilobytes(value: float, _: int | None = None) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == round(value) else f"{value:g}"
+
+
+def _short(names: Iterable[str], longest: int = 36) -> list[str]:
+    """Shorten names in their middle, as arms often differ at either end; if they do not, don't."""
+    full = list(names)
+    half = (longest - 1) // 2
+    short = [name if len(name) <= longest else f"{name[:half]}…{name[-half:]}" for name in full]
+    return short if len(set(short)) == len(set(full)) else full
+
+
+def _legend(figure: Figure, runs: Runs, arms: Sequence[str], dashed: Sequence[str] = ()) -> None:
+    looks = _looks(runs)
+    handles = [
+        Line2D([], [], color=looks[arm].color, linestyle=(0, (6, 3)), lw=1.6)
+        if arm in dashed
+        else Line2D(
+            [],
+            [],
+            color=looks[arm].color,
+            linestyle=looks[arm].dash,
+            marker=looks[arm].marker,
+            lw=1.8,
+        )
+        for arm in arms
+    ]
+    _place_legend(figure, handles, _short(arms))
+
+
+def _place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
+    longest = max(len(label) for label in labels)
+    columns = max(1, min(len(labels), 96 // (longest + 9)))
+    # A label that starts with _ would be left out of the legend; a zero-width space is not seen.
+    shown = [f"\u200b{label}" if label.startswith("_") else label for label in labels]
+    # A legend of many lines grows the figure, not shrinks the axes.
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * (math.ceil(len(labels) / columns) - 1))
+    figure.legend(handles, shown, loc="outside lower center", ncols=columns, handlelength=3)

@@ -1,0 +1,420 @@
+"""The report: one HTML file that needs nothing else, and the figures beside it."""
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from sim.records import SETTINGS_FILE, make_folder, write_text
+from sim.report.figures import FIGURES, draw_figures, to_png
+from sim.report.runs import (
+    STUDY_FILE,
+    RunRecord,
+    load_run,
+    load_study,
+    model_label,
+    number,
+)
+from sim.report.statistics import (
+    ACCURACIES,
+    ArmSummary,
+    At,
+    compare_arms,
+    counted,
+    summarize,
+)
+from sim.report.tables import NOTHING, kilobytes, p_text, percent
+from sim.settings import SettingsError
+
+REPORT_FILE = "report.html"
+FIGURES_FOLDER = "figures"
+TEMPLATE = Path(__file__).with_name("report.html")
+
+ALT_TEXTS: Mapping[str, str] = {
+    "accuracy_by_round": "Mean client accuracy by round for each arm",
+    "accuracy_by_exchange": "Mean client accuracy against kilobytes exchanged for each arm",
+    "accuracy_by_client": "Accuracy of every client in the last round for each arm",
+    "targets_by_round": "Entropy of shared targets and peer disagreement by round",
+}
+
+COMPARED: Sequence[tuple[str, At, str]] = (
+    ("accuracy", "last", "mean client, last round"),
+    ("accuracy", "selected", "mean client, selected round"),
+    ("worst_accuracy", "last", "worst client, last round"),
+    ("personal_accuracy", "last", "own mix, last round"),
+    ("macro_recall", "last", "macro recall, last round"),
+)
+"""What arms are compared in: key, round and title."""
+
+_NOT_COMPARED = ("name", "output", "seed", "study")
+_NO_NUMBERS = ("engine",)
+
+
+def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title: str) -> Path:
+    """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
+
+    Args:
+        runs: of each arm, one a seed; the first arm is what the others are compared with.
+        folder: is made if it does not exist; an older report in it is replaced.
+        title: the heading.
+
+    Raises:
+        SettingsError: if there is no run, an arm has two runs with one seed, or the folder cannot
+            be written.
+    """
+    runs = {arm: tuple(of_arm) for arm, of_arm in runs.items() if of_arm}
+    if not runs:
+        raise SettingsError("a report needs at least one run, got none")
+    summaries = [summarize(arm, of_arm) for arm, of_arm in runs.items()]
+    images = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
+    differing, common = split_settings(runs)
+    text = _template().render(
+        title=title,
+        overview=_overview(summaries, runs),
+        summary=_summary_table(summaries),
+        differences=_difference_table(runs),
+        figures=[
+            _Image(name, ALT_TEXTS[name], base64.b64encode(image).decode())
+            for name, image in images.items()
+        ],
+        arms=list(runs),
+        differing=differing,
+        common=common,
+        clients=[_client_table(arm, of_arm) for arm, of_arm in runs.items()],
+        run_table=_run_table(runs, folder),
+        versions=_versions(runs),
+        many_seeds=any(len(summary.seeds) > 1 for summary in summaries),
+        nothing=NOTHING,
+    )
+    make_folder(folder, folder)
+    figures = make_folder(folder, folder / FIGURES_FOLDER)
+    for name in FIGURES:
+        if name in images:
+            _write_bytes(figures / f"{name}.png", images[name])
+        else:
+            # Of an older report on other runs.
+            (figures / f"{name}.png").unlink(missing_ok=True)
+    write_text(folder / REPORT_FILE, text)
+    return folder / REPORT_FILE
+
+
+def report_on(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Report on run folders and study folders together.
+
+    Runs are grouped by arm. Runs that would share an arm but differ in settings that change
+    numbers become arms of their own, named after what differs; so does a second run of one seed.
+
+    Args:
+        paths: in the order of the arms.
+        output: where the report goes; by default the path itself if there is one, else
+            ``report/`` in the folder that all paths have in common.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        SettingsError: names the folder that cannot be read or written.
+    """
+    unique = list({path.resolve(): path for path in paths}.values())
+    if not unique:
+        raise SettingsError("a report needs at least one run or study folder, got none")
+    records: list[RunRecord] = []
+    for path in unique:
+        if (path / STUDY_FILE).is_file():
+            records += [run for of_arm in load_study(path).values() for run in of_arm]
+        elif (path / SETTINGS_FILE).is_file():
+            records.append(load_run(path))
+        else:
+            raise SettingsError(
+                f"{str(path)!r} is neither a run folder, which has a {SETTINGS_FILE}, nor a study "
+                f"folder, which has a {STUDY_FILE} once all its runs are finished; the runs of an "
+                "unfinished study can be named one by one"
+            )
+    # A run may be given both by itself and as part of its study.
+    records = list({record.folder.resolve(): record for record in records}.values())
+    if output is None and len(unique) == 1:
+        output = unique[0]
+    elif output is None:
+        parents = [str(path.resolve().parent) for path in unique]
+        output = Path(os.path.commonpath(parents)) / "report"
+    names = list(dict.fromkeys(str(record.settings.get("name", "")) for record in records))
+    return write_report(group_by_arm(records), output, title=", ".join(filter(None, names)))
+
+
+def group_by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Group runs that may be averaged: same arm, same settings but for the seed, one a seed."""
+    by_name: dict[str, dict[str, list[RunRecord]]] = {}
+    for record in records:
+        key = json.dumps(_numbers(record), sort_keys=True)
+        by_name.setdefault(record.arm, {}).setdefault(key, []).append(record)
+    arms: dict[str, list[RunRecord]] = {}
+    for name, variants in by_name.items():
+        tables = [flatten(_numbers(of_variant[0])) for of_variant in variants.values()]
+        for table, of_variant in zip(tables, variants.values(), strict=True):
+            label = name if len(variants) == 1 else f"{name} ({_what_differs(table, tables)})"
+            for repeat, of_repeat in enumerate(_one_a_seed(of_variant), start=1):
+                of_label = label if repeat == 1 else f"{label} #{repeat}"
+                while of_label in arms:
+                    of_label += "'"
+                arms[of_label] = of_repeat
+    return arms
+
+
+def _one_a_seed(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Deal runs out so that no group has a seed twice: finished ones first."""
+    groups: list[list[RunRecord]] = []
+    for record in sorted(records, key=lambda record: record.status != "finished"):
+        for group in groups:
+            if all(record.seed != other.seed for other in group):
+                group.append(record)
+                break
+        else:
+            groups.append([record])
+    return groups
+
+
+def _numbers(record: RunRecord) -> dict[str, Any]:
+    """Return the settings that change numbers, without the seed."""
+    left_out = (*_NOT_COMPARED, *_NO_NUMBERS)
+    return {key: value for key, value in record.settings.items() if key not in left_out}
+
+
+def _what_differs(table: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> str:
+    keys = [key for key in table if any(other.get(key, _ABSENT) != table[key] for other in tables)]
+    parts = [f"{_shortest(key, table)}={value_text(table[key])}" for key in keys[:3]]
+    return ", ".join([*parts, "..."] if len(keys) > 3 else parts) or "otherwise"
+
+
+def _shortest(key: str, table: Mapping[str, Any]) -> str:
+    """Return the shortest end of a dotted key that no other key ends in: ``lr``."""
+    parts = key.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[start:])
+        if sum(f".{other}".endswith(f".{end}") for other in table) == 1:
+            return end
+    return key
+
+
+_ABSENT = object()
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested settings into dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def value_text(value: Any) -> str:
+    """Write a setting as a reader would in YAML; models by their short names."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return ", ".join(model_label(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+Settings = list[tuple[str, list[str]]]
+
+
+def split_settings(
+    runs: Mapping[str, Sequence[RunRecord]],
+) -> tuple[Settings, list[tuple[str, str]]]:
+    """Return the settings in which arms differ, one text for each arm, and those in common.
+
+    The seed, the name and the place of the output differ by design and are left out.
+    """
+    by_arm = {
+        arm: [
+            flatten({k: v for k, v in run.settings.items() if k not in _NOT_COMPARED})
+            for run in of_arm
+        ]
+        for arm, of_arm in runs.items()
+    }
+    keys = dict.fromkeys(key for tables in by_arm.values() for table in tables for key in table)
+    differing: Settings = []
+    common: list[tuple[str, str]] = []
+    for key in keys:
+        texts = []
+        for tables in by_arm.values():
+            found = dict.fromkeys(
+                value_text(table[key]) if key in table else NOTHING for table in tables
+            )
+            texts.append(" | ".join(found))
+        if len(set(texts)) == 1 and " | " not in texts[0]:
+            common.append((key, texts[0]))
+        else:
+            differing.append((key, texts))
+    return differing, common
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    name: str
+    alt: str
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table of texts; the first ``left`` columns are words, the others numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    title: str = ""
+
+
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _overview(summaries: Sequence[ArmSummary], runs: Mapping[str, Sequence[RunRecord]]) -> str:
+    arms = len(summaries)
+    total = sum(len(of_arm) for of_arm in runs.values())
+    seeds = {seed for summary in summaries for seed in summary.seeds}
+    return (
+        f"{total} run{'s' * (total != 1)}: {arms} arm{'s' * (arms != 1)}, "
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)} "
+        f"({', '.join(map(str, sorted(seeds)[:10]))}{', ...' if len(seeds) > 10 else ''})"
+    )
+
+
+def _summary_table(summaries: Sequence[ArmSummary]) -> _Table:
+    shown = [
+        key
+        for key in ACCURACIES
+        if key == "accuracy" or any(key in summary.last for summary in summaries)
+    ]
+    header = ["arm", "seeds", "last round", f"{ACCURACIES['accuracy']} (%)"]
+    header += ["same, at selected round (%)", "selected round"]
+    header += [f"{ACCURACIES[key]} (%)" for key in shown[1:]]
+    header += ["kB up", "kB down", "seconds"]
+    rows = []
+    for summary in summaries:
+        row = [
+            summary.arm + ("" if summary.finished else " (interrupted)"),
+            str(len(summary.seeds))
+            + (f" (+{summary.left_out} interrupted)" if summary.left_out else ""),
+            _span(summary.last_rounds),
+            percent(summary.last.get("accuracy")),
+            percent(summary.selected.get("accuracy")),
+            _span(summary.selected_rounds),
+            *(percent(summary.last.get(key)) for key in shown[1:]),
+            kilobytes(summary.bytes_up),
+            kilobytes(summary.bytes_down),
+            NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}",
+        ]
+        rows.append(row)
+    return _Table(header, rows)
+
+
+def _span(rounds: Sequence[int | None]) -> str:
+    known = [round for round in rounds if round is not None]
+    if not known:
+        return NOTHING
+    low, high = min(known), max(known)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _difference_table(runs: Mapping[str, Sequence[RunRecord]]) -> _Table | None:
+    if len(runs) < 2:
+        return None
+    rows = []
+    for key, at, title in COMPARED:
+        for arm, difference in compare_arms(runs, key, at).items():
+            if difference is None:
+                rows.append([title, arm, NOTHING, NOTHING, NOTHING, "0"])
+                continue
+            interval = (
+                NOTHING
+                if difference.low is None or difference.high is None
+                else f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+            )
+            mean = percent(difference, signed=True).split(" ")[0]
+            rows.append([title, arm, mean, interval, p_text(difference), str(difference.n)])
+    header = ["accuracy", "arm", "difference (points)", "95 % interval", "p", "pairs"]
+    return _Table(header, rows, left=2, title=next(iter(runs)))
+
+
+def _client_table(arm: str, runs: Sequence[RunRecord]) -> _Table:
+    rows = []
+    for run in counted(runs):
+        labels = run.model_labels
+        judged = {row["client"]: row for row in run.last_clients}
+        for client in range(run.num_clients):
+            row = judged.get(client, {})
+            shares = [
+                NOTHING if (value := number(row, key)) is None else f"{100 * value:.1f}"
+                for key in ("accuracy", "personal_accuracy", "macro_recall", "worst_class_recall")
+            ]
+            sent, received = run.bytes_up.get(client, 0), run.bytes_down.get(client, 0)
+            rows.append(
+                [
+                    labels[client],
+                    str(run.seed),
+                    str(client),
+                    *shares,
+                    f"{sent / 1e3:,.1f}",
+                    f"{received / 1e3:,.1f}",
+                ]
+            )
+    header = ["model", "seed", "client", "accuracy (%)", "own mix (%)", "macro recall (%)"]
+    header += ["worst class (%)", "kB up", "kB down"]
+    return _Table(header, rows, title=arm)
+
+
+def _run_table(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> _Table:
+    rows = []
+    for arm, of_arm in runs.items():
+        for run in of_arm:
+            missing = sum(
+                int((number(row, "participants") or 0) - (number(row, "replies") or 0))
+                for row in run.federation
+            )
+            rows.append(
+                [
+                    arm,
+                    _relative(run.folder, folder),
+                    str(run.result.get("status", run.status)),
+                    str(run.seed),
+                    f"{len(run.federation)} of {run.settings.get('rounds', NOTHING)}",
+                    str(missing),
+                    str(run.result.get("weights_sha256") or NOTHING)[:12],
+                ]
+            )
+    header = ["arm", "folder", "status", "seed", "rounds", "replies missing", "weights (SHA-256)"]
+    return _Table(header, rows, left=3)
+
+
+def _relative(path: Path, start: Path) -> str:
+    try:
+        return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
+    except ValueError:  # another drive
+        return str(path)
+
+
+def _versions(runs: Mapping[str, Sequence[RunRecord]]) -> list[tuple[str, str]]:
+    found: dict[str, dict[str, None]] = {}
+    for run in (run for of_arm in runs.values() for run in of_arm):
+        for key, value in flatten(run.environment).items():
+            if value is not None:
+                name = key.removeprefix("packages.").replace("_", " ")
+                found.setdefault(name, {})[str(value)] = None
+    return [(name, " | ".join(values)) for name, values in found.items()]
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

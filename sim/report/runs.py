@@ -1,0 +1,277 @@
+"""Run and study folders read back: everything a report knows comes from these files."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fedkd.models import ModelSettings
+from sim.records import (
+    EXCHANGE_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    SETTINGS_FILE,
+    Row,
+    read_rows,
+)
+from sim.settings import SettingsError
+
+STUDY_FILE = "study.json"
+ENVIRONMENT_FILE = "environment.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run as its folder tells it.
+
+    Attributes:
+        folder: where it was read from.
+        arm: the name under which runs that differ only in their seed are averaged.
+        seed: pairs the runs of different arms.
+        settings: as resolved, plain values.
+        status: ``finished``; or ``interrupted``, which includes failed and still going on.
+        result: content of ``result.json``; empty if there is none.
+        federation: the federation's row of each round.
+        clients: the clients' rows of each round.
+        server: rows of the server's model, where there is one.
+        bytes_up, bytes_down: totals over the run for each client; 0 for a client that took no
+            part.
+        environment: content of ``environment.json``; empty if there is none.
+    """
+
+    folder: Path
+    arm: str
+    seed: int
+    settings: Mapping[str, Any]
+    status: str
+    result: Mapping[str, Any]
+    federation: tuple[Row, ...]
+    clients: tuple[Row, ...]
+    server: tuple[Row, ...]
+    bytes_up: Mapping[int, int]
+    bytes_down: Mapping[int, int]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_clients(self) -> int:
+        """Registered clients, whether they took part or not."""
+        return max(len(self.bytes_up), 1)
+
+    @property
+    def last(self) -> Row:
+        """The federation's row of the last round that was judged; empty if none was."""
+        known = self.result.get("last")
+        if known:
+            return dict(known)
+        judged = [row for row in self.federation if number(row, "accuracy") is not None]
+        return judged[-1] if judged else {}
+
+    @property
+    def selected(self) -> Row:
+        """The federation's row of the round with the best mean validation accuracy.
+
+        The earliest of equals; empty if there is none. The test split has no say in it.
+        """
+        known = self.result.get("selected")
+        if known:
+            return dict(known)
+        best: Row = {}
+        highest = -math.inf
+        for row in self.federation:
+            value = number(row, "validation_accuracy")
+            if value is not None and value > highest:
+                best, highest = row, value
+        return best
+
+    @property
+    def last_clients(self) -> tuple[Row, ...]:
+        """The rows of the clients that were judged in the last judged round."""
+        return tuple(
+            row
+            for row in self.clients
+            if row["round"] == self.last.get("round") and number(row, "accuracy") is not None
+        )
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the rounds."""
+        total = number(self.result, "seconds")
+        if total is not None:
+            return total
+        spent = [value for row in self.federation if (value := number(row, "seconds")) is not None]
+        return sum(spent) if spent else None
+
+    @property
+    def model_labels(self) -> tuple[str, ...]:
+        """A short text for the architecture of each client."""
+        labels = [model_label(model) for model in self.settings["clients"]["models"]]
+        return tuple(labels[client % len(labels)] for client in range(self.num_clients))
+
+
+def number(row: Mapping[str, Any], key: str) -> float | None:
+    """Return a finite number of a row, or None where it is missing, null or not finite."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def model_label(model: Any) -> str:
+    """Name an entry of ``clients.models``: the model and the options that are not defaults."""
+    try:
+        return ModelSettings.model_validate(model).label
+    except ValidationError:
+        # A run of another version, or with a model of the user's own that is not installed here.
+        return json.dumps(model, ensure_ascii=False) if not isinstance(model, str) else model
+
+
+def load_run(folder: Path, arm: str | None = None) -> RunRecord:
+    """Read a run folder, finished or not.
+
+    Args:
+        folder: holds ``settings.yaml``, ``metrics.jsonl`` and ``exchange.jsonl``.
+        arm: by default the study's arm if the run is part of a study, else the strategy's name.
+
+    Raises:
+        SettingsError: names the folder, if it is not a run folder or a file in it is damaged.
+    """
+    settings = _read_settings(folder)
+    try:
+        seed = int(settings["seed"])
+        strategy = str(settings["strategy"]["name"])
+        count = int(settings["clients"]["count"])
+        models = settings["clients"]["models"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, SETTINGS_FILE, f"{type(error).__name__}: {error}") from None
+    if not isinstance(models, list) or not models:
+        raise _damaged(folder, SETTINGS_FILE, "clients.models must name models")
+    metrics = _read_jsonl(folder, METRICS_FILE, ("round", "scope"))
+    exchanged = _read_jsonl(folder, EXCHANGE_FILE, ("round", "client", "direction", "bytes"))
+    result = _read_json(folder, RESULT_FILE)
+    for key in ("last", "selected"):
+        if not isinstance(result.get(key, {}), dict):
+            raise _damaged(folder, RESULT_FILE, f"{key!r} is not a table")
+    totals = {direction: dict.fromkeys(range(count), 0) for direction in ("up", "down")}
+    for row in exchanged:
+        if row["direction"] not in totals:
+            raise _damaged(folder, EXCHANGE_FILE, f"direction {row['direction']!r}")
+        of_clients = totals[row["direction"]]
+        of_clients[row["client"]] = of_clients.get(row["client"], 0) + row["bytes"]
+    scopes = {
+        scope: tuple(row for row in metrics if row["scope"] == scope)
+        for scope in ("federation", "client", "server")
+    }
+    return RunRecord(
+        folder=folder,
+        arm=arm if arm is not None else _study_arm(folder) or strategy,
+        seed=seed,
+        settings=settings,
+        status="finished" if result.get("status") == "finished" else "interrupted",
+        result=result,
+        federation=scopes["federation"],
+        clients=scopes["client"],
+        server=scopes["server"],
+        bytes_up=totals["up"],
+        bytes_down=totals["down"],
+        environment=_read_json(folder, ENVIRONMENT_FILE),
+    )
+
+
+def load_study(folder: Path) -> dict[str, list[RunRecord]]:
+    """Read the runs of a study by arm, in the order of the study.
+
+    Raises:
+        SettingsError: names the folder, if it is not a study folder, a file in it is damaged, or
+            one of its runs is missing.
+    """
+    table = _read_json(folder, STUDY_FILE)
+    if not table:
+        raise SettingsError(f"{str(folder)!r} is not a study folder: it has no {STUDY_FILE}")
+    arms = table.get("arms")
+    if not isinstance(arms, dict) or not arms:
+        raise _damaged(folder, STUDY_FILE, "'arms' must be a table with at least one arm")
+    runs: dict[str, list[RunRecord]] = {}
+    for arm, paths in arms.items():
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise _damaged(folder, STUDY_FILE, f"arm {arm!r} must be a list of run folders")
+        for path in paths:
+            if not (folder / path).resolve().is_relative_to(folder.resolve()):
+                raise _damaged(folder, STUDY_FILE, f"{path!r} lies outside the study")
+        runs[arm] = [load_run(folder / path, arm) for path in paths]
+    return runs
+
+
+def _study_arm(folder: Path) -> str | None:
+    """Return the arm under which the study two folders up lists this run."""
+    study = folder.resolve().parent.parent
+    try:
+        arms = _read_json(study, STUDY_FILE).get("arms")
+    except SettingsError:
+        # Somebody else's file is no reason to refuse a run that is whole.
+        return None
+    for arm, paths in arms.items() if isinstance(arms, dict) else ():
+        if isinstance(paths, list) and any(
+            isinstance(path, str) and (study / path).resolve() == folder.resolve() for path in paths
+        ):
+            return str(arm)
+    return None
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise SettingsError(
+            f"{str(folder)!r} is not a run folder: it has no {SETTINGS_FILE}"
+            + ("" if folder.is_dir() else " (no such folder)")
+        )
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _damaged(folder, SETTINGS_FILE, error) from None
+    if not isinstance(table, dict):
+        raise _damaged(folder, SETTINGS_FILE, "it is not a table")
+    return table
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a table; empty where there is no such file."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(folder, name, error) from None
+    if not isinstance(table, dict):
+        raise _damaged(folder, name, "it is not a table")
+    return table
+
+
+def _read_jsonl(folder: Path, name: str, keys: tuple[str, ...]) -> list[Row]:
+    path = folder / name
+    if not path.is_file():
+        raise SettingsError(f"{str(folder)!r} is not a run folder: it has no {name}")
+    try:
+        rows = read_rows(path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(folder, name, error) from None
+    texts = ("scope", "direction")
+    for row in rows:
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str if key in texts else int) for key in keys
+        ):
+            raise _damaged(folder, name, f"a row lacks {', '.join(keys)}")
+        if row.get("scope") == "client" and not isinstance(row.get("client"), int):
+            raise _damaged(folder, name, "a client's row lacks client")
+    return rows
+
+
+def _damaged(folder: Path, name: str, reason: object) -> SettingsError:
+    return SettingsError(
+        f"{name} in run or study folder {str(folder)!r} is damaged: {' '.join(str(reason).split())}"
+    )

@@ -1,0 +1,196 @@
+"""`compare`: arms x paired seeds, each a run; what is finished already is not run again."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sim.engine.ray_grid import RaySession, check_engine
+from sim.records import RESULT_FILE, Row, make_folder, to_json, write_text
+from sim.report import load_run, summary_rows, write_report
+from sim.report.runs import RunRecord
+from sim.rounds import Observer
+from sim.running import load_data, run
+from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table
+from strategies import STRATEGIES
+
+DEFAULT_ARMS = ("local", "one_way", "fedmd", "dml", "fedavg")
+
+STUDY_FILE = "study.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """What a study leaves behind.
+
+    Attributes:
+        folder: holds the arms' runs, ``study.json``, ``report.html`` and ``figures/``.
+        report: path of the report.
+        runs: the runs of each arm, by seed; the first arm is what the others are compared with.
+    """
+
+    folder: Path
+    report: Path
+    runs: Mapping[str, Sequence[RunRecord]]
+
+    def to_row(self) -> Row:
+        """Return the table as plain values."""
+        return {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "arms": summary_rows(self.runs),
+            "weights_sha256": {
+                arm: [record.result.get("weights_sha256") for record in records]
+                for arm, records in self.runs.items()
+            },
+        }
+
+
+def arm_settings(base: Settings, arms: Sequence[str] | None = None) -> dict[str, Settings]:
+    """Return each arm's settings, in the order asked for.
+
+    Args:
+        base: what the arms have in common; ``study.arms`` says in what they differ.
+        arms: names from ``study.arms``, or of strategies with their defaults; by default all of
+            ``study.arms``, or a standard set where there are none.
+
+    Raises:
+        SettingsError: an unknown arm, or one whose settings cannot work.
+    """
+    table = base.to_table()
+    del table["study"]
+    known: dict[str, Mapping[str, Any]] = dict(base.study.arms)
+    chosen = list(arms or known or DEFAULT_ARMS)
+    resolved: dict[str, Settings] = {}
+    for name in chosen:
+        if name in known:
+            patch = known[name]
+        elif name in STRATEGIES:
+            patch = {"strategy": {"name": name}}
+        else:
+            names = [*known, *(strategy for strategy in STRATEGIES if strategy not in known)]
+            raise SettingsError(
+                f"unknown arm {name!r}; known: {', '.join(names)}{nearest(name, names)}"
+            )
+        try:
+            resolved[name] = settings_from_table(merge_tables(table, patch))
+        except SettingsError as error:
+            raise SettingsError(f"study.arms.{name}: {error}") from None
+    return resolved
+
+
+def compare(
+    settings: Settings | None = None,
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: int | None = None,
+    observer_of: Callable[[str, int], Sequence[Observer]] | None = None,
+) -> StudyResult:
+    """Run every arm with every seed and report on them.
+
+    Seeds are paired: with one seed, all arms have the same split and the same initial weights
+    for each client, so that differences between arms are differences of the algorithms.
+
+    Args:
+        settings: common settings and ``study``.
+        arms: which arms, in the order of the table; the first is the reference.
+        seeds: how many seeds, from ``settings.seed`` on; ``study.seeds`` by default.
+        observer_of: returns who is told about the run of an arm and a seed; called for runs
+            that are started, not for those that are finished already.
+
+    Returns:
+        The runs and the path of the report.
+
+    Raises:
+        SettingsError: before anything runs, names the setting that cannot work.
+        KeyboardInterrupt: finished runs stay and are not repeated by the next call.
+    """
+    settings = settings or Settings()
+    count = seeds if seeds is not None else settings.study.seeds
+    if count < 1:
+        raise SettingsError(f"seeds must be >= 1, got {count}")
+    by_arm = arm_settings(settings, arms)
+    check_engine(settings.engine)
+    folder = make_folder(settings.output, settings.output / settings.name)
+    plan = {
+        arm: [of_arm.model_copy(update={"seed": settings.seed + offset}) for offset in range(count)]
+        for arm, of_arm in by_arm.items()
+    }
+    folders = {
+        arm: [folder / arm / f"seed-{of_run.seed}-{fingerprint(of_run)}" for of_run in of_arm]
+        for arm, of_arm in plan.items()
+    }
+    unfinished = [
+        (arm, of_run, run_folder)
+        # Seed by seed, so that a study that is cut short has whole pairs.
+        for offset in range(count)
+        for arm in plan
+        for of_run, run_folder in [(plan[arm][offset], folders[arm][offset])]
+        if not is_finished(run_folder)
+    ]
+    _run_all(unfinished, observer_of)
+    table = {
+        "name": settings.name,
+        "arms": {
+            arm: [str(run_folder.relative_to(folder)) for run_folder in of_arm]
+            for arm, of_arm in folders.items()
+        },
+    }
+    write_text(folder / STUDY_FILE, to_json(table, indent=2) + "\n")
+    runs = {
+        arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
+    }
+    report = write_report(runs, folder, title=settings.name)
+    return StudyResult(folder=folder, report=report, runs=runs)
+
+
+def _run_all(
+    runs: Sequence[tuple[str, Settings, Path]],
+    observer_of: Callable[[str, int], Sequence[Observer]] | None,
+) -> None:
+    # What cannot work should fail before the first run, not before the last.
+    checked: set[str] = set()
+    for _, settings, _ in runs:
+        key = fingerprint(settings.model_copy(update={"seed": 0}))
+        if key not in checked:
+            load_data(settings)
+            checked.add(key)
+    session: RaySession | None = None
+    try:
+        for arm, settings, folder in runs:
+            if settings.engine.backend == "ray" and session is None:
+                session = RaySession(settings.engine)
+            if folder.exists():
+                # An unfinished run of exactly these settings: nothing in it is worth keeping.
+                shutil.rmtree(folder)
+            make_folder(settings.output, folder)
+            run(
+                settings,
+                folder=folder,
+                observers=observer_of(arm, settings.seed) if observer_of is not None else (),
+                session=session,
+            )
+    finally:
+        if session is not None:
+            session.close()
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a run folder holds a finished run."""
+    try:
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return isinstance(result, dict) and result.get("status") == "finished"
+
+
+def fingerprint(settings: Settings) -> str:
+    """Return eight hexadecimal digits that change with every setting that changes numbers."""
+    table = settings.to_table()
+    for key in ("name", "output", "study", "engine"):
+        del table[key]
+    text = json.dumps(table, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

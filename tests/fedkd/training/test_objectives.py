@@ -1,0 +1,148 @@
+"""Objectives: which terms, with which weights, and where no gradient goes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedkd.training import Batch, Outputs, distilled, supervised, supervised_public
+from fedkd.training.objectives import total
+
+
+def logits(*shape, seed=0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.requires_grad_()
+
+
+@pytest.fixture
+def outputs():
+    return Outputs(private=logits(4, 3), public=logits(5, 3, seed=1))
+
+
+@pytest.fixture
+def batch():
+    return Batch(
+        labels=torch.tensor([0, 2, 1, 1]),
+        targets=F.softmax(logits(5, 3, seed=2).detach(), -1),
+        public_labels=torch.tensor([1, 1, 0, 2, 2]),
+    )
+
+
+def test_supervised_is_the_mean_cross_entropy_of_private_rows(outputs, batch):
+    log_p = F.log_softmax(outputs.private, -1)
+    by_hand = -sum(log_p[row, label] for row, label in enumerate([0, 2, 1, 1])) / 4
+    assert supervised(outputs, batch)["ce"].item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert supervised(outputs, batch, weight=0.5)["ce"].item() == pytest.approx(
+        by_hand.item() / 2, rel=1e-6
+    )
+
+
+def test_supervised_public_looks_at_public_labels_only(outputs, batch):
+    losses = supervised_public(outputs, batch)
+    assert list(losses) == ["ce_public"]
+    expected = F.cross_entropy(outputs.public, batch.public_labels)
+    assert torch.equal(losses["ce_public"], expected)
+
+
+def test_distilled_weights_its_two_terms(outputs, batch):
+    losses = distilled(outputs, batch, temperature=2.0, ce_weight=0.25, kd_weight=3.0)
+    divergence = F.kl_div(
+        F.log_softmax(outputs.public / 2, -1), batch.targets, reduction="batchmean"
+    )
+    assert losses["ce"].item() == pytest.approx(
+        0.25 * F.cross_entropy(outputs.private, batch.labels).item(), rel=1e-6
+    )
+    assert losses["kd"].item() == pytest.approx(3 * 4 * divergence.item(), rel=1e-5)
+    assert total(losses).item() == pytest.approx(sum(loss.item() for loss in losses.values()))
+
+
+def test_the_square_of_the_temperature_can_be_left_out(outputs, batch):
+    scaled, plain = (
+        distilled(outputs, batch, temperature=3.0, scale_by_t2=scale)["kd"].item()
+        for scale in (True, False)
+    )
+    assert scaled == pytest.approx(9 * plain, rel=1e-6)
+
+
+def test_logit_targets_are_softened_with_the_temperature(outputs, batch):
+    scores = logits(5, 3, seed=3).detach()
+    softened = batch._replace(targets=F.softmax(scores / 2.5, -1))
+    from_logits = distilled(
+        outputs, batch._replace(targets=scores), temperature=2.5, targets_are_logits=True
+    )
+    from_probabilities = distilled(outputs, softened, temperature=2.5)
+    assert torch.equal(from_logits["kd"], from_probabilities["kd"])
+
+
+def test_unsure_rows_do_not_count_and_the_mean_is_over_the_rows_that_stay(outputs, batch):
+    targets = torch.tensor(
+        [[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [0.1, 0.8, 0.1], [0.5, 0.5, 0.0], [0.34, 0.33, 0.33]]
+    )
+    kept = [0, 2]
+    masked = distilled(
+        outputs, batch._replace(targets=targets), temperature=1.0, confidence_threshold=0.8
+    )
+    only = distilled(
+        outputs._replace(public=outputs.public[kept]),
+        batch._replace(targets=targets[kept]),
+        temperature=1.0,
+    )
+    assert masked["kd"].item() == pytest.approx(only["kd"].item(), rel=1e-6)
+
+
+def test_no_row_sure_enough_costs_nothing(outputs, batch):
+    loss = distilled(outputs, batch, temperature=1.0, confidence_threshold=0.9999)["kd"]
+    loss.backward()
+    assert loss.item() == 0
+    assert outputs.public.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("are_logits", [False, True])
+def test_no_gradient_reaches_the_targets(outputs, batch, are_logits):
+    targets = batch.targets.clone().requires_grad_()
+    losses = distilled(
+        outputs, batch._replace(targets=targets), temperature=2.0, targets_are_logits=are_logits
+    )
+    total(losses).backward()
+    assert outputs.public.grad.abs().max() > 0
+    assert outputs.private.grad.abs().max() > 0
+    assert targets.grad is None or targets.grad.abs().max() == 0
+
+
+def test_each_term_sends_its_gradient_to_its_own_rows(outputs, batch):
+    distilled(outputs, batch, temperature=1.0)["ce"].backward()
+    assert outputs.private.grad.abs().max() > 0
+    assert outputs.public.grad is None
+
+
+def test_a_step_of_one_kind_of_rows_has_one_term(outputs, batch):
+    assert list(distilled(outputs._replace(public=None), batch, temperature=1.0)) == ["ce"]
+    assert list(distilled(outputs._replace(private=None), batch, temperature=1.0)) == ["kd"]
+
+
+def test_ce_weight_zero_makes_labels_irrelevant(outputs, batch):
+    permuted = batch._replace(labels=batch.labels.flip(0))
+    gradients = []
+    for labels in (batch, permuted):
+        losses = distilled(outputs, labels, temperature=1.0, ce_weight=0.0)
+        gradients.append(torch.autograd.grad(total(losses), [*outputs]))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_teacher_that_agrees_leaves_nothing_to_learn(outputs, batch):
+    targets = F.softmax(outputs.public.detach() / 2, -1)
+    loss = distilled(outputs, batch._replace(targets=targets), temperature=2.0)["kd"]
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert outputs.public.grad.abs().max().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_missing_rows_or_labels_are_named(outputs, batch):
+    with pytest.raises(ValueError, match="needs private rows with labels"):
+        supervised(outputs, batch._replace(labels=None))
+    with pytest.raises(ValueError, match="needs private rows with labels"):
+        supervised(outputs._replace(private=None), batch)
+    with pytest.raises(ValueError, match=r"data\.public\.labelled: true"):
+        supervised_public(outputs, batch._replace(public_labels=None))
+    with pytest.raises(ValueError, match=r"temperature must be > 0, got 0\.0"):
+        distilled(outputs, batch, temperature=0.0)

@@ -1,0 +1,172 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from scipy import stats
+
+from sim.report.figures import (
+    FIGURES,
+    PALETTE,
+    accuracy_by_client,
+    accuracy_by_exchange,
+    accuracy_by_round,
+    band_note,
+    curve_of,
+    draw_figures,
+    targets_by_round,
+    to_png,
+)
+
+EXCHANGED = {"target_entropy": 1.5, "peer_disagreement": 0.25}
+
+
+def seeds(make_run, count, **options):
+    return [
+        make_run(seed=seed, accuracies=(0.5 + seed / 10, 0.6 + seed / 10), **options)
+        for seed in range(count)
+    ]
+
+
+def texts(figure):
+    return " ".join(axes.get_title(loc="left") for axes in figure.axes)
+
+
+def legend(figure):
+    return [text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()]
+
+
+def is_png(content):
+    image = imread(io.BytesIO(content), format="png")
+    # Something other than the white background is drawn.
+    return image.shape[1] > 300 and image.min() < 0.9
+
+
+def test_three_seeds_have_a_t_interval(make_run):
+    curve = curve_of(seeds(make_run, 3), "accuracy")
+    half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    assert curve.rounds.tolist() == [1, 2]
+    assert curve.mean == pytest.approx([0.6, 0.7])
+    assert curve.high - curve.mean == pytest.approx([half, half])
+    assert "95 %" in band_note([curve])
+
+
+def test_two_seeds_have_their_values_as_band_and_one_seed_has_none(make_run):
+    two, one = (curve_of(seeds(make_run, count), "accuracy") for count in (2, 1))
+    assert two.low == pytest.approx([0.5, 0.6])
+    assert two.high == pytest.approx([0.6, 0.7])
+    assert "95 %" not in band_note([two])
+    assert one.low.tolist() == one.mean.tolist() == one.high.tolist()
+    assert band_note([one]) == "one seed"
+
+
+def test_a_curve_has_the_rounds_that_all_seeds_judged(make_run):
+    runs = [make_run(seed=0, accuracies=(0.1, 0.2, 0.3)), make_run(seed=1, accuracies=(0.1, 0.3))]
+    assert curve_of(runs, "accuracy").rounds.tolist() == [1, 2]
+    assert curve_of(runs, "server_accuracy") is None
+
+
+def test_arms_keep_their_colour_where_others_are_absent(make_run):
+    runs = {
+        "local": seeds(make_run, 1, silent=True, strategy="local"),
+        "dml": seeds(make_run, 1, federation=EXCHANGED),
+    }
+    by_round = accuracy_by_round(runs)
+    targets = targets_by_round(runs)
+    assert [line.get_color() for line in by_round.axes[0].lines] == list(PALETTE[:2])
+    assert [line.get_color() for line in targets.axes[0].lines] == [PALETTE[1]]
+    assert legend(by_round) == ["local", "dml"]
+    assert legend(targets) == ["dml"]
+
+
+def test_bytes_add_up_over_rounds_and_are_per_client(make_run):
+    (line,) = accuracy_by_exchange({"dml": seeds(make_run, 1)}).axes[0].lines
+    assert line.get_xdata().tolist() == [4.0, 8.0]  # kB: 1 up and 3 down a round
+    assert line.get_ydata() == pytest.approx([50.0, 60.0])
+
+
+def test_an_arm_without_exchange_is_a_dashed_line_at_its_last_round(make_run):
+    runs = {"local": seeds(make_run, 1, silent=True), "dml": seeds(make_run, 1)}
+    dashed, _ = accuracy_by_exchange(runs).axes[0].lines
+    assert dashed.get_ydata() == pytest.approx([60.0, 60.0])
+    assert dashed.get_linestyle() == "--"
+    assert accuracy_by_exchange({"local": runs["local"]}) is None
+
+
+def test_bytes_are_logarithmic_only_where_arms_are_far_apart(make_run):
+    heavy = {"bytes_up": 200_000}
+    near = {"a": seeds(make_run, 1), "b": seeds(make_run, 1)}
+    far = {"a": seeds(make_run, 1), "b": seeds(make_run, 1, federation=heavy)}
+    assert accuracy_by_exchange(near).axes[0].get_xscale() == "linear"
+    assert accuracy_by_exchange(far).axes[0].get_xscale() == "log"
+
+
+def test_every_client_of_every_seed_has_a_mark_with_its_model(make_run):
+    figure = accuracy_by_client({"dml": seeds(make_run, 3)})
+    marks = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    assert legend(figure) == ["mlp", "gru"]
+    assert marks[0].get_xdata() == pytest.approx([50.0, 60.0, 70.0])
+    assert marks[1].get_xdata() == pytest.approx([70.0, 80.0, 90.0])
+
+
+def test_panels_without_data_are_absent(make_run):
+    one_panel = {"dml": seeds(make_run, 1, federation={"peer_disagreement": 0.5})}
+    assert len(targets_by_round(one_panel).axes) == 1
+    assert targets_by_round({"local": seeds(make_run, 1)}) is None
+
+
+def test_titles_name_the_units(make_run):
+    for figure in draw_figures({"dml": seeds(make_run, 3, federation=EXCHANGED)}).values():
+        for axes in figure.axes:
+            assert "(%)" in axes.get_title(loc="left") or "(nats)" in axes.get_title(loc="left")
+
+
+def test_one_run_draws_every_figure_and_twice_the_same(make_run):
+    runs = {"dml": [make_run(accuracies=(0.5,), federation=EXCHANGED)]}
+    first = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
+    assert list(first) == list(FIGURES)
+    assert all(is_png(content) for content in first.values())
+    assert first == {name: to_png(figure) for name, figure in draw_figures(runs).items()}
+
+
+def test_nothing_measured_draws_nothing(make_run):
+    assert draw_figures({"dml": [make_run(accuracies=(), status=None)]}) == {}
+
+
+def test_names_are_neither_formulas_nor_hidden(make_run, coarse_figures):
+    run = make_run()
+    runs = {"a$x_1$": [run], "_hidden": [run], "w" * 64: [run]}
+    figure = draw_figures(runs)["accuracy_by_round"]
+    assert legend(figure)[:2] == ["a$x_1$", "_hidden"]
+    assert legend(figure)[2] == "w" * 17 + "…" + "w" * 17
+    assert is_png(to_png(figure))
+
+
+def test_long_names_that_differ_only_in_their_middle_stay_whole(make_run):
+    run = make_run()
+    names = [f"{'a' * 30}-{middle}-{'b' * 30}" for middle in ("x", "y")]
+    assert legend(accuracy_by_round({name: [run] for name in names})) == names
+
+
+def test_more_arms_than_colours_differ_in_their_lines(make_run):
+    run = make_run()
+    lines = accuracy_by_round({f"arm-{i}": [run] for i in range(20)}).axes[0].lines
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 20
+
+
+@settings(
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    accuracies=st.lists(st.none() | st.just(float("nan")) | st.floats(0, 1), max_size=3),
+    count=st.integers(1, 3),
+)
+def test_any_measured_values_can_be_drawn(make_run, coarse_figures, accuracies, count):
+    run = make_run(accuracies=(0.5,) * len(accuracies), status=None)
+    rows = [{**row, "accuracy": value} for row, value in zip(run.federation, accuracies)]  # noqa: B905
+    object.__setattr__(run, "federation", tuple(rows))
+    runs = {f"arm-{i}": [run] for i in range(count)}
+    for figure in draw_figures(runs).values():
+        assert is_png(to_png(figure))

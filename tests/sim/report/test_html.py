@@ -1,0 +1,267 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from sim.report import load_run, report_on, write_report
+from sim.report.html import group_by_arm, split_settings
+from sim.settings import SettingsError
+
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order and collects text, tags and attributes."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def study(make_run):
+    return {
+        "local": [
+            make_run(seed=s, accuracies=(0.4, 0.5 + s / 100), silent=True, strategy="local")
+            for s in range(3)
+        ],
+        "dml": [
+            make_run(seed=s, accuracies=(0.4, 0.6 + s / 50), federation={"peer_disagreement": 0.5})
+            for s in range(3)
+        ],
+    }
+
+
+def test_the_report_says_what_was_measured(make_run, tmp_path):
+    path = write_report(study(make_run), tmp_path / "new" / "place", title="digits")
+    page = page_of(path)
+    assert path == tmp_path / "new" / "place" / "report.html"
+    for text in (
+        "6 runs: 2 arms, 3 seeds (0, 1, 2)",
+        "51.0 ±2.5",
+        "Differences to local",
+        "+11.0 +8.5 to +13.5 0.003 3",
+        "strategy.name local dml",
+        "strategy.temperature.start – 4.0",  # noqa: RUF001
+        "clients.count 2",
+        "The test split never selects anything",
+        "torch",
+        "abababababab",
+    ):
+        assert text in page.text
+
+
+def test_the_report_is_one_file_that_asks_nothing_of_a_network(make_run, tmp_path):
+    path = write_report(study(make_run), tmp_path, title="t")
+    page = page_of(path)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    sources = [value for name, value in page.attributes if name in ("src", "href")]
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in re.sub(r"http-equiv", "", path.read_text(encoding="utf-8"))
+    assert "url(" not in path.read_text(encoding="utf-8")
+    embedded = {base64.b64decode(source.split(",")[1]) for source in sources}
+    assert embedded == {figure.read_bytes() for figure in (tmp_path / "figures").glob("*.png")}
+
+
+def test_names_cannot_smuggle_html(make_run, tmp_path):
+    evil = '<script>alert("x")</script>&'
+    runs = {evil: [make_run()], "b": [make_run()]}
+    path = write_report(runs, tmp_path, title=evil)
+    page = page_of(path)
+    assert "script" not in page.tags
+    assert page.text.count(evil) >= 4
+    assert "&lt;script&gt;" in path.read_text(encoding="utf-8")
+
+
+def test_one_run_is_reported_without_comparison(make_run, tmp_path):
+    page = page_of(write_report({"dml": [make_run()]}, tmp_path, title="t"))
+    assert "Differences" not in page.text
+    assert "±" not in page.text
+    assert "1 run: 1 arm, 1 seed (0)" in page.text
+    assert "All settings" in page.text
+    assert "open" in [name for name, _ in page.attributes]
+    assert "mlp 0 0 50.0" in page.text
+    assert "gru 0 1 70.0" in page.text
+
+
+def test_a_server_model_and_an_ensemble_appear_only_where_they_exist(make_run, tmp_path):
+    with_both = make_run(federation={"server_accuracy": 0.125, "ensemble_accuracy": 0.875})
+    page = page_of(write_report({"dml": [with_both]}, tmp_path / "a", title="t"))
+    assert "server model (%) ensemble (%)" in page.text
+    assert "12.5 87.5" in page.text
+    page = page_of(write_report({"dml": [make_run()]}, tmp_path / "b", title="t"))
+    assert "server model (%)" not in page.text
+
+
+def test_runs_that_measured_nothing_still_have_a_report(make_run, tmp_path):
+    nothing = make_run(accuracies=(), status=None)
+    broken = make_run(seed=1, accuracies=(float("nan"),), status="failed")
+    path = write_report({"dml": [nothing, broken]}, tmp_path, title="t")
+    page = page_of(path)
+    assert "dml (interrupted)" in page.text
+    assert "failed" in page.text
+    assert "nan" not in page.text.lower().split()
+    assert "img" not in page.tags
+
+
+def test_an_interrupted_run_is_listed_but_does_not_count(make_run, tmp_path):
+    runs = {"dml": [make_run(accuracies=(0.5, 0.9)), make_run(seed=1, status="interrupted")]}
+    page = page_of(write_report(runs, tmp_path, title="t"))
+    assert "1 (+1 interrupted)" in page.text
+    assert "90.0" in page.text
+
+
+def test_seeds_that_only_one_arm_has_are_not_paired(make_run, tmp_path):
+    runs = {
+        "a": [make_run(seed=s, accuracies=(0.5,)) for s in (0, 1, 2)],
+        "b": [make_run(seed=s, accuracies=(0.5 + s / 10,)) for s in (1, 2, 3)],
+        "c": [make_run(seed=9)],
+    }
+    page = page_of(write_report(runs, tmp_path, title="t"))
+    # Seeds 1 and 2: +10 and +20 points.
+    assert "mean client, last round b +15.0 -48.5 to +78.5 0.205 2" in page.text
+    assert "mean client, last round c – – – 0" in page.text  # noqa: RUF001
+
+
+def test_a_new_report_replaces_an_older_one_whole(make_run, tmp_path):
+    write_report(study(make_run), tmp_path, title="old")
+    assert (tmp_path / "figures" / "targets_by_round.png").exists()
+    write_report({"local": [make_run(silent=True)]}, tmp_path, title="new")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "accuracy_by_client.png",
+        "accuracy_by_round.png",
+    ]
+    assert [path.name for path in tmp_path.glob(".*partial")] == []
+
+
+def test_no_runs_make_no_report(tmp_path):
+    with pytest.raises(SettingsError, match="at least one run"):
+        write_report({"a": []}, tmp_path, title="t")
+    with pytest.raises(SettingsError, match="at least one run"):
+        report_on([])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_split_into_common_and_differing(make_run):
+    runs = {
+        "a": [make_run(settings={"rounds": 4}), make_run(settings={"rounds": 5})],
+        "b": [make_run(settings={"rounds": 4}, strategy="fedmd")],
+    }
+    differing, common = split_settings(runs)
+    assert ("rounds", ["4 | 5", "4"]) in differing
+    assert ("strategy.name", ["dml", "fedmd"]) in differing
+    assert ("clients.models", "mlp, gru") in common
+    keys = {key for key, _ in [*differing, *common]}
+    assert not keys & {"seed", "output", "name", "study.seeds"}
+
+
+def test_runs_that_may_not_be_averaged_become_arms_of_their_own(make_run):
+    plain = [make_run(seed=seed) for seed in (0, 1)]
+    longer = make_run(settings={"rounds": 7})
+    other = make_run(strategy="local")
+    again = make_run(seed=1)
+    assert group_by_arm([*plain, other]) == {"dml": plain, "local": [other]}
+    assert group_by_arm([*plain, longer]) == {"dml (rounds=2)": plain, "dml (rounds=7)": [longer]}
+    assert group_by_arm([*plain, again]) == {"dml": plain, "dml #2": [again]}
+
+
+def test_arms_are_named_after_the_shortest_ends_of_keys_that_are_unique(make_run):
+    clients = {"count": 2, "models": ["mlp"]}
+    runs = [
+        make_run(settings={"clients": {**clients, "optimizer": {"lr": rate, "name": name}}})
+        for rate, name in ((0.1, "adam"), (0.2, "sgd"))
+    ]
+    assert list(group_by_arm(runs)) == [
+        "dml (optimizer.name=adam, lr=0.1)",
+        "dml (optimizer.name=sgd, lr=0.2)",
+    ]
+
+
+def test_a_finished_run_comes_before_an_unfinished_one_of_its_seed(make_run):
+    killed, finished = make_run(status=None), make_run()
+    assert group_by_arm([killed, finished]) == {"dml": [finished], "dml #2": [killed]}
+
+
+def test_engines_do_not_split_an_arm(make_run):
+    runs = [make_run(), make_run(seed=1, settings={"engine": {"backend": "inline"}})]
+    assert list(group_by_arm(runs)) == ["dml"]
+
+
+def make_study(folder, run_folder):
+    arms = {
+        arm: [f"{arm}/seed-{seed}-{'0' * 8}" for seed in (0, 1)] for arm in ("control", "treated")
+    }
+    for paths in arms.values():
+        for seed, path in enumerate(paths):
+            run_folder(folder / path, seed=seed)
+    (folder / "study.json").write_text(json.dumps({"name": "s", "arms": arms}))
+    return folder
+
+
+def test_a_single_path_gets_its_report_inside(tmp_path, run_folder):
+    study_folder = make_study(tmp_path / "study", run_folder)
+    path = report_on([study_folder])
+    assert path == study_folder / "report.html"
+    assert "Differences to control" in page_of(path).text
+    single = run_folder(tmp_path / "single")
+    assert report_on([single, single]) == single / "report.html"
+
+
+def test_several_paths_get_a_report_beside_them(tmp_path, run_folder):
+    study_folder = make_study(tmp_path / "study", run_folder)
+    run = run_folder(tmp_path / "runs" / "x" / "one", strategy="fedmd")
+    path = report_on([study_folder, run])
+    assert path == tmp_path / "report" / "report.html"
+    page = page_of(path)
+    assert "5 runs: 3 arms" in page.text
+    assert "Differences to control" in page.text
+    assert report_on([run, study_folder], tmp_path / "here") == tmp_path / "here" / "report.html"
+    assert "Differences to fedmd" in page_of(tmp_path / "here" / "report.html").text
+
+
+def test_a_run_given_with_its_study_counts_once(tmp_path, run_folder):
+    study_folder = make_study(tmp_path / "study", run_folder)
+    run = study_folder / "treated" / f"seed-1-{'0' * 8}"
+    page = page_of(report_on([study_folder, run], tmp_path / "out"))
+    assert "4 runs: 2 arms" in page.text
+    assert load_run(run).arm == "treated"
+
+
+def test_a_path_that_is_neither_run_nor_study_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"neither a run folder.*settings\.yaml.*study\.json"):
+        report_on([tmp_path])
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot write to"):
+        write_report({"dml": [make_run()]}, tmp_path / "file", title="t")

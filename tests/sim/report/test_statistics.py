@@ -1,0 +1,177 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from sim.report.statistics import (
+    Difference,
+    Estimate,
+    compare_arms,
+    difference_by_seed,
+    estimate,
+    paired_difference,
+    summarize,
+    values_by_seed,
+)
+from sim.settings import SettingsError
+
+shares = st.floats(0, 1)
+
+
+def test_interval_matches_hand_computed_value():
+    # Mean 2, sample standard deviation 1, t(0.975, 2) = 4.302653, over sqrt(3): 2.484138.
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.low == pytest.approx(2 - 2.484138, abs=1e-6)
+    assert found.high == pytest.approx(2 + 2.484138, abs=1e-6)
+    assert found.half_width == pytest.approx(2.484138, abs=1e-6)
+
+
+def test_one_value_has_no_interval_and_none_no_mean():
+    assert estimate([0.25]) == Estimate(0.25, None, None, 1)
+    assert estimate([0.25]).half_width is None
+    assert estimate([]) is None
+
+
+def test_equal_values_have_an_interval_of_width_zero():
+    assert estimate([0.5, 0.5]) == Estimate(0.5, 0.5, 0.5, 2)
+
+
+@given(st.lists(shares, min_size=2, max_size=8).filter(lambda values: np.std(values) > 1e-6))
+def test_interval_agrees_with_scipy(values):
+    found = estimate(values)
+    low, high = stats.t.interval(
+        0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
+    )
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_paired_difference_matches_hand_computed_value():
+    # Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t = 2 sqrt(3) = 3.4641 with 2
+    # degrees of freedom, whose tails hold 1 - t / sqrt(t^2 + 2) = 0.0741799.
+    found = paired_difference([1.0, 1.0, 1.0], [2.0, 3.0, 4.0])
+    assert found.mean == 2.0
+    assert (found.low, found.high) == pytest.approx((-0.484138, 4.484138), abs=1e-6)
+    assert found.p_value == pytest.approx(0.0741799, abs=1e-6)
+    assert found.n == 3
+
+
+@given(
+    st.lists(st.tuples(shares, shares), min_size=2, max_size=8).filter(
+        lambda pairs: np.std([a - b for a, b in pairs]) > 1e-6
+    )
+)
+def test_paired_difference_agrees_with_scipy_and_changes_sign(pairs):
+    first, other = zip(*pairs, strict=True)
+    found = paired_difference(first, other)
+    expected = stats.ttest_rel(other, first)
+    interval = expected.confidence_interval(0.95)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert paired_difference(other, first).mean == pytest.approx(-found.mean)
+
+
+def test_pairing_sees_what_the_spread_over_seeds_hides():
+    first, other = [0.1, 0.5, 0.9], [0.12, 0.521, 0.919]
+    assert paired_difference(first, other).p_value < 0.01
+    assert stats.ttest_ind(first, other).pvalue > 0.9
+
+
+def test_one_pair_has_a_difference_but_no_interval():
+    assert paired_difference([0.5], [0.75]) == Difference(0.25, None, None, None, 1)
+
+
+def test_no_spread_warns_about_nothing_and_claims_no_certainty():
+    # 0.3 - 0.1 and 0.4 - 0.2 differ by rounding only.
+    found = paired_difference([0.1, 0.2], [0.3, 0.4])
+    assert found.p_value is None
+    assert found.low == found.high == found.mean == pytest.approx(0.2)
+    assert paired_difference([0.1, 0.2], [0.1, 0.2]) == Difference(0.0, 0.0, 0.0, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "text"),
+    [
+        ([], [], "got 0 and 0"),
+        ([1.0], [1.0, 2.0], "got 1 and 2"),
+        ([math.nan], [1.0], "finite"),
+        ([1.0], [math.inf], "finite"),
+    ],
+)
+def test_values_that_are_no_pairs_are_refused(first, other, text):
+    with pytest.raises(ValueError, match=text):
+        paired_difference(first, other)
+
+
+def test_only_shared_seeds_are_paired():
+    first, other = {0: 0.1, 1: 0.2, 2: 0.9}, {2: 1.0, 1: 0.4, 7: 0.0}
+    assert difference_by_seed(first, other).mean == pytest.approx(0.15)
+    assert difference_by_seed(first, other).n == 2
+    assert difference_by_seed(first, {7: 0.0}) is None
+
+
+def test_an_arm_is_averaged_over_its_seeds_at_both_rounds(make_run):
+    runs = [
+        make_run(seed=1, accuracies=(0.4, 0.6), validation=(0.9, 0.1)),
+        make_run(seed=0, accuracies=(0.5, 0.8), validation=(0.1, 0.9)),
+    ]
+    found = summarize("dml", runs)
+    assert found.seeds == (0, 1)
+    assert (found.last_rounds, found.selected_rounds) == ((2, 2), (2, 1))
+    assert found.last["accuracy"].mean == pytest.approx(0.7)
+    assert found.selected["accuracy"].mean == pytest.approx(0.6)
+    assert found.last["worst_accuracy"].mean == pytest.approx(0.6)
+    assert found.last["personal_accuracy"].mean == pytest.approx(0.75)
+    assert found.bytes_up.mean == 2000
+    assert found.bytes_down.mean == 6000
+    assert found.seconds == Estimate(7.5, 7.5, 7.5, 2)
+    assert "server_accuracy" not in found.last
+
+
+def test_a_seed_without_a_finite_value_is_left_out_of_that_measure_only(make_run):
+    runs = [
+        make_run(seed=0, federation={"server_accuracy": 0.5, "macro_recall": float("nan")}),
+        make_run(seed=1, federation={"server_accuracy": None, "macro_recall": 0.25}),
+    ]
+    found = summarize("dml", runs)
+    assert found.last["server_accuracy"] == Estimate(0.5, None, None, 1)
+    assert found.last["macro_recall"] == Estimate(0.25, None, None, 1)
+    assert found.last["accuracy"].n == 2
+
+
+def test_an_interrupted_run_does_not_pull_the_mean(make_run):
+    finished = make_run(seed=0, accuracies=(0.2, 0.8))
+    killed = make_run(seed=1, accuracies=(0.2,), status=None)
+    found = summarize("dml", [finished, killed])
+    assert (found.seeds, found.left_out, found.finished) == ((0,), 1, True)
+    assert found.last["accuracy"] == Estimate(0.8, None, None, 1)
+
+
+def test_an_arm_of_interrupted_runs_shows_how_far_it_got_and_is_not_compared(make_run):
+    killed = make_run(seed=0, accuracies=(0.2,), status="interrupted")
+    found = summarize("dml", [killed])
+    assert (found.finished, found.left_out) == (False, 0)
+    assert found.last["accuracy"].mean == 0.2
+    runs = {"local": [make_run(seed=0)], "dml": [killed]}
+    assert compare_arms(runs, "accuracy", "last") == {"dml": None}
+
+
+def test_arms_are_compared_with_the_first(make_run):
+    runs = {
+        "a": [make_run(seed=0, accuracies=(0.5,)), make_run(seed=1, accuracies=(0.6,))],
+        "b": [make_run(seed=1, accuracies=(0.9,)), make_run(seed=2, accuracies=(0.1,))],
+        "c": [make_run(seed=3)],
+    }
+    found = compare_arms(runs, "accuracy", "last")
+    assert list(found) == ["b", "c"]
+    assert found["b"].mean == pytest.approx(0.3)
+    assert found["b"].n == 1
+    assert found["c"] is None
+
+
+def test_two_runs_of_one_seed_in_an_arm_are_refused(make_run):
+    with pytest.raises(SettingsError, match=r"two runs with seed 4: .*run-1.*run-2"):
+        values_by_seed([make_run(seed=4), make_run(seed=4)], "accuracy", "last")

@@ -1,0 +1,85 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from sim.report import summary_rows, summary_table
+from sim.report.statistics import Difference, Estimate
+from sim.report.tables import p_text, percent
+
+
+def printed(runs, width):
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(summary_table(runs))
+    return console.file.getvalue()
+
+
+def study(make_run):
+    extra = {"server_accuracy": 0.5, "ensemble_accuracy": 0.75}
+    return {
+        "local": [make_run(seed=s, accuracies=(0.5 + s / 100,), silent=True) for s in range(3)],
+        "dml-with-a-cold-start": [
+            make_run(seed=s, accuracies=(0.6 + s / 50,), federation=extra) for s in range(3)
+        ],
+    }
+
+
+@pytest.mark.parametrize("width", [100, 120])
+def test_the_full_table_fits_a_terminal(make_run, width):
+    text = printed(study(make_run), width)
+    assert "…" not in text
+    line = next(line for line in text.splitlines() if line.startswith("local"))
+    # 0.50, 0.51, 0.52: t(0.975, 2) * 0.01 / sqrt(3) = 0.0248
+    for cell in ("51.0 ±2.5", "51.0", "41.0", "56.0", "0.0", "7.5"):
+        assert cell in line
+    for cell in ("62.0 ±5.0", "50.0", "75.0", "1.0", "3.0", "+11.0 ±2.5", "0.003"):
+        assert cell in text
+
+
+def test_one_run_has_no_comparison_and_no_interval(make_run):
+    text = printed({"dml": [make_run()]}, 100)
+    assert "60.0" in text
+    assert "±" not in text.splitlines()[4]
+    for column in ("minus", "server", "ensemble"):
+        assert column not in text
+
+
+def test_names_are_not_markup(make_run):
+    assert "[bold]x" in printed({"[bold]x": [make_run()]}, 120)
+
+
+def test_interrupted_runs_are_marked(make_run):
+    killed = make_run(seed=1, status=None)
+    assert "(interrupted)" in printed({"dml": [killed]}, 120)
+    assert "1 interrupted run(s) left out" in " ".join(
+        printed({"dml": [make_run(), killed]}, 120).split()
+    )
+
+
+def test_no_runs_make_an_empty_table():
+    assert summary_table({}).row_count == 0
+    assert summary_rows({"dml": []}) == []
+
+
+def test_rows_are_plain_values_with_none_for_what_is_missing(make_run):
+    first, other = summary_rows(study(make_run))
+    assert json.loads(json.dumps([first, other], allow_nan=False)) == [first, other]
+    assert first["accuracy"] == pytest.approx(0.51)
+    assert first["accuracy_high"] == pytest.approx(0.51 + 0.0248414, abs=1e-6)
+    assert first["server_accuracy"] is None
+    assert first["difference"] is None
+    assert other["accuracy_selected"] == pytest.approx(0.62)
+    assert other["difference"] == pytest.approx(0.11)
+    assert other["difference_pairs"] == 3
+    assert 0 < other["difference_p_value"] < 0.01
+    assert other["bytes_down_per_client"] == 3000
+    assert first.keys() == other.keys()
+
+
+def test_texts_of_numbers():
+    assert percent(Estimate(0.9126, None, None, 1)) == "91.3"
+    assert percent(Estimate(0.9126, 0.9026, 0.9226, 3)) == "91.3 ±1.0"
+    assert percent(Difference(-1e-5, None, None, None, 1), signed=True) == "+0.0"
+    assert p_text(Difference(0.1, 0.1, 0.1, 0.0004, 9)) == "<0.001"
+    assert p_text(Difference(0.1, 0.1, 0.1, None, 9)) == "–"  # noqa: RUF001

@@ -1,0 +1,162 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+from sim import cli
+from sim.records import read_rows
+
+Words = tuple[str, ...]
+Fedkd = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fedkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedkd:
+    """Call the command line in this process; return its exit code and both outputs."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_version_and_help_with_examples(fedkd: Fedkd) -> None:
+    code, out, _ = fedkd("--version")
+    assert (code, out) == (0, "fedkd 0.1.0\n")
+    for words in (["--help"], ["run", "--help"], ["compare", "--help"], ["data", "--help"]):
+        code, out, _ = fedkd(*words)
+        assert code == 0
+        assert "Examples" in out
+        assert "fedkd" in out
+
+
+BAD = {
+    "unknown key": (["run", "rouns=3"], "unknown setting 'rouns'; did you mean 'rounds'?"),
+    "wrong type": (["run", "rounds=many"], "rounds: must be a valid integer"),
+    "temperature 0": (["run", "strategy.temperature=0"], "strategy.temperature: must be > 0"),
+    "negative rounds": (["run", "rounds=-3"], "rounds: must be greater than or equal to 1"),
+    "participants": (["run", "clients.participants=99"], "clients.count (10), got 99"),
+    "gpus": (["run", "engine.gpus_per_worker=512"], "engine.gpus_per_worker must be at most"),
+    "strategy": (["run", "strategy.name=fedfd"], "unknown strategy 'fedfd'; known: dml, fedavg"),
+    "model": (["run", "clients.models=[lenett]"], "unknown model 'lenett'; known: mlp"),
+    "arm": (["compare", "--arms", "local,dmll"], "unknown arm 'dmll'; known: dml"),
+    "missing folder": (["run", "data.source=./no/such/folder"], "data.source"),
+    "missing config": (["run", "no.yaml"], "config 'no.yaml' does not exist"),
+    "two configs": (["run", "a.yaml", "b.yaml"], "at most one config file"),
+    "too many clients": (["run", "clients.count=5000"], "clients.count"),
+    "public too large": (["run", "data.public.size=5000"], "data.public.size"),
+    "no such run": (["report", "nowhere"], "nowhere"),
+    "custom model": (["run", "clients.models=['nowhere:net']"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    fedkd: Fedkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, complaint = BAD[mistake]
+    started: list[object] = []
+    monkeypatch.setattr(ray, "init", lambda *_, **__: started.append(1))
+    code, out, err = fedkd(*words)
+    assert code == 2, err
+    assert complaint in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in out + err
+    assert not started, "Ray must not start before the mistake is found"
+
+
+def test_a_folder_without_labels_is_named(fedkd: Fedkd, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"picture": [1, 2]}), tmp_path / "train-0.parquet")
+    code, _, err = fedkd("run", f"data.source={tmp_path}")
+    assert code == 2
+    assert "label" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_unwritable_output_is_named(fedkd: Fedkd, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    code, _, err = fedkd("run", f"output={in_the_way}/runs", "engine.backend=inline")
+    assert code == 2
+    assert "output" in err
+
+
+def test_run_prints_a_table_and_leaves_a_report(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words
+) -> None:
+    code, out, err = fedkd("run", *small_words, f"output={tmp_path}")
+    assert (code, err) == (0, "")
+    assert "mean client accuracy" in out
+    report = Path(out.split("report ")[1].strip().replace("\n", ""))
+    assert report.name == "report.html"
+    assert report.is_file()
+
+
+def test_json_is_one_object_and_nothing_else(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words
+) -> None:
+    code, out, err = fedkd("run", *small_words, f"output={tmp_path}", "--json")
+    assert (code, err) == (0, "")
+    row = json.loads(out)
+    assert len(row["weights_sha256"]) == 64
+    assert row["status"] == "finished"
+
+
+def test_quiet_prints_nothing(fedkd: Fedkd, tmp_path: Path, small_words: Words) -> None:
+    assert fedkd("run", *small_words, f"output={tmp_path}", "--quiet") == (0, "", "")
+
+
+def test_data_shows_the_split_and_draws_it(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words
+) -> None:
+    code, out, _ = fedkd("data", *small_words, f"output={tmp_path}", "--json")
+    assert code == 0
+    shown = json.loads(out)
+    assert sum(client["rows"] for client in shown["clients"]) == shown["sizes"]["private"]
+    assert Path(shown["figure"]).read_bytes().startswith(b"\x89PNG")
+    code, out, _ = fedkd("data", *small_words, f"output={tmp_path}")
+    assert code == 0
+    assert "figure" in out
+
+
+def test_ctrl_c_exits_with_130_and_leaves_a_readable_folder(
+    tmp_path: Path, small_words: Words
+) -> None:
+    words = [*small_words, "rounds=500", f"output={tmp_path}", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedkd", "run", *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob("*/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while time.monotonic() < deadline:
+        (metrics,) = tmp_path.glob("*/*/metrics.jsonl")
+        if metrics.stat().st_size:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert read_rows(metrics)[0]["round"] == 1
+    assert json.loads((metrics.parent / "result.json").read_text())["status"] == "interrupted"

@@ -1,0 +1,250 @@
+"""The round loop: who is left out, when it stops, what it writes down, which round it selects."""
+
+import numpy as np
+import pytest
+
+from sim.rounds import History, QuorumError, node_ids, selected_round, summary
+from strategies.knowledge import Predictions
+
+# -- replies that are left out -----------------------------------------------------------------
+
+
+def test_a_bad_reply_is_named_in_an_event(tiny_settings, tiny_data, simulate, listening_grid, lose):
+    settings, data = tiny_settings(), tiny_data()
+    run = simulate(settings, data, listening_grid(settings, data, lose([2], "spoilt")))
+    assert run.events == [
+        {
+            "round": 1,
+            "client": 2,
+            "event": "rejected",
+            "reason": "NaN or infinity among the scores",
+        }
+    ]
+    assert [row["replies"] for row in run.history.federation] == [3, 4, 4]
+    assert [row["participants"] for row in run.history.federation] == [4, 4, 4]
+
+
+def test_a_lost_reply_is_named_with_the_client_s_own_words(
+    tiny_settings, tiny_data, simulate, listening_grid, lose
+):
+    settings, data = tiny_settings(), tiny_data()
+    run = simulate(settings, data, listening_grid(settings, data, lose([1])))
+    (event,) = run.events
+    assert (event["round"], event["client"], event["event"]) == (1, 1, "rejected")
+    assert "OSError: client 1 is gone" in event["reason"]
+
+
+@pytest.mark.parametrize("strategy", ["dml", "fedavg", "fedmd"])
+def test_a_rejected_upload_counts_no_more_than_a_lost_one(
+    tiny_settings, tiny_data, simulate, listening_grid, lose, same_tables, strategy
+):
+    settings, data = tiny_settings(strategy), tiny_data()
+    runs = []
+    for how in ("spoilt", "lost"):
+        grid = listening_grid(settings, data, lose([2], how))
+        runs.append((simulate(settings, data, grid), grid))
+    (rejected, spoilt_grid), (lost, lost_grid) = runs
+    assert rejected.digest == lost.digest
+    for one, other in zip(spoilt_grid.sent["train"], lost_grid.sent["train"], strict=True):
+        assert same_tables(one, other)
+    untouched = simulate(settings, data)
+    assert rejected.digest != untouched.digest
+
+
+@pytest.fixture
+def same_tables():
+    """Tell whether two exchanges sent the same knowledge to the same clients, bit for bit."""
+
+    def bits(knowledge):
+        if knowledge is None:
+            return None
+        if isinstance(knowledge, Predictions):
+            return knowledge.kind, knowledge.values.tobytes(), knowledge.temperature
+        return [(name, array.tobytes()) for name, array in knowledge.arrays.items()]
+
+    def compare(one, other):
+        return {client: bits(k) for client, k in one.items()} == {
+            client: bits(k) for client, k in other.items()
+        }
+
+    return compare
+
+
+def test_bytes_of_a_rejected_upload_are_counted_they_were_sent(
+    tiny_settings, tiny_data, simulate, listening_grid, lose
+):
+    settings, data = tiny_settings(rounds=1), tiny_data()
+    for how, clients in (("spoilt", [0, 1, 2, 3]), ("lost", [0, 1, 3])):
+        run = simulate(settings, data, listening_grid(settings, data, lose([2], how)))
+        assert [row["client"] for row in run.exchange if row["direction"] == "up"] == clients
+
+
+def test_a_client_that_cannot_be_judged_is_named_and_left_out_of_the_mean(
+    tiny_settings, tiny_data, simulate, listening_grid, lose
+):
+    settings, data = tiny_settings(rounds=1), tiny_data()
+    run = simulate(settings, data, listening_grid(settings, data, lose([3], phase="evaluate")))
+    (event,) = run.events
+    assert (event["client"], event["event"]) == (3, "evaluation failed")
+    assert sorted(run.history.clients) == [0, 1, 2]
+    accuracies = [rows[0]["accuracy"] for rows in run.history.clients.values()]
+    assert run.history.federation[0]["accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+# -- quorum ------------------------------------------------------------------------------------
+
+
+def test_too_few_usable_answers_stop_the_run_and_say_why(
+    tiny_settings, tiny_data, simulate, listening_grid, lose
+):
+    settings = tiny_settings(engine={"backend": "inline", "quorum": 0.75})
+    data = tiny_data()
+    with pytest.raises(QuorumError) as stopped:
+        simulate(settings, data, listening_grid(settings, data, lose([1, 3])))
+    assert str(stopped.value) == (
+        "round 1: 2 of 4 clients gave a usable answer, engine.quorum = 0.75 asks for more "
+        "(client 1: OSError: client 1 is gone; client 3: OSError: client 3 is gone)"
+    )
+
+
+def test_rejected_uploads_are_not_usable_answers(
+    tiny_settings, tiny_data, simulate, listening_grid, lose
+):
+    settings, data = tiny_settings(), tiny_data()
+    with pytest.raises(
+        QuorumError, match=r"round 1: 0 of 4 .*\(client 0: NaN or infinity among the scores; .*"
+    ):
+        simulate(settings, data, listening_grid(settings, data, lose([0, 1, 2, 3], "spoilt")))
+
+
+@pytest.mark.parametrize(
+    ("quorum", "lost", "stops"),
+    [
+        (0.5, [1, 3], False),  # exactly half is enough
+        (0.5, [0, 1, 3], True),
+        (1.0, [1], True),
+        (0.0, [0, 1, 2, 3], False),
+    ],
+)
+def test_quorum_is_a_fraction_of_those_who_were_asked(
+    tiny_settings, tiny_data, simulate, listening_grid, lose, quorum, lost, stops
+):
+    settings = tiny_settings(rounds=2, engine={"backend": "inline", "quorum": quorum})
+    data = tiny_data()
+    grid = listening_grid(settings, data, lose(lost))
+    if stops:
+        with pytest.raises(QuorumError):
+            simulate(settings, data, grid)
+    else:
+        assert len(simulate(settings, data, grid).history.federation) == 2
+
+
+# -- what is written down ----------------------------------------------------------------------
+
+
+def test_rows_of_a_round(tiny_settings, tiny_data, simulate):
+    options = {"direction": "server_to_clients"}
+    run = simulate(tiny_settings("one_way", options=options, rounds=2), tiny_data())
+    scopes = [(row["round"], row["scope"], row.get("client")) for row in run.metrics]
+    assert scopes == [
+        (number, scope, client)
+        for number in (1, 2)
+        for scope, client in [
+            ("federation", None),
+            *(("client", client) for client in range(4)),
+            ("server", None),
+        ]
+    ]
+    client = run.metrics[1]
+    assert {"accuracy", "personal_accuracy", "macro_recall", "loss/ce", "seconds"} <= client.keys()
+    last = run.history.federation[-1]
+    of_clients = [row for row in run.metrics if row["scope"] == "client" and row["round"] == 2]
+    for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
+        assert last[name] == pytest.approx(np.mean([row[name] for row in of_clients]))
+    assert last["worst_accuracy"] == min(row["accuracy"] for row in of_clients)
+
+
+def test_bytes_of_a_round_are_those_of_its_messages(tiny_settings, tiny_data, simulate):
+    run = simulate(tiny_settings(exchange={"rows_per_round": 6}), tiny_data())
+    payload = 6 * 3 * 4
+    assert [row["bytes_up"] for row in run.history.federation] == [4 * payload] * 3
+    # Nobody receives anything before the first aggregate.
+    assert [row["bytes_down"] for row in run.history.federation] == [0, 4 * payload, 4 * payload]
+    assert run.history.bytes_up == dict.fromkeys(range(4), 3 * payload)
+    assert run.history.bytes_down == dict.fromkeys(range(4), 2 * payload)
+    assert run.exchange[0] == {
+        "round": 1,
+        "client": 0,
+        "direction": "up",
+        "kind": "logits",
+        "bytes": payload,
+    }
+
+
+def test_models_are_judged_every_so_many_rounds_and_at_the_end(tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    often = simulate(tiny_settings(rounds=5), data)
+    seldom = simulate(tiny_settings(rounds=5, evaluation={"every": 2}), data)
+    judged = [row["round"] for row in seldom.history.federation if "accuracy" in row]
+    assert judged == [2, 4, 5]
+    # Looking changes nothing.
+    assert seldom.digest == often.digest
+    for number in judged:
+        one, other = (run.history.federation[number - 1]["accuracy"] for run in (often, seldom))
+        assert one == other
+
+
+def test_ensemble_is_the_mean_of_the_clients_probabilities(
+    tiny_settings, tiny_data, simulate, listening_grid
+):
+    settings, data = tiny_settings(rounds=2), tiny_data()
+    grid = listening_grid(settings, data)
+    run = simulate(settings, data, grid)
+    tables = [
+        reply.content.array_records["test"]["probabilities"].numpy()
+        for reply in grid.replies["evaluate"][-1].values()
+    ]
+    classes = np.mean(np.stack(tables).astype(np.float64), axis=0).argmax(-1)
+    expected = (classes == data.test_labels).mean()
+    assert run.history.federation[-1]["ensemble_accuracy"] == pytest.approx(expected)
+
+
+def test_the_inline_grid_s_nodes_are_the_partitions(tiny_settings, tiny_data, listening_grid):
+    grid = listening_grid(tiny_settings(), tiny_data())
+    assert node_ids(grid, 4) == {0: 2, 1: 3, 2: 4, 3: 5}
+
+
+# -- selection ---------------------------------------------------------------------------------
+
+
+def judged(number, validation, accuracy):
+    return {"round": number, "validation_accuracy": validation, "accuracy": accuracy}
+
+
+def test_validation_selects_the_round_and_the_test_split_has_no_say():
+    history = History(federation=[judged(1, 0.5, 0.9), judged(2, 0.8, 0.4), judged(3, 0.7, 0.99)])
+    assert selected_round(history)["round"] == 2
+
+
+def test_the_earliest_of_equals_is_selected():
+    history = History(federation=[judged(1, 0.1, 0.1), judged(2, 0.8, 0.2), judged(3, 0.8, 0.9)])
+    assert selected_round(history)["round"] == 2
+
+
+def test_rounds_that_were_not_judged_cannot_be_selected():
+    history = History(federation=[{"round": 1}, judged(2, 0.1, 0.1), {"round": 3}])
+    assert selected_round(history)["round"] == 2
+    assert selected_round(History(federation=[{"round": 1}])) == {}
+    assert selected_round(History()) == {}
+
+
+def test_a_summary_shows_the_last_and_the_selected_round():
+    history = History(
+        federation=[judged(1, 0.9, 0.5), judged(2, 0.8, 0.6), {"round": 3}],
+        clients={1: [{"accuracy": 0.3}], 0: [{"accuracy": 0.1}, {"accuracy": 0.2}]},
+        bytes_up={1: 20, 0: 10},
+    )
+    shown = summary(history)
+    assert (shown["last"]["round"], shown["selected"]["round"]) == (2, 1)
+    assert [row["accuracy"] for row in shown["clients"]] == [0.2, 0.3]
+    assert (shown["bytes_up"], shown["bytes_down"], shown["server"]) == ([10, 20], [], None)

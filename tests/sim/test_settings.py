@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+
+from sim.settings import Settings, SettingsError, load_settings, merge_tables, settings_from_table
+from strategies import STRATEGIES
+
+BAD = {
+    "rouns=3": "unknown setting 'rouns'; did you mean 'rounds'?",
+    "data.partition.alpa=1": "unknown setting 'data.partition.alpa'; did you mean 'alpha'?",
+    "strategy.temperatur=1": "unknown setting 'strategy.temperatur'; did you mean 'temperature'?",
+    "rounds=abc": "rounds: must be a valid integer",
+    "rounds=-1": "rounds: must be greater than or equal to 1, got -1",
+    "clients=3": "clients: must be a valid dictionary",
+    "strategy.temperature=0": "strategy.temperature: must be > 0, got 0.0",
+    "strategy.temperature={kind: cosine, start: 4, end: 0}": "strategy.temperature: must be > 0",
+    "strategy.kd_weight=-1": "strategy.kd_weight: must be >= 0, got -1.0",
+    "strategy.name=fedfd": "unknown strategy 'fedfd'; known: dml, fedavg, fedmd, local, one_way",
+    "clients.models=[mlq]": "unknown model 'mlq'; known: mlp, cnn",
+    "clients.models=[]": "clients.models: need at least one model",
+    "clients.participants=20": "participants must be at most clients.count (10), got 20",
+    "clients.participation=1.5": "clients.participation: must be less than or equal to 1, got 1.5",
+    "clients.optimizer.lr=.nan": "clients.optimizer.lr",
+    "exchange.rows_per_round=600": "exchange.rows_per_round must be at most data.public.size (500)",
+    "name=../elsewhere": "name must be 1 to 64 letters",
+    "name=..": "name must be 1 to 64 letters",
+    "engine.backend=spark": "engine.backend: must be 'ray' or 'inline', got 'spark'",
+    "seed=-1": "seed: must be greater than or equal to 0, got -1",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_a_setting_that_cannot_work_is_one_line_that_names_it(override: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(None, [override])
+    assert BAD[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["rounds", "=3"])
+def test_overrides_are_written_key_value(text: str) -> None:
+    with pytest.raises(SettingsError, match="key=value"):
+        load_settings(None, [text])
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("rounds: 3\nseed: 5\nname: from-${seed}\n")
+    settings = load_settings(config, ["seed=6"])
+    assert (settings.rounds, settings.seed, settings.name) == (3, 6, "from-6")
+    assert settings.clients.count == Settings().clients.count
+
+
+def test_naming_another_strategy_drops_the_old_one_s_settings(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("strategy: {name: dml, temperature: 2.0}\n")
+    assert load_settings(config, ["strategy.name=local"]).strategy.name == "local"
+    assert load_settings(config, ["strategy=fedmd"]).strategy.name == "fedmd"
+
+
+def test_another_kind_of_schedule_replaces_the_old_one_whole() -> None:
+    table = {"strategy": {"name": "dml", "temperature": {"kind": "constant", "value": 2.0}}}
+    patch = {"strategy": {"temperature": {"kind": "linear", "start": 3, "end": 1}}}
+    merged = merge_tables(table, patch)
+    assert merged["strategy"]["temperature"] == {"kind": "linear", "start": 3, "end": 1}
+    assert merged["strategy"]["name"] == "dml"
+
+
+def test_a_new_name_of_the_run_keeps_all_other_settings() -> None:
+    assert merge_tables({"name": "a", "rounds": 3}, {"name": "b"}) == {"name": "b", "rounds": 3}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_saved_settings_load_to_equal_settings(name: str, tmp_path: Path) -> None:
+    settings = load_settings(None, [f"strategy.name={name}", "clients.models=[mlp,resnet8]"])
+    saved = tmp_path / "settings.yaml"
+    saved.write_text(settings.to_yaml())
+    assert load_settings(saved) == settings
+    assert settings_from_table(settings.to_table()) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("- 1\n", "table of keys"), ("a: [1\n", "cannot read config"), ("a: ${b}\n", "'b' not found")],
+)
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=complaint):
+        load_settings(config)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="does not exist"):
+        load_settings(tmp_path / "no.yaml")
+    with pytest.raises(SettingsError, match="is a folder"):
+        load_settings(tmp_path)
+
+
+def test_yaml_that_asks_for_objects_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("name: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(SettingsError, match="cannot read config"):
+        load_settings(config)

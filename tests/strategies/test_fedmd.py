@@ -1,0 +1,153 @@
+"""FedMD: digest, revisit, communicate, in this order; the consensus is a mean of logits."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
+from strategies.knowledge import Broadcast, Predictions
+
+
+@pytest.fixture
+def fedmd(tiny_settings, tiny_data, parts):
+    """Make (strategy, server) with some options."""
+
+    def build(labelled=False, **options):
+        return parts(tiny_settings("fedmd", options=options), tiny_data(labelled=labelled))
+
+    return build
+
+
+def consensus(plan, value=0.5):
+    rows = plan.public_rows
+    values = np.full((len(rows), 3), value, np.float32)
+    return Predictions(kind="mean_logit", rows=rows, values=values)
+
+
+def test_a_round_digests_then_revisits_then_communicates(spy, fedmd):
+    strategy, _ = fedmd(digest_epochs=2)
+    cohort, plan = spy((0, 2)), strategy.federation.plan(2)
+    received = consensus(plan)
+    answers = strategy.client_round(cohort, received, plan)
+
+    assert cohort.order == ["fit", "fit", "predict_public"]
+    digest, revisit = cohort.fits
+    assert digest["private"] is None
+    assert digest["public"].targets is received.values
+    assert digest["public"].rows is received.rows
+    assert digest["public"].passes == Passes(batch_size=8, epochs=2)
+    assert revisit == {"objective": supervised, "private": plan.local, "public": None}
+    assert np.array_equal(cohort.asked[-1][1]["rows"], plan.public_rows)
+    assert [answer.kind for answer in answers] == ["logits", "logits"]
+
+
+def test_a_round_without_consensus_only_revisits(spy, fedmd):
+    strategy, _ = fedmd()
+    cohort, plan = spy(), strategy.federation.plan(2)
+    strategy.client_round(cohort, None, plan)
+    assert cohort.order == ["fit", "predict_public"]
+    assert cohort.fits[0]["objective"] is supervised
+
+
+def test_transfer_learning_comes_first_and_in_the_first_round_only(spy, fedmd):
+    strategy, _ = fedmd(labelled=True, transfer_epochs=4)
+    for number in (1, 2, 3):
+        cohort, plan = spy(), strategy.federation.plan(number)
+        strategy.client_round(cohort, None, plan)
+        transfer = [fit for fit in cohort.fits if fit["objective"] is supervised_public]
+        assert len(transfer) == (number == 1)
+        assert cohort.fits[-1]["objective"] is supervised
+        if transfer:
+            assert cohort.fits[0] is transfer[0]
+            assert transfer[0]["private"] is None
+            assert transfer[0]["public"].targets is None
+            assert transfer[0]["public"].rows.tolist() == list(range(20))
+            assert transfer[0]["public"].passes == Passes(batch_size=8, epochs=4)
+
+
+@pytest.mark.parametrize(("labelled", "epochs"), [(False, 4), (True, 0)])
+def test_transfer_learning_needs_labels_and_epochs(spy, fedmd, labelled, epochs):
+    strategy, _ = fedmd(labelled=labelled, transfer_epochs=epochs)
+    cohort = spy()
+    strategy.client_round(cohort, None, strategy.federation.plan(1))
+    assert [fit["objective"] for fit in cohort.fits] == [supervised]
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [
+        ("equal", (1 + 2 + 6) / 3),
+        # Clients 0, 1 and 3 hold 12, 13 and 17 rows.
+        ("examples", (12 * 1 + 13 * 2 + 17 * 6) / (12 + 13 + 17)),
+    ],
+)
+def test_consensus_is_the_mean_of_the_logits(fedmd, scores, weighting, expected):
+    strategy, server = fedmd(weighting=weighting)
+    plan = strategy.federation.plan(1)
+    shape = np.arange(60, dtype=np.float32).reshape(20, 3)
+    uploads = scores(plan, {0: shape, 1: 2 * shape, 3: 6 * shape})
+    broadcast = strategy.aggregate(uploads, plan, server)
+    shared = broadcast.shared
+    assert (shared.kind, shared.values.dtype) == ("mean_logit", np.float32)
+    assert np.array_equal(shared.rows, plan.public_rows)
+    np.testing.assert_allclose(shared.values, expected * shape, rtol=1e-6)
+    assert all(broadcast.to(client) is shared for client in range(4))
+
+
+def test_consensus_of_nobody_is_none(fedmd):
+    strategy, server = fedmd()
+    assert strategy.prepare(server) == Broadcast()
+    assert strategy.aggregate([], strategy.federation.plan(1), server) == Broadcast()
+
+
+STUDENT = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 4.0]])
+CONSENSUS = torch.tensor([[1.0, 0.0, 6.0], [1.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1", (0 + 2 + 3 + 1 + 0 + 4) / 6),
+        ("mse", (0 + 4 + 9 + 1 + 0 + 16) / 6),
+        (
+            "kl",
+            F.kl_div(
+                F.log_softmax(STUDENT, -1),
+                F.log_softmax(CONSENSUS, -1),
+                reduction="batchmean",
+                log_target=True,
+            ).item(),
+        ),
+    ],
+)
+def test_digest_losses_by_hand(spy, fedmd, name, expected):
+    strategy, _ = fedmd(digest_loss=name)
+    cohort, plan = spy(), strategy.federation.plan(2)
+    strategy.client_round(cohort, consensus(plan), plan)
+    objective = cohort.fits[0]["objective"]
+    losses = objective(Outputs(public=STUDENT), Batch(targets=CONSENSUS))
+    assert list(losses) == ["digest"]
+    assert losses["digest"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_l1_is_the_default_digest():
+    from strategies.fedmd import FedMDSettings
+
+    assert FedMDSettings().digest_loss == "l1"
+
+
+def test_digesting_brings_a_client_nearer_to_the_consensus(
+    tiny_settings, tiny_data, simulate, listening_grid
+):
+    # With no private training in between, peers agree more after digesting.
+    settings = tiny_settings(
+        "fedmd",
+        options={"digest_epochs": 5},
+        clients={"local": {"epochs": 0}},
+        rounds=4,
+    )
+    data = tiny_data()
+    run = simulate(settings, data, listening_grid(settings, data))
+    disagreement = [row["peer_disagreement"] for row in run.history.federation]
+    assert disagreement[-1] < disagreement[0]

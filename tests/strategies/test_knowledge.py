@@ -1,0 +1,92 @@
+"""Knowledge: what travels, how many bytes it has, and who gets which piece."""
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from strategies.knowledge import (
+    Broadcast,
+    Parameters,
+    Predictions,
+    read_knowledge,
+    write_knowledge,
+)
+
+
+def predictions(values=None, **others):
+    values = np.arange(12, dtype=np.float32).reshape(4, 3) if values is None else values
+    return Predictions(
+        **{"kind": "logits", "rows": np.array([0, 2, 5, 6]), "values": values, **others}
+    )
+
+
+def round_trip(knowledge):
+    records = RecordDict()
+    write_knowledge(records, knowledge)
+    return read_knowledge(records)
+
+
+@pytest.mark.parametrize("kind", ["logits", "mean_logit", "mean_probability"])
+def test_predictions_survive_a_record_bit_for_bit(kind):
+    awkward = np.array([[-0.0, 1e-42, np.float32(1 / 3)], [3e38, -3e38, 0]] * 2, np.float32)
+    sent = predictions(awkward, kind=kind, temperature=2.7182818284590455)
+    got = round_trip(sent)
+    assert (got.kind, got.temperature) == (kind, 2.7182818284590455)
+    assert got.values.tobytes() == awkward.tobytes()
+    assert (got.values.dtype, got.values.shape) == (np.float32, (4, 3))
+    assert got.rows.tolist() == [0, 2, 5, 6]
+    assert got.rows.dtype == np.int64
+
+
+def test_parameters_survive_a_record_bit_for_bit_with_types_shapes_and_order():
+    arrays = {
+        "b.weight": np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32),
+        "a.num_batches_tracked": np.array(7, np.int64),
+        "a.bias": np.zeros(0, np.float32),
+        "a.turned": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+    }
+    got = round_trip(Parameters(arrays))
+    assert list(got.arrays) == list(arrays)
+    for name, array in arrays.items():
+        assert got.arrays[name].tobytes() == array.tobytes()
+        assert got.arrays[name].dtype == array.dtype
+        assert got.arrays[name].shape == array.shape
+
+
+def test_nothing_leaves_the_record_as_it_is():
+    records = RecordDict({"plan": ConfigRecord({"round": 1})})
+    write_knowledge(records, None)
+    assert list(records) == ["plan"]
+    assert read_knowledge(records) is None
+
+
+def test_an_unknown_kind_is_named():
+    records = RecordDict()
+    write_knowledge(records, predictions())
+    records.config_records["knowledge"]["kind"] = "gradients"
+    with pytest.raises(ValueError, match="unknown kind of knowledge 'gradients'"):
+        read_knowledge(records)
+
+
+def test_bytes_are_those_of_the_values():
+    # 4 rows x 3 classes x 4 bytes; both sides know the rows.
+    assert predictions().payload_bytes == 48
+    # Stacked for three members: each member receives one table.
+    assert predictions(np.zeros((3, 4, 3), np.float32)).payload_bytes == 48
+    parameters = Parameters({"w": np.zeros((5, 2), np.float32), "n": np.array(1, np.int64)})
+    assert parameters.payload_bytes == 5 * 2 * 4 + 8
+
+
+def test_a_broadcast_knows_who_receives_what():
+    shared, own = predictions(), predictions()
+    broadcast = Broadcast(shared, personal={1: own, 2: None})
+    assert broadcast.to(0) is shared
+    assert broadcast.to(1) is own
+    assert broadcast.to(2) is None
+    assert list(map(id, broadcast)) == [id(own), id(shared)]
+
+
+def test_an_empty_broadcast_reaches_nobody():
+    assert Broadcast().to(0) is None
+    assert list(Broadcast()) == []
+    assert list(Broadcast(personal={0: None})) == []

@@ -1,0 +1,259 @@
+"""One-way distillation: who teaches whom, and that the teacher does not learn from it."""
+
+import numpy as np
+import pytest
+
+from fedkd.training import Passes, distilled, supervised, supervised_public
+from strategies.base import Server, ServerModel
+from strategies.knowledge import Broadcast, Predictions
+
+
+class FakeModel(ServerModel):
+    """Writes down how it is trained; predicts its number of fits."""
+
+    def __init__(self, settings, train_rows) -> None:
+        self.settings, self.train_rows, self.fits = settings, train_rows, []
+
+    def fit(self, objective, *, plan, private=None, public=None) -> None:
+        self.fits.append(
+            {"objective": objective, "plan": plan, "private": private, "public": public}
+        )
+
+    def predict_public(self, rows):
+        return np.full((len(rows), 3), len(self.fits), np.float32)
+
+
+class FakeServer(Server):
+    """Hands out fake models."""
+
+    def __init__(self, server) -> None:
+        self.federation, self.data = server.federation, server.data
+        self.models = []
+
+    def model(self, settings, *, train_rows=None):
+        self.models.append(FakeModel(settings, train_rows))
+        return self.models[-1]
+
+
+@pytest.fixture
+def one_way(tiny_settings, tiny_data, parts):
+    """Make (strategy, fake server) of three rounds with some options."""
+
+    def build(direction="teacher_to_clients", labelled=False, **options):
+        options = {
+            "direction": direction,
+            "temperature": {"kind": "linear", "start": 3.0, "end": 1.0},
+            **options,
+        }
+        settings = tiny_settings("one_way", options=options)
+        strategy, server = parts(settings, tiny_data(labelled=labelled))
+        return strategy, FakeServer(server)
+
+    return build
+
+
+# -- teacher to clients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("teacher_data", "labelled", "expected"),
+    [
+        ("public", True, "public"),
+        ("auto", True, "public"),
+        ("auto", False, "largest"),
+        ("largest_client", True, "largest"),
+        ("pooled", True, "pooled"),
+    ],
+)
+def test_what_the_teacher_learns_from(one_way, teacher_data, labelled, expected):
+    strategy, server = one_way(labelled=labelled, teacher_data=teacher_data, teacher_epochs=7)
+    strategy.prepare(server)
+    (teacher,) = server.models
+    (fit,) = teacher.fits
+    assert fit["plan"] is None
+    passes = Passes(batch_size=8, epochs=7)
+    if expected == "public":
+        assert teacher.train_rows is None
+        assert fit["objective"] is supervised_public
+        assert fit["private"] is None
+        assert fit["public"].rows.tolist() == list(range(20))
+        assert fit["public"].targets is None
+        assert fit["public"].passes == passes
+        return
+    rows = {
+        "largest": server.data.client_rows[3].tolist(),  # 17 rows, the others 12, 13 and 9
+        "pooled": list(range(12 + 13 + 9 + 17)),
+    }[expected]
+    assert teacher.train_rows.tolist() == rows
+    assert fit["objective"] is supervised
+    assert (fit["private"], fit["public"]) == (passes, None)
+
+
+def test_public_without_labels_is_refused(one_way):
+    with pytest.raises(ValueError, match=r"teacher_data: public needs data\.public\.labelled"):
+        one_way(teacher_data="public")
+
+
+def test_the_teacher_is_trained_once_and_shared_every_round(one_way, scores):
+    strategy, server = one_way()
+    broadcasts = [strategy.prepare(server)]
+    for number in (1, 2, 3):
+        broadcasts.append(strategy.aggregate([], strategy.federation.plan(number), server))
+    assert [len(model.fits) for model in server.models] == [1]
+    # Of the round that learns from it: 3, 2, 1, and the last once more.
+    assert [broadcast.shared.temperature for broadcast in broadcasts] == [3, 2, 1, 1]
+    for broadcast in broadcasts:
+        assert broadcast.shared.kind == "logits"
+        assert set(broadcast.shared.values.ravel()) == {1.0}
+        assert all(broadcast.to(client) is broadcast.shared for client in range(4))
+    assert strategy.server_model() is server.models[0]
+
+
+@pytest.mark.parametrize("every_row", [True, False])
+def test_the_teacher_never_changes_in_a_run(
+    tiny_settings, tiny_data, simulate, listening_grid, every_row
+):
+    options = {"teacher_epochs": 3, "temperature": 2.0}
+    exchange = {} if every_row else {"rows_per_round": 7}
+    settings, data = tiny_settings("one_way", options=options, exchange=exchange), tiny_data()
+    grid = listening_grid(settings, data)
+    run = simulate(settings, data, grid)
+    model = run.loop._strategy.server_model()
+    now = model.predict_public(np.arange(20))
+    for received in grid.sent["train"]:
+        for lesson in received.values():
+            np.testing.assert_allclose(lesson.values, now[lesson.rows], rtol=1e-5, atol=1e-6)
+    accuracies = {row["accuracy"] for row in run.history.server}
+    assert len(accuracies) == 1
+    assert len(run.history.server) == 3
+    # Students upload nothing in this direction.
+    assert {row["direction"] for row in run.exchange} == {"down"}
+
+
+def test_a_teacher_of_everything_knows_what_it_was_taught(tiny_settings, tiny_data, simulate):
+    options = {"teacher_data": "pooled", "teacher_epochs": 10}
+    run = simulate(tiny_settings("one_way", options=options, rounds=1), tiny_data())
+    assert run.history.server[-1]["accuracy"] == 1.0
+
+
+# -- clients to server, and back ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["server_to_clients", "clients_to_server"])
+def test_the_ensemble_teaches_the_server_model(one_way, scores, direction):
+    strategy, server = one_way(direction, server_epochs=2, scale_by_t2=False)
+    assert strategy.prepare(server) == Broadcast()
+    plan = strategy.federation.plan(2)
+    uploads = scores(plan, [0, 1, 3])
+    strategy.aggregate(uploads, plan, server)
+    (model,) = server.models
+    (fit,) = model.fits
+    assert fit["plan"] is plan
+    assert fit["private"] is None
+    assert fit["objective"].func is distilled
+    assert fit["objective"].keywords == {"temperature": 2.0, "scale_by_t2": False}
+    powers = np.exp(np.stack([u.knowledge.values for u in uploads]).astype(np.float64) / 2.0)
+    by_hand = (powers / powers.sum(-1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(fit["public"].targets, by_hand, atol=1e-6)
+    assert np.array_equal(fit["public"].rows, plan.public_rows)
+    assert fit["public"].passes == Passes(batch_size=8, epochs=2)
+
+
+def test_clients_receive_the_server_s_scores_only_where_it_teaches_back(one_way, scores):
+    for direction, teaches in (("server_to_clients", True), ("clients_to_server", False)):
+        strategy, server = one_way(direction)
+        strategy.prepare(server)
+        plan = strategy.federation.plan(1)
+        broadcast = strategy.aggregate(scores(plan, [0, 1]), plan, server)
+        if not teaches:
+            assert broadcast == Broadcast()
+            continue
+        assert broadcast.shared.kind == "logits"
+        assert broadcast.shared.temperature == 2.0
+        # After its first lesson, not before.
+        assert set(broadcast.shared.values.ravel()) == {1.0}
+        assert broadcast.personal == {}
+
+
+@pytest.mark.parametrize(
+    ("direction", "downloads", "uploads"),
+    [
+        ("teacher_to_clients", [1, 2, 3], []),
+        ("server_to_clients", [2, 3], [1, 2, 3]),
+        ("clients_to_server", [], [1, 2, 3]),
+    ],
+)
+def test_who_sends_in_which_round(
+    tiny_settings, tiny_data, simulate, direction, downloads, uploads
+):
+    options = {"direction": direction, "teacher_epochs": 2}
+    run = simulate(tiny_settings("one_way", options=options), tiny_data())
+    for way, rounds in (("down", downloads), ("up", uploads)):
+        assert [
+            (row["round"], row["client"], row["bytes"])
+            for row in run.exchange
+            if row["direction"] == way
+        ] == [(number, client, 20 * 3 * 4) for number in rounds for client in range(4)]
+
+
+def test_clients_that_are_not_taught_back_learn_alone(tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    run = simulate(tiny_settings("one_way", options={"direction": "clients_to_server"}), data)
+    assert run.digest == simulate(tiny_settings("local"), data).digest
+    assert all("ensemble_accuracy" in row for row in run.history.federation)
+
+
+def test_the_server_learns_from_its_clients(tiny_settings, tiny_data, simulate):
+    options = {"direction": "clients_to_server", "server_epochs": 10}
+    run = simulate(tiny_settings("one_way", options=options, rounds=4), tiny_data())
+    accuracies = [row["accuracy"] for row in run.history.server]
+    assert accuracies[-1] > 0.8
+    assert [row["server_accuracy"] for row in run.history.federation] == accuracies
+
+
+# -- what a client does ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["teacher_to_clients", "server_to_clients"])
+def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, direction):
+    strategy, _ = one_way(direction, ce_weight=0.5, kd_weight=2.0, public_epochs=3)
+    cohort, plan = spy(), strategy.federation.plan(2)
+    received = Predictions(
+        kind="logits",
+        rows=plan.public_rows,
+        values=np.zeros((20, 3), np.float32),
+        temperature=2.5,
+    )
+    answers = strategy.client_round(cohort, received, plan)
+    (fit,) = cohort.fits
+    assert fit["objective"].func is distilled
+    assert fit["objective"].keywords == {
+        "temperature": 2.5,
+        "targets_are_logits": True,
+        "ce_weight": 0.5,
+        "kd_weight": 2.0,
+        "scale_by_t2": True,
+    }
+    assert fit["private"] == plan.local
+    assert fit["public"].targets is received.values
+    assert fit["public"].passes == Passes(batch_size=8, epochs=3)
+    assert len(answers) == (direction == "server_to_clients")
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 1.0])
+def test_a_client_without_a_lesson_learns_from_its_labels(spy, one_way, kd_weight):
+    strategy, _ = one_way("server_to_clients", kd_weight=kd_weight, ce_weight=0.5)
+    cohort, plan = spy(), strategy.federation.plan(1)
+    strategy.client_round(cohort, None, plan)
+    (fit,) = cohort.fits
+    assert fit["objective"].func is supervised
+    assert fit["objective"].keywords == {"weight": 0.5}
+    assert (fit["private"], fit["public"]) == (plan.local, None)
+    assert cohort.order == ["fit", "predict_public"]
+
+
+def test_without_weight_for_the_teacher_it_is_local_learning(tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    options = {"kd_weight": 0.0, "teacher_epochs": 1}
+    run = simulate(tiny_settings("one_way", options=options), data)
+    assert run.digest == simulate(tiny_settings("local"), data).digest
