@@ -11,7 +11,7 @@ loop is one process with one thread that keeps a model and an optimizer for ever
 memory and has its batches cut before the clock starts. Rounds of the two alternate in one run,
 and in the end both must hold the same weights, or the comparison is void.
 
-    python benchmarks/loop_ratio.py                # about a minute
+    python benchmarks/loop_ratio.py                # about 2 minutes
     python benchmarks/loop_ratio.py --data FOLDER  # images of a Parquet folder, such as MNIST
     python benchmarks/loop_ratio.py --check        # exit status 1 above the target
     python benchmarks/loop_ratio.py --quick        # tiny, to see that it runs; says nothing

@@ -7,7 +7,7 @@ client and every reply back. Neither start-up nor the making of the messages cou
 The two take turns in processes of their own, because a process can hold only one Ray. Each start
 discards its first phase and contributes the median of the others as one repeat.
 
-    python benchmarks/orchestration.py           # about 3 minutes
+    python benchmarks/orchestration.py           # about 4 minutes
     python benchmarks/orchestration.py --check   # exit status 1 above the target
     python benchmarks/orchestration.py --quick   # tiny, to see that it runs; says nothing
 """

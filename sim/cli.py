@@ -95,7 +95,7 @@ def run(arguments: ConfigAndOverrides = None, quiet: Quiet = False, json: AsJson
     if json:
         typer.echo(to_json({**result.to_row(), "report": str(report)}))
     elif not quiet:
-        Console().print(_run_table(result))
+        _console().print(_run_table(result))
         typer.echo(f"run    {result.folder}\nreport {report}")
 
 
@@ -141,8 +141,7 @@ def compare(
     if json:
         typer.echo(to_json(study.to_row()))
     elif not quiet:
-        console = Console()
-        console.print(summary_table(study.runs))
+        _console().print(summary_table(study.runs))
         typer.echo(f"report {study.report}")
 
 
@@ -169,7 +168,7 @@ def data(
     if json:
         typer.echo(to_json(shown.to_row()))
         return
-    Console().print(shown.table())
+    _console().print(shown.table())
     typer.echo(f"figure {shown.figure}")
 
 
@@ -189,6 +188,12 @@ def report(
     from sim.report import report_on
 
     typer.echo(f"report {report_on(runs, output)}")
+
+
+def _console() -> Console:
+    """Return where tables go; a file or a pipe has no width of its own, and should not cut them."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def _settings(arguments: Sequence[str] | None) -> "Settings":

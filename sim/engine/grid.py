@@ -219,6 +219,6 @@ def read_reply(content: RecordDict) -> ClientReply:
 
 def _reply_message(message: Message, reply: ClientReply | str) -> Message:
     if isinstance(reply, str):
-        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply)  # type: ignore[arg-type]
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply)
         return Message(error, reply_to=message)
     return Message(reply_content(reply), reply_to=message)
