@@ -24,9 +24,9 @@ from sim.engine.grid import CohortGrid, instruction, read_reply
 from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
 from sim.records import Row
 from sim.settings import Settings
-from sim.validation import Shapes, rejection
+from sim.validation import Layout, rejection
 from strategies.base import RoundPlan, Server
-from strategies.knowledge import Broadcast, ClientUpload, Predictions
+from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 
 
 class QuorumError(RuntimeError):
@@ -87,7 +87,7 @@ class RoundLoop:
             optimizer=settings.clients.optimizer,
             device=torch.device("cpu"),
         )
-        self._shapes: dict[str, Shapes] = {}
+        self._layouts: dict[str, Layout] = {}
         self.history = History()
 
     def run(self) -> History:
@@ -248,16 +248,23 @@ class RoundLoop:
         """Name a reply that is left out."""
         self._event(plan, client, "rejected", reason)
 
-    def reason_to_reject(self, upload: ClientUpload, plan: RoundPlan) -> str | None:
-        """Return why an upload cannot be used, or None."""
-        shapes = None
-        if not isinstance(upload.knowledge, Predictions):
-            architecture = self._federation.architectures[upload.client]
-            if architecture not in self._shapes:
-                weights = self._server.initial_weights(upload.client)
-                self._shapes[architecture] = {name: a.shape for name, a in weights.items()}
-            shapes = self._shapes[architecture]
-        return rejection(upload.knowledge, plan, shapes)
+    def reason_to_reject(
+        self, client: int, knowledge: Knowledge | None, plan: RoundPlan
+    ) -> str | None:
+        """Return why an answer cannot be used, or None."""
+        expected = self._strategy.uploads
+        if knowledge is None:
+            return None if expected == "nothing" else f"expected {expected}, got nothing"
+        if expected == "nothing":
+            return f"expected nothing, got {knowledge.kind}"
+        layout = None
+        if expected == "parameters":
+            architecture = self._federation.architectures[client]
+            if architecture not in self._layouts:
+                weights = self._server.initial_weights(client)
+                self._layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
+            layout = self._layouts[architecture]
+        return rejection(knowledge, plan, layout)
 
     @property
     def num_examples(self) -> tuple[int, ...]:
@@ -297,20 +304,23 @@ class Replies:
             if message.has_error():
                 self._reject(client, message.error.reason or "unknown error")
                 continue
-            reply = read_reply(message.content)
-            self.metrics[client] = reply.metrics
-            if reply.knowledge is None:
-                self.valid += 1
+            try:
+                reply = read_reply(message.content)
+            except (KeyError, ValueError, TypeError) as error:
+                self._reject(client, f"unreadable reply: {type(error).__name__}: {error}")
                 continue
-            upload = ClientUpload(client, reply.knowledge, self._loop.num_examples[client])
-            self._count(client, "up", reply.knowledge.kind, reply.knowledge.payload_bytes)
-            reason = self._loop.reason_to_reject(upload, self._plan)
+            knowledge = reply.knowledge
+            if knowledge is not None:
+                self._count(client, "up", knowledge.kind, knowledge.payload_bytes)
+            reason = self._loop.reason_to_reject(client, knowledge, self._plan)
             if reason is not None:
                 self._reject(client, reason)
                 continue
             self.valid += 1
-            self._vote(upload)
-            yield upload
+            self.metrics[client] = reply.metrics
+            if knowledge is not None:
+                self._vote(knowledge)
+                yield ClientUpload(client, knowledge, self._loop.num_examples[client])
 
     def drain(self) -> None:
         """Take in what the aggregator did not ask for."""
@@ -321,9 +331,9 @@ class Replies:
         """Return how often two peers' top classes differ on public rows, in [0, 1]."""
         return None if self._votes is None else self._votes.disagreement()
 
-    def _vote(self, upload: ClientUpload) -> None:
-        if isinstance(upload.knowledge, Predictions):
-            values = upload.knowledge.values
+    def _vote(self, knowledge: Knowledge) -> None:
+        if isinstance(knowledge, Predictions):
+            values = knowledge.values
             if self._votes is None:
                 self._votes = VoteCounter(*values.shape)
             self._votes.add(values.argmax(-1))

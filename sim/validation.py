@@ -10,22 +10,25 @@ from strategies.knowledge import Knowledge, Predictions
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+"""Shape and type of each parameter of a model."""
 
 
-def rejection(knowledge: Knowledge, plan: RoundPlan, shapes: Shapes | None) -> str | None:
+def rejection(knowledge: Knowledge, plan: RoundPlan, layout: Layout | None) -> str | None:
     """Return why an upload cannot be used, or None for a good one.
 
     Args:
         knowledge: what the client sent.
         plan: the round it was asked in.
-        shapes: name and shape of each of the client's parameters, where it sends parameters.
+        layout: what the client's parameters look like; None where it has to send predictions.
     """
     if isinstance(knowledge, Predictions):
-        return _bad_predictions(knowledge, plan)
-    if shapes is None:
-        return "parameters were not asked for"
-    return _bad_parameters(knowledge.arrays, shapes)
+        return (
+            "expected parameters, got predictions" if layout else _bad_predictions(knowledge, plan)
+        )
+    if layout is None:
+        return "expected predictions, got parameters"
+    return _bad_parameters(knowledge.arrays, layout)
 
 
 def _bad_predictions(predictions: Predictions, plan: RoundPlan) -> str | None:
@@ -47,12 +50,15 @@ def _bad_predictions(predictions: Predictions, plan: RoundPlan) -> str | None:
     return None
 
 
-def _bad_parameters(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> str | None:
-    if arrays.keys() != shapes.keys():
-        return f"unexpected or missing parameters: {sorted(arrays.keys() ^ shapes.keys())[:3]}"
+def _bad_parameters(arrays: Mapping[str, np.ndarray], layout: Layout) -> str | None:
+    if arrays.keys() != layout.keys():
+        return f"unexpected or missing parameters: {sorted(arrays.keys() ^ layout.keys())[:3]}"
     for name, array in arrays.items():
-        if array.shape != shapes[name]:
-            return f"parameter {name!r} has shape {array.shape}, expected {shapes[name]}"
-        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            return f"NaN, infinity or no number in parameter {name!r}"
+        shape, dtype = layout[name]
+        if array.shape != shape:
+            return f"parameter {name!r} has shape {array.shape}, expected {shape}"
+        if array.dtype != dtype:
+            return f"parameter {name!r} has dtype {array.dtype}, expected {dtype}"
+        if not np.isfinite(array).all():
+            return f"NaN or infinity in parameter {name!r}"
     return None

@@ -8,7 +8,7 @@ that travels in a round is its number, what a client receives and what it upload
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -219,19 +219,20 @@ class ServerModel:
         return logits
 
 
+UploadKind = Literal["nothing", "predictions", "parameters"]
+
 SettingsT = TypeVar("SettingsT", bound=StrategySettings)
 
 
 class DistillationStrategy(ABC, Generic[SettingsT]):
     """One federated algorithm.
 
-    Subclasses name their settings class, whether clients' predictions form an ensemble that is
-    worth measuring, and implement both halves.
+    Subclasses name their settings class, say what clients upload, and implement both halves.
     """
 
     Settings: ClassVar[type[StrategySettings]]
-    forms_ensemble: ClassVar[bool] = False
-    """Whether the mean of the clients' predictions is reported as the ensemble's accuracy."""
+    uploads: UploadKind = "nothing"
+    """What clients send; where they send predictions, the ensemble's accuracy is measured."""
 
     judges_received: ClassVar[bool] = False
     """Whether `before_evaluation` needs what the server last sent."""

@@ -59,7 +59,7 @@ class DML(DistillationStrategy[DMLSettings]):
     """Learn from own labels and from the peers at once; then show the peers what was learnt."""
 
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
-    forms_ensemble = True
+    uploads = "predictions"
     needs_public = True
 
     def client_round(

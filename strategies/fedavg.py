@@ -68,6 +68,7 @@ class FedAvg(DistillationStrategy[FedAvgSettings]):
     """Weights down, local training, weights up, weighted mean."""
 
     Settings: ClassVar[type[StrategySettings]] = FedAvgSettings
+    uploads = "parameters"
     judges_received = True
 
     def __init__(self, settings: FedAvgSettings, federation: Federation) -> None:

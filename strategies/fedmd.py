@@ -47,7 +47,7 @@ class FedMD(DistillationStrategy[FedMDSettings]):
     """Transfer; then communicate, aggregate, distribute, digest, revisit, round after round."""
 
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
-    forms_ensemble = True
+    uploads = "predictions"
     needs_public = True
 
     def client_round(

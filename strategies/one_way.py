@@ -78,7 +78,8 @@ class OneWay(DistillationStrategy[OneWaySettings]):
                 "strategy.teacher_data: public needs data.public.labelled: true; "
                 "largest_client or pooled do without"
             )
-        self.forms_ensemble = settings.direction != "teacher_to_clients"  # type: ignore[misc]
+        taught_from_outside = settings.direction == "teacher_to_clients"
+        self.uploads = "nothing" if taught_from_outside else "predictions"
         self._model: ServerModel | None = None
 
     def client_round(

@@ -31,6 +31,7 @@ class Pooled(DistillationStrategy[PooledSettings]):
     """The first client of each architecture trains on all private rows for the others."""
 
     Settings: ClassVar[type[StrategySettings]] = PooledSettings
+    uploads = "parameters"
     judges_received = True
 
     def __init__(self, settings: PooledSettings, federation: Federation) -> None:

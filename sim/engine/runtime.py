@@ -196,7 +196,7 @@ class ClientRuntime:
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
             metrics["personal_accuracy"] = personal_accuracy(counts, mix)
             probabilities = None
-            if self._strategy.forms_ensemble:
+            if self._strategy.uploads == "predictions":
                 probabilities = F.softmax(torch.from_numpy(test_logits[position]), -1).numpy()
             replies.append(ClientReply(metrics=metrics, test_probabilities=probabilities))
         return replies

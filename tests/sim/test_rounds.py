@@ -1,10 +1,14 @@
 """The round loop: who is left out, when it stops, what it writes down, which round it selects."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from sim.engine.grid import FIRST_NODE_ID, Outcome
+from sim.engine.inline import InlineGrid
 from sim.rounds import History, QuorumError, node_ids, selected_round, summary
-from strategies.knowledge import Predictions
+from strategies.knowledge import Parameters, Predictions
 
 # -- replies that are left out -----------------------------------------------------------------
 
@@ -248,3 +252,56 @@ def test_a_summary_shows_the_last_and_the_selected_round():
     assert (shown["last"]["round"], shown["selected"]["round"]) == (2, 1)
     assert [row["accuracy"] for row in shown["clients"]] == [0.2, 0.3]
     assert (shown["bytes_up"], shown["bytes_down"], shown["server"]) == ([10, 20], [], None)
+
+
+# -- replies that say nothing, or nothing readable -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "knowledge", "reason"),
+    [
+        ("dml", None, "expected predictions, got nothing"),
+        ("fedavg", None, "expected parameters, got nothing"),
+        ("local", Parameters({}), "expected nothing, got parameters"),
+        ("dml", Parameters({}), "expected predictions, got parameters"),
+    ],
+)
+def test_an_answer_of_the_wrong_kind_is_left_out(
+    tiny_settings, tiny_data, simulate, strategy, knowledge, reason
+):
+    settings, data = tiny_settings(strategy), tiny_data()
+
+    class Confused(InlineGrid):
+        def _execute(self, calls):
+            for position, outcome in super()._execute(calls):
+                replies = outcome.replies
+                if calls[position].call.phase == "train":
+                    replies = [
+                        replace(reply, knowledge=knowledge) if client == 2 else reply
+                        for client, reply in zip(calls[position].call.clients, replies, strict=True)
+                    ]
+                yield position, Outcome(replies)
+
+    run = simulate(settings, data, Confused(settings, data))
+    assert {(event["client"], event["reason"]) for event in run.events} == {(2, reason)}
+    assert {row["replies"] for row in run.history.federation} == {3}
+
+
+@pytest.mark.parametrize("missing", ["metrics", "knowledge", "knowledge-arrays"])
+def test_an_unreadable_reply_is_left_out_and_the_run_goes_on(
+    tiny_settings, tiny_data, simulate, missing
+):
+    settings, data = tiny_settings("dml"), tiny_data()
+
+    class Careless(InlineGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                of_client_2 = reply.metadata.src_node_id == FIRST_NODE_ID + 2
+                if of_client_2 and reply.metadata.message_type == "train":
+                    del reply.content[missing]
+                yield reply
+
+    run = simulate(settings, data, Careless(settings, data))
+    assert {event["client"] for event in run.events} == {2}
+    assert {row["replies"] for row in run.history.federation} == {3}
+    assert len(run.history.federation) == settings.rounds

@@ -78,7 +78,10 @@ def test_predictions_of_another_kind_are_named(good, plan, kind):
     assert rejection(replace(good, kind=kind), plan, None) == f"kind {kind!r}, expected 'logits'"
 
 
-SHAPES = {"weight": (2, 3), "num_batches_tracked": ()}
+LAYOUT = {
+    "weight": ((2, 3), np.dtype(np.float32)),
+    "num_batches_tracked": ((), np.dtype(np.int64)),
+}
 
 
 def parameters(**changes):
@@ -91,11 +94,19 @@ def parameters(**changes):
 
 
 def test_good_parameters_pass(plan):
-    assert rejection(parameters(), plan, SHAPES) is None
+    assert rejection(parameters(), plan, LAYOUT) is None
 
 
-def test_parameters_that_nobody_asked_for_are_named(plan):
-    assert rejection(parameters(), plan, None) == "parameters were not asked for"
+def test_the_other_kind_of_knowledge_is_named(plan, good):
+    assert rejection(parameters(), plan, None) == "expected predictions, got parameters"
+    assert rejection(good, plan, LAYOUT) == "expected parameters, got predictions"
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_a_parameter_of_another_type_is_named(plan, dtype):
+    bad = parameters(weight=np.ones((2, 3), dtype))
+    expected = f"parameter 'weight' has dtype {np.dtype(dtype)}, expected float32"
+    assert rejection(bad, plan, LAYOUT) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,14 +118,14 @@ def test_parameters_that_nobody_asked_for_are_named(plan):
 )
 def test_missing_and_unexpected_parameters_are_named(plan, changes, odd):
     expected = f"unexpected or missing parameters: {odd}"
-    assert rejection(parameters(**changes), plan, SHAPES) == expected
+    assert rejection(parameters(**changes), plan, LAYOUT) == expected
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 2, 3)])
 def test_a_parameter_of_another_shape_is_named(plan, shape):
     bad = parameters(weight=np.ones(shape, np.float32))
     expected = f"parameter 'weight' has shape {shape}, expected (2, 3)"
-    assert rejection(bad, plan, SHAPES) == expected
+    assert rejection(bad, plan, LAYOUT) == expected
 
 
 @pytest.mark.parametrize(
@@ -129,6 +140,6 @@ def test_a_parameter_of_another_shape_is_named(plan, shape):
     ids=["nan", "infinity", "text", "complex", "bool"],
 )
 def test_a_parameter_without_numbers_is_named(plan, array):
-    reason = rejection(parameters(weight=array), plan, SHAPES)
+    reason = rejection(parameters(weight=array), plan, LAYOUT)
     assert reason is not None
     assert "'weight'" in reason
