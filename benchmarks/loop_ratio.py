@@ -12,12 +12,13 @@ memory and has its batches cut before the clock starts. Rounds of the two altern
 and in the end both must hold the same weights, or the comparison is void. Both sides compute at
 the same priority.
 
-    python benchmarks/loop_ratio.py                # about 2 minutes
+    python benchmarks/loop_ratio.py                # about 3 minutes
     python benchmarks/loop_ratio.py --data FOLDER  # images of a Parquet folder, such as MNIST
     python benchmarks/loop_ratio.py --check        # exit status 1 above the target
     python benchmarks/loop_ratio.py --quick        # tiny, to see that it runs; says nothing
 
-Without ``--data`` the images are noise: what a round costs does not depend on the pixels.
+Without ``--data`` the images are noise. Maximum pooling takes a few percent longer over noise than
+over digits, on both sides alike.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", metavar="FOLDER", help="Parquet files of 28x28 images")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--backend", choices=("ray", "inline"), default="ray")
-    add_common_arguments(parser, repeats=9, at_most=1.10)
+    add_common_arguments(parser, repeats=15, at_most=1.10)
     options = parser.parse_args()
     if options.quick:
         options.clients, options.repeats = 3, 1
@@ -82,7 +83,7 @@ def main() -> int:
     options = arguments()
     # Ray's workers step back behind every other program (niceness 15). Here that would compare
     # priorities: the bare loop has the usual one.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (spelt by Ray)
     before = machine()
     settings = settings_of(options)
     data = synthetic_data(options.clients) if options.data is None else real_data(settings)

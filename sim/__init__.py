@@ -1,6 +1,15 @@
 """Running federations: settings, command line, engine, run folders, studies and reports."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sim.overview import data
+    from sim.reports import report
+    from sim.running import run
+    from sim.settings import Settings, load_settings
+    from sim.study import compare
 
 # Nothing that we start reports to anybody; both are read when Flower and Ray are imported.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -8,5 +17,26 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # On one machine Ray's own servers, which authenticate nobody, listen on the loopback only. The
 # switch is named after the systems where that is Ray's default; "1" puts them on the network.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Ray's workers step back behind every other program (niceness 15); a run's are what one waits for.
+os.environ.setdefault("RAY_worker_niceness", "0")  # noqa: SIM112 (spelt by Ray)
 # Workers without a GPU share choose the CPU themselves; Ray warns about hiding the GPUs for them.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+_FUNCTIONS = {
+    "run": "sim.running",
+    "compare": "sim.study",
+    "data": "sim.overview",
+    "report": "sim.reports",
+    "Settings": "sim.settings",
+    "load_settings": "sim.settings",
+}
+"""What a notebook needs: a function for every command, and the settings."""
+
+__all__ = ["Settings", "compare", "data", "load_settings", "report", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a command's function when it is first asked for: PyTorch and Ray take seconds."""
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_FUNCTIONS[name]), name)

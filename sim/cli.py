@@ -82,7 +82,7 @@ def run(arguments: ConfigAndOverrides = None, quiet: Quiet = False, json: AsJson
     settings = _settings(arguments)
     from sim.progress import ProgressObserver, progress_bars
     from sim.records import to_json
-    from sim.report import load_run, write_report
+    from sim.reports import load_run, write_report
     from sim.running import run as run_federation
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
@@ -127,7 +127,7 @@ def compare(
     settings = _settings(arguments)
     from sim.progress import ProgressObserver, progress_bars
     from sim.records import to_json
-    from sim.report import summary_table
+    from sim.reports import summary_table
     from sim.study import compare as compare_arms
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
@@ -185,9 +185,9 @@ def report(
     - `fedkd report runs/quickstart`
     - `fedkd report runs/a/20260101-120000-1a2b3c runs/b/20260101-120500-4d5e6f --output both`
     """
-    from sim.report import report_on
+    from sim.reports import report as write_report_on
 
-    typer.echo(f"report {report_on(runs, output)}")
+    typer.echo(f"report {write_report_on(runs, output)}")
 
 
 def _console() -> Console:

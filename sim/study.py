@@ -10,8 +10,8 @@ from typing import Any
 
 from sim.engine.ray_grid import RaySession, check_engine
 from sim.records import RESULT_FILE, Row, make_folder, to_json, write_text
-from sim.report import load_run, summary_rows, write_report
-from sim.report.runs import STUDY_FILE, RunRecord
+from sim.reports import load_run, summary_rows, write_report
+from sim.reports.runs import STUDY_FILE, RunRecord
 from sim.rounds import Observer
 from sim.running import load_data, run
 from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table

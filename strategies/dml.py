@@ -10,16 +10,13 @@ probability up to a constant, which is why one averaged target is all that trave
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
-from fedkd.schedules import ConstantSchedule, CosineSchedule, NonNegativeSchedule, PositiveSchedule
 from fedkd.targets import StreamingMean
-from fedkd.training import Cohort, distilled, supervised
+from fedkd.training import Cohort
 from strategies.base import (
     DistillationStrategy,
     RoundPlan,
@@ -29,30 +26,20 @@ from strategies.base import (
     upload_logits,
 )
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.taught import TaughtSettings, learn
 
 
-class DMLSettings(StrategySettings):
-    """Settings under ``strategy:`` when ``name: dml``.
+class DMLSettings(TaughtSettings):
+    """Settings under ``strategy:`` when ``name: dml``; the peers are the teachers.
 
     Attributes:
-        temperature: softens peers and student; a number or a schedule over the run.
-        ce_weight, kd_weight: weights of the private and the mutual term; numbers or schedules.
-        scale_by_t2: multiply the mutual term by the temperature's square.
         include_self: let a client's own predictions count among its teachers.
         average: ``probability`` averages softened predictions, ``logit`` averages logits.
-        public_epochs: passes over the round's public rows, spread over its steps.
-        confidence_threshold: leave out public rows whose target is less sure, in [0, 1).
     """
 
     name: Literal["dml"] = "dml"
-    temperature: PositiveSchedule = CosineSchedule(start=4.0, end=1.0)
-    ce_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
-    kd_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
-    scale_by_t2: bool = True
     include_self: bool = False
     average: Literal["probability", "logit"] = "probability"
-    public_epochs: int = Field(1, ge=1)
-    confidence_threshold: float = Field(0.0, ge=0, lt=1)
 
 
 class DML(DistillationStrategy[DMLSettings]):
@@ -66,24 +53,7 @@ class DML(DistillationStrategy[DMLSettings]):
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
     ) -> Sequence[Knowledge]:
         """Minimise both terms in every step; then predict the round's public rows."""
-        settings = self.settings
-        ce_weight, kd_weight = (
-            weight.at(plan.progress) for weight in (settings.ce_weight, settings.kd_weight)
-        )
-        if isinstance(received, Predictions) and kd_weight > 0:
-            objective = partial(
-                distilled,
-                temperature=received.temperature,
-                targets_are_logits=received.kind == "mean_logit",
-                ce_weight=ce_weight,
-                kd_weight=kd_weight,
-                scale_by_t2=settings.scale_by_t2,
-                confidence_threshold=settings.confidence_threshold,
-            )
-            lesson = plan.public(received, epochs=settings.public_epochs)
-            cohort.fit(objective, private=plan.local, public=lesson)
-        else:
-            cohort.fit(partial(supervised, weight=ce_weight), private=plan.local)
+        learn(cohort, received, plan, self.settings)
         return upload_logits(cohort, plan.public_rows)
 
     def aggregate(

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from fedkd.models import ModelSettings
-from fedkd.schedules import ConstantSchedule, CosineSchedule, NonNegativeSchedule, PositiveSchedule
 from fedkd.targets import StreamingMean
 from fedkd.training import Cohort, Passes, distilled, supervised, supervised_public
 from strategies.base import (
@@ -33,9 +32,10 @@ from strategies.base import (
     upload_logits,
 )
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.taught import TaughtSettings, learn
 
 
-class OneWaySettings(StrategySettings):
+class OneWaySettings(TaughtSettings):
     """Settings under ``strategy:`` when ``name: one_way``.
 
     Attributes:
@@ -47,7 +47,6 @@ class OneWaySettings(StrategySettings):
             federation has; ``auto``: ``public`` where it is labelled, else ``largest_client``.
         teacher_epochs: passes of the teacher over its rows.
         server_epochs: passes of the server model over a round's public rows.
-        temperature, ce_weight, kd_weight, scale_by_t2, public_epochs: as for ``dml``.
     """
 
     name: Literal["one_way"] = "one_way"
@@ -58,11 +57,6 @@ class OneWaySettings(StrategySettings):
     teacher_data: Literal["auto", "public", "largest_client", "pooled"] = "auto"
     teacher_epochs: int = Field(30, ge=1)
     server_epochs: int = Field(1, ge=1)
-    temperature: PositiveSchedule = CosineSchedule(start=4.0, end=1.0)
-    ce_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
-    kd_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
-    scale_by_t2: bool = True
-    public_epochs: int = Field(1, ge=1)
 
 
 class OneWay(DistillationStrategy[OneWaySettings]):
@@ -81,29 +75,14 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         taught_from_outside = settings.direction == "teacher_to_clients"
         self.uploads = "nothing" if taught_from_outside else "predictions"
         self._model: ServerModel | None = None
+        self._taught = False
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
     ) -> Sequence[Knowledge]:
         """Learn from own labels and, where something was received, from the teacher."""
-        settings = self.settings
-        ce_weight, kd_weight = (
-            weight.at(plan.progress) for weight in (settings.ce_weight, settings.kd_weight)
-        )
-        if isinstance(received, Predictions) and kd_weight > 0:
-            objective = partial(
-                distilled,
-                temperature=received.temperature,
-                targets_are_logits=True,
-                ce_weight=ce_weight,
-                kd_weight=kd_weight,
-                scale_by_t2=settings.scale_by_t2,
-            )
-            lesson = plan.public(received, epochs=settings.public_epochs)
-            cohort.fit(objective, private=plan.local, public=lesson)
-        else:
-            cohort.fit(partial(supervised, weight=ce_weight), private=plan.local)
-        if settings.direction == "teacher_to_clients":
+        learn(cohort, received, plan, self.settings)
+        if self.settings.direction == "teacher_to_clients":
             return ()
         return upload_logits(cohort, plan.public_rows)
 
@@ -156,7 +135,8 @@ class OneWay(DistillationStrategy[OneWaySettings]):
             )
             lesson = plan.public(ensemble, epochs=self.settings.server_epochs)
             self._model.fit(objective, plan=plan, public=lesson)
-        if self.settings.direction == "clients_to_server":
+            self._taught = True
+        if self.settings.direction == "clients_to_server" or not self._taught:
             return Broadcast()
         return Broadcast(self._lesson_for(plan.next()))
 

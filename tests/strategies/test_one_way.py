@@ -233,6 +233,7 @@ def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, direction
         "ce_weight": 0.5,
         "kd_weight": 2.0,
         "scale_by_t2": True,
+        "confidence_threshold": 0.0,
     }
     assert fit["private"] == plan.local
     assert fit["public"].targets is received.values

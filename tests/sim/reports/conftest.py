@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sim.records import RunFolder
-from sim.report.runs import RunRecord, load_run
+from sim.reports.runs import RunRecord, load_run
 from sim.settings import settings_from_table
 
 CLIENTS = 2
@@ -101,7 +101,7 @@ def write_run(
 @pytest.fixture
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw with fewer dots, for tests that do not look at figures."""
-    monkeypatch.setattr("sim.report.figures.DOTS_PER_INCH", 40)
+    monkeypatch.setattr("sim.reports.figures.DOTS_PER_INCH", 40)
 
 
 @pytest.fixture

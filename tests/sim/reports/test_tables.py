@@ -4,9 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
-from sim.report import summary_rows, summary_table
-from sim.report.statistics import Difference, Estimate
-from sim.report.tables import p_text, percent
+from sim.reports import summary_rows, summary_table
+from sim.reports.statistics import Difference, Estimate
+from sim.reports.tables import p_text, percent
 
 
 def printed(runs, width):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from scipy import stats
 
-from sim.report.figures import (
+from sim.reports.figures import (
     FIGURES,
     PALETTE,
     accuracy_by_client,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sim.report import load_run, load_study
-from sim.report.runs import model_label, number
+from sim.reports import load_run, load_study
+from sim.reports.runs import model_label, number
 from sim.rounds import summary
 from sim.running import run
 from sim.settings import SettingsError, settings_from_table

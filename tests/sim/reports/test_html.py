@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sim.report import load_run, report_on, write_report
-from sim.report.html import group_by_arm, split_settings
+from sim.reports import load_run, report, write_report
+from sim.reports.html import group_by_arm, split_settings
 from sim.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("coarse_figures")
@@ -167,7 +167,7 @@ def test_no_runs_make_no_report(tmp_path):
     with pytest.raises(SettingsError, match="at least one run"):
         write_report({"a": []}, tmp_path, title="t")
     with pytest.raises(SettingsError, match="at least one run"):
-        report_on([])
+        report([])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,36 +229,36 @@ def make_study(folder, run_folder):
 
 def test_a_single_path_gets_its_report_inside(tmp_path, run_folder):
     study_folder = make_study(tmp_path / "study", run_folder)
-    path = report_on([study_folder])
+    path = report([study_folder])
     assert path == study_folder / "report.html"
     assert "Differences to control" in page_of(path).text
     single = run_folder(tmp_path / "single")
-    assert report_on([single, single]) == single / "report.html"
+    assert report([single, single]) == single / "report.html"
 
 
 def test_several_paths_get_a_report_beside_them(tmp_path, run_folder):
     study_folder = make_study(tmp_path / "study", run_folder)
     run = run_folder(tmp_path / "runs" / "x" / "one", strategy="fedmd")
-    path = report_on([study_folder, run])
+    path = report([study_folder, run])
     assert path == tmp_path / "report" / "report.html"
     page = page_of(path)
     assert "5 runs: 3 arms" in page.text
     assert "Differences to control" in page.text
-    assert report_on([run, study_folder], tmp_path / "here") == tmp_path / "here" / "report.html"
+    assert report([run, study_folder], tmp_path / "here") == tmp_path / "here" / "report.html"
     assert "Differences to fedmd" in page_of(tmp_path / "here" / "report.html").text
 
 
 def test_a_run_given_with_its_study_counts_once(tmp_path, run_folder):
     study_folder = make_study(tmp_path / "study", run_folder)
     run = study_folder / "treated" / f"seed-1-{'0' * 8}"
-    page = page_of(report_on([study_folder, run], tmp_path / "out"))
+    page = page_of(report([study_folder, run], tmp_path / "out"))
     assert "4 runs: 2 arms" in page.text
     assert load_run(run).arm == "treated"
 
 
 def test_a_path_that_is_neither_run_nor_study_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"neither a run folder.*settings\.yaml.*study\.json"):
-        report_on([tmp_path])
+        report([tmp_path])
 
 
 def test_a_folder_that_cannot_be_written_is_named(make_run, tmp_path):

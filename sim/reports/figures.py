@@ -22,8 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sim.report.runs import RunRecord, number
-from sim.report.statistics import counted, estimate
+from sim.reports.runs import RunRecord, number
+from sim.reports.statistics import counted, estimate
 
 Runs = Mapping[str, Sequence[RunRecord]]
 

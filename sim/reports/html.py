@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from sim.records import SETTINGS_FILE, make_folder, write_text
-from sim.report.figures import FIGURES, draw_figures, to_png
-from sim.report.runs import (
+from sim.reports.figures import FIGURES, draw_figures, to_png
+from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,
     load_run,
@@ -20,7 +20,7 @@ from sim.report.runs import (
     model_label,
     number,
 )
-from sim.report.statistics import (
+from sim.reports.statistics import (
     ACCURACIES,
     ArmSummary,
     At,
@@ -28,7 +28,7 @@ from sim.report.statistics import (
     counted,
     summarize,
 )
-from sim.report.tables import NOTHING, kilobytes, p_text, percent
+from sim.reports.tables import NOTHING, kilobytes, p_text, percent
 from sim.settings import SettingsError
 
 REPORT_FILE = "report.html"
@@ -103,7 +103,7 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
     return folder / REPORT_FILE
 
 
-def report_on(paths: Sequence[Path], output: Path | None = None) -> Path:
+def report(paths: Sequence[Path], output: Path | None = None) -> Path:
     """Report on run folders and study folders together.
 
     Runs are grouped by arm. Runs that would share an arm but differ in settings that change

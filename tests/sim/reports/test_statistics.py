@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sim.report.statistics import (
+from sim.reports.statistics import (
     Difference,
     Estimate,
     compare_arms,

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from sim.report.runs import RunRecord, number
+from sim.reports.runs import RunRecord, number
 from sim.settings import SettingsError
 
 CONFIDENCE = 0.95

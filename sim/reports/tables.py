@@ -6,8 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sim.report.runs import RunRecord
-from sim.report.statistics import (
+from sim.reports.runs import RunRecord
+from sim.reports.statistics import (
     ACCURACIES,
     ArmSummary,
     Difference,
