@@ -76,7 +76,7 @@ class ClientsSettings(_Section):
     def _participants_exist(self) -> "ClientsSettings":
         if self.participants is not None and self.participants > self.count:
             raise ValueError(
-                f"participants must be at most clients.count ({self.count}), "
+                f"clients.participants must be at most clients.count ({self.count}), "
                 f"got {self.participants}"
             )
         return self
@@ -340,7 +340,7 @@ def _readable(error: ValidationError) -> list[str]:
             )
         elif problem["type"] == "value_error" or "got " in message:
             # A check of several settings names them itself; one of a single value does not.
-            lines.append(f"{where}: {message}" if where else message)
+            lines.append(message if message.startswith(where) else f"{where}: {message}")
         else:
             lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
     return lines

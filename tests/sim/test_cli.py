@@ -85,10 +85,14 @@ def test_a_folder_without_labels_is_named(fedkd: Fedkd, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"picture": [1, 2]}), tmp_path / "train-0.parquet")
-    code, _, err = fedkd("run", f"data.source={tmp_path}")
+    # As the Hugging Face layout has it, but for the label.
+    pictures = [{"bytes": b"not read before the label is missed", "path": None}] * 2
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pq.write_table(pa.table({"image": pictures}), folder / "train-00000-of-00001.parquet")
+    code, _, err = fedkd("run", f"data.source={folder}")
     assert code == 2
-    assert "label" in err
+    assert "data.label_column" in err
     assert len(err.strip().splitlines()) == 1
 
 
