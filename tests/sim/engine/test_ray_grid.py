@@ -128,3 +128,53 @@ def test_states_stay_with_the_driver_when_a_worker_is_lost(
             session.replace(worker)
         states = list(grid.client_states(range(settings.clients.count)))
     assert all(state is not None and state.models for state in states)
+
+
+def test_a_worker_asks_ray_for_its_share_of_a_gpu(
+    session: RaySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, float]] = []
+
+    class Remote:
+        def options(self, **resources: float) -> "Remote":
+            asked.append(resources)
+            return self
+
+        def remote(self) -> None: ...
+
+    monkeypatch.setattr(ray, "remote", lambda _: Remote())
+    monkeypatch.setattr(session, "_engine", EngineSettings(cpus_per_worker=2, gpus_per_worker=0.5))
+    session._start_worker()
+    assert asked == [{"num_cpus": 2.0, "num_gpus": 0.5}]
+
+
+@pytest.mark.parametrize(("gpus", "device"), [([], "cpu"), ([0], "cuda")])
+def test_a_worker_trains_on_the_gpu_that_ray_gave_it(
+    small: Small, monkeypatch: pytest.MonkeyPatch, gpus: list[int], device: str
+) -> None:
+    from sim.engine import ray_grid
+    from sim.running import load_data
+
+    chosen: list[str] = []
+
+    def runtime(settings: object, data: object, device: object) -> None:
+        chosen.append(str(device))
+
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
+    monkeypatch.setattr(ray_grid, "ClientRuntime", runtime)
+    settings = small()
+    ray_grid.Worker().configure(settings.to_table(), load_data(settings))
+    assert chosen == [device]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_training_on_half_a_gpu_ends_near_training_on_the_cpu(small: Small) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    on_gpu = run(small("engine.backend=ray", "engine.gpus_per_worker=0.5"))
+    on_cpu = run(small())
+    pairs = zip(on_gpu.history.federation, on_cpu.history.federation, strict=True)
+    assert all(abs(gpu["accuracy"] - cpu["accuracy"]) < 0.05 for gpu, cpu in pairs)
