@@ -18,7 +18,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # switch is named after the systems where that is Ray's default; "1" puts them on the network.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # Ray's workers step back behind every other program (niceness 15); a run's are what one waits for.
-os.environ.setdefault("RAY_worker_niceness", "0")  # noqa: SIM112 (spelt by Ray)
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Workers without a GPU share choose the CPU themselves; Ray warns about hiding the GPUs for them.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

@@ -25,8 +25,9 @@ from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judg
 from sim.records import Row
 from sim.settings import Settings
 from sim.validation import Layout, rejection
-from strategies.base import RoundPlan, Server
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.plan import RoundPlan
+from strategies.server import Server
 
 
 class QuorumError(RuntimeError):

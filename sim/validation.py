@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from strategies.base import RoundPlan
 from strategies.knowledge import Knowledge, Predictions
+from strategies.plan import RoundPlan
 
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""

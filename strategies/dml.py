@@ -17,15 +17,10 @@ import torch.nn.functional as F
 
 from fedkd.targets import StreamingMean
 from fedkd.training import Cohort
-from strategies.base import (
-    DistillationStrategy,
-    RoundPlan,
-    Server,
-    StrategySettings,
-    predictions_of,
-    upload_logits,
-)
+from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.plan import RoundPlan
+from strategies.server import Server
 from strategies.taught import TaughtSettings, learn
 
 

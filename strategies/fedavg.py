@@ -13,14 +13,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedkd.training import Arrays, Cohort, supervised
-from strategies.base import (
-    DistillationStrategy,
-    Federation,
-    RoundPlan,
-    Server,
-    StrategySettings,
-)
+from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
+from strategies.plan import Federation, RoundPlan
+from strategies.server import Server
 
 
 class FedAvgSettings(StrategySettings):

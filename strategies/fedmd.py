@@ -15,15 +15,10 @@ from pydantic import Field
 from fedkd.losses.response import logit_l1, logit_mse, soft_target_loss
 from fedkd.targets import StreamingMean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
-from strategies.base import (
-    DistillationStrategy,
-    RoundPlan,
-    Server,
-    StrategySettings,
-    predictions_of,
-    upload_logits,
-)
+from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.plan import RoundPlan
+from strategies.server import Server
 
 
 class FedMDSettings(StrategySettings):

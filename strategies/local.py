@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 from fedkd.training import Cohort, supervised
-from strategies.base import DistillationStrategy, RoundPlan, Server, StrategySettings
+from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge
+from strategies.plan import RoundPlan
+from strategies.server import Server
 
 
 class LocalSettings(StrategySettings):

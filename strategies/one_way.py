@@ -21,17 +21,10 @@ from pydantic import Field
 from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean
 from fedkd.training import Cohort, Passes, distilled, supervised, supervised_public
-from strategies.base import (
-    DistillationStrategy,
-    Federation,
-    RoundPlan,
-    Server,
-    ServerModel,
-    StrategySettings,
-    predictions_of,
-    upload_logits,
-)
+from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.plan import Federation, RoundPlan
+from strategies.server import Server, ServerModel
 from strategies.taught import TaughtSettings, learn
 
 

@@ -11,14 +11,10 @@ import numpy as np
 
 from fedkd.data import FederatedData
 from fedkd.training import Cohort, supervised
-from strategies.base import (
-    DistillationStrategy,
-    Federation,
-    RoundPlan,
-    Server,
-    StrategySettings,
-)
+from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
+from strategies.plan import Federation, RoundPlan
+from strategies.server import Server
 
 
 class PooledSettings(StrategySettings):

@@ -11,8 +11,9 @@ from fedkd.schedules import (
     PositiveSchedule,
 )
 from fedkd.training import Cohort, distilled, supervised
-from strategies.base import RoundPlan, StrategySettings
+from strategies.base import StrategySettings
 from strategies.knowledge import Knowledge, Predictions
+from strategies.plan import RoundPlan
 
 
 class TaughtSettings(StrategySettings):

@@ -32,8 +32,9 @@ from fedkd.training import (
 )
 from sim.settings import Settings
 from strategies import STRATEGIES
-from strategies.base import DistillationStrategy, Federation, StrategySettings
+from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Knowledge, Predictions
+from strategies.plan import Federation
 
 Phase = Literal["query", "train", "evaluate"]
 

@@ -10,7 +10,7 @@ import torch
 def parts(tiny_settings) -> Callable[..., Any]:
     """Make the server half's surroundings by hand: (strategy, server) of some settings and data."""
     from sim.engine.runtime import build_strategy, federation_of
-    from strategies.base import Server
+    from strategies.server import Server
 
     def build(settings: Any, data: Any) -> Any:
         federation = federation_of(settings, data)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fedkd.training import Passes, distilled, supervised, supervised_public
-from strategies.base import Server, ServerModel
 from strategies.knowledge import Broadcast, Predictions
+from strategies.server import Server, ServerModel
 
 
 class FakeModel(ServerModel):
