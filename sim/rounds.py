@@ -117,9 +117,9 @@ class RoundLoop:
         if round % self._settings.evaluation.every == 0 or round == self._settings.rounds:
             evaluated, federation = self._evaluate(plan, aggregated, node_of)
         entropies = [
-            target_entropy(knowledge.values)
+            target_entropy(knowledge.probabilities())
             for knowledge in aggregated
-            if isinstance(knowledge, Predictions) and knowledge.kind == "mean_probability"
+            if isinstance(knowledge, Predictions)
         ]
         federation = {
             "round": round,
@@ -407,14 +407,14 @@ def selected_round(history: History) -> Row:
     return judged[best]
 
 
-def summary(history: History) -> dict[str, Any]:
-    """Return the last round, the selected round and each client's last row."""
+def summary(history: History, num_clients: int) -> dict[str, Any]:
+    """Return the last round, the selected round, each client's last row and bytes by client."""
     judged = [row for row in history.federation if "accuracy" in row]
     return {
         "last": judged[-1] if judged else {},
         "selected": selected_round(history),
         "clients": [rows[-1] for _, rows in sorted(history.clients.items())],
         "server": history.server[-1] if history.server else None,
-        "bytes_up": [n for _, n in sorted(history.bytes_up.items())],
-        "bytes_down": [n for _, n in sorted(history.bytes_down.items())],
+        "bytes_up": [history.bytes_up.get(client, 0) for client in range(num_clients)],
+        "bytes_down": [history.bytes_down.get(client, 0) for client in range(num_clients)],
     }

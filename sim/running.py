@@ -49,7 +49,7 @@ class RunResult:
             "weights_sha256": self.weights_sha256,
             "seconds": self.seconds,
             "folder": str(self.folder),
-            **summary(self.history),
+            **summary(self.history, self.settings.clients.count),
         }
 
 

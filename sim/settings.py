@@ -54,14 +54,14 @@ class LocalSettings(_Section):
 class ClientsSettings(_Section):
     """Who takes part and how they learn (``clients``)."""
 
-    count: int = Field(10, ge=1)
+    count: int = Field(10, ge=1, description="registered clients")
     participation: float = Field(1.0, gt=0, le=1, description="fraction drawn each round")
     participants: int | None = Field(None, ge=1, description="number drawn each round instead")
     models: tuple[ModelSettings, ...] = Field(
         tuple(ModelSettings(name=name) for name in ("mlp", "cnn", "gru", "transformer")),
         description="dealt out in turn: client i gets models[i % len(models)]",
     )
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="private rows in a step")
     optimizer: OptimizerSettings = OptimizerSettings()
     local: LocalSettings = LocalSettings()
 
@@ -156,8 +156,8 @@ class Settings(_Section):
     """Everything that decides a run. Without arguments: the digits default."""
 
     name: str = Field("quickstart", description="names the folder of the run")
-    seed: int = Field(0, ge=0, lt=2**32)
-    rounds: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32, description="decides every draw of the run")
+    rounds: int = Field(20, ge=1, description="communication rounds")
     output: Path = Field(Path("runs"), description="where run folders are made")
     data: DataSettings = DataSettings()
     clients: ClientsSettings = ClientsSettings()

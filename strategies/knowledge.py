@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedkd.targets import soften
 from fedkd.training import Arrays
 
 PredictionKind = Literal["logits", "mean_logit", "mean_probability"]
@@ -39,6 +41,12 @@ class Predictions:
     def payload_bytes(self) -> int:
         """Bytes on the wire for one client: the values, uncompressed."""
         return self.values.nbytes if self.values.ndim == 2 else self.values[0].nbytes
+
+    def probabilities(self) -> np.ndarray:
+        """Return the values as soft labels: logits are softened with ``temperature``."""
+        if self.kind == "mean_probability":
+            return self.values
+        return soften(torch.from_numpy(self.values), temperature=self.temperature).numpy()
 
 
 @dataclass(frozen=True, slots=True)

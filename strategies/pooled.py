@@ -1,7 +1,8 @@
 """Pooled: one model per architecture trained on everybody's private rows together.
 
-The upper bound for any exchange. No federation could do this; its bytes are therefore those of
-the models that are handed out for evaluation, not of the rows that would have to move.
+The upper bound for any exchange. No federation could do this; the bytes that are counted are
+those of the models that the training clients send and receive, not of the rows that would have
+to move.
 """
 
 from collections.abc import Iterable, Sequence

@@ -21,7 +21,8 @@ class TaughtSettings(StrategySettings):
 
     Attributes:
         temperature: softens teachers and student; a number or a schedule over the run.
-        ce_weight, kd_weight: weights of the private and the public term; numbers or schedules.
+        ce_weight: weight of cross-entropy on private rows; a number or a schedule.
+        kd_weight: weight of distillation on public rows; a number or a schedule.
         scale_by_t2: multiply the public term by the temperature's square.
         public_epochs: passes over the round's public rows, spread over its steps.
         confidence_threshold: leave out public rows whose target is less sure, in [0, 1).

@@ -248,10 +248,14 @@ def test_a_summary_shows_the_last_and_the_selected_round():
         clients={1: [{"accuracy": 0.3}], 0: [{"accuracy": 0.1}, {"accuracy": 0.2}]},
         bytes_up={1: 20, 0: 10},
     )
-    shown = summary(history)
+    shown = summary(history, 3)
     assert (shown["last"]["round"], shown["selected"]["round"]) == (2, 1)
     assert [row["accuracy"] for row in shown["clients"]] == [0.2, 0.3]
-    assert (shown["bytes_up"], shown["bytes_down"], shown["server"]) == ([10, 20], [], None)
+    assert (shown["bytes_up"], shown["bytes_down"], shown["server"]) == (
+        [10, 20, 0],
+        [0, 0, 0],
+        None,
+    )
 
 
 # -- replies that say nothing, or nothing readable -------------------------------------------------

@@ -90,3 +90,13 @@ def test_an_empty_broadcast_reaches_nobody():
     assert Broadcast().to(0) is None
     assert list(Broadcast()) == []
     assert list(Broadcast(personal={0: None})) == []
+
+
+@pytest.mark.parametrize("kind", ["logits", "mean_logit"])
+def test_logits_become_soft_labels_at_their_temperature(kind):
+    values = np.log(np.array([[4.0, 1.0, 1.0]], np.float32))
+    piece = Predictions(kind=kind, rows=np.array([0]), values=values, temperature=2.0)
+    # Square roots of the odds: 2, 1, 1.
+    assert np.allclose(piece.probabilities(), [[0.5, 0.25, 0.25]])
+    soft = Predictions(kind="mean_probability", rows=np.array([0]), values=values, temperature=2.0)
+    assert soft.probabilities() is soft.values

@@ -26,7 +26,7 @@ def test_reads_what_a_real_run_measured(tmp_path):
     result = run(settings)
     record = load_run(result.folder)
 
-    measured = summary(result.history)
+    measured = summary(result.history, 2)
     assert (record.arm, record.seed, record.status) == ("dml", 5, "finished")
     assert record.settings == settings.to_table()
     assert record.last == measured["last"]

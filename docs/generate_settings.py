@@ -1,0 +1,269 @@
+"""Rewrite the tables of settings in the pages beside this file from the settings models.
+
+``python docs/generate_settings.py`` rewrites them, ``--check`` says with exit status 1 whether a
+page is stale. A table stands between ``<!-- generated: <name> -->`` and ``<!-- end -->``; the
+prose around it is written by hand.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from fedkd.models import _MODELS as MODELS
+from fedkd.models import ModelSettings, describe_models
+from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule, Schedule
+from sim.settings import Settings
+from strategies import STRATEGIES
+
+DOCS = Path(__file__).parent
+PAGES = ("settings.md", "strategies.md")
+BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+SCHEDULES = get_args(get_args(Schedule)[0])
+SCHEDULE_BOUNDS = (
+    (get_args(PositiveSchedule)[-1], "> 0"),
+    (get_args(NonNegativeSchedule)[-1], ">= 0"),
+)
+
+MEANINGS = {
+    "seed": "of every random draw of the run",
+    "rounds": "rounds of the run",
+    "clients.count": "number of clients",
+    "clients.batch_size": "private rows of a step",
+    "clients.optimizer.name": "PyTorch's optimizer, with its defaults for what is not listed here",
+    "clients.optimizer.lr": "learning rate",
+    "clients.optimizer.weight_decay": "decoupled with `adamw`, else added to the gradient",
+}
+"""What keys mean whose model does not say so."""
+
+
+class Key(NamedTuple):
+    """One line of a table."""
+
+    name: str
+    default: str
+    values: str
+    meaning: str
+
+
+def settings_keys() -> Iterator[Key]:
+    """Every key of `Settings`, sections opened, except those of the strategies."""
+    yield from _keys(Settings, Settings(), "")
+
+
+def _keys(model: type[BaseModel], defaults: BaseModel, prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        value = getattr(defaults, name)
+        if key == "strategy":
+            yield Key(
+                "strategy.name",
+                f"`{value.name}`",
+                _choices(STRATEGIES),
+                "the algorithm; its other settings: [strategies.md](strategies.md)",
+            )
+        elif isinstance(value, BaseModel) and not _is_schedule(value):
+            yield from _keys(type(value), value, f"{key}.")
+        else:
+            meaning = field.description or MEANINGS.get(key)
+            if not meaning:
+                raise ValueError(f"{key} has no meaning: add a description to its field")
+            yield Key(key, _default(field, value), _values(field), meaning)
+
+
+def strategy_keys(name: str) -> list[Key]:
+    """The settings of one algorithm, except its name; their meaning is in the class docstring."""
+    model = STRATEGIES[name].Settings
+    meanings: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        meanings |= documented_attributes(base)
+    keys = []
+    for field_name, field in model.model_fields.items():
+        if field_name == "name":
+            continue
+        if field_name not in meanings:
+            raise ValueError(f"{model.__name__}: Attributes does not list {field_name}")
+        default = _default(field, field.get_default(call_default_factory=True))
+        keys.append(Key(field_name, default, _values(field), meanings[field_name]))
+    return keys
+
+
+def documented_attributes(kind: type) -> dict[str, str]:
+    """Return what the ``Attributes:`` section of a docstring says, by name."""
+    text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
+    _, _, section = text.partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=    \S)", section.split("\n\n")[0]):
+        names, colon, meaning = entry.strip().partition(": ")
+        if colon:
+            clean = " ".join(meaning.split()).replace("``", "`").removesuffix(".")
+            found |= dict.fromkeys(names.split(", "), clean)
+    return found
+
+
+def schedule_keys() -> Iterator[Key]:
+    """The kinds of schedules with their keys."""
+    for model in SCHEDULES:
+        kind = model.model_fields["kind"].default
+        for name, field in model.model_fields.items():
+            if name != "kind":
+                default = "required" if field.is_required() else _default(field, field.default)
+                yield Key(f"{kind}: {name}", default, "", field.description or "")
+
+
+def model_rows() -> Iterator[tuple[str, ...]]:
+    """A line for each option of each built-in model."""
+    for description in describe_models():
+        fields = MODELS[description.name].model_fields
+        if not fields:
+            yield f"`{description.name}`", description.source, "no options", "", ""
+        first = True
+        for name, field in fields.items():
+            start = (f"`{description.name}`", description.source) if first else ("", "")
+            default = _yaml(description.options[name])
+            values = _values(field)
+            yield *start, f"`{name}`", default, f"{field.description} ({values})"
+            first = False
+
+
+def _is_schedule(value: object) -> bool:
+    return isinstance(value, SCHEDULES)
+
+
+def _default(field: FieldInfo, value: object) -> str:
+    return "required" if field.is_required() else _yaml(value)
+
+
+def _yaml(value: object) -> str:
+    """Write a value as it would stand in a settings file."""
+    if isinstance(value, ConstantSchedule):
+        value = value.value
+    elif isinstance(value, ModelSettings):
+        value = value.label
+    elif isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, Path):
+        value = str(value)
+    elif isinstance(value, tuple | list):
+        value = [item.label if isinstance(item, ModelSettings) else item for item in value]
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    return f"`{text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}`"
+
+
+def _choices(values: Any) -> str:
+    return ", ".join(f"`{value}`" for value in values)
+
+
+def _values(field: FieldInfo) -> str:
+    """Say which values a field takes, as far as its type does."""
+    annotation = field.annotation
+    if get_origin(annotation) in (Union, UnionType):
+        parts = get_args(annotation)
+        kinds = [part for part in parts if part is not type(None)]
+        if all(kind in SCHEDULES for kind in kinds):
+            return _bounded("number or schedule", field)
+        named = _name(kinds[0])
+        return _bounded(named, field) + (" or `null`" if len(kinds) < len(parts) else "")
+    return _bounded(_name(annotation), field)
+
+
+def _name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return _choices(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_name(get_args(annotation)[0])}s"
+    if get_origin(annotation) is dict:
+        return "table"
+    if hasattr(annotation, "__metadata__"):
+        return _name(get_args(annotation)[0])
+    names = {
+        bool: "`true`, `false`",
+        float: "number",
+        int: "whole number",
+        str: "text",
+        Path: "path",
+        ModelSettings: "model",
+    }
+    return names[annotation]
+
+
+def _bounded(text: str, field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{sign} {limit}"
+        for part in field.metadata
+        for name, sign in signs.items()
+        if (limit := getattr(part, name, None)) is not None
+    ]
+    bounds += [bound for part, bound in SCHEDULE_BOUNDS if part in field.metadata]
+    return f"{text} {' and '.join(bounds)}".strip()
+
+
+def table(keys: Iterator[Key] | list[Key]) -> str:
+    """Write keys as a Markdown table."""
+    keys = list(keys)
+    if not keys:
+        return "No settings."
+    lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| `{k.name}` | {k.default} | {k.values} | {k.meaning} |" for k in keys)]
+    )
+
+
+def model_table() -> str:
+    """Write the models as a Markdown table."""
+    lines = ["| model | what it is | option | default | meaning |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in model_rows())])
+
+
+def _strategy_table(name: str) -> str:
+    return table(strategy_keys(name))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "settings": lambda: table(settings_keys()),
+    "schedules": lambda: table(schedule_keys()),
+    "models": model_table,
+    **{f"strategy {name}": partial(_strategy_table, name) for name in STRATEGIES},
+}
+"""What can stand between the marks, by name."""
+
+
+def rewritten(text: str) -> str:
+    """Return a page with its generated tables brought up to date."""
+
+    def fresh(block: re.Match[str]) -> str:
+        start, name, end = block.groups()
+        if name not in BLOCKS:
+            raise ValueError(f"unknown table {name!r}; known: {', '.join(BLOCKS)}")
+        return f"{start}{BLOCKS[name]()}\n{end}"
+
+    return BLOCK.sub(fresh, text)
+
+
+def main() -> int:
+    """Rewrite the pages, or only check them."""
+    stale = []
+    for name in PAGES:
+        path = DOCS / name
+        old = path.read_text(encoding="utf-8")
+        new = rewritten(old)
+        if new != old:
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(new, encoding="utf-8")
+    sys.stdout.write("".join(f"{name}: stale\n" for name in stale) or "up to date\n")
+    return int(bool(stale) and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

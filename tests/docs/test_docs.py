@@ -1,0 +1,140 @@
+"""The pages in docs/ say what the code does."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def load_module(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def module_of() -> Iterator[Callable[[str, Path], Any]]:
+    before = set(sys.modules)
+    yield load_module
+    for name in set(sys.modules) - before:
+        if name.startswith("docs_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def generator(module_of: Callable[[str, Path], Any]) -> Any:
+    return module_of("docs_generator", ROOT / "docs" / "generate_settings.py")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    return [body for kind, body in FENCE.findall(text) if kind == language]
+
+
+@pytest.mark.parametrize("name", ["settings.md", "strategies.md"])
+def test_tables_of_settings_are_fresh(generator: Any, name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert generator.rewritten(text) == text, "run: python docs/generate_settings.py"
+
+
+def test_a_changed_table_is_noticed(generator: Any) -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert generator.rewritten(text.replace("| `rounds` | `20` |", "| `rounds` | `21` |")) == text
+
+
+def test_every_table_stands_on_a_page(generator: Any) -> None:
+    pages = (ROOT / "docs" / name for name in generator.PAGES)
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    shown = [name for _, name, _ in generator.BLOCK.findall(text)]
+    assert sorted(shown) == sorted(generator.BLOCKS)
+
+
+def test_every_key_is_in_the_table(generator: Any) -> None:
+    from sim.settings import Settings
+
+    def leaves(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in table.items():
+            name = f"{prefix}{key}"
+            if name == "strategy":
+                yield "strategy.name"
+            elif isinstance(value, dict) and value and name != "clients.optimizer.decay":
+                yield from leaves(value, f"{name}.")
+            else:
+                yield name
+
+    assert [key.name for key in generator.settings_keys()] == list(leaves(Settings().to_table()))
+
+
+def test_every_strategy_has_an_entry_with_its_settings() -> None:
+    from strategies import STRATEGIES
+
+    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    entries = {entry.split("\n", 1)[0]: entry for entry in text.split("\n## ")[1:]}
+    for name in STRATEGIES:
+        assert name in entries, f"docs/strategies.md needs a heading '## {name}'"
+        assert f"<!-- generated: strategy {name} -->" in entries[name]
+        assert re.search(r"^Sources?: ", entries[name], re.MULTILINE)
+
+
+def settings_blocks() -> list[Any]:
+    return [
+        pytest.param(block, id=f"{page.name} {number}")
+        for page in PAGES
+        for number, block in enumerate(blocks(page, "yaml"), start=1)
+    ]
+
+
+@pytest.mark.parametrize("block", settings_blocks())
+def test_settings_on_a_page_are_valid(block: str, tmp_path: Path) -> None:
+    from sim.settings import Settings, load_settings
+    from sim.study import arm_settings
+
+    table = yaml.safe_load(block)
+    if not isinstance(table, dict) or not table.keys() & Settings.model_fields.keys():
+        pytest.skip("not a table of settings")
+    config = tmp_path / "page.yaml"
+    config.write_text(block, encoding="utf-8")
+    arm_settings(load_settings(config))
+
+
+def test_the_example_of_an_algorithm_learns(
+    module_of: Callable[[str, Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_settings: Any,
+    tiny_data: Any,
+    simulate: Any,
+) -> None:
+    from strategies import STRATEGIES
+
+    (example,) = blocks(ROOT / "docs" / "strategies.md", "python")
+    path = tmp_path / "vote.py"
+    path.write_text(example, encoding="utf-8")
+    vote = module_of("docs_vote", path)
+    monkeypatch.setitem(STRATEGIES, "vote", vote.Vote)
+    # The settings were built from the table as it is; this row is not in it.
+    settings = tiny_settings("dml").model_copy(update={"strategy": vote.VoteSettings()})
+    run = simulate(settings, tiny_data())
+    assert run.events == []
+    assert {row["kind"] for row in run.exchange} == {"logits", "mean_probability"}
+    assert run.history.federation[-1]["accuracy"] > 1 / 3
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
