@@ -4,6 +4,7 @@ Every command is a thin shell around the function of the same name in `sim`. Hea
 until a command needs them, so that ``--help`` and mistakes answer at once.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ def root(
     """Federated learning by knowledge exchange: simulate, compare, report.
 
     Examples:
-    - `fedkd run` : the digits default, in seconds
+    - `fedkd run` : the digits default
     - `fedkd run strategy.name=fedmd rounds=10 seed=7`
     - `fedkd compare conf/quickstart.yaml` : arms x seeds, a table and a report
     - `fedkd data conf/quickstart.yaml` : who holds which rows
@@ -86,7 +87,8 @@ def run(arguments: ConfigAndOverrides = None, quiet: Quiet = False, json: AsJson
     from sim.running import run as run_federation
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
-    with bars, _interruptible():
+    kept = "what was measured so far is in the run folder"
+    with bars, _interruptible(f"{kept} under {settings.output / settings.name}"):
         result = run_federation(
             settings, observers=[ProgressObserver(bars, settings.strategy.name)]
         )
@@ -131,7 +133,8 @@ def compare(
     from sim.study import compare as compare_arms
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
-    with bars, _interruptible():
+    kept = f"finished runs are kept in {settings.output / settings.name}"
+    with bars, _interruptible(f"{kept}; the same command goes on from there"):
         study = compare_arms(
             settings,
             arms=[name.strip() for name in arms.split(",")] if arms else None,
@@ -242,11 +245,11 @@ class _InterruptedError(Exception):
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(consolation: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise _InterruptedError from None
+        raise _InterruptedError(consolation) from None
 
 
 def _on_sigterm(*_: object) -> None:
@@ -256,10 +259,15 @@ def _on_sigterm(*_: object) -> None:
 def main() -> None:
     """Run the command line; a mistake is one line and exit code 2."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    # A console script does not see the folder it is called in; `clients.models` may name a module
+    # there. At the end, so that nothing there hides what is installed.
+    sys.path.append(os.getcwd())
     try:
         app()
-    except (KeyboardInterrupt, _InterruptedError):
-        _fail("interrupted; what was measured so far is in the run folder", EXIT_INTERRUPTED)
+    except _InterruptedError as stop:
+        _fail(f"interrupted; {stop}", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         from sim.rounds import QuorumError
         from sim.settings import SettingsError

@@ -155,7 +155,7 @@ def _check_name(name: str, what: str) -> str:
 class Settings(_Section):
     """Everything that decides a run. Without arguments: the digits default."""
 
-    name: str = Field("quickstart", description="names the folder of the run")
+    name: str = Field("default", description="names the folder of the run")
     seed: int = Field(0, ge=0, lt=2**32, description="decides every draw of the run")
     rounds: int = Field(20, ge=1, description="communication rounds")
     output: Path = Field(Path("runs"), description="where run folders are made")
@@ -334,10 +334,8 @@ def _readable(error: ValidationError) -> list[str]:
         message = message.replace("Input should be", "must be")
         if problem["type"] == "extra_forbidden":
             known = _known_keys(path[:-1], strategy)
-            lines.append(
-                f"unknown setting {where!r}{nearest(path[-1], known)} "
-                f"(known there: {', '.join(known)})"
-            )
+            known_there = f" (known there: {', '.join(known)})" if known else ""
+            lines.append(f"unknown setting {where!r}{nearest(path[-1], known)}{known_there}")
         elif problem["type"] == "value_error" or "got " in message:
             # A check of several settings names them itself; one of a single value does not.
             lines.append(message if message.startswith(where) else f"{where}: {message}")
@@ -347,23 +345,25 @@ def _readable(error: ValidationError) -> list[str]:
 
 
 def _known_keys(path: Sequence[str], strategy: str | None) -> list[str]:
-    """Return the keys of the section at ``path``."""
+    """Return the keys of the section at ``path``; none where several kinds of section fit."""
     model: type[BaseModel] = Settings
     for part in path:
         if part == "strategy" and model is Settings and strategy is not None:
             model = STRATEGIES[strategy].Settings
             continue
         field = model.model_fields.get(part)
-        found = _model_in(field.annotation) if field is not None else None
-        if found is not None:
-            model = found
+        found = _models_in(field.annotation) if field is not None else []
+        if len(found) > 1:
+            return []
+        if found:
+            model = found[0]
     return list(model.model_fields)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ them into a cache and report its use to a server, even for a local folder.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -268,7 +269,7 @@ def _load_dataset(settings: DataSettings, cache_folder: Path | None) -> "Dataset
     import datasets
 
     try:
-        with _no_usage_report():
+        with _quietly():
             return datasets.load_dataset(
                 settings.source,
                 settings.config,
@@ -283,16 +284,21 @@ def _load_dataset(settings: DataSettings, cache_folder: Path | None) -> "Dataset
 
 
 @contextmanager
-def _no_usage_report() -> Iterator[None]:
-    """Keep ``datasets`` from reporting each load to a download counter."""
+def _quietly() -> Iterator[None]:
+    """Keep ``datasets`` from reporting each load to a download counter, and from chatting."""
     from datasets import config
 
     before = config.HF_UPDATE_DOWNLOAD_COUNTS
     config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    # The hub client logs each retry; the error that follows says what matters in one line.
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         config.HF_UPDATE_DOWNLOAD_COUNTS = before
+        log.setLevel(level)
 
 
 def _hugging_face_split(

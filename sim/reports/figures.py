@@ -130,7 +130,7 @@ def band_note(curves: Sequence[Curve]) -> str:
     """Say what lines and bands are, for the figure itself."""
     seeds = {curve.seeds for curve in curves}
     if seeds == {1}:
-        return "one seed"
+        return "one seed each"
     parts = ["line: mean over seeds"]
     if any(count >= 3 for count in seeds):
         parts.append("band: 95 % t-interval")

@@ -115,7 +115,7 @@ def _caption(summaries: Sequence[ArmSummary]) -> str:
     seeds = {summary.seeds for summary in summaries}
     parts = [
         f"{len(next(iter(seeds)))} seed(s)" if len(seeds) == 1 else "seeds differ between arms",
-        "kB per client over the run",
+        "kB per client over the run; s: seconds of the rounds, without start-up",
     ]
     if len(summaries) > 1:
         parts.append("differences to the first arm are paired by seed, p of the paired t-test")

@@ -76,7 +76,7 @@ def test_flower_s_runtimes_compute_what_fedkd_run_computes(
     grid = ForeignGrid(config, ours.settings.clients.count)
     context = Context(1, 1, {}, RecordDict(), dict(config))
     app.server_app(grid, context)
-    (folder,) = (tmp_path / "flower" / "quickstart").iterdir()
+    (folder,) = (tmp_path / "flower" / "default").iterdir()
     theirs = [row for row in read_rows(folder / "metrics.jsonl") if row["scope"] == "federation"]
     timeless = [
         {key: value for key, value in row.items() if "seconds" not in key} for row in theirs
@@ -92,7 +92,7 @@ def test_the_number_of_clients_is_the_runtime_s(
 ) -> None:
     config = {"config": "", "overrides": " ".join([*small_words, f"output={tmp_path}"])}
     app.server_app(ForeignGrid(config, 3), Context(1, 1, {}, RecordDict(), dict(config)))
-    (folder,) = (tmp_path / "quickstart").iterdir()
+    (folder,) = (tmp_path / "default").iterdir()
     assert load_settings(folder / "settings.yaml").clients.count == 3
 
 

@@ -125,6 +125,21 @@ def test_json_is_one_object_and_nothing_else(
     assert row["status"] == "finished"
 
 
+def test_a_model_of_one_s_own_is_found_in_the_current_folder(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_models.py").write_text(
+        "from torch import nn\n"
+        "def net(*, input_shape, num_classes):\n"
+        "    c, h, w = input_shape\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [*small_words, "clients.models=['my_own_models:net']", f"output={tmp_path / 'runs'}"]
+    assert fedkd("run", *words, "--quiet") == (0, "", "")
+
+
 def test_quiet_prints_nothing(fedkd: Fedkd, tmp_path: Path, small_words: Words) -> None:
     assert fedkd("run", *small_words, f"output={tmp_path}", "--quiet") == (0, "", "")
 
@@ -161,6 +176,7 @@ def test_ctrl_c_exits_with_130_and_leaves_a_readable_folder(
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted" in err
+    assert str(tmp_path) in err
     assert "Traceback" not in err
     assert read_rows(metrics)[0]["round"] == 1
     assert json.loads((metrics.parent / "result.json").read_text())["status"] == "interrupted"

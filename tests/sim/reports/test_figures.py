@@ -59,7 +59,7 @@ def test_two_seeds_have_their_values_as_band_and_one_seed_has_none(make_run):
     assert two.high == pytest.approx([0.6, 0.7])
     assert "95 %" not in band_note([two])
     assert one.low.tolist() == one.mean.tolist() == one.high.tolist()
-    assert band_note([one]) == "one seed"
+    assert band_note([one]) == "one seed each"
 
 
 def test_a_curve_has_the_rounds_that_all_seeds_judged(make_run):
