@@ -39,6 +39,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/loop_ratio.py
 

@@ -81,9 +81,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    # Ray's workers step back behind every other program (niceness 15). Here that would compare
-    # priorities: the bare loop has the usual one.
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (spelt by Ray)
     before = machine()
     settings = settings_of(options)
     data = synthetic_data(options.clients) if options.data is None else real_data(settings)
