@@ -36,6 +36,7 @@ class ProgressObserver(Observer):
             f"{self._label}: round {row['round']}, client {row['client']}: {row['event']}: "
             f"{last_line[0]}",
             markup=False,
+            highlight=False,
         )
 
 
