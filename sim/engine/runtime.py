@@ -188,14 +188,8 @@ class ClientRuntime:
         validation = cohort.predict(self._validation_inputs).argmax(-1)
         replies = []
         for position, client in enumerate(call.clients):
-            metrics = judge(self._data, test_logits[position], validation[position])
-            counts = confusion_counts(
-                self._data.test_labels,
-                test_logits[position].argmax(-1),
-                self._data.num_classes,
-            )
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
-            metrics["personal_accuracy"] = personal_accuracy(counts, mix)
+            metrics = judge(self._data, test_logits[position], validation[position], mix)
             probabilities = None
             if self._strategy.uploads == "predictions":
                 probabilities = F.softmax(torch.from_numpy(test_logits[position]), -1).numpy()
@@ -204,24 +198,28 @@ class ClientRuntime:
 
 
 def judge(
-    data: FederatedData, test_scores: np.ndarray, validation_classes: np.ndarray | None = None
+    data: FederatedData,
+    test_scores: np.ndarray,
+    validation_classes: np.ndarray,
+    label_mix: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Return accuracy and recall on the test split, and accuracy on the validation split.
 
     Args:
         data: the run's data.
         test_scores: logits or probabilities ``[test_rows, classes]``.
-        validation_classes: predicted classes of the validation rows, or None.
+        validation_classes: predicted classes of the validation rows.
+        label_mix: a client's share of each class, for its accuracy under that mix.
     """
     counts = confusion_counts(data.test_labels, test_scores.argmax(-1), data.num_classes)
     metrics = {
         "accuracy": accuracy(counts),
         "macro_recall": macro_recall(counts),
         "worst_class_recall": worst_class_recall(counts),
+        "validation_accuracy": float((validation_classes == data.validation_labels).mean()),
     }
-    if validation_classes is not None:
-        hits = validation_classes == data.validation_labels
-        metrics["validation_accuracy"] = float(hits.mean())
+    if label_mix is not None:
+        metrics["personal_accuracy"] = personal_accuracy(counts, label_mix)
     return metrics
 
 
