@@ -50,9 +50,9 @@ from fedkd.data import FederatedData, build_federated_data
 from fedkd.models import ModelSettings, build_model
 from fedkd.randomness import Purpose, generator_for
 from fedkd.training import MODEL, Arrays, Passes, initial_model_seed
-from sim.engine.ray_grid import available_cpus
-from sim.records import Row
-from sim.rounds import Observer, RoundLoop
+from sim.engine.session import available_cpus
+from sim.observers import Observer, Row
+from sim.rounds import RoundLoop
 from sim.running import open_grid
 from sim.settings import Settings, settings_from_table
 

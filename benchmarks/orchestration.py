@@ -159,7 +159,8 @@ def flower_phases(options: argparse.Namespace) -> list[float]:
 
 
 def our_phases(options: argparse.Namespace) -> list[float]:
-    from sim.engine.ray_grid import RayGrid, RaySession, available_cpus
+    from sim.engine.ray_grid import RayGrid
+    from sim.engine.session import RaySession, available_cpus
     from sim.settings import settings_from_table
 
     settings = settings_from_table(

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule, Schedule
+from sim.faults import FaultRule
 from sim.settings import Settings
 from strategies import STRATEGIES
 
@@ -171,7 +172,7 @@ def _values(field: FieldInfo) -> str:
         kinds = [part for part in parts if part is not type(None)]
         if all(kind in SCHEDULES for kind in kinds):
             return _bounded("number or schedule", field)
-        named = _name(kinds[0])
+        named = " or ".join(map(_name, kinds))
         return _bounded(named, field) + (" or `null`" if len(kinds) < len(parts) else "")
     return _bounded(_name(annotation), field)
 
@@ -192,6 +193,7 @@ def _name(annotation: Any) -> str:
         str: "text",
         Path: "path",
         ModelSettings: "model",
+        FaultRule: "fault rule",
     }
     return names[annotation]
 

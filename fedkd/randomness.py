@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     TRAIN = 6
     TEACHER = 7
     SERVER = 8
+    EVALUATION = 9
+    FAULTS = 10
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

@@ -6,12 +6,17 @@ are different targets; each has its own name and none is a default for another.
 """
 
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+BLOCK_VALUES = 2**17
+"""Values that are worked on at a time: 1 MiB in float64, what a core's own cache holds."""
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
@@ -115,6 +120,73 @@ def leave_one_out(
     return others.to(at_least_float32(values).dtype)
 
 
+def coordinate_median(
+    values: Float[Tensor, "clients rows classes"],
+) -> Float[Tensor, "rows classes"]:
+    """Take the median over the clients of every score; fewer than half of them cannot move it far.
+
+    The median of an even number is the mean of the two in the middle. Medians of probabilities
+    need not sum to 1.
+
+    Args:
+        values: finite probabilities or logits of every client on the same rows.
+
+    Returns:
+        On the CPU, whatever the order of the clients the same bits.
+
+    Raises:
+        ValueError: if there is no client.
+
+    Source:
+        Yin, Chen, Ramchandran, Bartlett, 2018, Definition 1. https://arxiv.org/abs/1803.01498
+    """
+    return _mean_of_the_middle(values, drop=(len(values) - 1) // 2)
+
+
+def trimmed_mean(
+    values: Float[Tensor, "clients rows classes"], *, trim: float
+) -> Float[Tensor, "rows classes"]:
+    """Average every score over the clients without the largest and the smallest ones.
+
+    Args:
+        values: finite probabilities or logits of every client on the same rows.
+        trim: fraction of the clients left out at EACH end, in [0, 0.5), rounded down to whole
+            clients; it withstands as many liars as it leaves out at an end.
+
+    Returns:
+        On the CPU, whatever the order of the clients the same bits.
+
+    Raises:
+        ValueError: if there is no client or ``trim`` is out of range.
+
+    Source:
+        Yin, Chen, Ramchandran, Bartlett, 2018, Definition 2. https://arxiv.org/abs/1803.01498
+    """
+    if not 0 <= trim < 0.5:
+        raise ValueError(f"trim must be in [0, 0.5), got {trim}")
+    # 0.29 of 100 clients are 29, although the product is 28.999999999999996.
+    return _mean_of_the_middle(values, drop=int(trim * len(values) + 1e-9))
+
+
+def _mean_of_the_middle(
+    values: Float[Tensor, "clients rows classes"], drop: int
+) -> Float[Tensor, "rows classes"]:
+    """Average every score over the clients but the ``drop`` largest and ``drop`` smallest."""
+    num_clients = len(values)
+    if num_clients == 0:
+        raise ValueError("a robust mean needs at least 1 client, got 0")
+    wide = at_least_float32(values.detach().cpu())
+    # NumPy sorts floats with vector instructions: several times as fast as torch.
+    ordered = np.sort(wide.numpy(), axis=0)
+    total = np.zeros(ordered.shape[1:])
+    # One client after the other: a library's sum may split rows differently with their number,
+    # and a chunk of rows has to give the bits of the whole.
+    for table in ordered[drop : num_clients - drop]:
+        total += table
+    total /= num_clients - 2 * drop
+    return torch.from_numpy(total).to(wide.dtype)
+
+
 def entropy_reduction(
     mean_probability: Float[Tensor, "rows classes"], *, temperature: float
 ) -> Float[Tensor, "rows classes"]:
@@ -170,8 +242,8 @@ def entropy(probabilities: Float[Tensor, "rows classes"]) -> Float[Tensor, "rows
 class StreamingMean:
     """Weighted mean of predictions that arrive one client at a time.
 
-    Holds one table of rows x classes however many clients there are. Sums in float64 in call
-    order, so the same calls in the same order give the same bits.
+    Holds one table of rows x classes however many clients there are, and a block of working
+    space. Sums in float64 in call order, so the same calls in the same order give the same bits.
     """
 
     def __init__(self) -> None:
@@ -200,13 +272,16 @@ class StreamingMean:
                 the mean is then as it was before the call.
         """
         _check_weight(weight)
-        table = self._as_table(values)
-        # No later subtraction could take a NaN out of the sum again.
-        if not np.isfinite(table).all():
-            raise ValueError("values must be finite, got NaN or infinity")
+        table = _as_table(values)
+        self._check_shape(table)
+        # Before anything is added: no later subtraction could take a NaN out of the sum again.
+        _check_finite(table)
         if self._sum is None:
-            self._sum = np.zeros_like(table)
-        self._sum += weight * table
+            self._sum = np.zeros(table.shape)
+        terms = _block_buffer(table)
+        for rows in _row_blocks(table):
+            block = self._sum[rows]
+            block += _weighted(table[rows], weight, terms)
         self._total_weight += weight
         self._count += 1
 
@@ -216,9 +291,20 @@ class StreamingMean:
         Raises:
             ValueError: if nothing was added.
         """
-        if self._sum is None:
-            raise ValueError("mean needs at least 1 contribution, got 0")
-        return torch.from_numpy(self._sum / self._total_weight)
+        return torch.from_numpy(self._nonempty_sum() / self._total_weight)
+
+    def pop_mean(self) -> Float[Tensor, "rows classes"]:
+        """Return the mean rounded to float32 and forget all contributions.
+
+        The same bits as ``mean().float()``, without a second table: the result takes over the
+        memory of the sum and gives half of it back.
+
+        Raises:
+            ValueError: if nothing was added.
+        """
+        total, weight = self._nonempty_sum(), self._total_weight
+        self._sum, self._total_weight, self._count = None, 0.0, 0
+        return torch.from_numpy(_divided_in_place(total, weight))
 
     def without(
         self,
@@ -247,20 +333,185 @@ class StreamingMean:
                 f"weight must be below the total of all contributions ({self._total_weight}), "
                 f"got {weight}"
             )
-        others = (self._sum - weight * self._as_table(values)) / others_weight
+        table = _as_table(values)
+        self._check_shape(table)
+        others = np.empty(table.shape)
+        terms = _block_buffer(table)
+        for rows in _row_blocks(table):
+            block = others[rows]
+            np.subtract(self._sum[rows], _weighted(table[rows], weight, terms), out=block)
+            block /= others_weight
         return torch.from_numpy(others)
 
-    def _as_table(
-        self, values: Float[np.ndarray, "rows classes"] | Float[Tensor, "rows classes"]
-    ) -> Float[np.ndarray, "rows classes"]:
-        if isinstance(values, Tensor):
-            values = values.detach().cpu().double().numpy()
-        table = np.asarray(values, dtype=np.float64)
-        if table.size == 0:
-            raise ValueError(f"values must have at least 1 row and 1 class, got {table.shape}")
+    def _nonempty_sum(self) -> Float[np.ndarray, "rows classes"]:
+        if self._sum is None:
+            raise ValueError("mean needs at least 1 contribution, got 0")
+        return self._sum
+
+    def _check_shape(self, table: Float[np.ndarray, "rows classes"]) -> None:
         if self._sum is not None and table.shape != self._sum.shape:
             raise ValueError(f"values must have shape {self._sum.shape}, got {table.shape}")
-        return table
+
+
+class PredictionSpool:
+    """Predictions of many clients, kept in a file without a name and read back some rows at a time.
+
+    For rules that need all clients at once, such as `coordinate_median`: memory is one chunk of
+    rows of every client, whatever the number of rows. The file vanishes with the process.
+    """
+
+    def __init__(self, folder: Path | None = None, *, chunk_bytes: int = 2**25) -> None:
+        """Open an empty spool.
+
+        Args:
+            folder: where its file lives; None is the system's temporary folder.
+            chunk_bytes: memory for the rows that are read back at a time, at least one of them.
+        """
+        self._folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._chunk_bytes = chunk_bytes
+        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._shape: tuple[int, ...] | None = None
+        self._dtype = np.dtype(np.float32)
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """Number of contributions added so far."""
+        return self._count
+
+    def add(
+        self, values: Float[np.ndarray, "rows classes"] | Float[Tensor, "rows classes"]
+    ) -> None:
+        """Append one client's probabilities or logits; half precision is widened to float32.
+
+        Args:
+            values: finite, with the shape and precision of all earlier contributions.
+
+        Raises:
+            ValueError: if a value is not finite, or the shape or precision differs.
+            OSError: where the folder has no room left. In either case the spool is as before.
+        """
+        table = _as_table(values)
+        dtype = np.promote_types(table.dtype, np.float32)
+        if self._shape is not None and (table.shape, dtype) != (self._shape, self._dtype):
+            raise ValueError(
+                f"values must be {self._dtype} of shape {self._shape}, "
+                f"got {dtype} of shape {table.shape}"
+            )
+        _check_finite(table)
+        try:
+            self._file.seek(self._count * table.size * dtype.itemsize)
+            for rows in _row_blocks(table):
+                self._file.write(np.ascontiguousarray(table[rows], dtype).data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot keep the clients' predictions in {str(self._folder)!r}: {error.strerror}; "
+                "the environment variable TMPDIR names another folder",
+            ) from None
+        self._shape, self._dtype = table.shape, dtype
+        self._count += 1
+
+    def reduce(
+        self,
+        rule: Callable[[Float[Tensor, "clients rows classes"]], Float[Tensor, "rows classes"]],
+    ) -> Float[Tensor, "rows classes"]:
+        """Return what ``rule`` makes of all contributions, in the order they were added.
+
+        Args:
+            rule: must treat every row on its own, such as `coordinate_median`.
+
+        Raises:
+            ValueError: if nothing was added.
+        """
+        if self._shape is None:
+            raise ValueError("a robust mean needs at least 1 contribution, got 0")
+        rows, classes = self._shape
+        row_bytes = classes * self._dtype.itemsize
+        height = min(rows, max(1, self._chunk_bytes // (self._count * row_bytes)))
+        chunk = np.empty((self._count, height, classes), self._dtype)
+        reduced = torch.empty((rows, classes), dtype=torch.from_numpy(chunk).dtype)
+        for start in range(0, rows, height):
+            taken = min(height, rows - start)
+            for client in range(self._count):
+                self._file.seek((client * rows + start) * row_bytes)
+                if self._file.readinto(chunk[client, :taken].data) != taken * row_bytes:
+                    raise OSError(f"a temporary file in {str(self._folder)!r} lost its end")
+            reduced[start : start + taken] = rule(torch.from_numpy(chunk[:, :taken]))
+        return reduced
+
+    def close(self) -> None:
+        """Give the file's space back."""
+        self._file.close()
+
+    def __enter__(self) -> "PredictionSpool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _as_table(
+    values: Float[np.ndarray, "rows classes"] | Float[Tensor, "rows classes"],
+) -> Float[np.ndarray, "rows classes"]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        # NumPy has no bfloat16; float32 holds it exactly.
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if values.size == 0:
+        raise ValueError(f"values must have at least 1 row and 1 class, got {values.shape}")
+    return values
+
+
+def _row_blocks(table: Float[np.ndarray, "rows classes"]) -> Iterator[slice]:
+    """Cut the rows into blocks of about `BLOCK_VALUES` values, which a core's cache holds."""
+    rows, classes = table.shape
+    height = max(1, BLOCK_VALUES // classes)
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def _block_buffer(table: Float[np.ndarray, "rows classes"]) -> Float[np.ndarray, "height classes"]:
+    """Return working space for one of `_row_blocks`."""
+    rows, classes = table.shape
+    return np.empty((min(rows, max(1, BLOCK_VALUES // classes)), classes))
+
+
+def _weighted(
+    block: Float[np.ndarray, "rows classes"],
+    weight: int | float,
+    buffer: Float[np.ndarray, "height classes"],
+) -> Float[np.ndarray, "rows classes"]:
+    """Return ``weight * block`` in float64, in the buffer's memory."""
+    terms = buffer[: len(block)]
+    terms[:] = block
+    if weight != 1:
+        terms *= weight
+    return terms
+
+
+def _check_finite(table: Float[np.ndarray, "rows classes"]) -> None:
+    for rows in _row_blocks(table):
+        # Both ends are NaN where any value is, and no table of booleans is made.
+        if not (np.isfinite(table[rows].min()) and np.isfinite(table[rows].max())):
+            raise ValueError("values must be finite, got NaN or infinity")
+
+
+def _divided_in_place(total: np.ndarray, divisor: int | float) -> np.ndarray:
+    """Return ``total / divisor`` in float32, in the memory of ``total``, which is used up."""
+    shape, size = total.shape, total.size
+    wide = total.reshape(-1)
+    narrow = wide.view(np.float32)
+    for start in range(0, size, BLOCK_VALUES):
+        block = slice(start, min(start + BLOCK_VALUES, size))
+        # The quotient is a copy, and what is written of it ends before the next block begins.
+        narrow[block] = wide[block] / divisor
+    # A view would keep NumPy from giving back the half that is free now; its own check for views
+    # also counts the frames of debuggers.
+    del wide, narrow
+    total.resize((size + 1) // 2, refcheck=False)
+    return total.view(np.float32)[:size].reshape(shape)
 
 
 def _check_weight(weight: int | float) -> None:

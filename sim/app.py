@@ -16,13 +16,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
-from sim.engine.grid import instruction_round, reply_content
-from sim.engine.runtime import ClientRuntime, CohortCall, Phase
-from sim.records import Row, RunFolder, new_run_folder
-from sim.rounds import Observer, RoundLoop, registered_nodes
-from sim.running import RecordingObserver, load_data, run_result
+from sim.engine.messages import CohortCall, Phase, read_instruction, reply_content
+from sim.engine.runtime import ClientRuntime
+from sim.observers import Observer, Row
+from sim.records import RunFolder, new_run_folder
+from sim.rounds import RoundLoop, registered_nodes
+from sim.running import load_data, run_result
 from sim.settings import Settings, load_settings
-from strategies.knowledge import from_array_record, read_knowledge, to_array_record
+from strategies.knowledge import from_array_record, to_array_record
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -50,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
     settings, data = _load(_words(context), len(registered_nodes(grid)))
     folder = new_run_folder(settings.output, settings.name)
     with RunFolder(folder, settings) as recorder:
-        loop = RoundLoop(grid, settings, data, [RecordingObserver(recorder), _RoundLog(settings)])
+        loop = RoundLoop(grid, settings, data, [recorder, _RoundLog(settings)])
         loop.run()
         recorder.result(run_result(settings, folder, loop.history).to_row())
     _LOG.info("run folder: %s", folder.resolve())
@@ -80,8 +81,9 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
     runtime = _runtime(_words(context), count)
     record = context.state.array_records.get(STATE)
     state = None if record is None else ClientState.from_arrays(from_array_record(record))
-    call = CohortCall(phase, instruction_round(message.content), (client,))
-    replies, states = runtime.run(call, read_knowledge(message.content), [state])
+    told = read_instruction(message.content)
+    call = CohortCall(phase, told.round, (client,), attempt=told.attempt)
+    replies, states = runtime.run(call, told.knowledge, [state])
     if states:
         context.state[STATE] = to_array_record(states[0].to_arrays())
     return Message(reply_content(replies[0]), reply_to=message)

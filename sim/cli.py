@@ -5,17 +5,18 @@ until a command needs them, so that ``--help`` and mistakes answer at once.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from sim.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
     from sim.running import RunResult
@@ -31,7 +32,6 @@ app = typer.Typer(
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 ConfigAndOverrides = Annotated[
     list[str] | None,
@@ -70,7 +70,15 @@ def root(
 
 
 @app.command()
-def run(arguments: ConfigAndOverrides = None, quiet: Quiet = False, json: AsJson = False) -> None:
+def run(
+    arguments: ConfigAndOverrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with the run of this folder, bit for bit."),
+    ] = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
     """Run one federation and leave a run folder.
 
     Examples:
@@ -79,21 +87,24 @@ def run(arguments: ConfigAndOverrides = None, quiet: Quiet = False, json: AsJson
     - `fedkd run conf/quickstart.yaml clients.count=20 data.partition.alpha=0.1`
     - `fedkd run clients.local.steps=1 rounds=200` : exchange at every step
     - `fedkd run engine.backend=inline` : in this process, for debugging
+    - `fedkd run --resume runs/default/20260101-120000-1a2b3c` : where it was stopped
     """
-    settings = _settings(arguments)
+    settings = _settings(arguments) if resume is None else _settings_to_resume(resume, arguments)
     from sim.progress import ProgressObserver, progress_bars
-    from sim.records import to_json
+    from sim.records import is_finished, storing, to_json
     from sim.reports import load_run, write_report
     from sim.running import run as run_federation
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
-    kept = "what was measured so far is in the run folder"
-    with bars, _interruptible(f"{kept} under {settings.output / settings.name}"):
+    if resume is not None and not quiet and is_finished(resume):
+        typer.echo(f"{resume} is finished already", err=True)
+    with bars, _stoppable():
         result = run_federation(
-            settings, observers=[ProgressObserver(bars, settings.strategy.name)]
+            settings, resume=resume, observers=[ProgressObserver(bars, settings.strategy.name)]
         )
-    record = load_run(result.folder)
-    report = write_report({record.arm: [record]}, result.folder, title=settings.name)
+    with storing(result.folder):
+        record = load_run(result.folder)
+        report = write_report({record.arm: [record]}, result.folder, title=settings.name)
     if json:
         typer.echo(to_json({**result.to_row(), "report": str(report)}))
     elif not quiet:
@@ -119,7 +130,7 @@ def compare(
 ) -> None:
     """Run arms x paired seeds and print a table with intervals and paired tests.
 
-    What is finished is not run again, so an interrupted study goes on where it stopped.
+    What is done is not done again: an interrupted study goes on where it stopped.
 
     Examples:
     - `fedkd compare conf/quickstart.yaml`
@@ -133,8 +144,7 @@ def compare(
     from sim.study import compare as compare_arms
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
-    kept = f"finished runs are kept in {settings.output / settings.name}"
-    with bars, _interruptible(f"{kept}; the same command goes on from there"):
+    with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
         study = compare_arms(
             settings,
             arms=[name.strip() for name in arms.split(",")] if arms else None,
@@ -214,6 +224,17 @@ def _settings(arguments: Sequence[str] | None) -> "Settings":
     return load_settings(configs[0] if configs else None, overrides)
 
 
+def _settings_to_resume(folder: Path, arguments: Sequence[str] | None) -> "Settings":
+    """Read a run's own settings, with what is overridden for the rest of it."""
+    from sim.running import settings_of_run
+    from sim.settings import SettingsError
+
+    words = list(arguments or ())
+    if any("=" not in word for word in words):
+        raise SettingsError("--resume takes the settings of the run folder; leave the config out")
+    return settings_of_run(folder, words)
+
+
 def _run_table(result: "RunResult") -> Table:
     """Two columns of what a run ended with."""
     row = result.to_row()
@@ -240,45 +261,63 @@ def _run_table(result: "RunResult") -> Table:
     return table
 
 
-class _InterruptedError(Exception):
-    """Ctrl-C during a run; Click would end with a bare ``Aborted!``."""
+class _StoppedError(Exception):
+    """SIGINT or SIGTERM during a run; of a KeyboardInterrupt Typer would not say a word."""
+
+    def __init__(self, stop: Interruption, hint: str) -> None:
+        super().__init__(f"interrupted{hint and '; '}{hint}")
+        self.exit_code = stop.exit_code
 
 
 @contextmanager
-def _interruptible(consolation: str) -> Iterator[None]:
+def _stoppable(hint: str = "") -> Iterator[None]:
+    """Say how to go on, by default with the run that was stopped."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise _InterruptedError(consolation) from None
-
-
-def _on_sigterm(*_: object) -> None:
-    raise KeyboardInterrupt
+    except KeyboardInterrupt as stop:
+        stop = stop if isinstance(stop, Interruption) else Interruption()
+        if not hint and stop.folder is not None:
+            hint = f"fedkd run --resume {stop.folder} goes on from there"
+        raise _StoppedError(stop, hint) from None
 
 
 def main() -> None:
-    """Run the command line; a mistake is one line and exit code 2."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    """Run the command line; a mistake or a failure that has a name is one line.
+
+    Exit codes: 2 for what the user has to change, 1 for a run that failed, 130 and 143 for one
+    that SIGINT or SIGTERM stopped.
+    """
     # A console script does not see the folder it is called in; `clients.models` may name a module
     # there. At the end, so that nothing there hides what is installed.
     sys.path.append(os.getcwd())
     try:
-        app()
-    except _InterruptedError as stop:
-        _fail(f"interrupted; {stop}", EXIT_INTERRUPTED)
+        with interruptible():
+            app()
+    except _StoppedError as stop:
+        _fail(str(stop), stop.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
+        _fail("interrupted", Interruption().exit_code)
     except Exception as error:
-        from sim.rounds import QuorumError
-        from sim.settings import SettingsError
-
-        if isinstance(error, SettingsError):
-            _fail(str(error), EXIT_BAD_INPUT)
-        if isinstance(error, QuorumError):
-            _fail(str(error), EXIT_FAILED)
-        raise
+        code = _code_of(error)
+        if code is None:
+            raise
+        _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), code)
 
 
-def _fail(message: str, code: int) -> None:
+def _code_of(error: Exception) -> int | None:
+    """Return the exit code of an error that speaks for itself; None for a mistake of ours."""
+    from sim.checkpoints import CheckpointError
+    from sim.engine.grid import StatesLostError
+    from sim.records import FolderBusyError, StorageError
+    from sim.replies import QuorumError
+    from sim.settings import SettingsError
+
+    if isinstance(error, SettingsError):
+        return EXIT_BAD_INPUT
+    named = CheckpointError, FolderBusyError, QuorumError, StatesLostError, StorageError
+    return EXIT_FAILED if isinstance(error, named) else None
+
+
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"fedkd: {message}", err=True)
     sys.exit(code)

@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from fedkd.data.overview import plot_split, split_table
-from sim.records import Row, make_folder
+from sim.observers import Row
+from sim.records import make_folder
 from sim.running import load_data
 from sim.settings import Settings, SettingsError
 

@@ -6,8 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedkd.data import FederatedData
-from sim.records import Row
-from sim.rounds import Observer
+from sim.observers import Observer, Row
 from sim.settings import Settings
 
 
@@ -23,6 +22,10 @@ class ProgressObserver(Observer):
         """The first round is about to start."""
         self._progress.update(self._task, total=settings.rounds, note="")
 
+    def returned(self, round: int) -> None:
+        """The run goes on after this round."""
+        self._progress.update(self._task, completed=round)
+
     def metrics(self, rows: Sequence[Row]) -> None:
         """A round is over."""
         accuracy = rows[0].get("accuracy")
@@ -30,11 +33,13 @@ class ProgressObserver(Observer):
         self._progress.update(self._task, advance=1, note=note)
 
     def event(self, row: Row) -> None:
-        """Name rejected replies above the bar."""
-        last_line = str(row["reason"]).strip().splitlines()[-1:] or [""]
+        """Name what happened, such as a rejected reply, above the bar."""
+        where = f"round {row['round']}"
+        if "client" in row:
+            where += f", client {row['client']}"
+        last_line = str(row.get("reason", "")).strip().splitlines()[-1:] or [""]
         self._progress.console.print(
-            f"{self._label}: round {row['round']}, client {row['client']}: {row['event']}: "
-            f"{last_line[0]}",
+            f"{self._label}: {where}: {row['event']}: {last_line[0]}",
             markup=False,
             highlight=False,
         )

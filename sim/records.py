@@ -1,12 +1,15 @@
 """A run's folder: settings, environment, metrics, exchange and events, readable at any moment."""
 
+import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,15 +17,49 @@ from typing import Any
 
 import torch
 
+from sim.observers import Observer, Row
 from sim.settings import Settings, SettingsError
-
-Row = dict[str, Any]
 
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE = "metrics.jsonl"
 EXCHANGE_FILE = "exchange.jsonl"
 EVENTS_FILE = "events.jsonl"
 RESULT_FILE = "result.json"
+ENVIRONMENT_FILE = "environment.json"
+LOCK_FILE = ".lock"
+ROW_FILES = (METRICS_FILE, EXCHANGE_FILE, EVENTS_FILE)
+
+Marks = dict[str, dict[str, Any]]
+"""For each file of rows, how long it was at some moment and what the SHA-256 of that was."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a run folder holds a finished run."""
+    try:
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(result, dict) and result.get("status") == "finished"
+
+
+class StorageError(RuntimeError):
+    """The run folder cannot be written; what is in it already is whole."""
+
+
+class FolderBusyError(RuntimeError):
+    """Another process is writing into the run folder."""
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses inside the block into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; what is there "
+            f"is whole, so when it can be written again: fedkd run --resume {folder}"
+        ) from error
 
 
 def to_json(row: Mapping[str, Any], *, indent: int | None = None) -> str:
@@ -42,12 +79,15 @@ def _finite(value: Any) -> Any:
 
 def read_rows(path: Path) -> list[Row]:
     """Read a JSON-lines file; a last line that was cut off by a crash is left out."""
-    rows = []
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """Read a JSON-lines file row by row; see `read_rows`."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
+                yield json.loads(line)
 
 
 def new_run_folder(output: Path, name: str) -> Path:
@@ -83,13 +123,26 @@ def make_folder(output: Path, folder: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that can decide a run's bits."""
+    packages = ("fedkd", "flwr", "ray", "torch", "numpy", "scikit-learn", "datasets")
+    return {package: version(package) for package in packages}
 
 
 def environment(device: str) -> Row:
     """Describe what the run ran on."""
-    packages = ("fedkd", "flwr", "ray", "torch", "numpy", "scikit-learn", "datasets")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -97,7 +150,7 @@ def environment(device: str) -> Row:
         "cpus": os.cpu_count(),
         "device": device,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "packages": {package: version(package) for package in packages},
+        "packages": package_versions(),
         "git_commit": _git_commit(),
     }
 
@@ -119,18 +172,31 @@ def _git_commit() -> str | None:
     return answer.stdout.strip()
 
 
-class RunFolder:
-    """Writes a run's rows as they come; every row is on disk when the call returns."""
+class RunFolder(Observer):
+    """Writes a run's rows as they come; every row is in its file when the call returns.
+
+    Only one process at a time can have a run folder open.
+
+    Raises:
+        FolderBusyError: names the process that has it.
+        StorageError: if it cannot be written, now or by any method.
+    """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
-        write_text(folder / SETTINGS_FILE, settings.to_yaml())
-        device = "cuda" if settings.engine.gpus_per_worker else "cpu"
-        write_text(folder / "environment.json", to_json(environment(device), indent=2))
-        self._files = {
-            name: (folder / name).open("w", encoding="utf-8", buffering=1)
-            for name in (METRICS_FILE, EXCHANGE_FILE, EVENTS_FILE)
-        }
+        self.marks: Marks = {}
+        with storing(folder):
+            self._lock = _lock(folder)
+            try:
+                write_text(folder / SETTINGS_FILE, settings.to_yaml())
+                if not (folder / ENVIRONMENT_FILE).exists():
+                    device = "cuda" if settings.engine.gpus_per_worker else "cpu"
+                    text = to_json(environment(device), indent=2)
+                    write_text(folder / ENVIRONMENT_FILE, text)
+                self._files = {name: _RowFile(folder / name) for name in ROW_FILES}
+            except BaseException:
+                os.close(self._lock)
+                raise
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -138,12 +204,13 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
+        os.close(self._lock)
 
-    def metrics(self, rows: Iterable[Row]) -> None:
+    def metrics(self, rows: Sequence[Row]) -> None:
         """Append rows of (round, scope, ...)."""
         self._append(METRICS_FILE, rows)
 
-    def exchange(self, rows: Iterable[Row]) -> None:
+    def exchange(self, rows: Sequence[Row]) -> None:
         """Append rows of (round, client, direction, kind, bytes)."""
         self._append(EXCHANGE_FILE, rows)
 
@@ -151,9 +218,98 @@ class RunFolder:
         """Append one event."""
         self._append(EVENTS_FILE, [row])
 
+    def completed(self, round: int) -> None:
+        """Note where the files stand at the end of a round; see `rewind`."""
+        self.marks = {name: file.mark() for name, file in self._files.items()}
+
+    def sync(self) -> None:
+        """Force all rows onto the disk."""
+        with storing(self.folder):
+            for file in self._files.values():
+                file.sync()
+
+    def reason_not_to_rewind(self, marks: Marks) -> str | None:
+        """Return why the files cannot be what they were at some moment, or None if they can."""
+        for name, file in self._files.items():
+            if not file.begins_with(marks[name]):
+                return f"it was written beside another {name}, which was damaged since"
+        return None
+
+    def rewind(self, marks: Marks | None) -> None:
+        """Cut the files back to what they were; None empties them. The run has not ended."""
+        with storing(self.folder):
+            for name, file in self._files.items():
+                file.cut(0 if marks is None else marks[name]["bytes"])
+            (self.folder / RESULT_FILE).unlink(missing_ok=True)
+        self.marks = {} if marks is None else marks
+
     def result(self, row: Row) -> None:
         """Write the run's result; its presence means that the run has ended."""
-        write_text(self.folder / RESULT_FILE, to_json(row, indent=2) + "\n")
+        with storing(self.folder):
+            write_text(self.folder / RESULT_FILE, to_json(row, indent=2) + "\n")
 
     def _append(self, name: str, rows: Iterable[Row]) -> None:
-        self._files[name].write("".join(to_json(row) + "\n" for row in rows))
+        with storing(self.folder / name):
+            self._files[name].append("".join(to_json(row) + "\n" for row in rows).encode())
+
+
+class _RowFile:
+    """A file that grows, knows its own SHA-256, and can be cut back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size, self._digest = self._read(None)
+
+    def append(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        self._size += len(content)
+        self._digest.update(content)
+
+    def mark(self) -> dict[str, Any]:
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def begins_with(self, mark: Mapping[str, Any]) -> bool:
+        size, digest = self._read(mark["bytes"])
+        return (size, digest.hexdigest()) == (mark["bytes"], mark["sha256"])
+
+    def cut(self, size: int) -> None:
+        os.ftruncate(self._descriptor, size)
+        self._size, self._digest = self._read(None)
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, limit: int | None) -> "tuple[int, hashlib._Hash]":
+        """Return size and SHA-256 of the first ``limit`` bytes, or of all."""
+        digest = hashlib.sha256()
+        size = 0
+        with self._path.open("rb") as file:
+            while block := file.read(2**20 if limit is None else min(2**20, limit - size)):
+                digest.update(block)
+                size += len(block)
+        return size, digest
+
+
+def _lock(folder: Path) -> int:
+    """Lock a run folder for this process and return the lock; it ends with the process."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode().strip() or "unknown"
+        os.close(descriptor)
+        raise FolderBusyError(
+            f"run folder {folder} is in use by process {holder}; wait for it or stop it first"
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

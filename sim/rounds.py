@@ -5,71 +5,58 @@ algorithm adds. Runs over any Flower `Grid`.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
-from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
 from fedkd.metrics.classification import accuracy, confusion_counts
-from fedkd.metrics.diversity import VoteCounter, target_entropy
+from fedkd.metrics.diversity import target_entropy
+from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
 from fedkd.training import as_tensor
-from sim.engine.grid import CohortGrid, instruction, read_reply
+from sim.engine.grid import CohortGrid
+from sim.engine.messages import instruction, read_reply
 from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
-from sim.records import Row
+from sim.history import History
+from sim.interruption import uninterrupted
+from sim.observers import Observer, Row
+from sim.replies import QuorumError, Replies
 from sim.settings import Settings
-from sim.validation import Layout, rejection
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from sim.validation import Expected, Layout, RejectedReplyError, read_valid_reply
+from strategies.knowledge import Broadcast, Predictions
+from strategies.memory import Memory
 from strategies.plan import RoundPlan
 from strategies.server import Server
 
 
-class QuorumError(RuntimeError):
-    """Too few clients answered to go on."""
-
-
-class Observer:
-    """Is told what happens in a run; override what you care about."""
-
-    def started(self, settings: Settings, data: FederatedData) -> None:
-        """The data is loaded and the first round is about to start."""
-
-    def metrics(self, rows: Sequence[Row]) -> None:
-        """A round's metrics, one row for each scope."""
-
-    def exchange(self, rows: Sequence[Row]) -> None:
-        """A round's bytes, one row for each client and direction."""
-
-    def event(self, row: Row) -> None:
-        """Something worth knowing, such as a rejected reply."""
-
-
-@dataclass
-class History:
-    """What a run's rounds measured, in memory.
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Where a run stands between two rounds, beside what the grid and the records hold.
 
     Attributes:
-        federation: a row for each round.
-        clients: each client's rows of the rounds in which it was judged.
-        server: rows of the server's model, where there is one.
-        bytes_up, bytes_down: totals by client.
+        round: the last complete round; 0 before the first.
+        broadcast: what the clients receive in the next one.
+        memory: what the algorithm's server half remembers.
     """
 
-    federation: list[Row] = field(default_factory=list)
-    clients: dict[int, list[Row]] = field(default_factory=dict)
-    server: list[Row] = field(default_factory=list)
-    bytes_up: dict[int, int] = field(default_factory=dict)
-    bytes_down: dict[int, int] = field(default_factory=dict)
+    round: int
+    broadcast: Broadcast
+    memory: Memory
 
 
 class RoundLoop:
-    """Runs an algorithm's rounds over a grid."""
+    """Runs an algorithm's rounds over a grid.
+
+    A round counts once it is complete: only then do the clients' states, the boundary and the
+    observers' `completed` move on, all at once. Whatever ends a round before leaves the run
+    at the boundary before it.
+    """
 
     def __init__(
         self, grid: Grid, settings: Settings, data: FederatedData, observers: Sequence[Observer]
@@ -89,43 +76,114 @@ class RoundLoop:
             device=torch.device("cpu"),
         )
         self._layouts: dict[str, Layout] = {}
+        self._observers_know = False
         self.history = History()
+        self.boundary: Boundary | None = None
 
-    def run(self) -> History:
-        """Run all rounds and return what they measured."""
-        node_of = node_ids(self._grid, self._settings.clients.count)
-        for observer in self._observers:
-            observer.started(self._settings, self._data)
+    @cached_property
+    def _node_of(self) -> Mapping[int, int]:
+        return node_ids(self._grid, self._settings.clients.count)
+
+    def start(self) -> None:
+        """Stand before the first round."""
+        self._strategy = build_strategy(self._settings, self._federation)
         broadcast = self._strategy.prepare(self._server)
-        for round in range(1, self._settings.rounds + 1):
-            broadcast = self._round(round, broadcast, node_of)
+        self.history = History()
+        self.boundary = Boundary(0, broadcast, self._strategy.memory())
+
+    def go_back(self, boundary: Boundary, history: History) -> None:
+        """Stand at a boundary that was reached before, here or in another process.
+
+        The grid has to hold the clients' states of that moment.
+        """
+        self._strategy = build_strategy(self._settings, self._federation)
+        self._strategy.recall(boundary.memory, self._server)
+        self.history = history
+        self.boundary = boundary
+
+    def run(self, after_round: Callable[[], None] = lambda: None) -> History:
+        """Run the rounds that are left and return what all of them measured.
+
+        Args:
+            after_round: called between rounds and after the last, at each new boundary.
+
+        Raises:
+            QuorumError: too few clients gave a usable answer.
+            StatesLostError: clients' states are gone; `go_back` or `start`, then run again.
+        """
+        # Asks the nodes of other runtimes who they are, before anything else is asked of them.
+        _ = self._node_of
+        if not self._observers_know:
+            self._observers_know = True
+            for observer in self._observers:
+                observer.started(self._settings, self._data)
+        if self.boundary is None:
+            self.start()
+        elif self.boundary.round:
+            for observer in self._observers:
+                observer.returned(self.boundary.round)
+        while self._standing.round < self._settings.rounds:
+            self._round(self._standing)
+            after_round()
         return self.history
 
-    def _round(self, round: int, broadcast: Broadcast, node_of: Mapping[int, int]) -> Broadcast:
+    @property
+    def architectures(self) -> Sequence[str]:
+        """Each client's, by partition id."""
+        return self._federation.architectures
+
+    @property
+    def _standing(self) -> Boundary:
+        if self.boundary is None:
+            raise RuntimeError("the loop was not started")
+        return self.boundary
+
+    def _round(self, before: Boundary) -> None:
         started = time.perf_counter()
-        plan = self._federation.plan(round)
+        plan = self._federation.plan(before.round + 1)
         clients = self._strategy.participants(plan)
         replies = Replies(
-            self, plan, broadcast, self._ask("train", plan, clients, broadcast, node_of)
+            plan=plan,
+            clients=clients,
+            broadcast=before.broadcast,
+            ask=lambda asked, attempt: self._ask("train", plan, asked, before.broadcast, attempt),
+            expected=self._expectations(plan),
+            num_examples=self._federation.num_examples,
+            engine=self._settings.engine,
+            event=self.tell,
         )
-        aggregated = self._strategy.aggregate(replies, plan, self._server)
-        replies.drain()
-        self._check_quorum(plan, len(clients), replies)
+        skipped = False
+        try:
+            broadcast = self._strategy.aggregate(replies, plan, self._server)
+            replies.drain()
+        except QuorumError as error:
+            if self._settings.engine.below_quorum != "skip":
+                raise
+            broadcast, skipped = before.broadcast, True
+            self._skip(before, plan, str(error))
+        finally:
+            self._pass_events_on()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
         federation: Row = {}
-        if round % self._settings.evaluation.every == 0 or round == self._settings.rounds:
-            evaluated, federation = self._evaluate(plan, aggregated, node_of)
+        server: Row | None = None
+        every = self._settings.evaluation.every
+        if plan.round % every == 0 or plan.round == self._settings.rounds:
+            evaluated, federation = self._evaluate(plan, self._judged(clients), broadcast)
+            server = self._evaluate_server(plan)
+            if server is not None:
+                federation["server_accuracy"] = server["accuracy"]
         entropies = [
             target_entropy(knowledge.probabilities())
-            for knowledge in aggregated
+            for knowledge in broadcast
             if isinstance(knowledge, Predictions)
         ]
         federation = {
-            "round": round,
+            "round": plan.round,
             "scope": "federation",
             "participants": len(clients),
             "replies": replies.valid,
+            **({"skipped": True} if skipped else {}),
             **federation,
             "peer_disagreement": replies.disagreement(),
             "target_entropy": fmean(entropies) if entropies else None,
@@ -136,8 +194,31 @@ class RoundLoop:
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
-        self._record(plan, federation, replies, evaluated)
-        return aggregated
+        rows = [federation, *_client_rows(plan, replies.metrics, evaluated)]
+        if server is not None:
+            rows.append(server)
+        after = Boundary(plan.round, broadcast, self._strategy.memory())
+        with uninterrupted():
+            self._complete(after, rows, replies.exchanged)
+
+    def _complete(self, after: Boundary, rows: Sequence[Row], exchanged: Sequence[Row]) -> None:
+        for observer in self._observers:
+            observer.metrics(rows)
+            observer.exchange(exchanged)
+        if isinstance(self._grid, CohortGrid):
+            self._grid.commit()
+        self.history.add_metrics(rows)
+        self.history.add_exchange(exchanged)
+        self.boundary = after
+        for observer in self._observers:
+            observer.completed(after.round)
+
+    def _skip(self, before: Boundary, plan: RoundPlan, reason: str) -> None:
+        """Leave a round out: server and clients are as they were before it."""
+        self._strategy.recall(before.memory, self._server)
+        if isinstance(self._grid, CohortGrid):
+            self._grid.rollback()
+        self.tell({"round": plan.round, "event": "round skipped", "reason": reason})
 
     def _ask(
         self,
@@ -145,7 +226,7 @@ class RoundLoop:
         plan: RoundPlan,
         clients: Iterable[int],
         broadcast: Broadcast,
-        node_of: Mapping[int, int],
+        attempt: int = 1,
     ) -> Iterator[tuple[int, Message]]:
         """Send one message a client and yield (client, reply) in client order."""
         contents: dict[int, RecordDict] = {}
@@ -155,8 +236,8 @@ class RoundLoop:
             knowledge = broadcast.to(client)
             # Clients that receive one object share one record: it is encoded and sent once.
             if id(knowledge) not in contents:
-                contents[id(knowledge)] = instruction(plan.round, knowledge)
-            node = node_of[client]
+                contents[id(knowledge)] = instruction(plan.round, knowledge, attempt)
+            node = self._node_of[client]
             client_of[node] = client
             messages.append(Message(contents[id(knowledge)], node, phase, group_id=str(plan.round)))
         replies = self._grid.send_and_receive(messages)
@@ -166,34 +247,48 @@ class RoundLoop:
         for reply in replies:
             yield client_of[reply.metadata.src_node_id], reply
 
-    def _check_quorum(self, plan: RoundPlan, asked: int, replies: "Replies") -> None:
-        quorum = self._settings.engine.quorum
-        if replies.valid < quorum * asked:
-            reasons = "; ".join(
-                f"client {client}: {_last_line(reason)}"
-                for client, reason in list(replies.rejected.items())[:3]
-            )
-            raise QuorumError(
-                f"round {plan.round}: {replies.valid} of {asked} clients gave a usable answer, "
-                f"engine.quorum = {quorum:g} asks for more ({reasons or 'no answer'})"
-            )
+    # -- judging ---------------------------------------------------------------------------
+
+    def _judged(self, participants: Sequence[int]) -> Sequence[int]:
+        """Return whose models are judged in a round: ``evaluation.clients``."""
+        match self._settings.evaluation.clients:
+            case "all":
+                return range(self._settings.clients.count)
+            case "participants":
+                return participants
+            case _:
+                return self._panel
+
+    @cached_property
+    def _panel(self) -> Sequence[int]:
+        """The clients that are judged in every round where their number is set."""
+        rng = generator_for(self._settings.seed, Purpose.EVALUATION)
+        drawn = rng.permutation(self._settings.clients.count)[: self._settings.evaluation.clients]
+        return sorted(int(client) for client in drawn)
 
     def _evaluate(
-        self, plan: RoundPlan, broadcast: Broadcast, node_of: Mapping[int, int]
+        self, plan: RoundPlan, clients: Sequence[int], broadcast: Broadcast
     ) -> tuple[dict[int, Row], Row]:
-        """Judge every client's model, the ensemble and the server's model."""
+        """Judge clients' models and their ensemble."""
         if not self._strategy.judges_received:
             broadcast = Broadcast()
         rows: dict[int, Row] = {}
         ensemble = StreamingMean()
-        for client, message in self._ask("evaluate", plan, range(len(node_of)), broadcast, node_of):
+        test_rows = len(self._data.test_labels)
+        expected = Expected.evaluation(plan, self._strategy.uploads, test_rows)
+        for client, message in self._ask("evaluate", plan, clients, broadcast):
             if message.has_error():
-                self._event(plan, client, "evaluation failed", message.error.reason or "")
+                self._client_event(plan, client, "evaluation failed", message.error.reason or "")
                 continue
-            reply = read_reply(message.content)
+            try:
+                reply = read_valid_reply(message.content, expected)
+            except RejectedReplyError as error:
+                self._client_event(plan, client, "evaluation failed", str(error))
+                continue
             rows[client] = reply.metrics
             if reply.test_probabilities is not None:
                 ensemble.add(reply.test_probabilities)
+        self._pass_events_on()
         federation: Row = {}
         for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
             values = [row[name] for row in rows.values()]
@@ -205,154 +300,67 @@ class RoundLoop:
             classes = ensemble.mean().numpy().argmax(-1)
             counts = confusion_counts(self._data.test_labels, classes, self._data.num_classes)
             federation["ensemble_accuracy"] = accuracy(counts)
-        model = self._strategy.server_model()
-        if model is not None:
-            scores = model.predict(as_tensor(self._data.test_inputs))
-            validation = model.predict(as_tensor(self._data.validation_inputs)).argmax(-1)
-            row = {"round": plan.round, "scope": "server", **judge(self._data, scores, validation)}
-            self.history.server.append(row)
-            federation["server_accuracy"] = row["accuracy"]
         return rows, federation
 
-    def _record(
-        self, plan: RoundPlan, federation: Row, replies: "Replies", evaluated: dict[int, Row]
-    ) -> None:
-        history = self.history
-        history.federation.append(federation)
-        rows = [federation]
-        for client in sorted({*replies.metrics, *evaluated}):
-            row = {
-                "round": plan.round,
-                "scope": "client",
-                "client": client,
-                **replies.metrics.get(client, {}),
-                **evaluated.get(client, {}),
-            }
-            rows.append(row)
-            if client in evaluated:
-                history.clients.setdefault(client, []).append(row)
-        if history.server and history.server[-1]["round"] == plan.round:
-            rows.append(history.server[-1])
-        for row in replies.exchanged:
-            totals = history.bytes_up if row["direction"] == "up" else history.bytes_down
-            totals[row["client"]] = totals.get(row["client"], 0) + row["bytes"]
-        for observer in self._observers:
-            observer.metrics(rows)
-            observer.exchange(replies.exchanged)
+    def _evaluate_server(self, plan: RoundPlan) -> Row | None:
+        """Judge the server's model, where there is one."""
+        model = self._strategy.server_model()
+        if model is None:
+            return None
+        scores = model.predict(as_tensor(self._data.test_inputs))
+        validation = model.predict(as_tensor(self._data.validation_inputs)).argmax(-1)
+        return {"round": plan.round, "scope": "server", **judge(self._data, scores, validation)}
 
-    def _event(self, plan: RoundPlan, client: int, kind: str, reason: str) -> None:
-        row = {"round": plan.round, "client": client, "event": kind, "reason": reason}
+    # -- telling ---------------------------------------------------------------------------
+
+    def tell(self, row: Row) -> None:
+        """Let the observers know of an event."""
         for observer in self._observers:
             observer.event(row)
 
-    def reject(self, plan: RoundPlan, client: int, reason: str) -> None:
-        """Name a reply that is left out."""
-        self._event(plan, client, "rejected", reason)
+    def _client_event(self, plan: RoundPlan, client: int, kind: str, reason: str) -> None:
+        self.tell({"round": plan.round, "client": client, "event": kind, "reason": reason})
 
-    def reason_to_reject(
-        self, client: int, knowledge: Knowledge | None, plan: RoundPlan
-    ) -> str | None:
-        """Return why an answer cannot be used, or None."""
-        expected = self._strategy.uploads
-        if knowledge is None:
-            return None if expected == "nothing" else f"expected {expected}, got nothing"
-        if expected == "nothing":
-            return f"expected nothing, got {knowledge.kind}"
-        layout = None
-        if expected == "parameters":
+    def _pass_events_on(self) -> None:
+        """Tell what happened to workers and clients meanwhile."""
+        if isinstance(self._grid, CohortGrid):
+            for row in self._grid.take_events():
+                self.tell(row)
+
+    def _expectations(self, plan: RoundPlan) -> Callable[[int], Expected]:
+        """Return what says what a client that trained in this round answers."""
+        by_architecture: dict[str, Expected] = {}
+
+        def expected(client: int) -> Expected:
             architecture = self._federation.architectures[client]
-            if architecture not in self._layouts:
-                weights = self._server.initial_weights(client)
-                self._layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
-            layout = self._layouts[architecture]
-        return rejection(knowledge, plan, layout)
+            if architecture not in by_architecture:
+                layout = self._layout(client) if self._strategy.uploads == "parameters" else None
+                by_architecture[architecture] = Expected.training(
+                    plan, self._strategy.uploads, layout
+                )
+            return by_architecture[architecture]
 
-    @property
-    def num_examples(self) -> tuple[int, ...]:
-        """Private rows of each client."""
-        return self._federation.num_examples
+        return expected
+
+    def _layout(self, client: int) -> Layout:
+        architecture = self._federation.architectures[client]
+        if architecture not in self._layouts:
+            weights = self._server.initial_weights(client)
+            self._layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
+        return self._layouts[architecture]
 
 
-class Replies:
-    """A round's replies as the aggregator sees them: validated uploads, one after the other.
-
-    Iterating pulls replies from the grid, so aggregation overlaps with training; what else the
-    replies say is noted in passing.
-    """
-
-    def __init__(
-        self,
-        loop: RoundLoop,
-        plan: RoundPlan,
-        broadcast: Broadcast,
-        messages: Iterator[tuple[int, Message]],
-    ) -> None:
-        self._loop = loop
-        self._plan = plan
-        self._broadcast = broadcast
-        self._messages = messages
-        self._votes: VoteCounter | None = None
-        self.valid = 0
-        self.rejected: dict[int, str] = {}
-        self.metrics: dict[int, dict[str, float]] = {}
-        self.exchanged: list[Row] = []
-
-    def __iter__(self) -> Iterator[ClientUpload]:
-        for client, message in self._messages:
-            received = self._broadcast.to(client)
-            if received is not None:
-                self._count(client, "down", received.kind, received.payload_bytes)
-            if message.has_error():
-                self._reject(client, message.error.reason or "unknown error")
-                continue
-            try:
-                reply = read_reply(message.content)
-            except (KeyError, ValueError, TypeError) as error:
-                self._reject(client, f"unreadable reply: {type(error).__name__}: {error}")
-                continue
-            knowledge = reply.knowledge
-            if knowledge is not None:
-                self._count(client, "up", knowledge.kind, knowledge.payload_bytes)
-            reason = self._loop.reason_to_reject(client, knowledge, self._plan)
-            if reason is not None:
-                self._reject(client, reason)
-                continue
-            self.valid += 1
-            self.metrics[client] = reply.metrics
-            if knowledge is not None:
-                self._vote(knowledge)
-                yield ClientUpload(client, knowledge, self._loop.num_examples[client])
-
-    def drain(self) -> None:
-        """Take in what the aggregator did not ask for."""
-        for _ in self:
-            pass
-
-    def disagreement(self) -> float | None:
-        """Return how often two peers' top classes differ on public rows, in [0, 1]."""
-        return None if self._votes is None else self._votes.disagreement()
-
-    def _vote(self, knowledge: Knowledge) -> None:
-        if isinstance(knowledge, Predictions):
-            values = knowledge.values
-            if self._votes is None:
-                self._votes = VoteCounter(*values.shape)
-            self._votes.add(values.argmax(-1))
-
-    def _reject(self, client: int, reason: str) -> None:
-        self.rejected[client] = reason
-        self._loop.reject(self._plan, client, reason)
-
-    def _count(self, client: int, direction: str, kind: str, payload_bytes: int) -> None:
-        self.exchanged.append(
-            {
-                "round": self._plan.round,
-                "client": client,
-                "direction": direction,
-                "kind": kind,
-                "bytes": payload_bytes,
-            }
-        )
+def _client_rows(
+    plan: RoundPlan, trained: Mapping[int, Row], judged: Mapping[int, Row]
+) -> Iterator[Row]:
+    for client in sorted({*trained, *judged}):
+        yield {
+            "round": plan.round,
+            "scope": "client",
+            "client": client,
+            **trained.get(client, {}),
+            **judged.get(client, {}),
+        }
 
 
 def registered_nodes(grid: Grid) -> list[int]:
@@ -388,33 +396,3 @@ def node_ids(grid: Grid, count: int) -> dict[int, int]:
             f"{sorted(found)}"
         )
     return found
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
-
-
-def selected_round(history: History) -> Row:
-    """Return the federation's row of the round with the best mean validation accuracy.
-
-    The earliest of equals; the test split has no say in it.
-    """
-    judged = [row for row in history.federation if "validation_accuracy" in row]
-    if not judged:
-        return {}
-    best = int(np.argmax([row["validation_accuracy"] for row in judged]))
-    return judged[best]
-
-
-def summary(history: History, num_clients: int) -> dict[str, Any]:
-    """Return the last round, the selected round, each client's last row and bytes by client."""
-    judged = [row for row in history.federation if "accuracy" in row]
-    return {
-        "last": judged[-1] if judged else {},
-        "selected": selected_round(history),
-        "clients": [rows[-1] for _, rows in sorted(history.clients.items())],
-        "server": history.server[-1] if history.server else None,
-        "bytes_up": [history.bytes_up.get(client, 0) for client in range(num_clients)],
-        "bytes_down": [history.bytes_down.get(client, 0) for client in range(num_clients)],
-    }

@@ -1,21 +1,41 @@
 """`run`: one federation from settings to a run folder."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedkd.data import FederatedData, build_federated_data
 from fedkd.models import build_model, uses_batch_norm
-from fedkd.training import weights_digest
-from sim.engine.grid import CohortGrid
+from fedkd.training import initial_model_seed, weights_digest
+from sim.engine.grid import CohortGrid, StatesLostError
 from sim.engine.inline import InlineGrid
-from sim.engine.ray_grid import RayGrid, RaySession, check_engine
-from sim.engine.runtime import ClientRuntime, build_strategy, federation_of
-from sim.records import Row, RunFolder, new_run_folder
-from sim.rounds import History, Observer, RoundLoop, summary
-from sim.settings import Settings, SettingsError
+from sim.engine.ray_grid import RayGrid
+from sim.engine.runtime import build_strategy, federation_of
+from sim.engine.session import RaySession, check_engine
+from sim.history import History, summary
+from sim.identity import check_same_run
+from sim.interruption import Interruption, interruptible
+from sim.observers import Observer, Row
+from sim.persistence import Persistence, read_history
+from sim.records import (
+    RESULT_FILE,
+    SETTINGS_FILE,
+    RunFolder,
+    StorageError,
+    is_finished,
+    new_run_folder,
+)
+from sim.replies import QuorumError
+from sim.rounds import RoundLoop
+from sim.settings import Settings, SettingsError, load_settings
+
+MOST_RETURNS = 3
+"""How often in a row a run goes back because states are lost before it gives up; a round that was
+never reached before starts the count anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +116,7 @@ def _check_models(settings: Settings, data: FederatedData) -> None:
 @contextmanager
 def open_grid(
     settings: Settings, data: FederatedData, session: RaySession | None = None
-) -> Iterator[CohortGrid]:
+) -> Iterator[CohortGrid[Any]]:
     """Open the grid that the settings ask for; a given Ray session is used and left open."""
     if settings.engine.backend == "inline":
         yield InlineGrid(settings, data)
@@ -117,14 +137,19 @@ def run(
     settings: Settings | None = None,
     *,
     folder: Path | None = None,
+    resume: Path | None = None,
     observers: Sequence[Observer] = (),
     session: RaySession | None = None,
 ) -> RunResult:
-    """Run a federation.
+    """Run a federation, or go on with one that was stopped.
+
+    A resumed run ends with the bits of an uninterrupted one.
 
     Args:
-        settings: what to run; the digits default if None.
+        settings: what to run; the digits default if None. With ``resume``: the run's own if
+            None; they may differ from those in what changes no number.
         folder: where to write; by default a new folder ``<output>/<name>/<time>-<id>``.
+        resume: the folder of the run to go on with; a finished one is only read.
         observers: told about every round while it happens.
         session: a Ray session to run in; by default one is started and stopped.
 
@@ -133,31 +158,111 @@ def run(
 
     Raises:
         SettingsError: before anything starts, names the setting that cannot work.
+        FolderBusyError: another process runs in the folder.
+        CheckpointError: the run to be resumed has no checkpoint that can be used.
         QuorumError: too few clients gave a usable answer.
-        KeyboardInterrupt: after the folder was completed with what had been measured.
+        StatesLostError: clients' states went with lost machines again and again.
+        StorageError: the folder cannot be written.
+        KeyboardInterrupt: SIGINT or SIGTERM. After this and the errors above the run can be
+            resumed from its last complete round.
     """
-    settings = settings or Settings()
-    check_engine(settings.engine)
-    folder = folder or new_run_folder(settings.output, settings.name)
-    data = load_data(settings)
-    recorder = RunFolder(folder, settings)
+    if resume is not None:
+        own = settings_of_run(resume)
+        settings = settings or own
+        check_same_run(own, settings)
+        if is_finished(resume):
+            return _finished_result(resume, settings)
+        data = load_data(settings)
+    else:
+        settings = settings or Settings()
+        check_engine(settings.engine)
+        folder = folder or new_run_folder(settings.output, settings.name)
+        with _removed_if_empty(folder):
+            data = load_data(settings)
+    place: Path = resume or folder  # type: ignore[assignment]
     status, digest = "failed", None
     loop: RoundLoop | None = None
-    with recorder:
+    with RunFolder(place, settings) as recorder:
         try:
-            with open_grid(settings, data, session) as grid:
-                loop = RoundLoop(grid, settings, data, [RecordingObserver(recorder), *observers])
-                loop.run()
-                digest = _digest(grid, settings, data)
+            with open_grid(settings, data, session) as grid, interruptible():
+                loop = RoundLoop(grid, settings, data, [recorder, *observers])
+                keeper = Persistence(recorder, settings, data, grid, loop)
+                try:
+                    if resume is not None:
+                        keeper.restore()
+                    digest = _run_rounds(loop, keeper, grid, settings)
+                except BaseException:
+                    # Whatever the last of it was, what is complete shall not be lost. Where even
+                    # this fails, what happened first is what matters.
+                    with suppress(StorageError, StatesLostError):
+                        keeper.save()
+                    raise
             status = "finished"
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             status = "interrupted"
+            raise Interruption.of_run(stop, place) from None
+        except (QuorumError, StatesLostError) as error:
+            error.add_note(f"fedkd run --resume {place} goes on after the last complete round")
             raise
         finally:
             history = loop.history if loop is not None else History()
-            result = run_result(settings, folder, history, status=status, digest=digest)
-            recorder.result(result.to_row())
+            result = run_result(settings, place, history, status=status, digest=digest)
+            with suppress(StorageError) if status != "finished" else nullcontext():
+                recorder.result(result.to_row())
     return result
+
+
+def _run_rounds(
+    loop: RoundLoop, keeper: Persistence, grid: CohortGrid[Any], settings: Settings
+) -> str:
+    """Run the rounds that are left, if need be several times over; return the weights' digest."""
+    furthest = returns = 0
+    while True:
+        try:
+            loop.run(keeper.after_round)
+            return _digest(grid, settings)
+        except StatesLostError as error:
+            reached = 0 if loop.boundary is None else loop.boundary.round
+            returns = 1 if reached > furthest else returns + 1
+            furthest = max(furthest, reached)
+            if returns > MOST_RETURNS:
+                raise
+            keeper.recover(str(error))
+
+
+def settings_of_run(folder: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read the settings that a run was started with, and override some.
+
+    Raises:
+        SettingsError: it is not a run folder, or an override would change its numbers.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise SettingsError(
+            f"{str(folder)!r} is not the folder of a run: it has no {SETTINGS_FILE}"
+        )
+    settings = load_settings(path, overrides)
+    check_same_run(load_settings(path), settings)
+    return settings
+
+
+def _finished_result(folder: Path, settings: Settings) -> RunResult:
+    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    digest = result.get("weights_sha256")
+    return run_result(settings, folder, read_history(folder), digest=digest)
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no empty folders behind where the block fails: nothing was run there."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+        raise
 
 
 def run_result(
@@ -173,32 +278,10 @@ def run_result(
     return RunResult(settings, folder, status, digest, history, seconds)
 
 
-def _digest(grid: CohortGrid, settings: Settings, data: FederatedData) -> str:
-    runtime: ClientRuntime | None = None
-    states = []
-    for client, state in enumerate(grid.client_states(range(settings.clients.count))):
-        if state is None:
-            # It has not trained: its weights are those that the seed gives it.
-            runtime = runtime or ClientRuntime(settings, data)
-            state = runtime.initial_state(client)
-        states.append(state)
-    return weights_digest(states)
-
-
-class RecordingObserver(Observer):
-    """Passes what happens on to the run's folder."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-
-    def metrics(self, rows: Sequence[Row]) -> None:
-        """Write a round's metrics."""
-        self._folder.metrics(rows)
-
-    def exchange(self, rows: Sequence[Row]) -> None:
-        """Write a round's bytes."""
-        self._folder.exchange(rows)
-
-    def event(self, row: Row) -> None:
-        """Write an event."""
-        self._folder.event(row)
+def _digest(grid: CohortGrid[Any], settings: Settings) -> str:
+    clients = range(settings.clients.count)
+    return weights_digest(
+        # Who has not trained has the weights that the seed gives it; no need to make them.
+        initial_model_seed(settings.seed, client) if state is None else state
+        for client, state in zip(clients, grid.client_states(clients), strict=True)
+    )

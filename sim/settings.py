@@ -28,6 +28,7 @@ from pydantic import (
 from fedkd.data import DataSettings
 from fedkd.models import ModelSettings
 from fedkd.training import OptimizerSettings, Passes
+from sim.faults import PROCESS_FAULTS, FaultRule
 from strategies import STRATEGIES
 from strategies.base import StrategySettings
 
@@ -100,21 +101,60 @@ class EngineSettings(_Section):
         1.0, gt=0, description="workers = CPUs // this; a worker computes with one thread"
     )
     gpus_per_worker: float = Field(0.0, ge=0, description="may be a fraction; 0 trains on the CPU")
+    address: str | None = Field(
+        None,
+        description="auto or HOST:PORT joins a running Ray cluster; none: this machine only",
+    )
+    vectorize: Literal["auto", "measure", "loop", "vmap"] = Field(
+        "auto",
+        description="loop: one client's model after the other; vmap: a cohort's models stacked; "
+        "auto: by a fixed rule; measure: by timing both once in a run",
+    )
     cohort_size: int = Field(
-        16, ge=1, description="most clients of one architecture that travel in one call"
+        32, ge=1, description="most clients of one architecture whose models are stacked"
     )
     deadline_s: float = Field(
-        3600.0, gt=0, description="a call of one cohort that takes longer is given up"
+        3600.0, gt=0, description="a cohort that takes longer is given up and its clients named"
+    )
+    retries: int = Field(
+        2, ge=0, description="how often clients whose worker died are tried again, then excluded"
     )
     quorum: float = Field(
-        0.5, ge=0, le=1, description="fraction of a round's replies without which the run stops"
+        0.5, ge=0, le=1, description="fraction of a round's replies that a round needs"
     )
+    below_quorum: Literal["retry", "skip", "abort"] = Field(
+        "retry",
+        description="retry: ask those who failed again, then abort; skip: leave the round out",
+    )
+    round_retries: int = Field(1, ge=1, description="how often a round below the quorum is asked")
 
 
 class EvaluationSettings(_Section):
     """When models are judged (``evaluation``)."""
 
     every: int = Field(1, ge=1, description="rounds between evaluations; the last is always judged")
+    clients: Literal["all", "participants"] | Annotated[int, Field(ge=1)] = Field(
+        "all",
+        description="whose models: all; participants: the round's; a number: so many, drawn once",
+    )
+
+    @field_validator("clients", mode="before")
+    @classmethod
+    def _known_choice(cls, clients: object) -> object:
+        if clients in ("all", "participants") or (type(clients) is int and clients >= 1):
+            return clients
+        raise ValueError(f"must be all, participants or a number >= 1, got {clients!r}")
+
+
+class CheckpointSettings(_Section):
+    """How a run is kept so that it can be resumed (``checkpoints``); changes no result."""
+
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="rounds between checkpoints; none: as often as costs at most 5 % of the time",
+    )
+    keep: int = Field(2, ge=1, description="checkpoints kept; an older one serves if one is bad")
 
 
 class StudySettings(_Section):
@@ -165,6 +205,8 @@ class Settings(_Section):
     exchange: ExchangeSettings = ExchangeSettings()
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    faults: tuple[FaultRule, ...] = Field((), description="faults to inject, a list of rules")
     study: StudySettings = StudySettings()
 
     @field_validator("name")
@@ -193,6 +235,17 @@ class Settings(_Section):
         if rows is not None and rows > size:
             raise ValueError(
                 f"exchange.rows_per_round must be at most data.public.size ({size}), got {rows}"
+            )
+        judged, count = self.evaluation.clients, self.clients.count
+        if isinstance(judged, int) and judged > count:
+            raise ValueError(
+                f"evaluation.clients must be at most clients.count ({count}), got {judged}"
+            )
+        kinds = [rule.kind for rule in self.faults if rule.kind in PROCESS_FAULTS]
+        if kinds and self.engine.backend == "inline":
+            raise ValueError(
+                f"faults.kind {kinds[0]!r} would end this process: it needs engine.backend: ray, "
+                "got inline"
             )
         return self
 

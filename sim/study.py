@@ -1,18 +1,16 @@
-"""`compare`: arms x paired seeds, each a run; what is finished already is not run again."""
+"""`compare`: arms x paired seeds, each a run; what is done already is not done again."""
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sim.engine.ray_grid import RaySession, check_engine
-from sim.records import RESULT_FILE, Row, make_folder, to_json, write_text
+from sim.engine.session import RaySession, check_engine
+from sim.identity import fingerprint
+from sim.observers import Observer, Row
+from sim.records import SETTINGS_FILE, is_finished, make_folder, to_json, write_text
 from sim.reports import load_run, summary_rows, write_report
 from sim.reports.runs import STUDY_FILE, RunRecord
-from sim.rounds import Observer
 from sim.running import load_data, run
 from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table
 from strategies import STRATEGIES
@@ -104,7 +102,7 @@ def compare(
 
     Raises:
         SettingsError: before anything runs, names the setting that cannot work.
-        KeyboardInterrupt: finished runs stay and are not repeated by the next call.
+        KeyboardInterrupt: the next call goes on where this one stopped, in the middle of a run.
     """
     settings = settings or Settings()
     count = seeds if seeds is not None else settings.study.seeds
@@ -118,7 +116,7 @@ def compare(
         for arm, of_arm in by_arm.items()
     }
     folders = {
-        arm: [folder / arm / f"seed-{of_run.seed}-{fingerprint(of_run)}" for of_run in of_arm]
+        arm: [folder / arm / f"seed-{of_run.seed}-{fingerprint(of_run)[:8]}" for of_run in of_arm]
         for arm, of_arm in plan.items()
     }
     unfinished = [
@@ -161,34 +159,15 @@ def _run_all(
         for arm, settings, folder in runs:
             if settings.engine.backend == "ray" and session is None:
                 session = RaySession(settings.engine)
-            if folder.exists():
-                # An unfinished run of exactly these settings: nothing in it is worth keeping.
-                shutil.rmtree(folder)
             make_folder(settings.output, folder)
+            begun = (folder / SETTINGS_FILE).is_file()
             run(
                 settings,
                 folder=folder,
+                resume=folder if begun else None,
                 observers=observer_of(arm, settings.seed) if observer_of is not None else (),
                 session=session,
             )
     finally:
         if session is not None:
             session.close()
-
-
-def is_finished(folder: Path) -> bool:
-    """Tell whether a run folder holds a finished run."""
-    try:
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return isinstance(result, dict) and result.get("status") == "finished"
-
-
-def fingerprint(settings: Settings) -> str:
-    """Return eight hexadecimal digits that change with every setting that changes numbers."""
-    table = settings.to_table()
-    for key in ("name", "output", "study", "engine"):
-        del table[key]
-    text = json.dumps(table, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,64 +1,438 @@
-"""Checks on what clients upload: a bad reply is named and left out, never averaged in."""
+"""Checks on what clients answer: a bad reply is named and left out, never averaged in.
 
-from collections.abc import Mapping
+Two looks at a reply. `bad_record` reads what a message declares, before anything in it is decoded
+or room is made for it; `bad_reply` reads the decoded numbers. `read_valid_reply` does both.
+Neither makes a table of the payload's size.
+
+How many examples a client has is no part of a reply: the server knows it from the partition, so
+nobody gains weight by claiming them.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
 
 import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
 
+from fedkd.training import Arrays
+from sim.engine.messages import ClientReply, is_unencoded, read_reply
+from strategies.base import UploadKind
 from strategies.knowledge import Knowledge, Predictions
 from strategies.plan import RoundPlan
 
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""
 
+LARGEST_PARAMETER = 1e8
+"""Weights and statistics beyond this are refused: one of them ruins every client's model."""
+
+MOST_METRICS = 64
+"""Numbers that a reply may report."""
+
+LONGEST_NAME = 100
+"""Letters in the name of a metric."""
+
+SLIGHTLY_NEGATIVE = -1e-3
+"""A divergence of near-equal distributions may round to a little less than 0, no loss to more."""
+
+RESERVED_METRICS = frozenset({"round", "scope", "client"})
+"""What a row of metrics says about itself."""
+
+ACCURACIES = (
+    "accuracy",
+    "personal_accuracy",
+    "macro_recall",
+    "worst_class_recall",
+    "validation_accuracy",
+)
+"""What every evaluation reports, in [0, 1]."""
+
+FEWEST_ROWS = 4
+"""Rows that have to look like distributions before they are taken for some."""
+
+SUM_TOLERANCE = 1e-3
+"""By how much the sum of a distribution may miss 1: the rounding of half precision."""
+
+HEADER_BYTES = 4096
+"""Room for an array's own header beside its numbers."""
+
+LONGEST_REASON = 300
+"""Letters of a reason that go into the record; a reply may have put any text into it."""
+
+FLOAT32 = np.dtype(np.float32)
+
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Shape and type of each parameter of a model."""
+"""Shape and type of each array by name."""
 
 
-def rejection(knowledge: Knowledge, plan: RoundPlan, layout: Layout | None) -> str | None:
-    """Return why an upload cannot be used, or None for a good one.
+class RejectedReplyError(ValueError):
+    """A reply that cannot be used; the text is the reason.
 
-    Args:
-        knowledge: what the client sent.
-        plan: the round it was asked in.
-        layout: what the client's parameters look like; None where it has to send predictions.
+    Attributes:
+        knowledge: what it carried, where that much of it could be read.
     """
-    if isinstance(knowledge, Predictions):
-        return (
-            "expected parameters, got predictions" if layout else _bad_predictions(knowledge, plan)
+
+    def __init__(self, reason: str, knowledge: Knowledge | None = None) -> None:
+        super().__init__(shortened(reason))
+        self.knowledge = knowledge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a client's answer has to look like.
+
+    Attributes:
+        round: the round that it was asked in.
+        uploads: what clients send; ``nothing`` where they are only judged.
+        rows: the round's public rows, where clients send predictions.
+        classes: how many scores a row has.
+        parameters: the layout of the client's model, where it sends parameters.
+        test_rows: rows of the test split where the client is judged; None where it trains.
+        test_probabilities: whether a judged client sends its predictions of the test rows.
+    """
+
+    round: int
+    uploads: UploadKind
+    rows: np.ndarray
+    classes: int
+    parameters: Layout | None = None
+    test_rows: int | None = None
+    test_probabilities: bool = False
+
+    @classmethod
+    def training(
+        cls, plan: RoundPlan, uploads: UploadKind, parameters: Layout | None = None
+    ) -> "Expected":
+        """Return what a client that trained answers."""
+        return cls(
+            round=plan.round,
+            uploads=uploads,
+            rows=plan.public_rows if uploads == "predictions" else np.empty(0, np.int64),
+            classes=plan.federation.num_classes,
+            parameters=parameters,
         )
-    if layout is None:
-        return "expected predictions, got parameters"
-    return _bad_parameters(knowledge.arrays, layout)
+
+    @classmethod
+    def evaluation(cls, plan: RoundPlan, uploads: UploadKind, test_rows: int) -> "Expected":
+        """Return what a client that is judged answers, ``uploads`` being what it trains for."""
+        return cls(
+            round=plan.round,
+            uploads="nothing",
+            rows=np.empty(0, np.int64),
+            classes=plan.federation.num_classes,
+            test_rows=test_rows,
+            test_probabilities=uploads == "predictions",
+        )
+
+    @property
+    def arrays(self) -> dict[str, Layout]:
+        """The layout of each record of arrays that the message has to hold."""
+        records: dict[str, Layout] = {}
+        if self.uploads == "predictions":
+            records["knowledge-arrays"] = {
+                "rows": (self.rows.shape, self.rows.dtype),
+                "values": ((len(self.rows), self.classes), FLOAT32),
+            }
+        elif self.uploads == "parameters":
+            records["knowledge-arrays"] = self.parameters or {}
+        if self.test_rows is not None and self.test_probabilities:
+            records["test"] = {"probabilities": ((self.test_rows, self.classes), FLOAT32)}
+        return records
 
 
-def _bad_predictions(predictions: Predictions, plan: RoundPlan) -> str | None:
-    rows, values = plan.public_rows, predictions.values
-    if predictions.kind != "logits":
-        return f"kind {predictions.kind!r}, expected 'logits'"
+def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
+    """Return the reply in a message's content.
+
+    Raises:
+        RejectedReplyError: if it cannot be used, with the reason in one short line.
+    """
+    # A reply of our own grid was never turned into bytes; there is nothing to look at before.
+    reason = None if is_unencoded(content) else bad_record(content, expected)
+    if reason is not None:
+        raise RejectedReplyError(reason)
+    knowledge = None
+    try:
+        reply = read_reply(content)
+        knowledge = reply.knowledge
+        reason = bad_reply(reply, expected)
+    except Exception as error:
+        # Whatever the bytes of others make a reader raise is the sender's fault.
+        reason = f"unreadable reply: {type(error).__name__}: {error}"
+    if reason is not None:
+        raise RejectedReplyError(reason, knowledge)
+    return reply
+
+
+def shortened(reason: str) -> str:
+    """Return a reason as one line of bounded length."""
+    line = " ".join(reason.split())
+    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
+
+
+# -- before decoding -------------------------------------------------------------------------
+
+
+def bad_record(content: RecordDict, expected: Expected) -> str | None:
+    """Return why a message's content is not worth decoding, or None."""
+    layouts = expected.arrays
+    reason = (
+        _bad_kind(content, expected)
+        or _bad_names("records of arrays", content.array_records.keys(), layouts.keys())
+        or _bad_names("records of metrics", content.metric_records.keys(), {"metrics"})
+        or _bad_metric_types(content.metric_records["metrics"])
+    )
+    for name, layout in layouts.items():
+        reason = reason or _bad_array_record(content.array_records[name], layout)
+    return reason
+
+
+def _bad_kind(content: RecordDict, expected: Expected) -> str | None:
+    """Look at what the message says it carries."""
+    configs = content.config_records
+    unknown = configs.keys() - {"plan", "knowledge"}
+    if unknown:
+        return f"unexpected records of settings: {sorted(unknown)[:3]}"
+    if "knowledge" not in configs:
+        return (
+            None if expected.uploads == "nothing" else f"expected {expected.uploads}, got nothing"
+        )
+    kind = configs["knowledge"].get("kind")
+    return _bad_upload_kind(kind, expected.uploads)
+
+
+def _bad_upload_kind(kind: object, uploads: UploadKind) -> str | None:
+    sent = "parameters" if kind == "parameters" else "predictions"
+    if uploads == "nothing":
+        return f"expected nothing, got {kind}"
+    if sent != uploads:
+        return f"expected {uploads}, got {sent}"
+    if sent == "predictions" and kind != "logits":
+        return f"kind {kind!r}, expected 'logits'"
+    return None
+
+
+def _bad_metric_types(metrics: Mapping[str, object]) -> str | None:
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"metric {name!r} is a {type(value).__name__}, expected a number"
+    return None
+
+
+def _bad_array_record(record: ArrayRecord, layout: Layout) -> str | None:
+    room = sum(math.prod(shape) * dtype.itemsize + HEADER_BYTES for shape, dtype in layout.values())
+    size = sum(len(array.data) for array in record.values())
+    # First of all: what is too large may be so because it has too many names.
+    if size > room:
+        return f"a payload of {size} bytes, expected at most {room}"
+    reason = _bad_names("arrays", record.keys(), layout.keys())
+    for name, (shape, dtype) in layout.items():
+        reason = reason or _bad_declaration(name, record[name], shape, dtype)
+    return reason
+
+
+def _bad_declaration(
+    name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype
+) -> str | None:
+    """Compare what an array says of itself, twice, with what is expected; decode nothing."""
+    header = _npy_header(shape, dtype)
+    if (
+        (array.stype, tuple(array.shape), array.dtype) == ("numpy.ndarray", shape, str(dtype))
+        and len(array.data) == len(header) + math.prod(shape) * dtype.itemsize
+        and array.data.startswith(header)
+    ):
+        return None
+    subject = f"{name!r} has "
+    if array.stype != "numpy.ndarray":
+        return f"{subject}serialization {array.stype!r}, expected 'numpy.ndarray'"
+    try:
+        declared = tuple(array.shape), np.dtype(array.dtype)
+        encoded = _encoded_layout(array.data)
+    except (ValueError, TypeError, SyntaxError, EOFError) as error:
+        return f"{subject}bytes that are no array: {error}"
+    if declared != encoded:
+        return f"{subject}layout {declared} by its label and {encoded} by its bytes"
+    return _bad_layout(subject, *encoded, shape, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """Return the bytes that NumPy puts before the numbers of an array."""
+    stream = BytesIO()
+    table = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, table)
+    return stream.getvalue()
+
+
+def _encoded_layout(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type in the header of an ``.npy`` file, without making room for them."""
+    stream = BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the .npy format is not known here")
+    shape, _, dtype = read(stream)
+    return shape, dtype
+
+
+# -- after decoding --------------------------------------------------------------------------
+
+
+def bad_reply(reply: ClientReply, expected: Expected) -> str | None:
+    """Return why a reply cannot be used, or None for a good one."""
+    return (
+        _bad_round(reply.round, expected.round)
+        or _bad_metric_types(reply.metrics)
+        or _bad_metrics(reply.metrics, judged=expected.test_rows is not None)
+        or bad_knowledge(reply.knowledge, expected)
+        or _bad_test(reply.test_probabilities, expected)
+    )
+
+
+def _bad_round(answered: int | None, asked: int) -> str | None:
+    if answered == asked:
+        return None
+    said = "does not say which round" if answered is None else f"is to round {answered}"
+    return f"the reply {said}, expected round {asked}"
+
+
+def _bad_metrics(metrics: Mapping[str, float], *, judged: bool) -> str | None:
+    if len(metrics) > MOST_METRICS:
+        return f"{len(metrics)} metrics, expected at most {MOST_METRICS}"
+    for name, value in metrics.items():
+        if name in RESERVED_METRICS:
+            return f"metric {name!r} has a name that records use themselves"
+        if len(name) > LONGEST_NAME:
+            return f"metric {name[:20]!r}... has a name of {len(name)} letters"
+        if judged and name in ACCURACIES:
+            # A client none of whose classes occurs in the test split has no accuracy of its own.
+            no_number = name == "personal_accuracy" and math.isnan(value)
+            if not (0 <= value <= 1 or no_number):
+                return f"metric {name!r} is {value:g}, expected a number in [0, 1]"
+        elif not math.isfinite(value):
+            return f"metric {name!r} is {value:g}, expected a finite number"
+        elif not judged and value < SLIGHTLY_NEGATIVE:
+            return f"metric {name!r} is {value:g}, expected a number >= 0"
+    missing = [name for name in ACCURACIES if name not in metrics] if judged else []
+    return f"metric {missing[0]!r} is missing" if missing else None
+
+
+def bad_knowledge(knowledge: Knowledge | None, expected: Expected) -> str | None:
+    """Return why an upload cannot be used, or None for a good one."""
+    if knowledge is None:
+        return (
+            None if expected.uploads == "nothing" else f"expected {expected.uploads}, got nothing"
+        )
+    reason = _bad_upload_kind(knowledge.kind, expected.uploads)
+    if reason is not None:
+        return reason
+    if isinstance(knowledge, Predictions):
+        return _bad_predictions(knowledge, expected)
+    return _bad_parameters(knowledge.arrays, expected.parameters or {})
+
+
+def _bad_predictions(predictions: Predictions, expected: Expected) -> str | None:
+    rows, values = expected.rows, predictions.values
+    shape = len(rows), expected.classes
+    reason = _bad_layout("", values.shape, values.dtype, shape, FLOAT32)
+    if reason is not None:
+        return reason
     if not np.array_equal(predictions.rows, rows):
-        return f"rows are not the {len(rows)} public rows of round {plan.round}"
-    expected = len(rows), plan.federation.num_classes
-    if values.shape != expected:
-        return f"shape {values.shape}, expected {expected}"
-    if values.dtype != np.float32:
-        return f"dtype {values.dtype}, expected float32"
-    if not np.isfinite(values).all():
-        return "NaN or infinity among the scores"
-    largest = float(np.abs(values).max())
-    if largest > LARGEST_SCORE:
-        return f"a score of size {largest:g}, expected at most {LARGEST_SCORE:g}"
+        return f"rows are not the {len(rows)} public rows of round {expected.round}"
+    if predictions.temperature != 1:
+        return f"temperature {predictions.temperature:g}, expected 1: logits are not softened"
+    reason = _bad_values("among the scores", "a score", values, LARGEST_SCORE)
+    return reason or _probabilities_for_logits(values)
+
+
+def _probabilities_for_logits(values: np.ndarray) -> str | None:
+    """Name a table whose every row is a distribution: somebody sent a softmax.
+
+    Honest logits look like that by chance only, which a few rows rule out; so nothing is said of
+    fewer than `FEWEST_ROWS`, nor of a single class. A model that ends in a softmax of its own is
+    named as well: its outputs are no logits.
+    """
+    rows, classes = values.shape
+    if rows >= FEWEST_ROWS and classes > 1 and _are_distributions(values):
+        return "every row of scores sums to 1: probabilities, expected logits"
     return None
 
 
-def _bad_parameters(arrays: Mapping[str, np.ndarray], layout: Layout) -> str | None:
-    if arrays.keys() != layout.keys():
-        return f"unexpected or missing parameters: {sorted(arrays.keys() ^ layout.keys())[:3]}"
-    for name, array in arrays.items():
-        shape, dtype = layout[name]
-        if array.shape != shape:
-            return f"parameter {name!r} has shape {array.shape}, expected {shape}"
-        if array.dtype != dtype:
-            return f"parameter {name!r} has dtype {array.dtype}, expected {dtype}"
-        if not np.isfinite(array).all():
-            return f"NaN or infinity in parameter {name!r}"
+def _are_distributions(values: np.ndarray) -> bool:
+    # The first rows settle it for honest logits.
+    return all(
+        bool(rows.min() >= 0) and np.allclose(rows.sum(axis=-1), 1, rtol=0, atol=SUM_TOLERANCE)
+        for rows in (values[:16], values)
+    )
+
+
+def _bad_parameters(arrays: Arrays, layout: Layout) -> str | None:
+    reason = _bad_names("parameters", arrays.keys(), layout.keys())
+    for name, (shape, dtype) in layout.items():
+        if reason is not None:
+            return reason
+        array = arrays[name]
+        subject = f"parameter {name!r}"
+        reason = _bad_layout(f"{subject} has ", array.shape, array.dtype, shape, dtype)
+        if reason is None and array.size:
+            reason = _bad_values(f"in {subject}", subject, array, LARGEST_PARAMETER)
+            # BatchNorm takes the root of its variance, and its counter only counts.
+            is_count = name.endswith(("running_var", "num_batches_tracked"))
+            if reason is None and is_count and array.min() < 0:
+                reason = f"{subject} is negative"
+    return reason
+
+
+def _bad_test(probabilities: np.ndarray | None, expected: Expected) -> str | None:
+    """Look at a judged client's predictions of the test rows."""
+    layout = expected.arrays.get("test")
+    if probabilities is None or layout is None:
+        if (probabilities is None) == (layout is None):
+            return None
+        return f"{'no' if layout else 'unexpected'} predictions of the test rows"
+    subject = "test probabilities have "
+    shape, dtype = layout["probabilities"]
+    reason = _bad_layout(subject, probabilities.shape, probabilities.dtype, shape, dtype)
+    if reason is None and not _are_distributions(probabilities):
+        reason = "test probabilities are no distributions: NaN, negative or a sum other than 1"
+    return reason
+
+
+# -- arrays ----------------------------------------------------------------------------------
+
+
+def _bad_layout(
+    subject: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    expected_shape: tuple[int, ...],
+    expected_dtype: np.dtype,
+) -> str | None:
+    if shape != expected_shape:
+        return f"{subject}shape {shape}, expected {expected_shape}"
+    if dtype != expected_dtype:
+        return f"{subject}dtype {dtype}, expected {expected_dtype}"
     return None
+
+
+def _bad_values(where: str, subject: str, values: np.ndarray, largest: float) -> str | None:
+    """Name NaN, infinity and huge numbers; makes no table of the size of ``values``."""
+    # Both ends are NaN where any value is.
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"NaN or infinity {where}"
+    size = max(-low, high)
+    if size > largest:
+        return f"{subject} of size {size:g}, expected at most {largest:g}"
+    return None
+
+
+def _bad_names(what: str, names: Collection[str], expected: Collection[str]) -> str | None:
+    if set(names) == set(expected):
+        return None
+    return f"unexpected or missing {what}: {sorted(set(names) ^ set(expected))[:3]}"

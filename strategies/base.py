@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fedkd.data import FederatedData
 from fedkd.training import Cohort
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.memory import Memory
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server, ServerModel
 
@@ -70,6 +71,17 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
     def server_model(self) -> ServerModel | None:
         """Return the server's own model, where the algorithm has one to evaluate."""
         return None
+
+    def memory(self) -> Memory:
+        """Return everything that `prepare` and `aggregate` have left in this object.
+
+        A round that is left out and a run that is resumed go on from it; what is not in it is
+        lost then.
+        """
+        return Memory()
+
+    def recall(self, memory: Memory, server: Server) -> None:
+        """Take back what `memory` returned, here or in another process; `prepare` is not run."""
 
     # -- client half ---------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.targets import StreamingMean
-from fedkd.training import Cohort
+from fedkd.training import Cohort, as_tensor
 from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.plan import RoundPlan
@@ -59,7 +59,7 @@ class DML(DistillationStrategy[DMLSettings]):
         mean = StreamingMean()
         own: dict[int, torch.Tensor] = {}
         for upload, predictions in predictions_of(uploads):
-            values = torch.from_numpy(predictions.values)
+            values = as_tensor(predictions.values)
             if self.settings.average == "probability":
                 values = F.softmax(values / temperature, dim=-1)
             mean.add(values)

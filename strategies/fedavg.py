@@ -15,6 +15,7 @@ import numpy as np
 from fedkd.training import Arrays, Cohort, supervised
 from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
+from strategies.memory import Memory, recall_table, remember_table
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server
 
@@ -69,7 +70,7 @@ class FedAvg(DistillationStrategy[FedAvgSettings]):
 
     def __init__(self, settings: FedAvgSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
-        self._global: dict[str, Parameters] = {}
+        self._global: dict[str, Knowledge] = {}
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
@@ -109,8 +110,13 @@ class FedAvg(DistillationStrategy[FedAvgSettings]):
 
     def _broadcast(self) -> Broadcast:
         return Broadcast(
-            personal={
-                client: self._global[architecture]
-                for client, architecture in enumerate(self.federation.architectures)
-            }
+            by_architecture=dict(self._global), architectures=self.federation.architectures
         )
+
+    def memory(self) -> Memory:
+        """Remember the global models."""
+        return remember_table(self._global)
+
+    def recall(self, memory: Memory, server: Server) -> None:
+        """Take the global models back."""
+        self._global = recall_table(memory)

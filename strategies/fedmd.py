@@ -4,16 +4,19 @@ Source: Li and Wang, 2019, Algorithm 1. https://arxiv.org/abs/1910.03581
 Differs from the paper: transfer learning runs for a set number of epochs instead of to
 convergence, and its public half is left out where the public set has no labels.
 ``digest_loss`` is the mean absolute error of the published code by default; the paper leaves
-it open.
+it open. ``aggregation: median`` and ``trimmed_mean`` put a robust consensus (Yin, Chen,
+Ramchandran, Bartlett, 2018. https://arxiv.org/abs/1803.01498) in the place of the mean.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from fedkd.losses.response import logit_l1, logit_mse, soft_target_loss
-from fedkd.targets import StreamingMean
+from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
 from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
@@ -29,6 +32,9 @@ class FedMDSettings(StrategySettings):
         digest_loss: ``l1`` or ``mse`` on logits, or ``kl`` between their softmaxes.
         transfer_epochs: passes over the labelled public set before the first round.
         weighting: ``equal`` as in the paper; ``examples`` weights clients by private rows.
+        aggregation: ``mean`` of the logits as in the paper; ``median`` and ``trimmed_mean`` are
+            taken score by score and withstand clients that lie.
+        trim: fraction of the clients that ``trimmed_mean`` leaves out at each end.
     """
 
     name: Literal["fedmd"] = "fedmd"
@@ -36,6 +42,17 @@ class FedMDSettings(StrategySettings):
     digest_loss: Literal["l1", "mse", "kl"] = "l1"
     transfer_epochs: int = Field(10, ge=0)
     weighting: Literal["equal", "examples"] = "equal"
+    aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
+    trim: float = Field(0.1, ge=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _robust_rules_count_clients_once(self) -> "FedMDSettings":
+        if self.weighting == "examples" and self.aggregation != "mean":
+            raise ValueError(
+                "strategy.weighting: examples needs strategy.aggregation: mean, "
+                f"got {self.aggregation}"
+            )
+        return self
 
 
 class FedMD(DistillationStrategy[FedMDSettings]):
@@ -62,23 +79,44 @@ class FedMD(DistillationStrategy[FedMDSettings]):
         """Approach the consensus: the distance of a member's logits to the mean logits."""
         if outputs.public is None or batch.targets is None:
             raise ValueError("a digest needs public rows with targets")
+        student, consensus, counted = outputs.public, batch.targets, batch.public_counted
         match self.settings.digest_loss:
             case "l1":
-                return {"digest": logit_l1(outputs.public, batch.targets)}
+                loss = logit_l1(student, consensus, sample_weights=counted)
             case "mse":
-                return {"digest": logit_mse(outputs.public, batch.targets)}
+                loss = logit_mse(student, consensus, sample_weights=counted)
             case "kl":
-                return {"digest": soft_target_loss(outputs.public, batch.targets, temperature=1.0)}
+                loss = soft_target_loss(student, consensus, temperature=1.0, sample_weights=counted)
+        return {"digest": loss}
 
     def aggregate(
         self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
     ) -> Broadcast:
-        """Take the (weighted) mean of the clients' logits as the consensus."""
+        """Take the (weighted or robust) mean of the clients' logits as the consensus."""
+        consensus = (
+            self._mean(uploads)
+            if self.settings.aggregation == "mean"
+            else self._robust_mean(uploads)
+        )
+        if consensus is None:
+            return Broadcast()
+        return Broadcast(
+            Predictions(kind="mean_logit", rows=plan.public_rows, values=consensus.numpy())
+        )
+
+    def _mean(self, uploads: Iterable[ClientUpload]) -> Tensor | None:
         mean = StreamingMean()
         for upload, predictions in predictions_of(uploads):
             weight = upload.num_examples if self.settings.weighting == "examples" else 1
             mean.add(predictions.values, weight)
-        if not mean.count:
-            return Broadcast()
-        consensus = mean.mean().float().numpy()
-        return Broadcast(Predictions(kind="mean_logit", rows=plan.public_rows, values=consensus))
+        return mean.pop_mean() if mean.count else None
+
+    def _robust_mean(self, uploads: Iterable[ClientUpload]) -> Tensor | None:
+        with PredictionSpool() as spool:
+            for _, predictions in predictions_of(uploads):
+                spool.add(predictions.values)
+            if not spool.count:
+                return None
+            if self.settings.aggregation == "median":
+                return spool.reduce(coordinate_median)
+            return spool.reduce(partial(trimmed_mean, trim=self.settings.trim))

@@ -3,16 +3,15 @@
 A piece of knowledge knows its kind and its bytes, and turns into Flower records and back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedkd.targets import soften
-from fedkd.training import Arrays
+from fedkd.training import Arrays, as_tensor
 
 PredictionKind = Literal["logits", "mean_logit", "mean_probability"]
 """``logits``: one model's own; ``mean_logit`` and ``mean_probability``: an average of several."""
@@ -46,7 +45,7 @@ class Predictions:
         """Return the values as soft labels: logits are softened with ``temperature``."""
         if self.kind == "mean_probability":
             return self.values
-        return soften(torch.from_numpy(self.values), temperature=self.temperature).numpy()
+        return soften(as_tensor(self.values), temperature=self.temperature).numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +72,28 @@ class Broadcast:
         shared: for every client without an entry of its own; None where it receives nothing.
         personal: by partition id, None for a client that receives nothing. Clients may share
             one object: it then travels once.
+        by_architecture: for clients without an entry of their own; a federation of many
+            clients has few architectures.
+        architectures: each client's, by partition id; needed beside ``by_architecture``.
     """
 
     shared: Knowledge | None = None
     personal: Mapping[int, Knowledge | None] = field(default_factory=dict)
+    by_architecture: Mapping[str, Knowledge | None] = field(default_factory=dict)
+    architectures: Sequence[str] = ()
 
     def to(self, client: int) -> Knowledge | None:
         """Return what this client receives."""
-        return self.personal.get(client, self.shared)
+        if client in self.personal:
+            return self.personal[client]
+        if self.by_architecture:
+            return self.by_architecture.get(self.architectures[client], self.shared)
+        return self.shared
 
     def __iter__(self) -> Iterator[Knowledge]:
         """Iterate over everything that any client receives."""
-        for knowledge in (*self.personal.values(), self.shared):
+        pieces = (*self.personal.values(), *self.by_architecture.values(), self.shared)
+        for knowledge in pieces:
             if knowledge is not None:
                 yield knowledge
 

@@ -14,15 +14,22 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 
 from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean
-from fedkd.training import Cohort, Passes, distilled, supervised, supervised_public
+from fedkd.training import (
+    Cohort,
+    Passes,
+    as_tensor,
+    distilled,
+    supervised,
+    supervised_public,
+)
 from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.memory import Memory
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server, ServerModel
 from strategies.taught import TaughtSettings, learn
@@ -114,7 +121,7 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         temperature = self.settings.temperature.at(plan.progress)
         mean = StreamingMean()
         for _, predictions in predictions_of(uploads):
-            mean.add(F.softmax(torch.from_numpy(predictions.values) / temperature, dim=-1))
+            mean.add(F.softmax(as_tensor(predictions.values) / temperature, dim=-1))
         assert self._model is not None  # noqa: S101
         if mean.count:
             ensemble = Predictions(
@@ -145,3 +152,15 @@ class OneWay(DistillationStrategy[OneWaySettings]):
     def server_model(self) -> ServerModel | None:
         """The teacher or the server's model."""
         return self._model
+
+    def memory(self) -> Memory:
+        """Remember the model, and whether it has something to teach."""
+        arrays = {} if self._model is None else self._model.to_arrays()
+        return Memory(arrays, {"taught": self._taught, "model": self._model is not None})
+
+    def recall(self, memory: Memory, server: Server) -> None:
+        """Take the model back."""
+        self._taught = memory.values["taught"]
+        self._model = None
+        if memory.values["model"]:
+            self._model = server.model_from(self.settings.model, memory.arrays)

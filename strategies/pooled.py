@@ -14,6 +14,7 @@ from fedkd.data import FederatedData
 from fedkd.training import Cohort, supervised
 from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
+from strategies.memory import Memory, recall_table, remember_table
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server
 
@@ -61,12 +62,16 @@ class Pooled(DistillationStrategy[PooledSettings]):
         for upload in uploads:
             self._trained[self.federation.architectures[upload.client]] = upload.knowledge
         return Broadcast(
-            personal={
-                client: self._trained[architecture]
-                for client, architecture in enumerate(self.federation.architectures)
-                if architecture in self._trained
-            }
+            by_architecture=dict(self._trained), architectures=self.federation.architectures
         )
+
+    def memory(self) -> Memory:
+        """Remember the pooled models."""
+        return remember_table(self._trained)
+
+    def recall(self, memory: Memory, server: Server) -> None:
+        """Take the pooled models back."""
+        self._trained = recall_table(memory)
 
     def before_evaluation(self, cohort: Cohort, received: Knowledge | None) -> None:
         """Judge the pooled model."""

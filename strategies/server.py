@@ -1,5 +1,7 @@
 """The server's side of a simulation: what it may see, and models of its own."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -9,6 +11,7 @@ from fedkd.randomness import Purpose
 from fedkd.training import (
     MODEL,
     Arrays,
+    ClientState,
     LoopCohort,
     Member,
     ModelPool,
@@ -21,6 +24,8 @@ from fedkd.training import (
     initial_model_seed,
 )
 from strategies.plan import Federation, RoundPlan
+
+_ROWS = "train_rows"
 
 
 class Server:
@@ -54,6 +59,15 @@ class Server:
         rows = np.empty(0, np.int64) if train_rows is None else train_rows
         return ServerModel(self, settings, rows)
 
+    def model_from(
+        self, settings: ModelSettings, arrays: Mapping[str, np.ndarray]
+    ) -> "ServerModel":
+        """Return the model that `ServerModel.to_arrays` flattened."""
+        rows = arrays[_ROWS]
+        trained = {name: array for name, array in arrays.items() if name != _ROWS}
+        state = ClientState.from_arrays(trained) if trained else None
+        return ServerModel(self, settings, rows, state)
+
     def initial_weights(self, client: int) -> Arrays:
         """Return the weights that a client starts from."""
         seed = initial_model_seed(self.federation.seed, client)
@@ -64,10 +78,16 @@ class Server:
 class ServerModel:
     """A model that the server trains: a cohort of one that lives as long as the run."""
 
-    def __init__(self, server: Server, settings: ModelSettings, train_rows: np.ndarray) -> None:
+    def __init__(
+        self,
+        server: Server,
+        settings: ModelSettings,
+        train_rows: np.ndarray,
+        state: ClientState | None = None,
+    ) -> None:
         self._server = server
         self._settings = settings
-        self._member = Member(Server.ID, train_rows)
+        self._member = Member(Server.ID, train_rows, state)
 
     def _cohort(self, plan: RoundPlan | None) -> LoopCohort:
         federation = self._server.federation
@@ -97,6 +117,11 @@ class ServerModel:
         cohort = self._cohort(plan)
         cohort.fit(objective, private=private, public=public)
         self._member = Member(Server.ID, self._member.rows, cohort.states()[0])
+
+    def to_arrays(self) -> Arrays:
+        """Flatten the model, its optimizer and the rows it trains on; see `Server.model_from`."""
+        state = self._member.state
+        return {_ROWS: self._member.rows, **({} if state is None else state.to_arrays())}
 
     def predict(self, inputs: torch.Tensor) -> np.ndarray:
         """Return float32 logits ``[rows, classes]``."""

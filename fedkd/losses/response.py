@@ -7,10 +7,31 @@ under ``torch.func.vmap`` and ``torch.func.grad``.
 """
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.targets import at_least_float32, check_temperature, soften
+
+
+def hard_label_loss(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"],
+    *,
+    sample_weights: Float[Tensor, "batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy against class labels, in nats per example.
+
+    Args:
+        logits: unnormalised scores; gradients flow through these.
+        labels: class of each row, in [0, classes).
+        sample_weights: >= 0, one per row, as in `soft_target_kl`.
+    """
+    if sample_weights is None and not _classes_first(logits):
+        return F.cross_entropy(logits, labels)
+    log_p = _log_softmax(at_least_float32(logits))
+    row_losses = -log_p.gather(1, labels[:, None]).squeeze(1)
+    return _row_mean(row_losses, sample_weights)
 
 
 def soft_target_kl(
@@ -176,7 +197,20 @@ def _log_soften(
     logits: Float[Tensor, "batch classes"], temperature: float
 ) -> Float[Tensor, "batch classes"]:
     check_temperature(temperature)
-    return torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+    return _log_softmax(at_least_float32(logits) / temperature)
+
+
+def _log_softmax(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    if _classes_first(logits):
+        # With the classes as rows torch works on many examples at once, else on one example's
+        # few classes: ten times as long for ten of them.
+        return torch.log_softmax(logits.t(), dim=0).t()
+    return torch.log_softmax(logits, dim=-1)
+
+
+def _classes_first(logits: Float[Tensor, "batch classes"]) -> bool:
+    """Tell whether a class's scores lie side by side in memory, as stacked models leave them."""
+    return logits.stride(0) == 1 and logits.stride(1) > 1
 
 
 def _differences(

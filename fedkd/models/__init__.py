@@ -25,6 +25,7 @@ from pydantic import (
 from torch import nn
 
 from fedkd.models.cnn import CNNOptions, LeNetOptions
+from fedkd.models.dropout import seed_dropout
 from fedkd.models.mlp import MLPOptions
 from fedkd.models.options import ImageShape, ModelOptions
 from fedkd.models.recurrent import GRUOptions, LSTMOptions
@@ -152,7 +153,8 @@ def build_model(
     """Build a freshly initialised network; the same arguments give the same bits.
 
     torch's global generators are left as they were. A model of your own is tried on two blank
-    images in eval mode, so a wrong output shape is found here and not in a worker.
+    images in eval mode, so a wrong output shape is found here and not in a worker. Every plain
+    ``nn.Dropout`` becomes a `fedkd.models.dropout.SeededDropout`, whose masks belong to a client.
 
     Args:
         settings: the architecture.
@@ -183,6 +185,7 @@ def build_model(
                 raise ValueError(f"model {settings.label!r}: {error}") from error
         else:
             model = _build_from_callable(settings, input_shape, num_classes)
+    seed_dropout(model)
     return model.train()
 
 

@@ -2,8 +2,7 @@
 
 Source: Dosovitskiy et al., 2021, section 3.1. https://arxiv.org/abs/2010.11929
 Differs from the paper: image rows are the default tokens, and the mean over tokens feeds the
-classifier instead of a class token. Dropout is 0 by default; ``torch.func.vmap`` needs
-``randomness="different"`` once it is not.
+classifier instead of a class token. Dropout is 0 by default.
 """
 
 from typing import ClassVar

@@ -1,10 +1,27 @@
 """Training over cohorts of clients: state, batches, optimizers, objectives and backends."""
 
+from fedkd.training.backends import (
+    Backend,
+    BackendTimes,
+    choose_backend,
+    measure_backends,
+    open_cohort,
+)
 from fedkd.training.batches import Passes
-from fedkd.training.cohort import Cohort, Member, PublicLesson, Streams, TrainingData, as_tensor
-from fedkd.training.loop import MODEL, LoopCohort, ModelPool, initial_model_seed
+from fedkd.training.cohort import (
+    MODEL,
+    Architecture,
+    Cohort,
+    Member,
+    PublicLesson,
+    Streams,
+    TrainingData,
+    as_tensor,
+)
+from fedkd.training.loop import LoopCohort
 from fedkd.training.objectives import (
     Batch,
+    JointObjective,
     Losses,
     Objective,
     Outputs,
@@ -13,14 +30,21 @@ from fedkd.training.objectives import (
     supervised_public,
 )
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.pool import ModelPool, initial_model_seed
+from fedkd.training.stacking import VmapUnsupportedError
 from fedkd.training.state import Arrays, ClientState, ModelState, weights_digest
+from fedkd.training.vmap import VmapCohort
 
 __all__ = [
     "MODEL",
+    "Architecture",
     "Arrays",
+    "Backend",
+    "BackendTimes",
     "Batch",
     "ClientState",
     "Cohort",
+    "JointObjective",
     "LoopCohort",
     "Losses",
     "Member",
@@ -33,9 +57,14 @@ __all__ = [
     "PublicLesson",
     "Streams",
     "TrainingData",
+    "VmapCohort",
+    "VmapUnsupportedError",
     "as_tensor",
+    "choose_backend",
     "distilled",
     "initial_model_seed",
+    "measure_backends",
+    "open_cohort",
     "supervised",
     "supervised_public",
     "weights_digest",

@@ -1,12 +1,12 @@
 """A cohort: clients of one architecture that train, predict and are evaluated together.
 
 A single client is a cohort of one. Algorithms are written against `Cohort`; `LoopCohort` in
-`fedkd.training.loop` is the reference that a vectorised backend has to match.
+`fedkd.training.loop` is the reference that `VmapCohort` in `fedkd.training.vmap` matches.
 """
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.data import FederatedData
+from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
 from fedkd.training.batches import Passes
-from fedkd.training.objectives import Objective
+from fedkd.training.objectives import JointObjective, Objective
 from fedkd.training.state import Arrays, ClientState
+
+MODEL = "model"
+"""The name of a client's model where it has only one."""
+
+Architecture = ModelSettings | Mapping[str, ModelSettings]
+"""What each client of a cohort trains: one model, or several by name."""
+
+
+def named_models(architecture: Architecture) -> dict[str, ModelSettings]:
+    """Return an architecture's models by name; a single one is called `MODEL`."""
+    if isinstance(architecture, ModelSettings):
+        return {MODEL: architecture}
+    if not architecture:
+        raise ValueError("a client needs at least one model, got none")
+    return dict(architecture)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
@@ -114,40 +130,56 @@ class Streams:
 
 
 class Cohort(ABC):
-    """What an algorithm may ask of K clients of one architecture."""
+    """What an algorithm may ask of K clients of one architecture.
+
+    Where clients have several models, a model is named; without a name the first one is meant.
+    """
 
     clients: tuple[int, ...]
 
     @abstractmethod
     def fit(
         self,
-        objective: Objective,
+        objective: Objective | JointObjective,
         *,
         private: Passes | None = None,
         public: PublicLesson | None = None,
+        models: Sequence[str] | None = None,
     ) -> None:
         """Minimise ``objective``; a step takes one batch of each kind of rows that is given.
 
         Private and public rows of one step go through the model in a single forward pass.
         The members' models and optimizers change; mean terms are kept for `metrics`.
+
+        Args:
+            objective: sees the model's `Outputs`; with several ``models``, a mapping from their
+                names to the outputs of each on the same rows.
+            private: how to walk through each member's own rows.
+            public: public rows and what to learn about them.
+            models: which models to train in one step, each by its own optimizer; None: the first.
         """
 
     @abstractmethod
     def predict(
-        self, inputs: Float[Tensor, "rows channels height width"]
+        self,
+        inputs: Float[Tensor, "rows channels height width"],
+        *,
+        model: str | None = None,
     ) -> Float[np.ndarray, "members rows classes"]:
         """Return each member's logits, in evaluation mode and without gradients."""
 
     @abstractmethod
-    def predict_public(self, rows: np.ndarray) -> Float[np.ndarray, "members rows classes"]:
+    def predict_public(
+        self, rows: np.ndarray, *, model: str | None = None
+    ) -> Float[np.ndarray, "members rows classes"]:
         """Return each member's logits on these positions of the public set."""
 
     @abstractmethod
-    def weights(self) -> list[Arrays]:
+    def weights(self, *, model: str | None = None) -> list[Arrays]:
         """Return a copy of each member's parameters and buffers."""
 
     @abstractmethod
-    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+    def load_weights(self, weights: Mapping[str, np.ndarray], *, model: str | None = None) -> None:
         """Give every member these parameters and buffers."""
 
     @abstractmethod
@@ -161,3 +193,29 @@ class Cohort(ABC):
     @abstractmethod
     def metrics(self) -> list[dict[str, float]]:
         """Return each member's mean loss terms, ``loss/<term>``, over the fits so far."""
+
+
+def public_inputs(
+    data: TrainingData, rows: np.ndarray
+) -> Float[Tensor, "rows channels height width"]:
+    """Return these positions of the public set; all of them in order are not copied."""
+    inputs = data.public_inputs
+    if len(rows) == len(inputs) and np.array_equal(rows, np.arange(len(inputs))):
+        return inputs
+    return inputs[as_tensor(rows).to(inputs.device)]
+
+
+def check_weights(weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights of another architecture.
+
+    Raises:
+        ValueError: naming what is missing, left over or of another shape.
+    """
+    if weights.keys() != shapes.keys():
+        odd = sorted(weights.keys() ^ shapes.keys())
+        raise ValueError(f"weights do not fit the model: {', '.join(odd[:5])}")
+    for name, array in weights.items():
+        if shapes[name] != array.shape:
+            raise ValueError(
+                f"weight {name!r} has shape {array.shape}, the model has {shapes[name]}"
+            )

@@ -5,14 +5,14 @@ whoever trains (a loop, or a vectorised cohort) applies it. It returns named ter
 weighted, whose sum is minimised; the names appear in the metrics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedkd.losses.response import soft_target_kl
+from fedkd.losses.response import hard_label_loss, soft_target_kl
 from fedkd.targets import confidence_mask
 
 
@@ -24,11 +24,16 @@ class Batch(NamedTuple):
         targets: what to learn about the public rows (probabilities or logits, as the objective
             expects), or None.
         public_labels: classes of the public rows where the public set is labelled, or None.
+        private_counted: 1 for each private row that counts, 0 for padding; None: all count. A
+            mean over private rows is a mean over those that count.
+        public_counted: the same for public rows.
     """
 
     labels: Int[Tensor, " private"] | None = None
     targets: Float[Tensor, "public classes"] | None = None
     public_labels: Int[Tensor, " public"] | None = None
+    private_counted: Float[Tensor, " private"] | None = None
+    public_counted: Float[Tensor, " public"] | None = None
 
 
 class Outputs(NamedTuple):
@@ -40,20 +45,23 @@ class Outputs(NamedTuple):
 
 Losses = dict[str, Float[Tensor, ""]]
 Objective = Callable[[Outputs, Batch], Losses]
+JointObjective = Callable[[Mapping[str, Outputs], Batch], Losses]
+"""What a client minimises that trains several models in one step: outputs by model name."""
 
 
 def supervised(outputs: Outputs, batch: Batch, *, weight: float = 1.0) -> Losses:
     """``weight`` times the cross-entropy on the client's own labelled rows."""
     if outputs.private is None or batch.labels is None:
         raise ValueError("supervised learning needs private rows with labels")
-    return {"ce": weight * F.cross_entropy(outputs.private, batch.labels)}
+    return {"ce": _weighted(weight, _private_loss(outputs.private, batch.labels, batch))}
 
 
 def supervised_public(outputs: Outputs, batch: Batch) -> Losses:
     """Cross-entropy on a labelled public set."""
     if outputs.public is None or batch.public_labels is None:
         raise ValueError("supervised learning on public rows needs data.public.labelled: true")
-    return {"ce_public": F.cross_entropy(outputs.public, batch.public_labels)}
+    loss = hard_label_loss(outputs.public, batch.public_labels, sample_weights=batch.public_counted)
+    return {"ce_public": loss}
 
 
 def distilled(
@@ -88,24 +96,39 @@ def distilled(
     """
     losses: Losses = {}
     if outputs.private is not None and batch.labels is not None:
-        losses["ce"] = ce_weight * F.cross_entropy(outputs.private, batch.labels)
+        losses["ce"] = _weighted(ce_weight, _private_loss(outputs.private, batch.labels, batch))
     if outputs.public is not None and batch.targets is not None:
         targets = batch.targets
         if targets_are_logits:
             targets = F.softmax(targets / temperature, dim=-1)
-        kept = confidence_mask(targets, confidence_threshold) if confidence_threshold else None
-        losses["kd"] = kd_weight * soft_target_kl(
+        counted = batch.public_counted
+        if confidence_threshold:
+            kept = confidence_mask(targets, confidence_threshold)
+            counted = kept if counted is None else kept * counted
+        divergence = soft_target_kl(
             outputs.public,
             targets,
             temperature=temperature,
             scale_by_t2=scale_by_t2,
-            sample_weights=kept,
+            sample_weights=counted,
         )
+        losses["kd"] = _weighted(kd_weight, divergence)
     return losses
 
 
-def total(losses: Losses) -> Float[Tensor, ""]:
-    """Sum the named terms."""
+def _private_loss(
+    logits: Float[Tensor, "private classes"], labels: Int[Tensor, " private"], batch: Batch
+) -> Float[Tensor, ""]:
+    return hard_label_loss(logits, labels, sample_weights=batch.private_counted)
+
+
+def _weighted(weight: float, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    # A product with 1 changes no bit and costs two nodes of the graph in every step.
+    return loss if weight == 1 else weight * loss
+
+
+def total(losses: dict[str, Float[Tensor, "*members"]]) -> Float[Tensor, "*members"]:
+    """Sum the named terms: one client's, or those of stacked clients."""
     first, *others = losses.values()
     for loss in others:
         first = first + loss

@@ -1,7 +1,7 @@
 """Optimizers by name, and the learning rate in force at each step."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,8 +38,20 @@ class OptimizerSettings(BaseModel):
             raise ValueError("nesterov needs name: sgd and momentum > 0")
         return self
 
-    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer over ``parameters``, at its base learning rate."""
+    def build(
+        self,
+        parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        fused: bool = False,
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer over ``parameters``, at its base learning rate.
+
+        Args:
+            parameters: parameters, or parameter groups as torch knows them.
+            fused: update in one pass over memory where torch can; the last bits may differ.
+        """
+        # None and not False: it leaves the choice of the loop to torch, as without the argument.
+        one_pass = True if fused else None
         match self.name:
             case "sgd":
                 return torch.optim.SGD(
@@ -48,11 +60,16 @@ class OptimizerSettings(BaseModel):
                     momentum=self.momentum,
                     nesterov=self.nesterov,
                     weight_decay=self.weight_decay,
+                    fused=one_pass,
                 )
             case "adam":
-                return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+                return torch.optim.Adam(
+                    parameters, lr=self.lr, weight_decay=self.weight_decay, fused=one_pass
+                )
             case "adamw":
-                return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+                return torch.optim.AdamW(
+                    parameters, lr=self.lr, weight_decay=self.weight_decay, fused=one_pass
+                )
             case "rmsprop":
                 return torch.optim.RMSprop(
                     parameters,
@@ -60,6 +77,11 @@ class OptimizerSettings(BaseModel):
                     momentum=self.momentum,
                     weight_decay=self.weight_decay,
                 )
+
+    @property
+    def constant(self) -> bool:
+        """Whether the learning rate is the same throughout the run."""
+        return not self.warm_up and isinstance(self.decay, ConstantSchedule)
 
     def learning_rate(self, progress: float) -> float:
         """Return the learning rate at ``progress`` in [0, 1] of the run."""

@@ -1,12 +1,20 @@
 """A client's state is a value: a worker gets it, returns it changed, and never owns it."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
+from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
+
+
+def copy_to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's values as an array of their own."""
+    return np.array(tensor.detach().cpu().numpy(), order="C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +55,62 @@ class ClientState:
             tables.setdefault(model, {"weights": {}, "optimizer": {}})[part][name] = array
         return cls({model: ModelState(**parts) for model, parts in tables.items()})
 
+    def __reduce__(self) -> "tuple[Callable[..., ClientState], tuple[Layout, np.ndarray]]":
+        """Travel between processes as one buffer: dozens of small arrays take longer than one."""
+        return _unpacked, packed(self.to_arrays())
 
-def weights_digest(states: Iterable[ClientState]) -> str:
-    """Return the SHA-256 of all clients' weights, in the order given; equal bits, equal digest."""
+
+Layout = tuple[tuple[str, str, tuple[int, ...], int], ...]
+"""Name, type, shape and offset of each array in a buffer."""
+
+_ALIGNMENT = 64
+
+
+def packed(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, np.ndarray]:
+    """Copy arrays into one uint8 buffer, each at an address that suits every type."""
+    layout = []
+    end = 0
+    for name, array in arrays.items():
+        layout.append((name, array.dtype.str, array.shape, end))
+        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = np.zeros(end, np.uint8)
+    for (_, _, _, start), array in zip(layout, arrays.values(), strict=True):
+        buffer[start : start + array.nbytes] = (
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        )
+    # Clients of one architecture share one layout object, which pickles as a reference then.
+    return _known_layouts(tuple(layout)), buffer
+
+
+@lru_cache(maxsize=256)
+def _known_layouts(layout: Layout) -> Layout:
+    return layout
+
+
+def unpacked(layout: Layout, buffer: np.ndarray) -> Arrays:
+    """Return the arrays that `packed` put into a buffer, as views of it."""
+    arrays = {}
+    for name, dtype, shape, start in layout:
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        arrays[name] = buffer[start : start + size].view(kind).reshape(shape)
+    return arrays
+
+
+def _unpacked(layout: Layout, buffer: np.ndarray) -> ClientState:
+    return ClientState.from_arrays(unpacked(layout, buffer))
+
+
+def weights_digest(states: Iterable[ClientState | int]) -> str:
+    """Return the SHA-256 of all clients' weights, in the order given; equal bits, equal digest.
+
+    A number stands for a client that has not trained yet: the seed of its first weights.
+    """
     digest = hashlib.sha256()
     for state in states:
+        if isinstance(state, int):
+            digest.update(f"seed {state}".encode())
+            continue
         for model in sorted(state.models):
             for name, array in sorted(state.models[model].weights.items()):
                 digest.update(f"{model}/{name}/{array.dtype.str}{array.shape}".encode())

@@ -5,12 +5,22 @@ Flower 1.41 lets only its own runtimes create messages: a `Message` needs the pr
 names, `tests/sim/engine/test_flower.py` fails first.
 """
 
-from flwr.app import Message
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["SERVER_NODE_ID", "Run", "empty_run", "identify_process", "set_message_id"]
+__all__ = [
+    "SERVER_NODE_ID",
+    "LazyRecords",
+    "Run",
+    "empty_run",
+    "identify_process",
+    "set_message_id",
+]
 
 SERVER_NODE_ID: int = SUPERLINK_NODE_ID
 
@@ -30,3 +40,90 @@ def identify_process(run_id: int) -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message the id that its reply will refer to."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+class LazyRecords(RecordDict):
+    """Records that are made when somebody looks at them.
+
+    Between a server and clients that share a process nobody does: they hand each other the
+    object that the records stand for. To everybody else this is the `RecordDict` of the message.
+    """
+
+    def __init__(self, original: object, encode: Callable[[], RecordDict]) -> None:
+        super().__init__()
+        self.__dict__["_data"] = _RecordsInWaiting(encode)
+        self.__dict__["_original"] = original
+
+    @property
+    def original(self) -> Any | None:
+        """The object that the records stand for; None once somebody had the records in hand."""
+        return None if self.__dict__["_data"].made else self.__dict__["_original"]
+
+    def __reduce__(self) -> tuple[type[RecordDict], tuple[dict[str, Any]]]:
+        """Leave this process as an ordinary `RecordDict`."""
+        return RecordDict, (dict(self.items()),)
+
+
+class _RecordsInWaiting(dict[str, Any]):
+    """The dictionary that a `RecordDict` keeps its records in, filled at the first touch."""
+
+    def __init__(self, encode: Callable[[], RecordDict]) -> None:
+        super().__init__()
+        self._encode = encode
+        self.made = False
+
+    def _make(self) -> "_RecordsInWaiting":
+        if not self.made:
+            self.made = True
+            super().update(self._encode().items())
+        return self
+
+    def __getitem__(self, key: str) -> Any:
+        self._make()
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._make()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._make()
+        super().__delitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._make()
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._make()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._make()
+        return super().__len__()
+
+    def __eq__(self, other: object) -> bool:
+        self._make()
+        return super().__eq__(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        self._make()
+        return super().__repr__()
+
+    def keys(self) -> Any:
+        self._make()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._make()
+        return super().values()
+
+    def items(self) -> Any:
+        self._make()
+        return super().items()
+
+    def copy(self) -> dict[str, Any]:
+        self._make()
+        return super().copy()

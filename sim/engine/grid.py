@@ -7,28 +7,42 @@ back as Flower messages, in client order, as soon as that order allows.
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Any, Generic, TypeVar, cast, get_args
 
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedkd.data import FederatedData
 from fedkd.training import ClientState
+from sim.engine.cohorts import CohortCutter
 from sim.engine.flower import Run, empty_run, identify_process, set_message_id
-from sim.engine.runtime import ClientReply, CohortCall, Phase
-from sim.settings import Settings
-from strategies.knowledge import (
-    Knowledge,
-    from_array_record,
-    read_knowledge,
-    to_array_record,
-    write_knowledge,
+from sim.engine.messages import (
+    ClientReply,
+    CohortCall,
+    Instruction,
+    Phase,
+    read_instruction,
+    reply_content,
 )
+from sim.faults import FaultPlan
+from sim.settings import Settings
+from strategies.knowledge import Knowledge
 
 FIRST_NODE_ID = 2
 """Node ids are partition ids from here on; 1 is the server's."""
+
+Handle = TypeVar("Handle")
+"""What a grid keeps of a client's state: the state itself, or where it is."""
+
+Event = dict[str, Any]
+
+
+class StatesLostError(RuntimeError):
+    """Clients' states are gone together with the machine that held them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +55,34 @@ class PackedCall:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a packed call: a reply per client, or the reason why there is none."""
+    """What became of a packed call: for each client a reply, or the reason why there is none."""
 
-    replies: Sequence[ClientReply] = ()
-    failure: str | None = None
+    replies: Sequence[ClientReply | str]
+
+    @classmethod
+    def failed(cls, packed: PackedCall, reason: str) -> "Outcome":
+        """Return the outcome of a call that nobody answered."""
+        return cls([reason] * len(packed.call.clients))
 
 
-class CohortGrid(Grid, ABC):
-    """The part of a grid that does not depend on where calls are carried out."""
+class CohortGrid(Grid, ABC, Generic[Handle]):
+    """The part of a grid that does not depend on where calls are carried out.
 
-    def __init__(self, settings: Settings, run_id: int = 1) -> None:
+    States that training returns are kept apart until `commit` says that their round is over;
+    `rollback` forgets them, and the clients are again what they were at the last commit.
+    """
+
+    def __init__(self, settings: Settings, data: FederatedData, run_id: int = 1) -> None:
         self._settings = settings
         self._run = empty_run(run_id)
-        self._architectures = [
-            settings.model_of(client).key for client in range(settings.clients.count)
-        ]
+        self._cutter = CohortCutter(settings, data)
+        self._faults = FaultPlan(settings.faults, settings.seed)
         self._ids = itertools.count(1)
         self._pushed: dict[str, Message] = {}
+        self._committed: dict[int, Handle] = {}
+        self._pending: dict[int, Handle] = {}
+        self._excluded: dict[int, str] = {}
+        self._events: list[Event] = []
         identify_process(run_id)
 
     # -- where calls are carried out -------------------------------------------------------
@@ -66,16 +91,84 @@ class CohortGrid(Grid, ABC):
     def _execute(self, calls: Sequence[PackedCall]) -> Iterator[tuple[int, Outcome]]:
         """Carry out the calls and yield (position, outcome) as each is done.
 
-        Keeps the states that training calls return, for `client_states` and later calls.
+        Hands the states that training calls return to `_keep`.
         """
 
     @abstractmethod
-    def client_states(self, clients: Iterable[int]) -> Iterator[ClientState | None]:
-        """Yield each client's state, None for a client that has not trained yet."""
+    def _fetch(self, handle: Handle) -> ClientState:
+        """Return the state behind a handle."""
+
+    @abstractmethod
+    def _store(self, states: Sequence[ClientState]) -> list[Handle]:
+        """Take states that come from elsewhere; return a handle for each."""
+
+    @abstractmethod
+    def _measure(self, clients: Sequence[int]) -> Mapping[str, Any]:
+        """Time both backends on the first of these clients; see `fedkd.training.backends`."""
 
     @abstractmethod
     def close(self) -> None:
         """Give back what the grid holds."""
+
+    # -- clients' states -------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """The round is over: what was trained since the last commit is the clients' state now."""
+        self._committed.update(self._pending)
+        self._pending.clear()
+
+    def rollback(self) -> None:
+        """Forget what was trained since the last commit."""
+        self._pending.clear()
+
+    def trained_clients(self) -> list[int]:
+        """Return the clients that have a state, sorted; the seed still decides the others."""
+        return sorted(self._committed.keys() | self._pending.keys())
+
+    def client_states(self, clients: Iterable[int]) -> Iterator[ClientState | None]:
+        """Yield each client's latest state, None for a client that has not trained yet."""
+        for client in clients:
+            handle = self._state_of(client)
+            yield None if handle is None else self._fetch(handle)
+
+    def load_states(self, states: Iterable[tuple[int, ClientState]]) -> None:
+        """Put these clients' states in the place of all that there were."""
+        self._pending.clear()
+        self._committed.clear()
+        for some in _batches(states, self._settings.engine.cohort_size):
+            handles = self._store([state for _, state in some])
+            self._committed.update(zip((client for client, _ in some), handles, strict=True))
+
+    def memory(self) -> dict[str, Any]:
+        """Return, as plain values, what a resumed run has to know besides the states."""
+        return {
+            "excluded": {str(client): reason for client, reason in self._excluded.items()},
+            "backends": self._cutter.choices(),
+        }
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take back what `memory` returned."""
+        self._excluded = {int(client): reason for client, reason in memory["excluded"].items()}
+        self._cutter.recall(memory["backends"])
+
+    def take_events(self) -> list[Event]:
+        """Return, once, what happened to workers and clients: retries, exclusions, choices."""
+        events, self._events = self._events, []
+        return events
+
+    def _state_of(self, client: int) -> Handle | None:
+        return self._pending.get(client) or self._committed.get(client)
+
+    def _exclude(self, call: CohortCall, reason: str) -> None:
+        for client in call.clients:
+            self._excluded[client] = f"excluded since round {call.round}: {reason}"
+        self._tell("excluded", call, reason)
+
+    def _tell(self, event: str, call: CohortCall, reason: str) -> None:
+        self._events.extend(
+            {"round": call.round, "client": client, "event": event, "reason": reason}
+            for client in call.clients
+        )
 
     # -- Flower's Grid ---------------------------------------------------------------------
 
@@ -102,7 +195,7 @@ class CohortGrid(Grid, ABC):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node id of every registered client, by partition id."""
-        return range(FIRST_NODE_ID, FIRST_NODE_ID + len(self._architectures))
+        return range(FIRST_NODE_ID, FIRST_NODE_ID + self._settings.clients.count)
 
     def partitions(self) -> dict[int, int]:
         """Return the node id of each partition; known here, so nobody has to be asked."""
@@ -125,22 +218,27 @@ class CohortGrid(Grid, ABC):
         Args:
             messages: at most one for each client, all of one phase.
             timeout: not used; ``engine.deadline_s`` bounds every call.
+
+        Raises:
+            StatesLostError: states that are needed went with a lost machine.
         """
-        queue = sorted(messages, key=lambda message: message.metadata.dst_node_id)
-        calls = self._pack(queue)
-        by_client = {message.metadata.dst_node_id - FIRST_NODE_ID: message for message in queue}
-        order = iter(sorted(by_client))
+        by_client: dict[int, Message] = {}
+        for message in sorted(messages, key=lambda message: message.metadata.dst_node_id):
+            set_message_id(message, str(next(self._ids)))
+            by_client[message.metadata.dst_node_id - FIRST_NODE_ID] = message
         ready: dict[int, ClientReply | str] = {}
-        next_client = next(order, None)
+        calls = self._pack(by_client, ready)
+        order = deque(by_client)
+
+        def in_order() -> Iterator[Message]:
+            while order and order[0] in ready:
+                client = order.popleft()
+                yield reply_message(by_client[client], ready.pop(client))
+
+        yield from in_order()
         for position, outcome in self._execute(calls):
-            clients = calls[position].call.clients
-            if outcome.failure is not None:
-                ready.update(dict.fromkeys(clients, outcome.failure))
-            else:
-                ready.update(zip(clients, outcome.replies, strict=True))
-            while next_client is not None and next_client in ready:
-                yield _reply_message(by_client[next_client], ready.pop(next_client))
-                next_client = next(order, None)
+            ready.update(zip(calls[position].call.clients, outcome.replies, strict=True))
+            yield from in_order()
 
     def _register(self, message: Message) -> str:
         message_id = str(next(self._ids))
@@ -148,32 +246,64 @@ class CohortGrid(Grid, ABC):
         self._pushed[message_id] = message
         return message_id
 
-    def _pack(self, queue: Sequence[Message]) -> list[PackedCall]:
-        """Cut the sorted messages into calls, in a way that does not depend on the workers."""
-        groups: dict[tuple[str, bool], list[Message]] = {}
-        decoded: dict[int, Knowledge | None] = {}
-        for message in queue:
-            set_message_id(message, str(next(self._ids)))
+    def _pack(
+        self, messages: Mapping[int, Message], ready: dict[int, ClientReply | str]
+    ) -> list[PackedCall]:
+        """Cut the clients into calls, in a way that does not depend on the workers.
+
+        Who is not to be asked at all has the reason put into ``ready``.
+        """
+        # Clients that receive the same content have it decoded once and sent once.
+        decoded: dict[int, Instruction] = {}
+        received: dict[int, Knowledge | None] = {}
+        for client, message in messages.items():
             content = message.content
-            # Clients that receive the same object receive it decoded once and sent once.
             if id(content) not in decoded:
-                decoded[id(content)] = read_knowledge(content)
-            client = message.metadata.dst_node_id - FIRST_NODE_ID
-            key = self._architectures[client], decoded[id(content)] is None
-            groups.setdefault(key, []).append(message)
-        size = self._settings.engine.cohort_size
-        return [
-            PackedCall(
-                call=CohortCall(
-                    phase=_phase(cohort[0]),
-                    round=instruction_round(cohort[0].content),
-                    clients=tuple(m.metadata.dst_node_id - FIRST_NODE_ID for m in cohort),
-                ),
-                received=tuple(decoded[id(message.content)] for message in cohort),
-            )
-            for group in groups.values()
-            for cohort in (group[i : i + size] for i in range(0, len(group), size))
-        ]
+                decoded[id(content)] = read_instruction(content)
+            told = decoded[id(content)]
+            reason = self._reason_not_to_ask(client, _phase(message), told)
+            if reason is None:
+                received[client] = told.knowledge
+            else:
+                ready[client] = reason
+        if not received:
+            return []
+        phase = _phase(message)
+        if phase == "train":
+            # Who is asked again starts from where the round began.
+            for client in received:
+                self._pending.pop(client, None)
+            self._settle_backends(received, told.round)
+        calls = []
+        # Members of a cohort all receive something or nothing.
+        for nothing in (True, False):
+            clients = [client for client, piece in received.items() if (piece is None) is nothing]
+            for cohort, backend in self._cutter.cut(clients, phase):
+                call = CohortCall(phase, told.round, cohort, backend, told.attempt)
+                calls.append(PackedCall(call, tuple(received[client] for client in cohort)))
+        return calls
+
+    def _reason_not_to_ask(self, client: int, phase: Phase, told: Instruction) -> str | None:
+        if client in self._excluded:
+            return self._excluded[client]
+        if self._faults and self._faults.drops_out(phase, told.round, client, told.attempt):
+            return "dropped out (faults)"
+        return None
+
+    def _settle_backends(self, clients: Iterable[int], round: int) -> None:
+        """Choose by the stop-watch where the settings ask for it, once for each kind of cohort."""
+        for cohort in self._cutter.unsettled(clients):
+            times = self._measure(cohort)
+            self._cutter.settle(cohort, times["choice"])
+            self._events.append({"round": round, "event": "backend measured", **times})
+
+
+def _batches(
+    items: Iterable[tuple[int, ClientState]], size: int
+) -> Iterator[list[tuple[int, ClientState]]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
 def _phase(message: Message) -> Phase:
@@ -183,41 +313,8 @@ def _phase(message: Message) -> Phase:
     return cast(Phase, phase)
 
 
-# -- what messages carry ---------------------------------------------------------------------
-
-
-def instruction(round: int, knowledge: Knowledge | None) -> RecordDict:
-    """Return the content of a message to a client; clients that receive the same may share it."""
-    content = RecordDict({"plan": ConfigRecord({"round": round})})
-    write_knowledge(content, knowledge)
-    return content
-
-
-def instruction_round(content: RecordDict) -> int:
-    """Return the round that an instruction belongs to."""
-    return int(content.config_records["plan"]["round"])  # type: ignore[arg-type]
-
-
-def reply_content(reply: ClientReply) -> RecordDict:
-    """Return the content of a reply."""
-    content = RecordDict({"metrics": MetricRecord(dict(reply.metrics))})
-    write_knowledge(content, reply.knowledge)
-    if reply.test_probabilities is not None:
-        content["test"] = to_array_record({"probabilities": reply.test_probabilities})
-    return content
-
-
-def read_reply(content: RecordDict) -> ClientReply:
-    """Return the reply in a message's content."""
-    test = content.array_records.get("test")
-    return ClientReply(
-        knowledge=read_knowledge(content),
-        metrics={name: float(value) for name, value in content.metric_records["metrics"].items()},  # type: ignore[arg-type]
-        test_probabilities=None if test is None else from_array_record(test)["probabilities"],
-    )
-
-
-def _reply_message(message: Message, reply: ClientReply | str) -> Message:
+def reply_message(message: Message, reply: ClientReply | str) -> Message:
+    """Return the Flower message that answers another one."""
     if isinstance(reply, str):
         error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply)
         return Message(error, reply_to=message)

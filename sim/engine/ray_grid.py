@@ -1,259 +1,531 @@
 """`RayGrid`: calls are carried out by long-lived Ray workers.
 
-A worker is a process with one computing thread and, if asked for, a share of a GPU. It holds
-nothing that matters: a client's state is a value that a training call returns into Ray's object
-store, that this process owns, and that the next call passes back in.
+Calls go out longest first, several in a parcel where they are short, and every worker has the
+next parcel at hand while it works on one. A client's state is a value that a training call
+returns into Ray's object store, that this process owns, and that the next call passes back in.
+Nothing polls: this process sleeps until a parcel is done or overdue.
 """
 
-import logging
-import math
-import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import ray
-import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
-from sim.engine.grid import CohortGrid, Outcome, PackedCall
-from sim.engine.runtime import ClientReply, ClientRuntime, CohortCall, stack_received
-from sim.settings import EngineSettings, Settings, SettingsError, settings_from_table
+from sim.engine.costs import Costs
+from sim.engine.grid import CohortGrid, Outcome, PackedCall, StatesLostError
+from sim.engine.messages import ClientReply, CohortCall, Phase
+from sim.engine.session import NOTHING, Answered, Parcel, RaySession
+from sim.settings import Settings
 from strategies.knowledge import Knowledge
 
 Ref = Any
 """A Ray object reference; Ray's own class is generic in what it refers to, which varies here."""
 
-
-class Worker:
-    """The process that serves any client of the run it was last configured for."""
-
-    def __init__(self) -> None:
-        # Before anything is computed in this process.
-        torch.set_num_threads(1)
-        self._runtime: ClientRuntime | None = None
-
-    def configure(self, settings: dict[str, Any], data: FederatedData) -> None:
-        """Take on a run."""
-        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        self._runtime = ClientRuntime(settings_from_table(settings), data, device)
-
-    def run(
-        self, call: CohortCall, received: Knowledge | None, *states: ClientState | None
-    ) -> tuple[list[ClientReply], *tuple[ClientState, ...]] | list[ClientReply]:
-        """Carry out a call; a training call returns replies and states as separate objects."""
-        if self._runtime is None:
-            raise RuntimeError("the worker was not configured")
-        replies, new_states = self._runtime.run(call, received, states)
-        return (replies, *new_states) if new_states else replies
-
-    def device(self) -> str:
-        """Return the device that this worker trains on."""
-        return str(torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
-
-    def threads(self) -> int:
-        """Return how many threads this worker computes with."""
-        return torch.get_num_threads()
+SHORTEST_PARCEL_S = 0.05
+"""Parcels that take less are not worth their trip; the last ones bound how long others wait."""
+MOST_CALLS = 256
+"""Calls in a parcel, so that nobody waits long for the first answers of a phase."""
+AHEAD = 2
+"""Parcels at a worker: one in work and one that keeps it from waiting for the next."""
+LOOK_ROUND_S = 1.0
+"""How often we look, while a cluster has a new worker to place, whether there is room for it."""
+STARTING_S = 120.0
+"""How long a new worker may take to start, imports included, on a busy machine."""
+DEATHS_IN_A_ROW = 20
+"""Workers that die one after the other, with nothing done in between, before we give up."""
+PATIENCE_S = 1.5
+"""How much later than a worker we lose patience: it interrupts an overdue cohort by itself."""
 
 
-def available_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+class Bundle:
+    """The states that one parcel returned: one object, freed when no client needs it any more."""
+
+    __slots__ = ("live", "reference", "size")
+
+    def __init__(self, reference: Ref, size: int) -> None:
+        self.reference = reference
+        self.size = size
+        self.live = size
 
 
-def check_engine(engine: EngineSettings) -> None:
-    """Refuse, before Ray starts, resources that this machine does not have.
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """Where a client's state is."""
 
-    Raises:
-        SettingsError: names the setting and what there is.
-    """
-    cpus = available_cpus()
-    if engine.backend == "ray" and engine.cpus_per_worker > cpus:
-        raise SettingsError(
-            f"engine.cpus_per_worker must be at most the {cpus} CPUs of this machine, "
-            f"got {engine.cpus_per_worker:g}"
-        )
-    gpus = torch.cuda.device_count()
-    if engine.gpus_per_worker > gpus:
-        raise SettingsError(
-            f"engine.gpus_per_worker must be at most the {gpus} GPUs that PyTorch sees here, "
-            f"got {engine.gpus_per_worker:g}"
-        )
-    if engine.gpus_per_worker and engine.backend == "inline":
-        raise SettingsError(
-            f"engine.gpus_per_worker needs engine.backend: ray, got {engine.gpus_per_worker:g} "
-            "with inline"
-        )
+    bundle: Bundle
+    place: int
 
 
-class RaySession:
-    """A local Ray with its workers; a study keeps one session for all of its runs."""
+@dataclass(slots=True)
+class _Flight:
+    """A parcel at a worker."""
 
-    def __init__(self, engine: EngineSettings) -> None:
-        check_engine(engine)
-        self._engine = engine
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            ray.init(
-                num_cpus=available_cpus(),
-                num_gpus=torch.cuda.device_count(),
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                logging_level=logging.ERROR,
-            )
-        self._workers: list[Any] = []
-
-    def __enter__(self) -> "RaySession":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def worker_limit(self) -> int:
-        """Return how many workers fit on the machine."""
-        engine = self._engine
-        limit = math.floor(available_cpus() / engine.cpus_per_worker)
-        if engine.gpus_per_worker:
-            limit = min(limit, math.floor(torch.cuda.device_count() / engine.gpus_per_worker))
-        return max(1, limit)
-
-    def workers(self, count: int) -> list[Any]:
-        """Return ``count`` workers, or as many as fit; started on first use and kept."""
-        while len(self._workers) < min(count, self.worker_limit()):
-            self._workers.append(self._start_worker())
-        return self._workers[:count]
-
-    def replace(self, worker: Any) -> Any:
-        """Kill a worker that hangs or died and start another in its place."""
-        ray.kill(worker)
-        fresh = self._start_worker()
-        self._workers[self._workers.index(worker)] = fresh
-        return fresh
-
-    def _start_worker(self) -> Any:
-        return (
-            ray.remote(Worker)
-            .options(num_cpus=self._engine.cpus_per_worker, num_gpus=self._engine.gpus_per_worker)
-            .remote()
-        )
-
-    def close(self) -> None:
-        """Stop the workers, and Ray if this session started it."""
-        for worker in self._workers:
-            ray.kill(worker)
-        self._workers.clear()
-        if self._owns_ray:
-            ray.shutdown()
+    positions: tuple[int, ...]
+    answers: Ref
+    states: Ref | None
+    limit_s: float
 
 
-class RayGrid(CohortGrid):
-    """Sends each cohort's call to the next free worker.
+@dataclass(slots=True)
+class _Desk:
+    """A worker and the parcels it was sent, in order; it works on the first."""
+
+    worker: Any
+    configured: Ref
+    ready: bool = False
+    flights: deque[_Flight] = field(default_factory=deque)
+    since: float = 0.0
+    stale: bool = False
+
+    def next_sign(self) -> Ref:
+        """Return what the worker gives next: a sign that it has started, or its first parcel."""
+        return self.flights[0].answers if self.ready else self.configured
+
+    def overdue_at(self) -> float:
+        """Return the moment at which that should have come."""
+        return self.since + (self.flights[0].limit_s if self.ready else STARTING_S)
+
+
+class RayGrid(CohortGrid[StatePlace]):
+    """Sends parcels of calls to workers.
 
     Payloads are put into the object store once and shared by all calls of the phase; the data
     of the run is put once.
     """
 
     def __init__(self, session: RaySession, settings: Settings, data: FederatedData) -> None:
-        super().__init__(settings)
+        super().__init__(settings, data)
         self._session = session
-        self._states: dict[int, Ref] = {}
-        cohorts = sum(
-            math.ceil(self._architectures.count(key) / settings.engine.cohort_size)
-            for key in set(self._architectures)
-        )
+        self._costs = Costs(settings, data)
         self._configuration = settings.to_table(), ray.put(data)
-        self._workers = session.workers(cohorts)
-        configured = [worker.configure.remote(*self._configuration) for worker in self._workers]
-        for worker, reference in zip(tuple(self._workers), configured, strict=True):
+        self._desks = [
+            _Desk(worker, worker.configure.remote(*self._configuration))
+            for worker in session.workers(settings.clients.count)
+        ]
+        for desk in tuple(self._desks):
             try:
-                ray.get(reference)
+                ray.get(desk.configured)
             except RayActorError:
                 # It died since the session's last run.
-                self._renew(worker)
+                self._renew(desk)
+            else:
+                desk.ready = True
+
+    # -- phases ----------------------------------------------------------------------------
 
     def _execute(self, calls: Sequence[PackedCall]) -> Iterator[tuple[int, Outcome]]:
-        waiting = deque(range(len(calls)))
-        idle = deque(self._workers)
-        in_flight: dict[Ref, tuple[int, Any, list[Ref], float]] = {}
-        payloads: dict[int, Ref] = {}
-        retried: set[int] = set()
-        finished: list[tuple[int, Outcome]] = []
-        while waiting or in_flight:
-            while waiting and idle:
-                position, worker = waiting.popleft(), idle.popleft()
-                replies, *states = self._submit(worker, calls[position], payloads)
-                in_flight[replies] = position, worker, states, time.monotonic()
-            # Only now that every worker is busy again: whoever takes the outcomes works on them
-            # before asking for more, and that should not keep a worker waiting.
-            yield from finished
-            finished.clear()
-            oldest = min(started for *_, started in in_flight.values())
-            left = oldest + self._settings.engine.deadline_s - time.monotonic()
-            done, _ = ray.wait(list(in_flight), timeout=max(left, 0.0))
-            for reference in done or self._overdue(in_flight):
-                position, worker, states, _ = in_flight.pop(reference)
-                outcome, alive = self._outcome(reference, timed_out=not done)
-                idle.append(worker if alive else self._renew(worker))
-                if not alive and done and position not in retried:
-                    # The worker died, perhaps by no fault of this call: it may try once more.
-                    retried.add(position)
-                    waiting.append(position)
-                    continue
-                if outcome.failure is None:
-                    self._states.update(zip(calls[position].call.clients, states, strict=False))
-                finished.append((position, outcome))
-        yield from finished
-
-    def _submit(self, worker: Any, packed: PackedCall, payloads: dict[int, Ref]) -> list[Ref]:
-        call = packed.call
-        if all(piece is packed.received[0] for piece in packed.received):
-            shared = packed.received[0]
-            if id(shared) not in payloads:
-                payloads[id(shared)] = ray.put(shared)
-            payload = payloads[id(shared)]
-        else:
-            payload = ray.put(stack_received(packed.received))
-        states: list[Any] = []
-        if call.phase != "query":
-            states = [self._states.get(client) for client in call.clients]
-        returned = 1 + (len(call.clients) if call.phase == "train" else 0)
-        reference = worker.run.options(num_returns=returned).remote(call, payload, *states)
-        return [reference] if returned == 1 else list(reference)
-
-    def _overdue(self, in_flight: dict[Ref, Any]) -> list[Ref]:
-        deadline = time.monotonic() - self._settings.engine.deadline_s
-        return [reference for reference, (*_, started) in in_flight.items() if started <= deadline]
-
-    def _outcome(self, reference: Ref, *, timed_out: bool) -> tuple[Outcome, bool]:
-        """Return what became of a call, and whether its worker can go on."""
+        phase = _Phase(self, calls)
         try:
-            return Outcome(ray.get(reference, timeout=0.0 if timed_out else None)), True
-        except GetTimeoutError:
-            deadline = self._settings.engine.deadline_s
-            return Outcome(failure=f"no answer within engine.deadline_s = {deadline:g}"), False
-        except RayTaskError as error:
-            return Outcome(failure=str(error)), True
-        except (RayActorError, RayError) as error:
-            return Outcome(failure=f"the worker died: {error}"), False
+            yield from phase.outcomes()
+        finally:
+            # Whoever asked may have had enough; what is under way must not come back later.
+            phase.abandon()
 
-    def _renew(self, worker: Any) -> Any:
-        fresh = self._session.replace(worker)
-        self._workers[self._workers.index(worker)] = fresh
-        ray.get(fresh.configure.remote(*self._configuration))
-        return fresh
+    def _renew(self, desk: _Desk) -> None:
+        """Replace a dead or hung worker; the new one starts while the others go on."""
+        desk.flights.clear()
+        fresh = self._session.replace(desk.worker)
+        if fresh is None:
+            self._desks.remove(desk)
+            return
+        desk.worker = fresh
+        desk.stale = desk.ready = False
+        desk.since = time.monotonic()
+        desk.configured = fresh.configure.remote(*self._configuration)
 
-    def client_states(self, clients: Iterable[int]) -> Iterator[ClientState | None]:
-        """Yield each client's state, fetched one at a time."""
-        for client in clients:
-            reference = self._states.get(client)
-            yield None if reference is None else cast(ClientState, ray.get(reference))
+    def _unplaced(self) -> list[_Desk]:
+        """Return the desks whose worker has not started yet, where that can take for ever."""
+        if not self._session.joined:
+            return []
+        return [desk for desk in self._desks if not desk.ready]
+
+    def _drop(self, desk: _Desk) -> None:
+        self._session.drop(desk.worker)
+        self._desks.remove(desk)
+
+    # -- states ----------------------------------------------------------------------------
+
+    def _fetch(self, handle: StatePlace) -> ClientState:
+        try:
+            return cast(ClientState, ray.get(handle.bundle.reference)[handle.place])
+        except ObjectLostError as error:
+            raise StatesLostError(f"clients' states were lost: {_first_line(error)}") from None
+
+    def _store(self, states: Sequence[ClientState]) -> list[StatePlace]:
+        bundle = Bundle(ray.put(list(states)), len(states))
+        return [StatePlace(bundle, place) for place in range(len(states))]
+
+    def commit(self) -> None:
+        """The round is over; bundles of which little is still needed are packed anew."""
+        thinned: dict[int, Bundle] = {}
+        for client in self._pending:
+            old = self._committed.get(client)
+            if old is not None:
+                old.bundle.live -= 1
+                thinned[id(old.bundle)] = old.bundle
+        super().commit()
+        sparse = {key for key, bundle in thinned.items() if 0 < bundle.live <= bundle.size // 2}
+        if sparse:
+            self._repack(sparse)
+
+    def _repack(self, sparse: set[int]) -> None:
+        clients = [
+            client
+            for client, handle in self._committed.items()
+            if id(handle.bundle) in sparse and client not in self._pending
+        ]
+        fresh = self._store([self._fetch(self._committed[client]) for client in clients])
+        self._committed.update(zip(clients, fresh, strict=True))
+
+    def _measure(self, clients: Sequence[int]) -> Mapping[str, Any]:
+        times: Mapping[str, Any] = ray.get(self._desks[0].worker.measure.remote(clients))
+        return times
 
     def close(self) -> None:
         """Forget the clients' states; the session keeps the workers."""
-        self._states.clear()
+        self._pending.clear()
+        self._committed.clear()
+
+
+class _Phase:
+    """One phase over the workers: what waits, what is under way, who failed how often."""
+
+    def __init__(self, grid: RayGrid, calls: Sequence[PackedCall]) -> None:
+        self._grid = grid
+        self._calls = list(calls)
+        self._engine = grid._settings.engine
+        self._expected = [
+            grid._costs.expect(packed.call.phase, packed.call.clients) for packed in calls
+        ]
+        # Longest first; of equals the first, so that answers come about in client order.
+        order = sorted(range(len(calls)), key=lambda position: -self._expected[position])
+        self._waiting = deque(order)
+        self._left_s = sum(self._expected)
+        self._shared = Counter(
+            piece for packed in calls for piece in {id(piece) for piece in packed.received}
+        )
+        self._put: dict[int, Ref] = {}
+        self._deaths: Counter[int] = Counter()
+        self._alone = {
+            position for position in order if grid._faults and self._is_planned_death(position)
+        }
+        self._deaths_in_a_row = 0
+        self._whole_of: dict[int, int] = {}
+        self._parts: dict[int, dict[int, ClientReply | str]] = {}
+        self._done: list[tuple[int, Outcome]] = []
+
+    def outcomes(self) -> Iterator[tuple[int, Outcome]]:
+        """Yield (position, outcome) as each call is done."""
+        while self._waiting or any(desk.flights for desk in self._grid._desks):
+            self._fill()
+            # Only now that every worker is busy again: whoever takes the outcomes works on them
+            # before asking for more, and that should not keep a worker waiting.
+            done, self._done = self._done, []
+            yield from done
+            self._wait()
+        yield from self._done
+
+    def abandon(self) -> None:
+        """Forget what is under way; a worker that is still busy with it is replaced when needed."""
+        for desk in self._grid._desks:
+            desk.stale = desk.stale or bool(desk.flights)
+            desk.flights.clear()
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        for _ in range(AHEAD):
+            for desk in tuple(self._grid._desks):
+                if desk.stale:
+                    self._grid._renew(desk)
+                elif self._waiting and self._has_room(desk):
+                    self._send(desk)
+
+    def _has_room(self, desk: _Desk) -> bool:
+        """Tell whether the next call may go to this worker now.
+
+        A suspect has a worker to itself: where two parcels are under way and the worker dies, the
+        first may be done and its answer lost, so nobody could tell which of them it was.
+        """
+        if not desk.flights:
+            return True
+        alone = self._waiting[0] in self._alone or desk.flights[0].positions[0] in self._alone
+        return len(desk.flights) < AHEAD and not alone
+
+    def _send(self, desk: _Desk) -> None:
+        positions = self._next_parcel()
+        packed = [self._calls[position] for position in positions]
+        expected = sum(self._expected[position] for position in positions)
+        parcel, shared = self._pack(packed)
+        reference = desk.worker.run.options(num_returns=2).remote(parcel, *shared)
+        if not desk.flights:
+            desk.since = time.monotonic()
+        states = reference[1] if packed[0].call.phase == "train" else None
+        limit = self._limit(packed[0].call.phase, len(packed), expected)
+        desk.flights.append(_Flight(positions, reference[0], states, limit))
+
+    def _limit(self, phase: Phase, calls: int, expected: float) -> float:
+        """Return after how many seconds a parcel is overdue.
+
+        A worker interrupts each overdue cohort by itself; this is for those that cannot be.
+        """
+        deadline = self._engine.deadline_s
+        limit = deadline * calls
+        if self._grid._costs.measured(phase):
+            limit = min(limit, deadline + 10 * expected)
+        return limit + PATIENCE_S
+
+    def _next_parcel(self) -> tuple[int, ...]:
+        """Take calls for about a quarter of what each worker still has to do.
+
+        Parcels get smaller towards the end, so that all workers finish at about the same time.
+        """
+        first = self._waiting.popleft()
+        self._left_s -= self._expected[first]
+        taken = [first]
+        if first in self._alone:
+            return (first,)
+        share = self._left_s / (2 * AHEAD * len(self._grid._desks))
+        limit = max(SHORTEST_PARCEL_S, share)
+        seconds = self._expected[first]
+        while self._waiting and len(taken) < MOST_CALLS:
+            position = self._waiting[0]
+            seconds += self._expected[position]
+            if seconds > limit or position in self._alone:
+                break
+            taken.append(self._waiting.popleft())
+            self._left_s -= self._expected[position]
+        return tuple(taken)
+
+    def _pack(self, calls: Sequence[PackedCall]) -> tuple[Parcel, list[Ref]]:
+        objects: dict[int, int] = {}
+        shared: list[Ref] = []
+        own: list[Knowledge] = []
+        own_number: dict[int, int] = {}
+
+        def number_of(key: int, reference: Ref) -> int:
+            if key not in objects:
+                objects[key] = len(shared)
+                shared.append(reference)
+            return objects[key]
+
+        # A piece's number is that of an object shared between parcels, or of one of its own,
+        # and the latter come first; so their number has to be known before.
+        for packed in calls:
+            for piece in packed.received:
+                if piece is not None and self._is_own(piece) and id(piece) not in own_number:
+                    own_number[id(piece)] = len(own)
+                    own.append(piece)
+
+        def received_number(piece: Knowledge | None) -> int:
+            if piece is None:
+                return NOTHING
+            if id(piece) in own_number:
+                return own_number[id(piece)]
+            if id(piece) not in self._put:
+                self._put[id(piece)] = ray.put(piece)
+            return len(own) + number_of(id(piece), self._put[id(piece)])
+
+        def state_place(call: CohortCall, client: int) -> tuple[int, int]:
+            handle = None if call.phase == "query" else self._grid._state_of(client)
+            if handle is None:
+                return NOTHING, NOTHING
+            bundle = handle.bundle
+            return number_of(id(bundle), bundle.reference), handle.place
+
+        received = tuple(tuple(map(received_number, packed.received)) for packed in calls)
+        states = tuple(
+            tuple(state_place(packed.call, client) for client in packed.call.clients)
+            for packed in calls
+        )
+        return Parcel(tuple(packed.call for packed in calls), received, states, tuple(own)), shared
+
+    def _is_own(self, piece: Knowledge) -> bool:
+        return self._shared[id(piece)] == 1
+
+    def _is_planned_death(self, position: int) -> bool:
+        call = self._calls[position].call
+        return any(
+            self._grid._faults.takes_worker_down(call.phase, call.round, client, call.attempt)
+            for client in call.clients
+        )
+
+    # -- receiving -------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        busy = [desk for desk in self._grid._desks if desk.flights]
+        if not busy:
+            return
+        patience = min(desk.overdue_at() for desk in busy) - time.monotonic()
+        unplaced = self._grid._unplaced()
+        if unplaced:
+            patience = min(patience, LOOK_ROUND_S)
+        signs = {desk.next_sign(): desk for desk in busy}
+        done, _ = ray.wait(list(signs), num_returns=1, timeout=max(patience, 0.0))
+        for reference in done:
+            desk = signs[reference]
+            if desk.ready:
+                self._receive(desk)
+            else:
+                self._welcome(desk)
+        if unplaced and not done:
+            self._give_up_surplus(unplaced)
+        now = time.monotonic()
+        for desk in () if done else busy:
+            if desk.overdue_at() <= now:
+                if desk.ready:
+                    self._lose(desk, "it did not answer in time", overdue=True)
+                else:
+                    self._lose_starting(desk, f"it did not start within {STARTING_S:g} s")
+
+    def _welcome(self, desk: _Desk) -> None:
+        """A new worker has started, and begins with its first parcel now."""
+        try:
+            ray.get(desk.configured)
+        except RayError as error:
+            self._lose_starting(desk, _first_line(error))
+        else:
+            desk.ready = True
+            desk.since = time.monotonic()
+
+    def _give_up_surplus(self, unplaced: Sequence[_Desk]) -> None:
+        """Do without workers whose place was on a machine that is lost."""
+        surplus = len(self._grid._desks) - self._grid._session.worker_limit()
+        for desk in unplaced[: max(surplus, 0)]:
+            for flight in desk.flights:
+                self._again(flight.positions)
+            self._grid._drop(desk)
+
+    def _receive(self, desk: _Desk) -> None:
+        flight = desk.flights[0]
+        try:
+            answered: list[Answered] = ray.get(flight.answers)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, ObjectLostError):
+                raise StatesLostError(f"clients' states were lost: {_first_line(cause)}") from None
+            desk.flights.popleft()
+            self._finish(flight.positions, f"the worker failed: {error}")
+        except ObjectLostError as error:
+            raise StatesLostError(f"clients' states were lost: {_first_line(error)}") from None
+        except RayError as error:
+            self._lose(desk, _first_line(error))
+            return
+        else:
+            desk.flights.popleft()
+            self._deaths_in_a_row = 0
+            self._take(flight, answered)
+        desk.since = time.monotonic()
+
+    def _take(self, flight: _Flight, answered: Sequence[Answered]) -> None:
+        bundle = Bundle(flight.states, 0)
+        for position, done in zip(flight.positions, answered, strict=True):
+            call = self._calls[position].call
+            self._grid._costs.learn(call.phase, call.clients, done.seconds)
+            for client, answer in zip(call.clients, done.answers, strict=True):
+                if flight.states is not None and not isinstance(answer, str):
+                    self._grid._pending[client] = StatePlace(bundle, bundle.size)
+                    bundle.size += 1
+            self._finish_one(position, Outcome(done.answers))
+        bundle.live = bundle.size
+
+    def _finish(self, positions: Sequence[int], reason: str) -> None:
+        for position in positions:
+            self._finish_one(position, Outcome.failed(self._calls[position], reason))
+
+    def _finish_one(self, position: int, outcome: Outcome) -> None:
+        whole = self._whole_of.get(position)
+        if whole is None:
+            self._done.append((position, outcome))
+            return
+        parts = self._parts[whole]
+        parts.update(zip(self._calls[position].call.clients, outcome.replies, strict=True))
+        clients = self._calls[whole].call.clients
+        if len(parts) == len(clients):
+            self._done.append((whole, Outcome([parts[client] for client in clients])))
+
+    def _split(self, position: int) -> None:
+        """Let each member of a cohort that keeps killing its worker try by itself."""
+        packed = self._calls[position]
+        self._parts[position] = {}
+        for client, piece in zip(packed.call.clients, packed.received, strict=True):
+            alone = len(self._calls)
+            self._calls.append(PackedCall(replace(packed.call, clients=(client,)), (piece,)))
+            self._expected.append(self._expected[position] / len(packed.received))
+            self._whole_of[alone] = position
+            self._alone.add(alone)
+            self._again((alone,))
+
+    # -- losing workers --------------------------------------------------------------------
+
+    def _lose(self, desk: _Desk, reason: str, *, overdue: bool = False) -> None:
+        """A worker died or hangs over what it was sent."""
+        positions = [position for flight in desk.flights for position in flight.positions]
+        round = self._calls[positions[0]].call.round
+        self._grid._events.append({"round": round, "event": "worker lost", "reason": reason})
+        self._grid._renew(desk)
+        if self._is_hopeless(positions, reason):
+            return
+        if len(positions) > 1 or positions[0] not in self._alone:
+            # One of them did it, or none: each gets a worker to itself.
+            self._alone.update(positions)
+            self._again(positions)
+        elif overdue:
+            deadline = f"no answer within engine.deadline_s = {self._engine.deadline_s:g}"
+            self._finish(positions, f"{deadline}, and the worker could not be interrupted")
+        else:
+            self._retry(positions[0], reason)
+
+    def _lose_starting(self, desk: _Desk, reason: str) -> None:
+        """A worker died or hangs before it began; its parcels are not to blame."""
+        positions = [position for flight in desk.flights for position in flight.positions]
+        self._grid._renew(desk)
+        if not self._is_hopeless(positions, reason):
+            self._again(positions)
+
+    def _is_hopeless(self, positions: Sequence[int], reason: str) -> bool:
+        """Count a death; if there were too many, fail these calls and all that are left."""
+        self._deaths_in_a_row += 1
+        if self._grid._desks and self._deaths_in_a_row < DEATHS_IN_A_ROW:
+            return False
+        failed = [*positions, *self._waiting]
+        self._waiting.clear()
+        for desk in self._grid._desks:
+            failed.extend(p for flight in desk.flights for p in flight.positions)
+        self.abandon()
+        self._finish(failed, f"workers died {self._deaths_in_a_row} times in a row: {reason}")
+        return True
+
+    def _again(self, positions: Sequence[int]) -> None:
+        self._waiting.extendleft(reversed(positions))
+        self._left_s += sum(self._expected[position] for position in positions)
+
+    def _retry(self, position: int, reason: str) -> None:
+        """The worker died over this call alone: try again, but not for ever."""
+        packed = self._calls[position]
+        self._deaths[position] += 1
+        self._alone.add(position)
+        tries = self._deaths[position]
+        if tries <= self._engine.retries:
+            self._grid._tell("retried", packed.call, f"the worker died: {reason}")
+            self._calls[position] = PackedCall(
+                replace(packed.call, attempt=packed.call.attempt + 1), packed.received
+            )
+            self._again((position,))
+        elif len(packed.call.clients) > 1:
+            self._split(position)
+        else:
+            reason = f"the worker died {tries} times over this client: {reason}"
+            self._grid._exclude(packed.call, reason)
+            self._finish((position,), reason)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -5,9 +5,10 @@ data and models at hand but nothing that matters: the clients' states come in an
 """
 
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,44 +24,38 @@ from fedkd.metrics.classification import (
 )
 from fedkd.training import (
     ClientState,
-    LoopCohort,
+    Cohort,
     Member,
     ModelPool,
     Streams,
     TrainingData,
     as_tensor,
 )
+from fedkd.training.backends import measure_backends, open_cohort
+from sim.bad_replies import BAD_REPLIES
+from sim.engine.deadline import DeadlineError, deadline
+from sim.engine.messages import ClientReply, CohortCall
+from sim.faults import FaultPlan
 from sim.settings import Settings
 from strategies import STRATEGIES
 from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Knowledge, Predictions
 from strategies.plan import Federation
 
-Phase = Literal["query", "train", "evaluate"]
-
 
 @dataclass(frozen=True, slots=True)
-class CohortCall:
-    """What a worker is asked to do: one phase of one round for some clients."""
-
-    phase: Phase
-    round: int
-    clients: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClientReply:
-    """One client's answer.
+class Served:
+    """What became of a call.
 
     Attributes:
-        knowledge: what it uploads; None where the algorithm uploads nothing.
-        metrics: plain numbers for the record; part of the simulation, not of the exchange.
-        test_probabilities: float32 ``[test_rows, classes]`` where the ensemble is measured.
+        answers: for each client its reply, or why there is none.
+        states: new states of those that trained, by client.
+        seconds: how long it took.
     """
 
-    knowledge: Knowledge | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    test_probabilities: np.ndarray | None = None
+    answers: list[ClientReply | str]
+    states: dict[int, ClientState] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def federation_of(settings: Settings, data: FederatedData) -> Federation:
@@ -115,6 +110,69 @@ class ClientRuntime:
         self._test_inputs = as_tensor(data.test_inputs).to(self._device)
         self._validation_inputs = as_tensor(data.validation_inputs).to(self._device)
         self._label_counts = data.label_counts()
+        self._faults = FaultPlan(settings.faults, settings.seed)
+
+    def serve(
+        self,
+        call: CohortCall,
+        received: Sequence[Knowledge | None],
+        states: Sequence[ClientState | None],
+    ) -> Served:
+        """Carry out a call whatever happens: who fails is named, the others are served.
+
+        Where a cohort fails as a whole its members are tried one by one.
+
+        Args:
+            call: phase, round and clients.
+            received: what each client received.
+            states: each client's state, None before its first training.
+        """
+        started = time.perf_counter()
+        answers: dict[int, ClientReply | str] = {}
+        new_states: dict[int, ClientState] = {}
+        groups = [self._standing(call, answers)]
+        while groups:
+            group = groups.pop(0)
+            if not group:
+                continue
+            clients = tuple(call.clients[position] for position in group)
+            try:
+                with deadline(self._settings.engine.deadline_s):
+                    replies, trained = self.run(
+                        replace(call, clients=clients),
+                        stack_received([received[position] for position in group]),
+                        [states[position] for position in group],
+                    )
+            except Exception as error:
+                if len(group) > 1 and not isinstance(error, DeadlineError):
+                    groups[:0] = [[position] for position in group]
+                else:
+                    answers.update(dict.fromkeys(clients, traceback.format_exc()))
+                continue
+            new_states.update(zip(clients, trained, strict=False))
+            for client, reply in zip(clients, replies, strict=True):
+                answers[client] = self._sent(call, client, reply)
+        in_order = [answers[client] for client in call.clients]
+        return Served(in_order, new_states, time.perf_counter() - started)
+
+    def _standing(self, call: CohortCall, answers: dict[int, ClientReply | str]) -> list[int]:
+        """Return the positions of the clients that no planned fault keeps from answering."""
+        standing = []
+        for position, client in enumerate(call.clients):
+            try:
+                with deadline(self._settings.engine.deadline_s):
+                    self._faults.strike(call.phase, call.round, client, call.attempt)
+            except Exception:
+                answers[client] = traceback.format_exc()
+            else:
+                standing.append(position)
+        return standing
+
+    def _sent(self, call: CohortCall, client: int, reply: ClientReply) -> ClientReply:
+        """Return the reply as it leaves the client, spoilt where that is planned."""
+        for name, rng in self._faults.spoilers(call.phase, call.round, client, call.attempt):
+            reply = BAD_REPLIES[name](reply, rng)
+        return reply
 
     def run(
         self,
@@ -134,7 +192,10 @@ class ClientRuntime:
         """
         match call.phase:
             case "query":
-                replies = [ClientReply(metrics={"partition": float(c)}) for c in call.clients]
+                replies = [
+                    ClientReply(metrics={"partition": float(client)}, round=call.round)
+                    for client in call.clients
+                ]
                 return replies, []
             case "train":
                 return self._train(call, received, states)
@@ -143,22 +204,41 @@ class ClientRuntime:
 
     def initial_state(self, client: int) -> ClientState:
         """Return the state that a client starts from."""
-        return self._cohort((client,), 1, [None]).states()[0]
+        return self._cohort(CohortCall("train", 1, (client,)), [None]).states()[0]
 
-    def _cohort(
-        self, clients: Sequence[int], round: int, states: Sequence[ClientState | None]
-    ) -> LoopCohort:
-        members = [
-            Member(client, self._strategy.private_rows(client, self._data), state)
-            for client, state in zip(clients, states, strict=True)
-        ]
-        return LoopCohort(
-            members,
-            model=self._federation.models[clients[0]],
+    def measure(self, clients: Sequence[int]) -> dict[str, Any]:
+        """Time both backends on the first steps of these clients; see `measure_backends`."""
+        model = self._federation.models[clients[0]]
+        times = measure_backends(
+            self._members(clients, [None] * len(clients)),
+            model=model,
             optimizer=self._settings.clients.optimizer,
             data=self._tensors,
             pool=self._pool,
-            streams=Streams(seed=self._settings.seed, round=round, rounds=self._settings.rounds),
+            passes=self._federation.local,
+            seed=self._settings.seed,
+        )
+        return {"model": model.label, "members": len(clients), **asdict(times)}
+
+    def _members(
+        self, clients: Sequence[int], states: Sequence[ClientState | None]
+    ) -> list[Member]:
+        return [
+            Member(client, self._strategy.private_rows(client, self._data), state)
+            for client, state in zip(clients, states, strict=True)
+        ]
+
+    def _cohort(self, call: CohortCall, states: Sequence[ClientState | None]) -> Cohort:
+        return open_cohort(
+            self._members(call.clients, states),
+            backend=call.backend,
+            model=self._federation.models[call.clients[0]],
+            optimizer=self._settings.clients.optimizer,
+            data=self._tensors,
+            pool=self._pool,
+            streams=Streams(
+                seed=self._settings.seed, round=call.round, rounds=self._settings.rounds
+            ),
         )
 
     def _train(
@@ -166,7 +246,7 @@ class ClientRuntime:
     ) -> tuple[list[ClientReply], list[ClientState]]:
         started = time.perf_counter()
         plan = self._federation.plan(call.round)
-        cohort = self._cohort(call.clients, call.round, states)
+        cohort = self._cohort(call, states)
         uploads = self._strategy.client_round(cohort, received, plan)
         new_states = cohort.states()
         seconds = (time.perf_counter() - started) / len(call.clients)
@@ -174,6 +254,7 @@ class ClientRuntime:
             ClientReply(
                 knowledge=uploads[position] if uploads else None,
                 metrics={**terms, "seconds": seconds},
+                round=call.round,
             )
             for position, terms in enumerate(cohort.metrics())
         ]
@@ -182,7 +263,7 @@ class ClientRuntime:
     def _evaluate(
         self, call: CohortCall, received: Knowledge | None, states: Sequence[ClientState | None]
     ) -> list[ClientReply]:
-        cohort = self._cohort(call.clients, call.round, states)
+        cohort = self._cohort(call, states)
         self._strategy.before_evaluation(cohort, received)
         test_logits = cohort.predict(self._test_inputs)
         validation = cohort.predict(self._validation_inputs).argmax(-1)
@@ -193,7 +274,7 @@ class ClientRuntime:
             probabilities = None
             if self._strategy.uploads == "predictions":
                 probabilities = F.softmax(torch.from_numpy(test_logits[position]), -1).numpy()
-            replies.append(ClientReply(metrics=metrics, test_probabilities=probabilities))
+            replies.append(ClientReply(None, metrics, probabilities, call.round))
         return replies
 
 

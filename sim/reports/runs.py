@@ -11,12 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from fedkd.models import ModelSettings
+from sim.observers import Row
 from sim.records import (
     EXCHANGE_FILE,
     METRICS_FILE,
     RESULT_FILE,
     SETTINGS_FILE,
-    Row,
     read_rows,
 )
 from sim.settings import SettingsError

@@ -1,6 +1,9 @@
 """Targets: what an average is, who is in it, and that streaming it changes nothing."""
 
+import errno
 import math
+import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,16 +13,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from fedkd import targets
 from fedkd.targets import (
+    PredictionSpool,
     StreamingMean,
     confidence,
     confidence_mask,
+    coordinate_median,
     entropy,
     entropy_reduction,
     leave_one_out,
     mean_logit,
     mean_probability,
     soften,
+    trimmed_mean,
 )
 
 PEERS = torch.tensor(
@@ -362,3 +369,271 @@ def test_streaming_refuses_to_take_out_more_than_it_holds():
     stream.add(PEERS[1], 2.0)
     with pytest.raises(ValueError, match=r"below the total of all contributions \(3.0\), got 3.0"):
         stream.without(PEERS[0], 3.0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work on three rows of four classes at a time."""
+    monkeypatch.setattr(targets, "BLOCK_VALUES", 12)
+
+
+def random_tables(num_clients: int, rows: int, classes: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(0, 3, (num_clients, rows, classes)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 9])
+def test_streaming_in_blocks_gives_the_bits_of_the_whole(small_blocks: None, rows: int):
+    tables, weights = random_tables(5, rows, 4), [1, 3.7, 0.1, 2, 11]
+    stream = StreamingMean()
+    total = np.zeros((rows, 4))
+    for table, weight in zip(tables, weights, strict=True):
+        stream.add(table, weight)
+        total += weight * table.astype(np.float64)
+    mean = total / sum(weights)
+    assert np.array_equal(stream.mean().numpy(), mean)
+    others = (total - 3.7 * tables[1].astype(np.float64)) / (sum(weights) - 3.7)
+    assert np.array_equal(stream.without(tables[1], 3.7).numpy(), others)
+    assert np.array_equal(stream.pop_mean().numpy(), mean.astype(np.float32))
+
+
+def test_streaming_reads_tables_that_are_not_contiguous(small_blocks: None):
+    tables = random_tables(2, 14, 8)
+    stream, reference = StreamingMean(), StreamingMean()
+    for table in tables:
+        stream.add(table[::2, ::2])
+        reference.add(table[::2, ::2].copy())
+    assert torch.equal(stream.mean(), reference.mean())
+
+
+def test_a_bad_value_in_the_last_block_leaves_every_block_as_it_was(small_blocks: None):
+    stream = StreamingMean()
+    good, bad = random_tables(2, 9, 4)
+    stream.add(good)
+    bad[-1, -1] = np.nan
+    with pytest.raises(ValueError, match="values must be finite"):
+        stream.add(bad)
+    assert np.array_equal(stream.mean().numpy(), good)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (257, 1), (40, 7)])
+def test_popping_the_mean_gives_its_bits_in_float32_and_starts_afresh(
+    small_blocks: None, shape: tuple[int, int]
+):
+    first, second, third = random_tables(3, *shape)
+    stream, reference = StreamingMean(), StreamingMean()
+    for mean in (stream, reference):
+        mean.add(first, 2)
+        mean.add(second, 5)
+    popped = stream.pop_mean()
+    assert popped.dtype == torch.float32
+    assert torch.equal(popped, reference.mean().float())
+    assert stream.count == 0
+    with pytest.raises(ValueError, match="at least 1 contribution, got 0"):
+        stream.pop_mean()
+    stream.add(third.T.copy())  # another shape: nothing is left of the first mean
+    assert np.array_equal(stream.pop_mean().numpy(), third.T)
+    assert torch.equal(popped, reference.mean().float())
+
+
+def test_streaming_holds_two_payloads_and_a_block_however_many_clients():
+    rows, classes, num_clients = 20_000, 50, 6
+    tables = random_tables(num_clients, rows, classes)
+    payload, block = tables[0].nbytes, 8 * targets.BLOCK_VALUES
+    tracemalloc.start()
+    try:
+        stream = StreamingMean()
+        for table in tables:
+            stream.add(table)
+        mean = stream.pop_mean()
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert mean.shape == (rows, classes)
+    assert peak <= 2 * payload + block + 2**15
+    assert held <= payload + 2**15
+
+
+# --- robust rules ---------------------------------------------------------------------------
+
+
+def slow_trimmed_mean(values: Tensor, drop: int) -> Tensor:
+    """Sort each score's clients in plain Python."""
+    num_clients, rows, classes = values.shape
+    result = torch.empty(rows, classes, dtype=values.dtype)
+    for row in range(rows):
+        for column in range(classes):
+            scores = sorted(values[client, row, column].item() for client in range(num_clients))
+            kept = scores[drop : num_clients - drop]
+            result[row, column] = sum(kept) / len(kept)
+    return result
+
+
+@quick
+@given(case=stacked_with_weights())
+def test_robust_rules_agree_with_their_slow_twin(case: tuple[Tensor, list[float]]):
+    values, _ = case
+    num_clients = len(values)
+    torch.testing.assert_close(
+        coordinate_median(values), slow_trimmed_mean(values, (num_clients - 1) // 2)
+    )
+    torch.testing.assert_close(coordinate_median(values), torch.quantile(values, 0.5, dim=0))
+    for drop in range((num_clients + 1) // 2):
+        torch.testing.assert_close(
+            trimmed_mean(values, trim=drop / num_clients), slow_trimmed_mean(values, drop)
+        )
+
+
+def test_robust_rules_by_hand():
+    scores = torch.tensor([7.0, -1, 0, 100, 2, 3, 1, 2, -50, 4]).reshape(10, 1, 1)
+    assert coordinate_median(scores).item() == 2.0  # between 2 and 2
+    assert coordinate_median(scores[:4]).item() == 3.5  # between 0 and 7
+    assert coordinate_median(scores[:1]).item() == 7.0
+    # Without -50 and 100: (-1 + 0 + 1 + 2 + 2 + 3 + 4 + 7) / 8
+    assert trimmed_mean(scores, trim=0.1).item() == 2.25
+    assert trimmed_mean(scores, trim=0.19).item() == 2.25  # whole clients only
+    assert trimmed_mean(scores, trim=0.0).item() == pytest.approx(6.8)
+
+
+def test_a_fraction_that_is_a_whole_number_of_clients_trims_that_many():
+    # 0.29 * 100 is 28.999999999999996.
+    scores = torch.zeros(100, 1, 1)
+    scores[:29] = 1e4
+    assert trimmed_mean(scores, trim=0.29).item() == 0.0
+
+
+@pytest.mark.parametrize("lie", [1e4, -1e4, 3e38])
+def test_liars_that_are_fewer_than_half_do_not_move_the_median_out_of_the_honest_range(lie: float):
+    honest = torch.from_numpy(random_tables(6, 8, 3))
+    lies = torch.full((5, 8, 3), lie)
+    median = coordinate_median(torch.cat([honest, lies]))
+    assert (median >= honest.amin(0)).all()
+    assert (median <= honest.amax(0)).all()
+    # One more liar is half of them: nothing withstands that.
+    broken = coordinate_median(torch.cat([honest, lies, lies[:1]]))
+    assert broken.abs().min() > 1e3
+
+
+def test_a_huge_liar_moves_the_mean_but_hardly_the_robust_rules():
+    honest = torch.from_numpy(random_tables(9, 8, 3))
+    liar = torch.full((1, 8, 3), 1e4)
+    everybody = torch.cat([honest, liar])
+    assert (mean_logit(everybody) - mean_logit(honest)).abs().min() > 900
+    for rule in (coordinate_median, partial(trimmed_mean, trim=0.1)):
+        robust = rule(everybody)
+        assert (robust <= honest.amax(0)).all()
+        assert (robust >= honest.amin(0)).all()
+
+
+def test_trimming_fewer_than_the_liars_does_not_help():
+    honest = torch.from_numpy(random_tables(8, 4, 3))
+    everybody = torch.cat([honest, torch.full((2, 4, 3), 1e4)])
+    assert trimmed_mean(everybody, trim=0.1).min() > 1e3
+    assert trimmed_mean(everybody, trim=0.2).max() < 20
+
+
+def test_robust_rules_do_not_depend_on_the_order_of_the_clients():
+    values = torch.from_numpy(random_tables(9, 5, 4))
+    shuffled = values[torch.randperm(9, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(coordinate_median(values), coordinate_median(shuffled))
+    assert torch.equal(trimmed_mean(values, trim=0.2), trimmed_mean(shuffled, trim=0.2))
+
+
+def test_robust_rules_need_a_client_and_a_sensible_fraction():
+    with pytest.raises(ValueError, match="at least 1 client, got 0"):
+        coordinate_median(PEERS[:0])
+    for trim in (-0.1, 0.5, math.nan):
+        with pytest.raises(ValueError, match=r"trim must be in \[0, 0.5\), got "):
+            trimmed_mean(PEERS, trim=trim)
+
+
+@pytest.mark.parametrize("rule", [coordinate_median, partial(trimmed_mean, trim=0.25)])
+@pytest.mark.parametrize("chunk_rows", [0, 1, 3, 10, 11, 1000])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_spool_read_in_chunks_gives_the_bits_of_the_stack(rule, chunk_rows: int, dtype):
+    tables = random_tables(7, 11, 4).astype(dtype)
+    wide = np.promote_types(dtype, np.float32)
+    with PredictionSpool(chunk_bytes=chunk_rows * 7 * 4 * wide.itemsize) as spool:
+        for table in tables:
+            spool.add(table)
+        assert spool.count == 7
+        assert torch.equal(spool.reduce(rule), rule(torch.from_numpy(tables)))
+        assert torch.equal(spool.reduce(rule), rule(torch.from_numpy(tables)))
+
+
+def test_a_spool_refuses_what_it_could_not_use_and_stays_as_it_was(small_blocks: None):
+    tables = random_tables(3, 9, 4)
+    with PredictionSpool() as spool:
+        with pytest.raises(ValueError, match="at least 1 contribution, got 0"):
+            spool.reduce(coordinate_median)
+        spool.add(tables[0])
+        bad = tables[1].copy()
+        bad[-1, -1] = np.inf
+        with pytest.raises(ValueError, match="values must be finite"):
+            spool.add(bad)
+        with pytest.raises(
+            ValueError, match=r"float32 of shape \(9, 4\), got float32 of .*\(4, 9\)"
+        ):
+            spool.add(np.ascontiguousarray(tables[1].T))
+        with pytest.raises(ValueError, match=r"must be float32 .* got float64"):
+            spool.add(tables[1].astype(np.float64))
+        spool.add(tables[1])
+        spool.add(torch.from_numpy(tables[2]))
+        assert spool.count == 3
+        expected = coordinate_median(torch.from_numpy(tables))
+        assert torch.equal(spool.reduce(coordinate_median), expected)
+
+
+def test_a_spool_without_room_names_the_folder_and_keeps_what_it_has(
+    tmp_path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+):
+    tables = random_tables(3, 9, 4)
+    with PredictionSpool(tmp_path) as spool:
+        spool.add(tables[0])
+        file, writes = spool._file, iter([True, False])
+
+        class Full:
+            """Has room for one more block."""
+
+            def write(self, data: memoryview) -> int:
+                if not next(writes):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return file.write(data)
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(file, name)
+
+        monkeypatch.setattr(spool, "_file", Full())
+        with pytest.raises(OSError, match="TMPDIR") as raised:
+            spool.add(tables[1])
+        assert raised.value.errno == errno.ENOSPC
+        assert str(tmp_path) in str(raised.value)
+        monkeypatch.undo()
+        monkeypatch.setattr(targets, "BLOCK_VALUES", 12)
+        spool.add(tables[2])
+        expected = coordinate_median(torch.from_numpy(tables[[0, 2]]))
+        assert torch.equal(spool.reduce(coordinate_median), expected)
+
+
+def test_a_spool_leaves_nothing_behind(tmp_path):
+    spool = PredictionSpool(tmp_path)
+    spool.add(random_tables(1, 9, 4)[0])
+    assert list(tmp_path.iterdir()) == []
+    spool.close()
+
+
+def test_a_spool_holds_a_chunk_of_rows_and_not_the_clients(tmp_path):
+    rows, classes, num_clients, chunk = 5000, 20, 20, 2**18
+    tables = random_tables(num_clients, rows, classes)
+    with PredictionSpool(tmp_path, chunk_bytes=chunk) as spool:
+        tracemalloc.start()
+        try:
+            for table in tables:
+                spool.add(table)
+            spool.reduce(coordinate_median)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # Working space for the check of what is added, or the chunk and its sorted copy.
+    assert peak <= tables[0].nbytes + 3 * chunk
+    assert tables.nbytes > 8 * peak

@@ -62,6 +62,10 @@ BAD = {
     "public too large": (["run", "data.public.size=5000"], "data.public.size"),
     "no such run": (["report", "nowhere"], "nowhere"),
     "custom model": (["run", "clients.models=['nowhere:net']"], "nowhere"),
+    "nothing to resume": (["run", "--resume", "nowhere"], "'nowhere' is not the folder of a run"),
+    "resume with a config": (["run", "--resume", "a", "b.yaml"], "leave the config out"),
+    "checkpoints": (["run", "checkpoints.keep=0"], "checkpoints.keep: must be greater than"),
+    "judged": (["run", "evaluation.clients=11"], "at most clients.count (10), got 11"),
 }
 
 
@@ -79,6 +83,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in out + err
     assert not started, "Ray must not start before the mistake is found"
+    assert not list(tmp_path.iterdir()), "nothing is left where nothing was run"
 
 
 def test_a_folder_without_labels_is_named(fedkd: Fedkd, tmp_path: Path) -> None:
@@ -138,6 +143,41 @@ def test_a_model_of_one_s_own_is_found_in_the_current_folder(
     monkeypatch.setattr(sys, "path", list(sys.path))
     words = [*small_words, "clients.models=['my_own_models:net']", f"output={tmp_path / 'runs'}"]
     assert fedkd("run", *words, "--quiet") == (0, "", "")
+
+
+def test_a_finished_run_says_so_and_shows_its_result(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words
+) -> None:
+    _, out, _ = fedkd("run", *small_words, f"output={tmp_path}", "--json")
+    first = json.loads(out)
+    code, out, err = fedkd("run", "--resume", first["folder"], "--json")
+    assert (code, err) == (0, f"{first['folder']} is finished already\n")
+    assert json.loads(out) == first
+    code, out, _ = fedkd("run", "--resume", first["folder"])
+    assert code == 0
+    assert "mean client accuracy" in out
+
+
+def test_a_run_is_resumed_with_its_own_settings(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words
+) -> None:
+    _, out, _ = fedkd("run", *small_words, f"output={tmp_path}", "--json")
+    first = json.loads(out)
+    folder = Path(first["folder"])
+    # As a process leaves it that was killed before it could write its result.
+    (folder / "result.json").unlink()
+    code, _, err = fedkd("run", "--resume", str(folder), "rounds=9")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "rounds: a resumed run cannot change it" in err
+    code, out, err = fedkd("run", "--resume", str(folder), "checkpoints.every=1", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["weights_sha256"] == first["weights_sha256"]
+    for manifest in (folder / "checkpoints").glob("*/MANIFEST.json"):
+        manifest.write_bytes(b"")
+    (folder / "result.json").unlink()
+    code, _, err = fedkd("run", "--resume", str(folder))
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "no checkpoint can be used: checkpoint" in err
 
 
 def test_quiet_prints_nothing(fedkd: Fedkd, tmp_path: Path, small_words: Words) -> None:

@@ -1,10 +1,15 @@
+import errno
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from sim.records import (
+    FolderBusyError,
     RunFolder,
+    StorageError,
     environment,
     make_folder,
     new_run_folder,
@@ -12,7 +17,7 @@ from sim.records import (
     to_json,
     write_text,
 )
-from sim.settings import Settings, SettingsError
+from sim.settings import Settings, SettingsError, load_settings
 
 
 def test_what_json_lacks_becomes_null() -> None:
@@ -72,3 +77,81 @@ def test_the_environment_names_versions_and_no_person_or_host() -> None:
     assert row["device"] == "cpu"
     assert "hostname" not in row
     assert "user" not in row
+
+
+def test_rows_can_be_cut_back_to_a_mark_and_go_on_from_there(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Settings()) as folder:
+        folder.metrics([{"round": 1}])
+        folder.completed(1)
+        marks = folder.marks
+        folder.metrics([{"round": 2}])
+        folder.event({"round": 2})
+        folder.result({"status": "interrupted"})
+    with RunFolder(tmp_path, Settings()) as folder:
+        assert folder.reason_not_to_rewind(marks) is None
+        folder.rewind(marks)
+        assert read_rows(tmp_path / "metrics.jsonl") == [{"round": 1}]
+        assert read_rows(tmp_path / "events.jsonl") == []
+        assert not (tmp_path / "result.json").exists()
+        folder.metrics([{"round": 2}])
+        folder.completed(2)
+        later = folder.marks
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert later["metrics.jsonl"]["sha256"] == hashlib.sha256(content).hexdigest()
+    with RunFolder(tmp_path, Settings()) as folder:
+        folder.rewind(None)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_rows_that_changed_since_a_mark_are_noticed(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Settings()) as folder:
+        folder.exchange([{"round": 1, "bytes": 3}])
+        folder.completed(1)
+        marks = folder.marks
+    path = tmp_path / "exchange.jsonl"
+    for damaged in (path.read_bytes().replace(b"3", b"4"), b"", path.read_bytes()[:-1]):
+        path.write_bytes(damaged)
+        with RunFolder(tmp_path, Settings()) as folder:
+            assert "exchange.jsonl" in str(folder.reason_not_to_rewind(marks))
+
+
+def test_a_run_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path, Settings()),
+        pytest.raises(FolderBusyError, match=f"in use by process {os.getpid()}"),
+    ):
+        RunFolder(tmp_path, Settings(rounds=3))
+    # The one who came too late has changed nothing, and has not kept the folder busy.
+    assert load_settings(tmp_path / "settings.yaml").rounds == Settings().rounds
+    RunFolder(tmp_path, Settings()).__exit__()
+
+
+def test_what_the_disk_refuses_is_one_error_that_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunFolder(tmp_path, Settings()) as folder:
+        folder.metrics([{"round": 1}])
+        monkeypatch.setattr(os, "write", refuse)
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: No space left .* --resume"):
+            folder.metrics([{"round": 2}])
+        monkeypatch.undo()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"round": 1}]
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Read-only"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -7,7 +7,9 @@ import pytest
 
 from sim.engine.grid import FIRST_NODE_ID, Outcome
 from sim.engine.inline import InlineGrid
-from sim.rounds import History, QuorumError, node_ids, selected_round, summary
+from sim.history import History, selected_round, summary
+from sim.replies import QuorumError
+from sim.rounds import RoundLoop, node_ids
 from strategies.knowledge import Parameters, Predictions
 
 # -- replies that are left out -----------------------------------------------------------------
@@ -91,17 +93,21 @@ def test_a_client_that_cannot_be_judged_is_named_and_left_out_of_the_mean(
     (event,) = run.events
     assert (event["client"], event["event"]) == (3, "evaluation failed")
     assert sorted(run.history.clients) == [0, 1, 2]
-    accuracies = [rows[0]["accuracy"] for rows in run.history.clients.values()]
+    accuracies = [row["accuracy"] for row in run.history.clients.values()]
     assert run.history.federation[0]["accuracy"] == pytest.approx(np.mean(accuracies))
 
 
 # -- quorum ------------------------------------------------------------------------------------
 
 
+def abort_below(quorum):
+    return {"backend": "inline", "quorum": quorum, "below_quorum": "abort"}
+
+
 def test_too_few_usable_answers_stop_the_run_and_say_why(
     tiny_settings, tiny_data, simulate, listening_grid, lose
 ):
-    settings = tiny_settings(engine={"backend": "inline", "quorum": 0.75})
+    settings = tiny_settings(engine=abort_below(0.75))
     data = tiny_data()
     with pytest.raises(QuorumError) as stopped:
         simulate(settings, data, listening_grid(settings, data, lose([1, 3])))
@@ -114,7 +120,7 @@ def test_too_few_usable_answers_stop_the_run_and_say_why(
 def test_rejected_uploads_are_not_usable_answers(
     tiny_settings, tiny_data, simulate, listening_grid, lose
 ):
-    settings, data = tiny_settings(), tiny_data()
+    settings, data = tiny_settings(engine=abort_below(0.5)), tiny_data()
     with pytest.raises(
         QuorumError, match=r"round 1: 0 of 4 .*\(client 0: NaN or infinity among the scores; .*"
     ):
@@ -133,7 +139,7 @@ def test_rejected_uploads_are_not_usable_answers(
 def test_quorum_is_a_fraction_of_those_who_were_asked(
     tiny_settings, tiny_data, simulate, listening_grid, lose, quorum, lost, stops
 ):
-    settings = tiny_settings(rounds=2, engine={"backend": "inline", "quorum": quorum})
+    settings = tiny_settings(rounds=2, engine=abort_below(quorum))
     data = tiny_data()
     grid = listening_grid(settings, data, lose(lost))
     if stops:
@@ -143,7 +149,169 @@ def test_quorum_is_a_fraction_of_those_who_were_asked(
         assert len(simulate(settings, data, grid).history.federation) == 2
 
 
+def dropping(clients, rounds, **engine):
+    """Make settings in which clients do not answer; ``attempts`` of them, by default the first."""
+    attempts = engine.pop("attempts", 1)
+    fault = {"kind": "dropout", "clients": clients, "rounds": rounds, "attempts": attempts}
+    return {"faults": [fault], "engine": {"backend": "inline", "quorum": 0.75, **engine}}
+
+
+def test_who_failed_is_asked_again_before_a_round_is_given_up(tiny_settings, tiny_data, simulate):
+    run = simulate(tiny_settings(**dropping([0, 2], [2])), tiny_data())
+    assert [row["replies"] for row in run.history.federation] == [4, 4, 4]
+    kinds = [(event["round"], event["event"], event.get("client")) for event in run.events]
+    assert kinds == [(2, "rejected", 0), (2, "rejected", 2), (2, "round retried", None)]
+    assert run.events[-1]["attempt"] == 2
+    assert run.events[-1]["reason"] == "2 of 4 clients gave a usable answer; asking 2 again"
+
+
+@pytest.mark.parametrize("strategy", ["dml", "fedavg"])
+def test_uploads_of_a_second_attempt_come_last_in_client_order(
+    tiny_settings, tiny_data, simulate, monkeypatch, strategy
+):
+    from strategies import STRATEGIES
+
+    kind = STRATEGIES[strategy]
+    folded = []
+    aggregate = kind.aggregate
+
+    def listening(self, uploads, plan, server):
+        def heard():
+            for upload in uploads:
+                folded.append((plan.round, upload.client))
+                yield upload
+
+        return aggregate(self, heard(), plan, server)
+
+    monkeypatch.setattr(kind, "aggregate", listening)
+    simulate(tiny_settings(strategy, rounds=2, **dropping([0, 2], [2])), tiny_data())
+    assert folded == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (2, 0), (2, 2)]
+
+
+def test_a_client_that_is_asked_again_starts_from_where_the_round_began(
+    tiny_settings, tiny_data, simulate
+):
+    # With weights that the round does not bring, training twice would be seen.
+    fault = {"kind": "bad_reply", "clients": [0, 2], "rounds": [2]}
+    engine = {"backend": "inline", "quorum": 0.75}
+    run = simulate(tiny_settings(faults=[fault], engine=engine), tiny_data())
+    assert "round retried" in [event["event"] for event in run.events]
+    honest = simulate(tiny_settings(), tiny_data())
+    for state, expected in zip(run.states, honest.states, strict=True):
+        (step,) = {int(s) for n, s in state.to_arrays().items() if "/optimizer/step/" in n}
+        (steps,) = {int(s) for n, s in expected.to_arrays().items() if "/optimizer/step/" in n}
+        assert step == steps
+
+
+def test_when_asking_again_does_not_help_the_run_stops(tiny_settings, tiny_data, simulate):
+    settings = tiny_settings(**dropping([0, 2], [2], attempts=None, round_retries=2))
+    data = tiny_data()
+    with pytest.raises(QuorumError, match=r"round 2: 2 of 4 .*client 0: dropped out"):
+        simulate(settings, data)
+    # It was asked three times in all; the third answer would have been good.
+    assert simulate(tiny_settings(**dropping([0, 2], [2], attempts=2, round_retries=2)), data)
+
+
+@pytest.mark.parametrize("strategy", ["dml", "fedavg", "fedmd", "one_way", "local"])
+def test_a_skipped_round_leaves_models_and_knowledge_as_they_were(
+    tiny_settings, tiny_data, simulate, listening_grid, strategy, same_tables
+):
+    options = {"direction": "server_to_clients"} if strategy == "one_way" else {}
+    settings = tiny_settings(
+        strategy, options=options, **dropping([0, 2], [2], below_quorum="skip")
+    )
+    data = tiny_data()
+    grid = listening_grid(settings, data)
+    run = simulate(settings, data, grid)
+    skipped = run.history.federation[1]
+    assert [row.get("skipped") for row in run.history.federation] == [None, True, None]
+    assert skipped["replies"] == 2
+    (event,) = [event for event in run.events if event["event"] == "round skipped"]
+    assert event["round"] == 2
+    # The third round's clients receive what the second's did, and start from the same weights.
+    assert same_tables(grid.sent["train"][1], grid.sent["train"][2])
+    for name in ("accuracy", "server_accuracy", "ensemble_accuracy"):
+        assert run.history.federation[0].get(name) == skipped.get(name)
+
+
 # -- what is written down ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "one_way", "pooled"])
+def test_the_server_remembers_nothing_of_a_skipped_round(tiny_settings, tiny_data, strategy):
+    options = {"direction": "server_to_clients"} if strategy == "one_way" else {}
+    settings = tiny_settings(
+        strategy, options=options, **dropping([0, 2], [2], below_quorum="skip")
+    )
+    data = tiny_data()
+    loop = RoundLoop(InlineGrid(settings, data), settings, data, [])
+    memories = []
+
+    def remember():
+        memory = loop.boundary.memory
+        memories.append({name: array.tobytes() for name, array in memory.arrays.items()})
+
+    loop.run(remember)
+    after_first, after_skipped, after_third = memories
+    assert after_first == after_skipped != after_third
+
+
+def test_only_the_round_s_participants_are_judged_where_that_is_asked_for(
+    tiny_settings, tiny_data, simulate
+):
+    run = simulate(
+        tiny_settings(clients={"participants": 2}, evaluation={"clients": "participants"}),
+        tiny_data(),
+    )
+    for number in (1, 2, 3):
+        rows = [r for r in run.metrics if r["scope"] == "client" and r["round"] == number]
+        assert len(rows) == 2
+        assert all("loss/ce" in row and "accuracy" in row for row in rows)
+        federation = run.history.federation[number - 1]
+        assert federation["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in rows]))
+
+
+def test_a_panel_of_clients_is_drawn_once_and_a_larger_one_holds_the_smaller(
+    tiny_settings, tiny_data, simulate
+):
+    panels = []
+    for size in (2, 3):
+        run = simulate(tiny_settings(evaluation={"clients": size}, seed=5), tiny_data())
+        judged = [
+            {row["client"] for row in run.metrics if is_judged(row) and row["round"] == number}
+            for number in (1, 2, 3)
+        ]
+        assert judged[0] == judged[1] == judged[2]
+        assert len(judged[0]) == size
+        panels.append(judged[0])
+    assert panels[0] < panels[1]
+
+
+def is_judged(row):
+    return row["scope"] == "client" and "accuracy" in row
+
+
+def test_looking_at_few_clients_changes_nothing(tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    digests = {
+        simulate(tiny_settings(evaluation={"clients": whom}), data).digest
+        for whom in ("all", "participants", 1)
+    }
+    assert len(digests) == 1
+
+
+def test_history_keeps_one_row_a_client_however_many_rounds_there_are(
+    tiny_settings, tiny_data, simulate
+):
+    data = tiny_data()
+    short, long = (
+        simulate(tiny_settings("one_way", rounds=rounds), data).history for rounds in (2, 6)
+    )
+    assert len(long.federation) == 6
+    assert long.clients.keys() == short.clients.keys()
+    assert isinstance(long.server, dict)
+    assert long.server["round"] == 6
+    assert len(long.bytes_down) == len(short.bytes_down) == 4
 
 
 def test_rows_of_a_round(tiny_settings, tiny_data, simulate):
@@ -245,7 +413,7 @@ def test_rounds_that_were_not_judged_cannot_be_selected():
 def test_a_summary_shows_the_last_and_the_selected_round():
     history = History(
         federation=[judged(1, 0.9, 0.5), judged(2, 0.8, 0.6), {"round": 3}],
-        clients={1: [{"accuracy": 0.3}], 0: [{"accuracy": 0.1}, {"accuracy": 0.2}]},
+        clients={1: {"accuracy": 0.3}, 0: {"accuracy": 0.2}},
         bytes_up={1: 20, 0: 10},
     )
     shown = summary(history, 3)

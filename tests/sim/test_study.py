@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from sim.records import Row
-from sim.rounds import Observer
+from sim.identity import fingerprint
+from sim.observers import Observer, Row
+from sim.records import is_finished
 from sim.settings import Settings, SettingsError
-from sim.study import arm_settings, compare, fingerprint, is_finished
+from sim.study import arm_settings, compare
 
 Small = Callable[..., Settings]
 
@@ -89,7 +90,10 @@ def test_an_interrupted_study_goes_on_where_it_stopped(small: Small) -> None:
 
 def test_the_fingerprint_changes_with_what_changes_numbers_and_nothing_else(small: Small) -> None:
     base = fingerprint(small())
-    assert fingerprint(small("engine.cohort_size=3", "name=other", "study.seeds=9")) == base
+    harmless = ["engine.backend=ray", "engine.quorum=1", "checkpoints.every=3"]
+    assert fingerprint(small(*harmless, "name=other", "study.seeds=9")) == base
+    # Models that are stacked may round differently in other company.
+    assert fingerprint(small("engine.cohort_size=3")) != base
     assert fingerprint(small("clients.optimizer.lr=0.01")) != base
     assert fingerprint(small("seed=1")) != base
 

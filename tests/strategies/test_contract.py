@@ -1,7 +1,10 @@
 """What every algorithm of the table keeps to, whatever it does."""
 
+import copy
+import dataclasses
 import importlib
 import inspect
+import json
 import pkgutil
 
 import numpy as np
@@ -12,12 +15,15 @@ from flwr.app import RecordDict
 import strategies
 from fedkd.models import build_model
 from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
-from sim.engine.grid import read_reply
+from sim.engine.messages import read_reply
 from sim.engine.runtime import ClientRuntime
 from sim.settings import Settings
 from strategies import STRATEGIES
 from strategies.base import DistillationStrategy
 from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
+from strategies.memory import Memory, recall_broadcast, remember_broadcast
+from strategies.plan import Federation
+from strategies.server import Server
 
 VARIANTS = {
     "dml": [{}, {"include_self": True, "average": "logit"}, {"confidence_threshold": 0.5}],
@@ -97,7 +103,7 @@ def test_mixed_architectures_learn_for_three_rounds(
     assert [row["round"] for row in run.history.federation] == [1, 2, 3]
     assert run.events == []
     assert sorted(run.history.clients) == [0, 1, 2, 3]
-    assert all(len(rows) == 3 for rows in run.history.clients.values())
+    assert all(row["round"] == 3 for row in run.history.clients.values())
     first, last = (run.history.federation[i]["accuracy"] for i in (0, -1))
     assert 0 <= first <= 1
     assert last > 1 / 3  # better than chance
@@ -283,6 +289,119 @@ def test_a_client_that_is_left_out_leaves_the_aggregate_of_the_rest(
     expected = strategy.aggregate(rest, strategy.federation.plan(1), server)
     for client, received in grid.sent["train"][1].items():
         assert same_knowledge(received, expected.to(client)), client
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+class EnoughError(Exception):
+    """Ends a run between two rounds."""
+
+
+@pytest.fixture
+def stop_after(tiny_settings):
+    """Run the first rounds; return the boundary and the states they end with, copied."""
+    from sim.engine.inline import InlineGrid
+    from sim.rounds import RoundLoop
+
+    def run(settings, data, rounds):
+        grid = InlineGrid(settings, data)
+        loop = RoundLoop(grid, settings, data, [])
+
+        def enough():
+            if loop.boundary.round == rounds:
+                raise EnoughError
+
+        with pytest.raises(EnoughError):
+            loop.run(enough)
+        clients = grid.trained_clients()
+        states = list(zip(clients, grid.client_states(clients), strict=True))
+        return loop, copy.deepcopy(states)
+
+    return run
+
+
+def through_a_file(memory):
+    """Return a memory as a file would give it back."""
+    arrays = {name: np.array(array) for name, array in memory.arrays.items()}
+    return Memory(arrays, json.loads(json.dumps(memory.values)))
+
+
+@every_case
+def test_what_is_remembered_is_all_that_is_needed_to_go_on(
+    name, options, tiny_settings, tiny_data, simulate, stop_after
+):
+    from sim.engine.inline import InlineGrid
+    from sim.history import History
+    from sim.rounds import Boundary, RoundLoop
+
+    settings, data = tiny_settings(name, options=options, rounds=4), tiny_data()
+    whole = simulate(settings, data)
+    before, states = stop_after(settings, data, 2)
+    grid = InlineGrid(settings, data)
+    grid.load_states(states)
+    loop = RoundLoop(grid, settings, data, [])
+    broadcast = through_a_file(remember_broadcast(before.boundary.broadcast))
+    loop.go_back(
+        Boundary(
+            2,
+            recall_broadcast(broadcast, loop.architectures),
+            through_a_file(before.boundary.memory),
+        ),
+        History(),
+    )
+    # Whatever an algorithm keeps between rounds has to come back, needed in these rounds or not.
+    assert plain(vars(loop._strategy)) == plain(vars(before._strategy))
+    loop.run()
+    assert timeless(loop.history.federation) == timeless(whole.history.federation[2:])
+    runtime = ClientRuntime(settings, data)
+    ends = [
+        state or runtime.initial_state(client)
+        for client, state in enumerate(grid.client_states(range(4)))
+    ]
+    assert weights_digest(ends) == whole.digest
+    remembered = (final.boundary.memory for final in (loop, whole.loop))
+    assert len({repr(plain(memory)) for memory in remembered}) == 1
+
+
+def plain(value):
+    """Turn objects into what can be compared: tables of attributes, and the bytes of arrays."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        array = np.asarray(value)
+        return str(array.dtype), array.shape, array.tobytes()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Server | Federation):
+        return type(value).__name__
+    if dataclasses.is_dataclass(value):
+        fields = (field.name for field in dataclasses.fields(value))
+        return {field: plain(getattr(value, field)) for field in fields}
+    return plain(vars(value)) if hasattr(value, "__dict__") else value
+
+
+def timeless(rows):
+    return [{key: row[key] for key in row if "seconds" not in key} for row in rows]
+
+
+@every_case
+def test_a_round_that_is_left_out_leaves_no_trace_in_the_memory(
+    name, options, tiny_settings, tiny_data, simulate, listening_grid, parts
+):
+    settings, data = tiny_settings(name, options=options, rounds=2), tiny_data()
+    grid = listening_grid(settings, data)
+    simulate(settings, data, grid)
+    strategy, server = parts(settings, data)
+    strategy.prepare(server)
+    memory = strategy.memory()
+    remembered = copy.deepcopy(plain(memory))
+    plan = strategy.federation.plan
+    once = strategy.aggregate(uploads_of(grid, data, 0), plan(1), server)
+    assert plain(memory) == remembered, "a memory must not change when the algorithm goes on"
+    strategy.recall(memory, server)
+    again = strategy.aggregate(uploads_of(grid, data, 0), plan(1), server)
+    assert plain(remember_broadcast(once)) == plain(remember_broadcast(again))
 
 
 # -- halves ------------------------------------------------------------------------------------

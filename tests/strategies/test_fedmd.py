@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedkd.targets import coordinate_median, trimmed_mean
 from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
 from strategies.knowledge import Broadcast, Predictions
 
@@ -93,6 +94,55 @@ def test_consensus_is_the_mean_of_the_logits(fedmd, scores, weighting, expected)
     assert np.array_equal(shared.rows, plan.public_rows)
     np.testing.assert_allclose(shared.values, expected * shape, rtol=1e-6)
     assert all(broadcast.to(client) is shared for client in range(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"aggregation": "median"}, 2.5),
+        ({"aggregation": "trimmed_mean", "trim": 0.25}, 2.5),
+        ({"aggregation": "trimmed_mean", "trim": 0.24}, (1 + 2 + 3 + 600) / 4),
+        ({"aggregation": "mean"}, (1 + 2 + 3 + 600) / 4),
+    ],
+)
+def test_a_robust_consensus_withstands_a_client_that_lies(fedmd, scores, options, expected):
+    strategy, server = fedmd(**options)
+    plan = strategy.federation.plan(1)
+    uploads = scores(plan, dict(enumerate((1.0, 2.0, 3.0, 600.0))))
+    shared = strategy.aggregate(uploads, plan, server).shared
+    assert (shared.kind, shared.values.dtype) == ("mean_logit", np.float32)
+    assert np.array_equal(shared.rows, plan.public_rows)
+    np.testing.assert_allclose(shared.values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median", "trimmed_mean"])
+def test_consensus_has_the_bits_of_the_rule_over_the_stacked_uploads(fedmd, scores, aggregation):
+    strategy, server = fedmd(
+        aggregation=aggregation, **({"trim": 0.25} if aggregation == "trimmed_mean" else {})
+    )
+    plan = strategy.federation.plan(1)
+    uploads = scores(plan, range(4))
+    stacked = torch.from_numpy(np.stack([upload.knowledge.values for upload in uploads]))
+    expected = {
+        "mean": stacked.double().sum(0) / 4,
+        "median": coordinate_median(stacked),
+        "trimmed_mean": trimmed_mean(stacked, trim=0.25),
+    }[aggregation].float()
+    shared = strategy.aggregate(iter(uploads), plan, server).shared
+    assert np.array_equal(shared.values, expected.numpy())
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
+def test_a_robust_consensus_of_nobody_is_none(fedmd, aggregation):
+    strategy, server = fedmd(aggregation=aggregation)
+    assert strategy.aggregate([], strategy.federation.plan(1), server) == Broadcast()
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
+def test_robust_rules_have_no_weights(fedmd, aggregation):
+    expected = f"weighting: examples needs strategy.aggregation: mean, got {aggregation}"
+    with pytest.raises(ValueError, match=expected):
+        fedmd(aggregation=aggregation, weighting="examples")
 
 
 def test_consensus_of_nobody_is_none(fedmd):

@@ -1,5 +1,7 @@
 """Knowledge: what travels, how many bytes it has, and who gets which piece."""
 
+import json
+
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
@@ -11,6 +13,7 @@ from strategies.knowledge import (
     read_knowledge,
     write_knowledge,
 )
+from strategies.memory import Memory, recall_broadcast, remember_broadcast
 
 
 def predictions(values=None, **others):
@@ -100,3 +103,51 @@ def test_logits_become_soft_labels_at_their_temperature(kind):
     assert np.allclose(piece.probabilities(), [[0.5, 0.25, 0.25]])
     soft = Predictions(kind="mean_probability", rows=np.array([0]), values=values, temperature=2.0)
     assert soft.probabilities() is soft.values
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+def test_who_has_no_entry_of_its_own_receives_what_its_architecture_does():
+    mine, theirs, everybody = (predictions(temperature=float(t)) for t in (1, 2, 3))
+    broadcast = Broadcast(
+        everybody,
+        {0: mine, 4: None},
+        {"mlp": theirs, "gru": None},
+        ("mlp", "mlp", "cnn", "gru") * 2,
+    )
+    received = [broadcast.to(client) for client in range(5)]
+    assert received == [mine, theirs, everybody, None, None]
+    assert list(broadcast) == [mine, theirs, everybody]
+
+
+@pytest.mark.parametrize(
+    "broadcast",
+    [
+        Broadcast(),
+        Broadcast(predictions(kind="mean_logit")),
+        Broadcast(None, {3: predictions(temperature=1 / 3), 1: None}),
+        Broadcast(
+            None, {}, {"a/b": Parameters({"0.w": np.float32([1, 2]), "n": np.array(7)})}, ("a/b",)
+        ),
+    ],
+)
+def test_a_broadcast_is_remembered_bit_for_bit(broadcast, same_knowledge):
+    flat = remember_broadcast(broadcast)
+    memory = Memory(flat.arrays, json.loads(json.dumps(flat.values)))
+    again = recall_broadcast(memory, broadcast.architectures)
+    assert again.personal.keys() == broadcast.personal.keys()
+    assert again.by_architecture.keys() == broadcast.by_architecture.keys()
+    assert again.architectures == broadcast.architectures
+    for client in [*broadcast.personal, *range(len(broadcast.architectures)), *broadcast.personal]:
+        assert same_knowledge(again.to(client), broadcast.to(client))
+    assert same_knowledge(again.shared, broadcast.shared)
+
+
+def test_what_clients_share_is_remembered_once_and_shared_again():
+    piece = predictions()
+    memory = remember_broadcast(Broadcast(piece, {1: piece, 2: predictions()}))
+    assert len(memory.values["pieces"]) == 2
+    again = recall_broadcast(memory, ())
+    assert again.to(1) is again.to(0)
+    assert again.to(1) is not again.to(2)

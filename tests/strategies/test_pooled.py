@@ -57,7 +57,7 @@ def test_a_model_that_does_not_arrive_stays_as_it_was(tiny_settings, tiny_data, 
 
 def test_everybody_is_judged_by_the_pooled_model(tiny_settings, tiny_data, simulate):
     run = simulate(tiny_settings("pooled"), tiny_data())
-    accuracies = {client: rows[-1]["accuracy"] for client, rows in run.history.clients.items()}
+    accuracies = {client: row["accuracy"] for client, row in run.history.clients.items()}
     assert accuracies[0] == accuracies[2]
     assert accuracies[1] == accuracies[3]
     assert {row["client"] for row in run.exchange if row["direction"] == "up"} == {0, 1}

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from fedkd.losses.response import (
+    hard_label_loss,
     logit_l1,
     logit_mse,
     soft_cross_entropy,
@@ -484,3 +485,43 @@ def test_vmap_over_masks_equals_a_loop_even_where_one_keeps_nothing():
     assert torch.isfinite(grads).all()
     for k in range(3):
         torch.testing.assert_close(values[k], masked(students[k], teachers[k], masks[k]))
+
+
+# --- hard labels, and the layout of the scores ----------------------------------------------
+
+
+def test_hard_label_loss_is_the_mean_negative_log_probability_of_the_labels():
+    # softmax of (ln 3, 0) is (3/4, 1/4); the other row is uniform.
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
+    loss = hard_label_loss(logits, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2, rel=1e-6)
+    assert torch.equal(loss, F.cross_entropy(logits, torch.tensor([0, 1])))
+
+
+def test_rows_with_weight_zero_have_no_part_in_the_mean_of_hard_label_losses():
+    logits, labels = random_logits(4, 3, seed=5).requires_grad_(), torch.tensor([2, 0, 1, 1])
+    masked = hard_label_loss(logits, labels, sample_weights=torch.tensor([1.0, 0, 1, 0]))
+    only = hard_label_loss(logits[[0, 2]], labels[[0, 2]])
+    torch.testing.assert_close(masked, only)
+    masked.backward()
+    assert logits.grad[[1, 3]].abs().max() == 0
+    assert logits.grad[[0, 2]].abs().max() > 0
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0])])
+def test_how_scores_lie_in_memory_does_not_matter(weights):
+    rows, targets = random_logits(5, 3, seed=6), F.softmax(random_logits(5, 3, seed=7), -1)
+    labels = torch.tensor([2, 0, 1, 1, 0])
+    columns = rows.t().contiguous().t()
+    assert columns.stride() == (1, 5)
+    for loss in (
+        lambda scores: hard_label_loss(scores, labels, sample_weights=weights),
+        lambda scores: soft_target_kl(scores, targets, temperature=2.0, sample_weights=weights),
+    ):
+        results = []
+        for scores in (rows, columns):
+            student = scores.detach().requires_grad_()
+            value = loss(student)
+            value.backward()
+            results.append((value.detach(), student.grad))
+        torch.testing.assert_close(*results)

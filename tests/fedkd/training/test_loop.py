@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedkd.models import ModelSettings, build_model
+from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.randomness import Purpose, generator_for
 from fedkd.training import (
     ModelPool,
@@ -91,12 +92,14 @@ def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
         num_classes=data.num_classes,
         seed=initial_model_seed(seed, client),
     )
+    dropout = connect_dropout(network)
     optimizer = settings(network.parameters())
     own = torch.arange(12) + 12 * client
     with torch.random.fork_rng():
         for number, (private, public) in enumerate(fits):
             rng = generator_for(seed, Purpose.TRAIN, 1, client, number)
-            torch.manual_seed(int(rng.integers(2**62)))
+            fit_seed = int(rng.integers(2**62))
+            torch.manual_seed(fit_seed)
             own_batches = private.batches(12, rng) if private else None
             if public is not None:
                 passes = public.passes
@@ -106,6 +109,8 @@ def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
             network.train()
             steps = len(own_batches if private else public_batches)
             for step in range(steps):
+                if dropout is not None:
+                    dropout.begin(torch.from_numpy(step_keys(fit_seed, steps))[step])
                 images, count, loss = [], 0, 0.0
                 if private:
                     rows = own[own_batches[step]]

@@ -1,8 +1,11 @@
 """Fails loudly when an upgrade of Flower moves the non-public names that we lean on."""
 
+import pickle
+from typing import Any
+
 import flwr
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from sim.engine import flower
 
@@ -36,3 +39,52 @@ def test_an_empty_run_carries_its_id() -> None:
 def test_the_identity_of_the_process_is_read_back(name: str) -> None:
     flower.identify_process(9)
     assert getattr(flower.TaskIdentity, name) in (1, 9)
+
+
+def lazy_and_plain() -> tuple[flower.LazyRecords, RecordDict]:
+    plain = RecordDict({"plan": ConfigRecord({"round": 3}), "more": MetricRecord({"x": 1.5})})
+    return flower.LazyRecords("the original", lambda: plain), plain
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        dict,
+        len,
+        list,
+        repr,
+        lambda records: records["plan"],
+        lambda records: "plan" in records,
+        lambda records: records.keys(),
+        lambda records: list(records.items()),
+        lambda records: list(records.values()),
+        lambda records: records.copy(),
+        lambda records: records.config_records["plan"],
+        lambda records: records.get("nothing"),
+        lambda records: records == records,
+        lambda records: pickle.loads(pickle.dumps(records)),  # noqa: S301
+    ],
+)
+def test_records_are_made_at_the_first_look_and_are_those_that_were_promised(look: Any) -> None:
+    lazy, plain = lazy_and_plain()
+    assert lazy.original == "the original"
+    look(lazy)
+    assert lazy.original is None
+    assert lazy == plain
+    assert dict(lazy.items()) == dict(plain.items())
+
+
+def test_who_changes_the_records_has_changed_what_is_read() -> None:
+    lazy, _ = lazy_and_plain()
+    del lazy["more"]
+    lazy["plan"] = ConfigRecord({"round": 4})
+    assert lazy.original is None
+    assert list(lazy) == ["plan"]
+    assert lazy.config_records["plan"]["round"] == 4
+
+
+def test_records_leave_the_process_as_ordinary_ones() -> None:
+    lazy, plain = lazy_and_plain()
+    copied = pickle.loads(pickle.dumps(lazy))  # noqa: S301
+    assert type(copied) is RecordDict
+    assert copied == plain

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 
-from sim.engine.ray_grid import RaySession, available_cpus, check_engine
+from sim.engine.session import RaySession, available_cpus, check_engine
 from sim.running import open_grid, run
 from sim.settings import EngineSettings, Settings, SettingsError
 
@@ -86,7 +86,7 @@ def test_workers_compute_with_one_thread(session: RaySession) -> None:
 def test_a_call_beyond_its_deadline_fails_and_the_run_names_the_clients(
     on_ray: Small, session: RaySession, small: Small
 ) -> None:
-    from sim.rounds import QuorumError
+    from sim.replies import QuorumError
 
     with pytest.raises(QuorumError, match=r"engine\.deadline_s"):
         run(
@@ -152,7 +152,7 @@ def test_a_worker_asks_ray_for_its_share_of_a_gpu(
 def test_a_worker_trains_on_the_gpu_that_ray_gave_it(
     small: Small, monkeypatch: pytest.MonkeyPatch, gpus: list[int], device: str
 ) -> None:
-    from sim.engine import ray_grid
+    from sim.engine import session
     from sim.running import load_data
 
     chosen: list[str] = []
@@ -161,9 +161,9 @@ def test_a_worker_trains_on_the_gpu_that_ray_gave_it(
         chosen.append(str(device))
 
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
-    monkeypatch.setattr(ray_grid, "ClientRuntime", runtime)
+    monkeypatch.setattr(session, "ClientRuntime", runtime)
     settings = small()
-    ray_grid.Worker().configure(settings.to_table(), load_data(settings))
+    session.Worker().configure(settings.to_table(), load_data(settings))
     assert chosen == [device]
 
 

@@ -71,15 +71,17 @@ def write_run(
             run.metrics([row, *clients])
             if not silent:
                 run.exchange(
-                    {
-                        "round": number,
-                        "client": client,
-                        "direction": direction,
-                        "kind": "logits",
-                        "bytes": size,
-                    }
-                    for client in range(CLIENTS)
-                    for direction, size in (("up", 1000), ("down", 3000))
+                    [
+                        {
+                            "round": number,
+                            "client": client,
+                            "direction": direction,
+                            "kind": "logits",
+                            "bytes": size,
+                        }
+                        for client in range(CLIENTS)
+                        for direction, size in (("up", 1000), ("down", 3000))
+                    ]
                 )
         if status is not None:
             judged = [row for row in rows if math.isfinite(row["accuracy"] or math.nan)]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from sim.history import summary
 from sim.reports import load_run, load_study
 from sim.reports.runs import model_label, number
-from sim.rounds import summary
 from sim.running import run
 from sim.settings import SettingsError, settings_from_table
 

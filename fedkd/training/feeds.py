@@ -1,0 +1,47 @@
+"""Which rows a member's fit takes in each step: cut before the first one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedkd.training.batches import Passes
+from fedkd.training.cohort import Member, PublicLesson
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The batches of one member's fit.
+
+    Attributes:
+        steps: optimizer steps.
+        private: row ids of the private rows of each step, or None in a fit without any.
+        public: positions in the lesson's rows of each step, or None in a fit without any.
+    """
+
+    steps: int
+    private: list[np.ndarray] | None
+    public: list[np.ndarray] | None
+
+    @classmethod
+    def cut(
+        cls,
+        member: Member,
+        private: Passes | None,
+        public: PublicLesson | None,
+        rng: np.random.Generator,
+    ) -> "Feed":
+        """Draw a member's batches."""
+        if private is None and public is None:
+            raise ValueError("fit needs private rows, public rows or both")
+        own = shared = None
+        steps = 0
+        if private is not None:
+            own = [member.rows[batch] for batch in private.batches(len(member.rows), rng)]
+            steps = len(own)
+        if public is not None:
+            passes = public.passes
+            if private is not None:
+                passes = passes.spread_over(steps, len(public.rows))
+            shared = passes.batches(len(public.rows), rng)
+            steps = len(shared)
+        return cls(steps, own, shared)

@@ -1,0 +1,178 @@
+"""The models a worker keeps at hand, and the states that clients start from."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkd.models import ModelSettings, build_model
+from fedkd.models.dropout import connect_dropout
+from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.training.cohort import (
+    Architecture,
+    Member,
+    TrainingData,
+    as_tensor,
+    check_weights,
+    named_models,
+)
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.stacking import Skeleton
+from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy
+
+PREDICT_ROWS = 1024
+"""Rows that one model predicts at once; fixed, for a product's width may change its last bit."""
+
+
+class Slot:
+    """One model and its optimizer, reused for client after client."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerSettings, device: torch.device
+    ) -> None:
+        self.module = module.to(device)
+        self.dropout = connect_dropout(self.module)
+        self.optimizer = optimizer.build(self.module.parameters())
+        self._parameters = dict(self.module.named_parameters())
+        self._tensors: dict[str, Tensor] = {
+            name: tensor.detach() for name, tensor in self.module.state_dict().items()
+        }
+        self._buffers = [
+            (owner, name, buffer)
+            for owner in self.module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Use this learning rate from the next step on."""
+        self.optimizer.param_groups[0]["lr"] = rate
+
+    def load(self, state: ModelState) -> None:
+        """Copy a model's weights and its optimizer's slots in."""
+        self.load_weights(state.weights)
+        self.optimizer.state.clear()
+        for key, array in state.optimizer.items():
+            slot, name = key.split("/", 1)
+            parameter = self._parameters[name]
+            # Step counters stay on the CPU, where torch.optim keeps them.
+            device = torch.device("cpu") if slot == "step" else parameter.device
+            self.optimizer.state[parameter][slot] = torch.tensor(array, device=device)
+
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Copy parameters and buffers in."""
+        check_weights(weights, self._shapes)
+        with torch.no_grad():
+            for name, array in weights.items():
+                self._tensors[name].copy_(as_tensor(array))
+
+    def keep_buffers(self) -> None:
+        """Copy back what the module computed into new tensors instead of its buffers."""
+        for owner, name, buffer in self._buffers:
+            computed = owner._buffers[name]
+            if computed is not None and computed is not buffer:
+                buffer.copy_(computed.detach())
+                owner._buffers[name] = buffer
+
+    def weights(self) -> Arrays:
+        """Return a copy of parameters and buffers."""
+        return {name: copy_to_numpy(tensor) for name, tensor in self._tensors.items()}
+
+    def state(self) -> ModelState:
+        """Return a copy of weights and optimizer slots."""
+        slots = {
+            f"{slot}/{name}": copy_to_numpy(value)
+            for name, parameter in self._parameters.items()
+            for slot, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        return ModelState(weights=self.weights(), optimizer=slots)
+
+
+class ModelPool:
+    """The models a worker keeps at hand, so that no call has to build one.
+
+    What is in a slot between calls never matters: every call loads its clients' states first.
+    """
+
+    def __init__(self, data: TrainingData, optimizer: OptimizerSettings) -> None:
+        self._data = data
+        self._optimizer = optimizer
+        self._device = data.train_inputs.device
+        self._slots: dict[tuple[str, str], list[Slot]] = {}
+        self._skeletons: dict[str, Skeleton] = {}
+
+    def slots(self, name: str, model: ModelSettings, count: int) -> list[Slot]:
+        """Return ``count`` slots of a model by its name, the caller's until the next call."""
+        slots = self._slots.setdefault((name, model.key), [])
+        while len(slots) < count:
+            module = self.build(model, seed=0)
+            slots.append(Slot(module, self._optimizer, self._device))
+        return slots[:count]
+
+    def skeleton(self, model: ModelSettings) -> Skeleton:
+        """Return what stacks a model; tried on two members when it is made.
+
+        Raises:
+            VmapUnsupportedError: if the model cannot be stacked.
+        """
+        if model.key not in self._skeletons:
+            skeleton = Skeleton(self.build(model, seed=0), self._device)
+            skeleton.try_out(model.label, self._data.input_shape)
+            self._skeletons[model.key] = skeleton
+        return self._skeletons[model.key]
+
+    def initial_state(self, architecture: Architecture, seed: int) -> ClientState:
+        """Return fresh models' state; the seed decides their weights."""
+        return ClientState(
+            {
+                name: ModelState(weights=self._initial_weights(model, seed, position))
+                for position, (name, model) in enumerate(named_models(architecture).items())
+            }
+        )
+
+    def _initial_weights(self, model: ModelSettings, seed: int, position: int) -> Arrays:
+        if position:
+            # Peers of one architecture must not start as copies of each other.
+            seed = torch_seed_for(seed, Purpose.MODEL, position)
+        tensors = self.build(model, seed).state_dict()
+        return {name: copy_to_numpy(tensor) for name, tensor in tensors.items()}
+
+    def build(self, model: ModelSettings, seed: int) -> nn.Module:
+        """Return a fresh network that fits the data, on the CPU."""
+        return build_model(
+            model,
+            input_shape=self._data.input_shape,
+            num_classes=self._data.num_classes,
+            seed=seed,
+        )
+
+
+def states_of(
+    members: Sequence[Member], architecture: Architecture, pool: ModelPool, seed: int
+) -> list[ClientState]:
+    """Return each member's state, fresh where it has none yet.
+
+    Raises:
+        ValueError: if a state holds other models than the architecture names.
+    """
+    names = named_models(architecture).keys()
+    states = []
+    for member in members:
+        state = member.state
+        if state is None:
+            state = pool.initial_state(architecture, initial_model_seed(seed, member.client))
+        elif state.models.keys() != names:
+            raise ValueError(
+                f"state of client {member.client} has the models {sorted(state.models)}, "
+                f"the cohort trains {sorted(names)}"
+            )
+        states.append(state)
+    return states
+
+
+def initial_model_seed(seed: int, client: int) -> int:
+    """Return the seed of a client's first weights: the same in every arm of a study."""
+    return torch_seed_for(seed, Purpose.MODEL, client)

@@ -1,0 +1,404 @@
+"""The vmap backend: a cohort's members train as one stacked model, in one stream of operations.
+
+Equal to the loop backend up to rounding (about 1e-6 a step); the same cohort gives the same bits.
+Members may have different numbers of rows: they stand in the order of their sizes, so that those
+that still train come first, and batches are padded with rows that count for nothing.
+
+What a model of one's own has to keep to: no control flow that depends on numbers, no mixing of
+the rows of a batch except by torch's BatchNorm (padded rows would take part). Random functions
+such as ``F.dropout`` draw for each member on its own, from one generator that the cohort's seeds
+seed: repeatable, but not what the loop draws; ``nn.Dropout`` layers draw the same in both.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedkd.models.dropout import step_keys
+from fedkd.randomness import generator_for, seeded_torch
+from fedkd.training.batches import Passes
+from fedkd.training.cohort import (
+    Architecture,
+    Cohort,
+    Member,
+    PublicLesson,
+    Streams,
+    TrainingData,
+    as_tensor,
+    named_models,
+    public_inputs,
+)
+from fedkd.training.feeds import Feed
+from fedkd.training.objectives import Batch, JointObjective, Objective, Outputs, total
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.pool import PREDICT_ROWS, ModelPool, states_of
+from fedkd.training.stacking import Skeleton, Stack, StackedOptimizer
+from fedkd.training.state import Arrays, ClientState
+
+FEW_ROWS = 64
+"""Rows up to which stacked models predict faster on a CPU; beyond, each keeps it busy alone."""
+
+STACKED_PREDICT_ROWS = 8192
+"""Rows times members that go through the stacked model at once, to bound its memory."""
+
+
+class VmapCohort(Cohort):
+    """Members train together, stacked along a first dimension.
+
+    Raises:
+        VmapUnsupportedError: if a model cannot be stacked.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        model: Architecture,
+        optimizer: OptimizerSettings,
+        data: TrainingData,
+        pool: ModelPool,
+        streams: Streams,
+    ) -> None:
+        self.clients = tuple(member.client for member in members)
+        # Members with fewer rows take fewer steps: whoever still trains is in front.
+        self._order = sorted(range(len(members)), key=lambda at: -len(members[at].rows))
+        self._places = np.argsort(self._order)
+        self._members = [members[at] for at in self._order]
+        self._optimizer_settings = optimizer
+        self._data = data
+        self._device = data.train_inputs.device
+        self._streams = streams
+        self._fits = 0
+        self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
+        models = named_models(model)
+        self._first = next(iter(models))
+        states = states_of(self._members, model, pool, streams.seed)
+        self._stacks = {
+            name: Stack.of(
+                pool.skeleton(settings), [state.models[name] for state in states], self._device
+            )
+            for name, settings in models.items()
+        }
+
+    def fit(  # noqa: D102
+        self,
+        objective: Objective | JointObjective,
+        *,
+        private: Passes | None = None,
+        public: PublicLesson | None = None,
+        models: Sequence[str] | None = None,
+    ) -> None:
+        names = tuple(models) if models is not None else (self._first,)
+        feeds, seeds = [], []
+        for member in self._members:
+            key = self._streams.key(member, self._fits)
+            rng = generator_for(self._streams.seed, self._streams.purpose, *key)
+            seeds.append(int(rng.integers(2**62)))
+            feeds.append(Feed.cut(member, private, public, rng))
+        self._fits += 1
+        has_dropout = any(self._stacks[name].skeleton.dropout for name in names)
+        steps = _StackedSteps(
+            self._data, feeds, public, self._order, seeds if has_dropout else None
+        )
+        optimizers = [
+            StackedOptimizer(self._stacks[name], self._optimizer_settings, steps.counts)
+            for name in names
+        ]
+        for name in names:
+            self._stacks[name].skeleton.module.train()
+        with seeded_torch(int(np.bitwise_xor.reduce(seeds))):
+            start = 0
+            while start < steps.total:
+                active = steps.active(start)
+                stop = start + 1
+                while stop < steps.total and steps.active(stop) == active:
+                    stop += 1
+                self._fit_together(objective, names, optimizers, steps, active, range(start, stop))
+                start = stop
+        for optimizer in optimizers:
+            optimizer.give_back()
+        for name in names:
+            dropout = self._stacks[name].skeleton.dropout
+            if dropout is not None:
+                dropout.end()
+
+    def _fit_together(
+        self,
+        objective: Objective | JointObjective,
+        names: tuple[str, ...],
+        optimizers: Sequence[StackedOptimizer],
+        steps: "_StackedSteps",
+        active: int,
+        numbers: range,
+    ) -> None:
+        """Take steps that the same first ``active`` members take."""
+        stacks = [self._stacks[name] for name in names]
+        handed = [
+            {name: tensor[:active].detach() for name, tensor in stack.tensors.items()}
+            for stack in stacks
+        ]
+        leaves = [
+            [tensors[name].requires_grad_() for name in stack.skeleton.trainable]
+            for stack, tensors in zip(stacks, handed, strict=True)
+        ]
+        every_leaf = [leaf for own in leaves for leaf in own]
+        step_losses = torch.vmap(
+            _losses_of(objective, names, [stack.skeleton for stack in stacks], steps),
+            randomness="different",
+        )
+        kept: dict[str, list[Tensor]] = {}
+        for number in numbers:
+            for optimizer in optimizers:
+                optimizer.set_learning_rates(partial(self._streams.progress, number))
+            losses: dict[str, Tensor] = step_losses(handed, steps.take(number, active))
+            # A member's losses reach its own tensors only, so one backward pass serves all.
+            gradients = iter(
+                torch.autograd.grad(total(losses).sum(), every_leaf, allow_unused=True)
+            )
+            for stack, optimizer in zip(stacks, optimizers, strict=True):
+                own = {name: next(gradients) for name in stack.skeleton.trainable}
+                optimizer.step(own, active)
+            for name, loss in losses.items():
+                kept.setdefault(name, []).append(loss.detach())
+        for name, values in kept.items():
+            for position, of_member in enumerate(torch.stack(values, dim=1)):
+                self._terms[position].setdefault(name, []).append(of_member)
+
+    def predict(  # noqa: D102
+        self,
+        inputs: Float[Tensor, "rows channels height width"],
+        *,
+        model: str | None = None,
+    ) -> Float[np.ndarray, "members rows classes"]:
+        stack = self._stacks[model or self._first]
+        stack.skeleton.module.eval()
+        members = len(self._members)
+        out = np.empty((members, len(inputs), self._data.num_classes), np.float32)
+        with torch.inference_mode():
+            if self._device.type == "cpu" and len(inputs) > FEW_ROWS:
+                for place, position in enumerate(self._order):
+                    own = {name: tensor[place] for name, tensor in stack.tensors.items()}
+                    for start in range(0, len(inputs), PREDICT_ROWS):
+                        logits = stack.skeleton.logits(own, inputs[start : start + PREDICT_ROWS])
+                        out[position, start : start + PREDICT_ROWS] = logits.numpy()
+                return out
+            # The rows are the same for all members and are read once.
+            logits_of = torch.vmap(stack.skeleton.logits, in_dims=(0, None))
+            width = max(FEW_ROWS, STACKED_PREDICT_ROWS // members)
+            for start in range(0, len(inputs), width):
+                logits = logits_of(stack.tensors, inputs[start : start + width])
+                out[self._order, start : start + width] = logits.cpu().numpy()
+        return out
+
+    def predict_public(  # noqa: D102
+        self, rows: np.ndarray, *, model: str | None = None
+    ) -> Float[np.ndarray, "members rows classes"]:
+        return self.predict(public_inputs(self._data, rows), model=model)
+
+    def weights(self, *, model: str | None = None) -> list[Arrays]:  # noqa: D102
+        stack = self._stacks[model or self._first]
+        return [stack.weights(int(place)) for place in self._places]
+
+    def load_weights(  # noqa: D102
+        self, weights: Mapping[str, np.ndarray], *, model: str | None = None
+    ) -> None:
+        self._stacks[model or self._first].load_weights(weights)
+
+    def reset_optimizers(self) -> None:  # noqa: D102
+        for stack in self._stacks.values():
+            stack.forget()
+
+    def states(self) -> list[ClientState]:  # noqa: D102
+        return [
+            ClientState({name: stack.state(int(place)) for name, stack in self._stacks.items()})
+            for place in self._places
+        ]
+
+    def metrics(self) -> list[dict[str, float]]:  # noqa: D102
+        return [
+            {
+                f"loss/{name}": float(torch.cat(losses).mean())
+                for name, losses in self._terms[place].items()
+            }
+            for place in self._places
+        ]
+
+
+def _losses_of(
+    objective: Objective | JointObjective,
+    names: tuple[str, ...],
+    skeletons: Sequence[Skeleton],
+    steps: "_StackedSteps",
+) -> Any:
+    """Return what vmap runs: one member's losses from its tensors and its rows."""
+    step_objective: Any = objective
+
+    def losses(handed: Sequence[dict[str, Tensor]], rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        num_private = steps.num_private
+        outputs = {}
+        for number, (name, skeleton, tensors) in enumerate(
+            zip(names, skeletons, handed, strict=True)
+        ):
+            if skeleton.dropout is not None:
+                skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
+            skeleton.counted.weights = rows.get("counted")
+            skeleton.counted.fewest = steps.fewest
+            logits = skeleton.logits(tensors, rows["inputs"])
+            outputs[name] = Outputs(
+                private=logits[:num_private] if num_private else None,
+                public=logits[num_private:] if num_private < len(logits) else None,
+            )
+        batch = Batch(
+            labels=rows.get("labels"),
+            targets=rows.get("targets"),
+            public_labels=rows.get("public_labels"),
+            private_counted=rows.get("private_counted"),
+            public_counted=rows.get("public_counted"),
+        )
+        result: dict[str, Tensor] = step_objective(
+            outputs if len(outputs) > 1 else next(iter(outputs.values())), batch
+        )
+        return result
+
+    return losses
+
+
+class _Padded:
+    """One kind of rows: every member's batches as one table ``[members, steps, width]``."""
+
+    def __init__(self, batches: Sequence[Sequence[np.ndarray]], device: torch.device) -> None:
+        steps = max(len(own) for own in batches)
+        self.sizes = np.zeros((len(batches), steps), np.int64)
+        for position, own in enumerate(batches):
+            self.sizes[position, : len(own)] = [len(batch) for batch in own]
+        width = int(self.sizes.max(initial=0))
+        table = np.zeros((len(batches), steps, width), np.int64)
+        real = np.arange(width) < self.sizes[:, :, None]
+        # Padding repeats row 0: any finite numbers do, for they count for nothing.
+        table[real] = np.concatenate(
+            [np.empty(0, np.int64), *(batch for own in batches for batch in own)]
+        )
+        self._table = as_tensor(table).to(device)
+        self._device = device
+
+    def take(self, step: int, active: int) -> tuple[Tensor, Tensor | None]:
+        """Return a step's rows ``[active, width]``, and which count unless all do."""
+        sizes = self.sizes[:active, step]
+        widest = int(sizes.max())
+        rows = self._table[:active, step, :widest]
+        if int(sizes.min()) == widest:
+            return rows, None
+        counted = np.arange(widest) < sizes[:, None]
+        return rows, torch.from_numpy(counted.astype(np.float32)).to(self._device)
+
+
+class _StackedSteps:
+    """All members' batches, one step at a time.
+
+    Attributes:
+        counts: steps of each member, never rising.
+        total: steps of the member that takes most.
+        num_private, fewest: of the step last taken: private rows of its width, and rows of its
+            smallest batch.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        feeds: Sequence[Feed],
+        public: PublicLesson | None,
+        order: Sequence[int],
+        seeds: Sequence[int] | None,
+    ) -> None:
+        self.counts = [feed.steps for feed in feeds]
+        if any(later > earlier for earlier, later in pairwise(self.counts)):
+            raise ValueError(f"members with fewer rows must not take more steps: {self.counts}")
+        self.total = self.counts[0]
+        self.num_private = self.fewest = 0
+        self._data = data
+        device = data.train_inputs.device
+        self._private = self._public = None
+        own = [feed.private for feed in feeds if feed.private is not None]
+        if own:
+            self._private = _Padded(own, device)
+        shared = [feed.public for feed in feeds if feed.public is not None]
+        self._targets: Tensor | None = None
+        self._first_targets: Tensor | None = None
+        if public is not None and shared:
+            self._public = _Padded(shared, device)
+            self._public_rows = as_tensor(public.rows).to(device)
+            if public.targets is not None:
+                targets = as_tensor(public.targets).to(device)
+                if targets.ndim == 3:
+                    # Each member's targets below one another, found by where they begin.
+                    self._first_targets = torch.tensor(order, device=device)[:, None] * len(
+                        public.rows
+                    )
+                self._targets = targets.flatten(0, -2)
+        self._keys: Tensor | None = None
+        if seeds is not None:
+            keys = np.stack([step_keys(seed, self.total) for seed in seeds], axis=1)
+            self._keys = as_tensor(keys).to(device)
+
+    def active(self, step: int) -> int:
+        """Return how many members take this step; they come first."""
+        return sum(count > step for count in self.counts)
+
+    def take(self, step: int, active: int) -> dict[str, Tensor]:
+        """Return a step's rows by what they are, each with the members as first dimension."""
+        rows: dict[str, Tensor] = {}
+        if self._keys is not None:
+            rows["key"] = self._keys[step, :active]
+        inputs: list[Tensor] = []
+        counted: list[Tensor | None] = []
+        sizes = np.zeros(active, np.int64)
+        self.num_private = 0
+        if self._private is not None:
+            own, weights = self._private.take(step, active)
+            inputs.append(_rows_of(self._data.train_inputs, own))
+            rows["labels"] = _rows_of(self._data.train_labels, own)
+            counted.append(weights)
+            self.num_private = own.shape[1]
+            sizes += self._private.sizes[:active, step]
+            if weights is not None:
+                rows["private_counted"] = weights
+        if self._public is not None:
+            positions, weights = self._public.take(step, active)
+            shared = _rows_of(self._public_rows, positions)
+            inputs.append(_rows_of(self._data.public_inputs, shared))
+            counted.append(weights)
+            sizes += self._public.sizes[:active, step]
+            if weights is not None:
+                rows["public_counted"] = weights
+            if self._targets is not None:
+                if self._first_targets is not None:
+                    positions = positions + self._first_targets[:active]
+                rows["targets"] = _rows_of(self._targets, positions)
+            if self._data.public_labels is not None:
+                rows["public_labels"] = _rows_of(self._data.public_labels, shared)
+        rows["inputs"] = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+        self.fewest = int(sizes.min())
+        if any(weights is not None for weights in counted):
+            every = torch.cat(
+                [
+                    torch.ones(part.shape[:2], device=part.device) if weights is None else weights
+                    for part, weights in zip(inputs, counted, strict=True)
+                ],
+                dim=1,
+            )
+            rows["counted"] = every
+            # A row's number among the rows that count: padding in front of it moves no mask.
+            rows["numbers"] = every.cumsum(1).long() - 1
+        return rows
+
+
+def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    """Return ``table[rows]``; one flat selection is several times as fast."""
+    picked: Tensor = table.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
+    return picked

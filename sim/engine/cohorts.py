@@ -1,0 +1,109 @@
+"""Cutting the clients of a phase into cohorts, and choosing how each cohort trains.
+
+What is in a cohort depends on the settings, the data and who takes part, never on workers or
+times: stacked models may round differently in other company, and a seed has to give the same
+bits on any machine of a type.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from fedkd.data import FederatedData
+from fedkd.models import ModelSettings
+from fedkd.training.backends import Backend, choose_backend
+from sim.engine.messages import Phase
+from sim.settings import Settings
+
+QUERY_CLIENTS = 256
+"""Clients in a call that asks for nothing but an answer."""
+
+Cohort = tuple[tuple[int, ...], Backend]
+
+
+class CohortCutter:
+    """Cuts clients into cohorts of one architecture and says which backend trains each."""
+
+    def __init__(self, settings: Settings, data: FederatedData) -> None:
+        self._settings = settings
+        self._engine = settings.engine
+        self._input_shape = data.input_shape
+        self._num_classes = data.num_classes
+        self._rows = np.fromiter((len(rows) for rows in data.client_rows), np.int64)
+        self._measured: dict[str, Backend] = {}
+
+    def cut(self, clients: Sequence[int], phase: Phase) -> list[Cohort]:
+        """Return cohorts: their members, sorted, and their backend.
+
+        Members that train one after the other have no use for each other, so each is a cohort
+        of its own; how many travel in one call is the grid's business.
+        """
+        if phase == "query":
+            return [(tuple(part), "loop") for part in _parts(clients, QUERY_CLIENTS)]
+        cohorts: list[Cohort] = []
+        for group in self._by_architecture(clients):
+            for members in self._stacks(group):
+                backend = self._backend(members)
+                if backend == "loop":
+                    cohorts.extend(((client,), backend) for client in members)
+                else:
+                    cohorts.append((tuple(members), backend))
+        return cohorts
+
+    def unsettled(self, clients: Iterable[int]) -> list[tuple[int, ...]]:
+        """Return a cohort of each architecture whose backend is yet to be measured."""
+        if self._engine.vectorize != "measure":
+            return []
+        groups = self._by_architecture(clients)
+        return [
+            tuple(self._stacks(group)[0])
+            for group in groups
+            if self._model(group[0]).key not in self._measured
+        ]
+
+    def settle(self, members: Sequence[int], backend: Backend) -> None:
+        """From now on, train clients of this architecture in this way."""
+        self._measured[self._model(members[0]).key] = backend
+
+    def choices(self) -> dict[str, Backend]:
+        """Return the measured choices by architecture; empty unless ``vectorize: measure``."""
+        return dict(self._measured)
+
+    def recall(self, choices: Mapping[str, Backend]) -> None:
+        """Take back what `choices` returned."""
+        self._measured = dict(choices)
+
+    def _backend(self, members: Sequence[int]) -> Backend:
+        model = self._model(members[0])
+        match self._engine.vectorize:
+            case "loop" | "vmap" as forced:
+                return forced
+            case "measure" if model.key in self._measured:
+                return self._measured[model.key]
+            case _:
+                return choose_backend(
+                    model,
+                    input_shape=self._input_shape,
+                    num_classes=self._num_classes,
+                    members=len(members),
+                    batch_rows=self._settings.clients.batch_size,
+                    device="cuda" if self._engine.gpus_per_worker else "cpu",
+                )
+
+    def _model(self, client: int) -> ModelSettings:
+        return self._settings.model_of(client)
+
+    def _by_architecture(self, clients: Iterable[int]) -> list[list[int]]:
+        groups: dict[str, list[int]] = {}
+        for client in clients:
+            groups.setdefault(self._model(client).key, []).append(client)
+        return list(groups.values())
+
+    def _stacks(self, group: Sequence[int]) -> list[list[int]]:
+        """Cut a group so that members of a stack have about as many rows: less is padded."""
+        by_size = sorted(group, key=lambda client: (-self._rows[client], client))
+        return [sorted(part) for part in _parts(by_size, self._engine.cohort_size)]
+
+
+def _parts(clients: Sequence[int], size: int) -> list[list[int]]:
+    return [list(clients[start : start + size]) for start in range(0, len(clients), size)]

@@ -1,0 +1,281 @@
+"""A Ray session with its workers: the processes that serve clients.
+
+A worker is a process with one computing thread and, if asked for, a share of a GPU. It holds
+nothing that matters: clients' states come in with a call and go out with its results.
+"""
+
+import gc
+import logging
+import math
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray._private import ray_constants
+
+from fedkd.data import FederatedData
+from fedkd.training import ClientState
+from sim.engine.messages import ClientReply, CohortCall
+from sim.engine.runtime import ClientRuntime
+from sim.settings import EngineSettings, SettingsError, settings_from_table
+from strategies.knowledge import Knowledge
+
+NOTHING = -1
+"""Stands where there is no knowledge or no state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Several calls that travel together, and where each client finds what it needs.
+
+    Attributes:
+        calls: to be carried out one after the other.
+        received: for each call and client, the number of a piece in ``own``, or of a shared
+            object, counted on from there; `NOTHING` where it receives nothing.
+        states: for each call and client, (shared object, place in it); `NOTHING` twice for a
+            client without a state.
+        own: knowledge that only this parcel needs.
+    """
+
+    calls: tuple[CohortCall, ...]
+    received: tuple[tuple[int, ...], ...]
+    states: tuple[tuple[tuple[int, int], ...], ...]
+    own: tuple[Knowledge, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A call of a parcel, done: an answer for each client, and the seconds it took."""
+
+    answers: list[ClientReply | str]
+    seconds: float
+
+
+class Worker:
+    """The process that serves any client of the run it was last configured for."""
+
+    def __init__(self) -> None:
+        # Before anything is computed in this process.
+        torch.set_num_threads(1)
+        self._runtime: ClientRuntime | None = None
+
+    def configure(self, settings: dict[str, Any], data: FederatedData) -> None:
+        """Take on a run."""
+        self._runtime = ClientRuntime(settings_from_table(settings), data, _device())
+        # What is here now stays: the collector need not look at it after every call.
+        gc.collect()
+        gc.freeze()
+
+    def run(self, parcel: Parcel, *shared: Any) -> tuple[list[Answered], list[ClientState]]:
+        """Carry out the calls of a parcel; the states of those that trained, in their order."""
+        runtime = self._configured()
+        answered = []
+        new_states: list[ClientState] = []
+        pieces = (*parcel.own, *shared)
+        for call, received, states in zip(
+            parcel.calls, parcel.received, parcel.states, strict=True
+        ):
+            served = runtime.serve(
+                call,
+                [None if piece == NOTHING else pieces[piece] for piece in received],
+                [None if bundle == NOTHING else shared[bundle][place] for bundle, place in states],
+            )
+            answered.append(Answered(served.answers, served.seconds))
+            new_states.extend(served.states[c] for c in call.clients if c in served.states)
+        return answered, new_states
+
+    def measure(self, clients: Sequence[int]) -> dict[str, Any]:
+        """Time both backends on these clients."""
+        return self._configured().measure(clients)
+
+    def _configured(self) -> ClientRuntime:
+        if self._runtime is None:
+            raise RuntimeError("the worker was not configured")
+        return self._runtime
+
+    def device(self) -> str:
+        """Return the device that this worker trains on."""
+        return str(_device())
+
+    def node(self) -> str:
+        """Return the id of the machine that this worker is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def threads(self) -> int:
+        """Return how many threads this worker computes with."""
+        return torch.get_num_threads()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+
+
+def available_cpus() -> int:
+    """Return the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_engine(engine: EngineSettings) -> None:
+    """Refuse, before Ray starts, resources that this machine does not have.
+
+    What a cluster has is known to the cluster only, so with ``engine.address`` Ray decides.
+
+    Raises:
+        SettingsError: names the setting and what there is.
+    """
+    if engine.address is not None:
+        return
+    cpus = available_cpus()
+    if engine.backend == "ray" and engine.cpus_per_worker > cpus:
+        raise SettingsError(
+            f"engine.cpus_per_worker must be at most the {cpus} CPUs of this machine, "
+            f"got {engine.cpus_per_worker:g}"
+        )
+    gpus = torch.cuda.device_count()
+    if engine.gpus_per_worker > gpus:
+        raise SettingsError(
+            f"engine.gpus_per_worker must be at most the {gpus} GPUs that PyTorch sees here, "
+            f"got {engine.gpus_per_worker:g}"
+        )
+    if engine.gpus_per_worker and engine.backend == "inline":
+        raise SettingsError(
+            f"engine.gpus_per_worker needs engine.backend: ray, got {engine.gpus_per_worker:g} "
+            "with inline"
+        )
+
+
+class RaySession:
+    """Ray with its workers; a study keeps one session for all of its runs.
+
+    Ray is started on this machine, for the loopback only, or joined where ``engine.address``
+    names a cluster; a Ray that this process has started already is used as it is.
+    """
+
+    def __init__(self, engine: EngineSettings) -> None:
+        check_engine(engine)
+        self._engine = engine
+        self._owns_ray = not ray.is_initialized()
+        self._cluster_allowed = ray_constants.ENABLE_RAY_CLUSTER
+        if self._owns_ray:
+            _start_ray() if engine.address is None else _join_ray(engine.address)
+        self._workers: list[Any] = []
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def worker_limit(self) -> int:
+        """Return how many workers there is room for."""
+        engine = self._engine
+        if engine.address is None:
+            cpus, gpus = float(available_cpus()), float(torch.cuda.device_count())
+        else:
+            there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+        limit = math.floor(cpus / engine.cpus_per_worker)
+        if engine.gpus_per_worker:
+            limit = min(limit, math.floor(gpus / engine.gpus_per_worker))
+        return max(1, limit)
+
+    def workers(self, count: int) -> list[Any]:
+        """Return ``count`` workers, or as many as fit; started on first use and kept."""
+        while len(self._workers) < min(count, self.worker_limit()):
+            self._workers.append(self._start_worker())
+        return self._workers[:count]
+
+    def replace(self, worker: Any) -> Any | None:
+        """Kill a worker that hangs or died and start another in its place.
+
+        Returns:
+            The new worker, which may still be starting; None where a lost machine has left no
+            room for it.
+        """
+        if len(self._workers) > self.worker_limit():
+            self.drop(worker)
+            return None
+        ray.kill(worker)
+        place = self._workers.index(worker)
+        self._workers[place] = self._start_worker()
+        return self._workers[place]
+
+    @property
+    def joined(self) -> bool:
+        """Whether this is a cluster that others started, whose machines may come and go."""
+        return self._engine.address is not None
+
+    def drop(self, worker: Any) -> None:
+        """Do without a worker for which there is no room any more."""
+        ray.kill(worker)
+        self._workers.remove(worker)
+
+    def _start_worker(self) -> Any:
+        return (
+            ray.remote(Worker)
+            .options(num_cpus=self._engine.cpus_per_worker, num_gpus=self._engine.gpus_per_worker)
+            .remote()
+        )
+
+    def close(self) -> None:
+        """Stop the workers, and leave Ray, which stops it where this session started it."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers.clear()
+        if self._owns_ray:
+            ray.shutdown()
+            ray_constants.ENABLE_RAY_CLUSTER = self._cluster_allowed
+
+
+def _start_ray() -> None:
+    ray.init(
+        # Without it Ray would join whatever cluster happens to run here.
+        address="local",
+        num_cpus=available_cpus(),
+        num_gpus=torch.cuda.device_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _join_ray(address: str) -> None:
+    if address != "auto":
+        _knock(address)
+    if address.split(":")[0] not in ("127.0.0.1", "localhost"):
+        # What keeps a Ray of our own on the loopback would keep us from a cluster's machines.
+        ray_constants.ENABLE_RAY_CLUSTER = True
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise _nobody_at(address, str(error).splitlines()[0]) from None
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise SettingsError(f"engine.address must be auto or HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise _nobody_at(address, error.strerror or str(error)) from None
+
+
+def _nobody_at(address: str, why: str) -> SettingsError:
+    return SettingsError(
+        f"engine.address: no Ray cluster answers at {address!r} ({why}); start one with "
+        "'ray start --head', or leave the setting out to use this machine"
+    )

@@ -1,0 +1,32 @@
+"""Who is told what happens in a run: the run folder, the progress bar, trackers, tests."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedkd.data import FederatedData
+from sim.settings import Settings
+
+Row = dict[str, Any]
+"""What is written down as one line: plain values by name."""
+
+
+class Observer:
+    """Is told what happens in a run; override what you care about."""
+
+    def started(self, settings: Settings, data: FederatedData) -> None:
+        """The data is loaded and the first round is about to start."""
+
+    def returned(self, round: int) -> None:
+        """The run goes on after this round: it was resumed, or had to go back to a checkpoint."""
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        """A round's metrics, one row for each scope."""
+
+    def exchange(self, rows: Sequence[Row]) -> None:
+        """A round's bytes, one row for each client and direction."""
+
+    def event(self, row: Row) -> None:
+        """Something worth knowing, such as a rejected reply."""
+
+    def completed(self, round: int) -> None:
+        """The round is over for good; what was told of it is final."""

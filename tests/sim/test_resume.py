@@ -1,0 +1,743 @@
+"""A run that was stopped goes on and ends with the bits of one that was not, wherever it was."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sim
+from sim import checkpoints, persistence, records, running
+from sim.checkpoints import CheckpointError
+from sim.engine.grid import StatesLostError
+from sim.engine.inline import InlineGrid
+from sim.observers import Observer, Row
+from sim.persistence import CHECKPOINTS_FOLDER
+from sim.records import FolderBusyError, RunFolder, StorageError, read_rows
+from sim.replies import QuorumError
+from sim.running import RunResult, run, settings_of_run
+from sim.settings import Settings, SettingsError
+from strategies import STRATEGIES
+
+Make = Callable[..., Settings]
+
+
+@pytest.fixture
+def make(
+    tiny_settings: Callable[..., Settings],
+    tiny_data: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Make:
+    """Make settings of runs that take a moment, on data that need not be loaded."""
+    data = tiny_data()
+    monkeypatch.setattr(running, "load_data", lambda _: data)
+
+    def settings(strategy: str = "dml", **changes: Any) -> Settings:
+        changes = {"rounds": 4, "checkpoints": {"every": 1}, **changes}
+        return tiny_settings(strategy, output=tmp_path / "runs", **changes)
+
+    return settings
+
+
+class Stopping(Observer):
+    """Presses Ctrl-C when a round is about to be complete."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        if rows[0]["round"] == self.round:
+            raise KeyboardInterrupt
+
+
+def stopped(settings: Settings, round: int, **options: Any) -> Path:
+    """Run until a round is about to be complete; return the folder."""
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run(settings, observers=[Stopping(round)], **options)
+    folder = stop.value.folder
+    assert isinstance(folder, Path)
+    return folder
+
+
+def bits(folder: Path) -> tuple[Any, ...]:
+    """Return everything of a finished run that a seed decides."""
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "finished"
+    metrics = [
+        {key: value for key, value in row.items() if "seconds" not in key}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+    exchange = read_rows(folder / "exchange.jsonl")
+    summary = {
+        key: result[key] for key in ("weights_sha256", "rounds", "bytes_up", "bytes_down")
+    } | {"selected": result["selected"].get("round"), "last": result["last"].get("round")}
+    return summary, metrics, exchange
+
+
+def events(folder: Path, kind: str) -> list[Row]:
+    return [row for row in read_rows(folder / "events.jsonl") if row["event"] == kind]
+
+
+def found(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / CHECKPOINTS_FOLDER).iterdir())
+
+
+# -- the same bits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [*((name, {}) for name in STRATEGIES), ("one_way", {"direction": "server_to_clients"})],
+)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    make: Make, strategy: str, options: dict[str, Any]
+) -> None:
+    # Three of four clients a round: some have a state and some have none when it stops.
+    settings = make(strategy, options=options, clients={"participants": 3})
+    whole = run(settings)
+    folder = stopped(settings, 3)
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    resumed = run(resume=folder)
+    assert resumed.folder == folder
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert bits(folder) == bits(whole.folder)
+    assert timeless(resumed) == timeless(whole)
+
+
+def timeless(result: RunResult) -> str:
+    row = result.to_row()
+    for key in ("seconds", "folder"):
+        del row[key]
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(value[key]) for key in value if "seconds" not in key}
+        return [without(item) for item in value] if isinstance(value, list) else value
+
+    return json.dumps(without(row))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, None])
+def test_results_do_not_depend_on_when_checkpoints_are_written(
+    make: Make, every: int | None
+) -> None:
+    whole = run(make())
+    settings = make(checkpoints={"every": every, "keep": 3})
+    often = run(settings)
+    assert bits(often.folder) == bits(whole.folder)
+    rounds = {1: [2, 3, 4], 2: [2, 4], 3: [3, 4]}.get(every or 0)
+    if rounds is not None:
+        assert found(often.folder) == [f"round-{round:06d}" for round in rounds]
+    folder = stopped(settings, 4)
+    # Whatever the interval, an interruption saves the last complete round.
+    assert found(folder)[-1] == "round-000003"
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+def test_a_run_may_be_stopped_after_every_round(make: Make) -> None:
+    settings = make()
+    whole = run(settings)
+    folder = stopped(settings, 2)
+    for round in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            run(resume=folder, observers=[Stopping(round)])
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+def test_a_run_that_never_wrote_a_checkpoint_starts_over(make: Make) -> None:
+    settings = make()
+    folder = stopped(settings, 1)
+    assert not (folder / CHECKPOINTS_FOLDER).exists()
+    assert read_rows(folder / "metrics.jsonl")
+    run(resume=folder)
+    assert bits(folder) == bits(run(settings).folder)
+
+
+def test_a_finished_run_is_only_read(make: Make) -> None:
+    whole = run(make("one_way"))
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
+    again = run(resume=whole.folder)
+    assert again.to_row() == whole.to_row()
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before
+
+
+def test_a_run_that_lost_only_its_result_trains_nothing_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(make())
+    expected = bits(whole.folder)
+    (whole.folder / "result.json").unlink()
+
+    def no_more(*_: object) -> Iterator[Any]:
+        raise AssertionError("nobody should train")
+
+    monkeypatch.setattr(InlineGrid, "_execute", no_more)
+    run(resume=whole.folder)
+    assert bits(whole.folder) == expected
+
+
+def test_a_progress_bar_starts_where_the_run_goes_on(make: Make) -> None:
+    folder = stopped(make(), 3)
+    told: list[Any] = []
+
+    class Listener(Observer):
+        def returned(self, round: int) -> None:
+            told.append(("returned", round))
+
+        def completed(self, round: int) -> None:
+            told.append(("completed", round))
+
+    run(resume=folder, observers=[Listener()])
+    assert told == [("returned", 2), ("completed", 3), ("completed", 4)]
+
+
+# -- what may change on resume -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("rounds=8", r"rounds: a resumed run cannot change it \(it has 4, got 8\): schedules"),
+        ("seed=3", r"seed: a resumed run cannot change it \(it has 0, got 3\)"),
+        ("strategy.kd_weight=2", r"strategy\.kd_weight\.value"),
+        ("strategy.name=local", r"strategy\.name: .* 'dml', got 'local'"),
+        ("clients.batch_size=4", r"clients\.batch_size"),
+        ("engine.cohort_size=2", r"engine\.cohort_size"),
+        ("engine.vectorize=loop", r"engine\.vectorize"),
+        ("name=other", "name: a resumed run"),
+    ],
+)
+def test_what_changes_numbers_is_refused_and_named(
+    make: Make, override: str, complaint: str
+) -> None:
+    folder = stopped(make(), 2)
+    with pytest.raises(SettingsError, match=complaint):
+        settings_of_run(folder, [override])
+
+
+def test_what_changes_no_number_may_be_another(make: Make) -> None:
+    whole = run(make())
+    folder = stopped(make(), 2)
+    settings = settings_of_run(folder, ["engine.quorum=0.25", "checkpoints.keep=1", "rounds=4"])
+    run(settings, resume=folder)
+    assert bits(folder) == bits(whole.folder)
+    assert len(found(folder)) == 1
+    assert settings_of_run(folder).engine.quorum == 0.25
+
+
+def test_other_versions_are_a_warning_not_an_error(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(make(), 3)
+    versions = {**records.package_versions(), "torch": "9.9"}
+    monkeypatch.setattr(persistence, "package_versions", lambda: versions)
+    run(resume=folder)
+    (event,) = events(folder, "environment changed")
+    assert event["round"] == 2
+    assert "torch" in event["reason"]
+    assert "9.9 now" in event["reason"]
+    assert "numpy" not in event["reason"]
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"is not the folder of a run: .* settings\.yaml"):
+        run(resume=tmp_path)
+
+
+# -- bad checkpoints ---------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(make: Make) -> None:
+    settings = make()
+    whole = run(settings)
+    folder = stopped(settings, 4)
+    assert found(folder) == ["round-000002", "round-000003"]
+    (shard,) = (folder / CHECKPOINTS_FOLDER / "round-000003").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert "round-000003: arrays-00001.safetensors does not fit its SHA-256" in event["reason"]
+    assert event["reason"].endswith("went back to round-000002")
+
+
+def test_without_a_usable_checkpoint_each_is_named(make: Make) -> None:
+    folder = stopped(make(), 4)
+    for checkpoint in (folder / CHECKPOINTS_FOLDER).iterdir():
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(CheckpointError) as refused:
+        run(resume=folder)
+    text = str(refused.value)
+    assert "no checkpoint can be used" in text
+    assert text.index("round-000003: state.json cannot be read") < text.index("round-000002")
+
+
+def test_a_checkpoint_of_another_run_is_not_used(make: Make) -> None:
+    folder, other = stopped(make(), 3), stopped(make(seed=1), 4)
+    shutil.copytree(
+        other / CHECKPOINTS_FOLDER / "round-000003",
+        folder / CHECKPOINTS_FOLDER / "round-000003",
+    )
+    run(resume=folder)
+    assert bits(folder) == bits(run(make()).folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert "belongs to other settings" in event["reason"]
+
+
+def test_other_data_are_noticed(
+    make: Make, tiny_data: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(make(), 3)
+    monkeypatch.setattr(running, "load_data", lambda _: tiny_data(seed=1))
+    with pytest.raises(CheckpointError, match="belongs to other data"):
+        run(resume=folder)
+
+
+def test_rows_that_were_damaged_since_are_noticed(make: Make) -> None:
+    folder = stopped(make(), 3)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'"round": 1', b'"round": 7'))
+    with pytest.raises(CheckpointError, match=r"another metrics\.jsonl, which was damaged since"):
+        run(resume=folder)
+
+
+# -- killed ------------------------------------------------------------------------------------
+
+WATCHED = {
+    str(Path(sim.__file__).with_name(name))
+    for name in (
+        "checkpoints.py",
+        "history.py",
+        "interruption.py",
+        "persistence.py",
+        "records.py",
+        "replies.py",
+        "rounds.py",
+        "running.py",
+    )
+}
+"""Between any two lines of these a process may be killed."""
+
+
+Visit = tuple[str, int, int]
+"""A file, a line of it, and which of the line's visits."""
+
+
+class Lines:
+    """Notes which source lines a run visits, and kills the process at one visit."""
+
+    def __init__(self, fatal: Visit | None = None) -> None:
+        self.visits: Counter[tuple[str, int]] = Counter()
+        self.fatal = fatal
+
+    def __enter__(self) -> "Lines":
+        sys.settrace(self._calls)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _calls(self, frame: FrameType, event: str, _: object) -> Any:
+        return self._lines if frame.f_code.co_filename in WATCHED else None
+
+    def _lines(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            line = frame.f_code.co_filename, frame.f_lineno
+            self.visits[line] += 1
+            if (*line, self.visits[line]) == self.fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self._lines
+
+
+def killed_at(visit: Visit, call: Callable[[], object]) -> bool:
+    """Let a child process make a call and kill it there; False if it never came there."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with Lines(visit):
+                call()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL), "the child failed by itself"
+    return status != 0
+
+
+def survives(make: Make, strategy: str, count: int) -> None:
+    settings = make(strategy, rounds=3, clients={"participants": 3})
+    whole = bits(run(settings).folder)
+    folder = settings.output / "counted"
+    folder.mkdir()
+    with Lines() as lines:
+        run(settings, folder=folder)
+    assert bits(folder) == whole
+    assert len(lines.visits) > 300
+    rng = np.random.default_rng(count)
+
+    def draw() -> Visit:
+        # First a line, then a visit: what runs once counts as much as what runs often.
+        (path, line), visits = sorted(lines.visits.items())[int(rng.integers(len(lines.visits)))]
+        return path, line, 1 + int(rng.integers(visits))
+
+    for number in range(count):
+        folder = settings.output / f"killed-{number}"
+        folder.mkdir()
+        visit = draw()
+        assert killed_at(visit, lambda folder=folder: run(settings, folder=folder)), visit
+        if (folder / "settings.yaml").exists():
+            # Once more, somewhere in what is left.
+            killed_at(draw(), lambda folder=folder: run(resume=folder))
+            run(resume=folder)
+        else:
+            run(settings, folder=folder)
+        assert bits(folder) == whole, visit
+        assert not list((folder / CHECKPOINTS_FOLDER).glob(".*"))
+        shutil.rmtree(folder)
+
+
+def test_sigkill_anywhere_costs_no_bit(make: Make) -> None:
+    survives(make, "dml", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["dml", "fedavg", "one_way"])
+def test_sigkill_at_a_hundred_points_costs_no_bit(make: Make, strategy: str) -> None:
+    survives(make, strategy, 40)
+
+
+# -- signals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+    ids=["int", "term"],
+)
+def test_a_signal_leaves_a_run_that_can_be_resumed(
+    tmp_path: Path, small_words: tuple[str, ...], number: signal.Signals, code: int
+) -> None:
+    words = [*small_words, "rounds=300", "evaluation.every=300", f"output={tmp_path}", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedkd", "run", *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/*/checkpoints/round-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    (folder,) = tmp_path.glob("*/*")
+    assert err == f"fedkd: interrupted; fedkd run --resume {folder} goes on from there\n"
+    rounds = [r["round"] for r in read_rows(folder / "metrics.jsonl") if r["scope"] == "federation"]
+    newest = int(found(folder)[-1].removeprefix("round-"))
+    assert newest in (rounds[-1], rounds[-1] - 1)
+
+
+def test_a_signal_waits_until_a_round_is_complete(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make()
+    whole = run(settings)
+    commit = InlineGrid.commit
+
+    def interrupted_commit(grid: InlineGrid) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        commit(grid)
+
+    with monkeypatch.context() as during:
+        during.setattr(InlineGrid, "commit", interrupted_commit)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run(settings)
+    folder = stop.value.folder
+    assert stop.value.exit_code == 143
+    # The round whose end it came in is there as a whole: states, rows and checkpoint.
+    assert found(folder) == ["round-000001"]
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+def test_a_second_ctrl_c_during_the_last_write_costs_that_write_only(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make(checkpoints={"every": 2})
+    whole = run(settings)
+    rename = os.rename
+
+    def impatient(source: Any, target: Any) -> None:
+        if "round-000003" in str(target):
+            signal.raise_signal(signal.SIGINT)
+        rename(source, target)
+
+    with monkeypatch.context() as during:
+        during.setattr(checkpoints.os, "rename", impatient)
+        folder = stopped(settings, 4)
+    assert found(folder) == [".round-000003.partial", "round-000002"]
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+def test_handlers_are_as_they_were_after_a_run(make: Make) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(make(rounds=1))
+    stopped(make(rounds=1), 1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# -- one process at a time ---------------------------------------------------------------------
+
+
+def test_two_processes_in_one_folder_are_one_clear_error(make: Make) -> None:
+    folder = stopped(make(), 2)
+    ready, hold = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with RunFolder(folder, settings_of_run(folder)):
+            os.write(hold, b"!")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        rows = (folder / "metrics.jsonl").read_bytes()
+        with pytest.raises(FolderBusyError, match=rf"in use by process {child};"):
+            run(resume=folder)
+        assert (folder / "metrics.jsonl").read_bytes() == rows
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(hold)
+    # Nobody holds the lock of a process that was killed.
+    run(resume=folder)
+    assert bits(folder)
+
+
+# -- disks that refuse -------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(make: Make) -> None:
+    settings = make(rounds=12)
+    whole = run(settings)
+    folder = settings.output / "full"
+    folder.mkdir()
+    limit = int(0.6 * (whole.folder / "metrics.jsonl").stat().st_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(limit, 8192), hard))
+    try:
+        with pytest.raises(StorageError) as full:
+            run(settings, folder=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = str(full.value)
+    assert "File too large" in text
+    assert f"fedkd run --resume {folder}" in text
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    make: Make, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    settings = make(checkpoints={"every": 2})
+    whole = run(settings)
+    folder = settings.output / "refused"
+    folder.mkdir()
+    write = checkpoints._write_file
+
+    def refuse(path: Path, content: bytes) -> None:
+        if "round-000004" in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        write(path, content)
+
+    with monkeypatch.context() as during:
+        during.setattr(checkpoints, "_write_file", refuse)
+        with pytest.raises(StorageError, match=os.strerror(code)):
+            run(settings, folder=folder)
+    assert found(folder) == ["round-000002"]
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+def test_no_folder_is_left_where_the_data_cannot_be_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make()
+
+    def no_data(_: Settings) -> None:
+        raise SettingsError("data.source: nothing there")
+
+    monkeypatch.setattr(running, "load_data", no_data)
+    with pytest.raises(SettingsError, match="nothing there"):
+        run(settings)
+    assert not settings.output.exists()
+
+
+# -- what the grid has learnt ------------------------------------------------------------------
+
+
+class Excluding(InlineGrid):
+    """Finds in the second round that a client cannot be served."""
+
+    def _execute(self, calls: Any) -> Iterator[Any]:
+        yield from super()._execute(calls)
+        if calls and calls[0].call.round == 2:
+            self._excluded[1] = "excluded since round 2: it takes every worker down"
+
+
+def test_who_was_excluded_stays_so_after_a_resume(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "InlineGrid", Excluding)
+    settings = make()
+    whole = run(settings)
+    folder = stopped(settings, 4)
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+    rejected = [(row["round"], row["client"]) for row in events(folder, "rejected")]
+    assert rejected == [(3, 1), (4, 1)]
+
+
+# -- lost states -------------------------------------------------------------------------------
+
+
+class Forgetful(InlineGrid):
+    """Loses all states at some moments, as a grid does whose machine is gone."""
+
+    lose_at: tuple[tuple[str, int], ...] = ()
+    seen: dict[tuple[str, int], int] = {}  # noqa: RUF012
+
+    def _execute(self, calls: Any) -> Iterator[Any]:
+        for number, answer in enumerate(super()._execute(calls)):
+            call = calls[0].call
+            key = call.phase, call.round
+            self.seen[key] = self.seen.get(key, 0) + (number == 0)
+            if number == 1 and self.lose_at.count(key) >= self.seen[key]:
+                self._committed.clear()
+                self._pending.clear()
+                raise StatesLostError("clients' states were lost: node gone")
+            yield answer
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> type[Forgetful]:
+    monkeypatch.setattr(running, "InlineGrid", Forgetful)
+    monkeypatch.setattr(Forgetful, "seen", {})
+    return Forgetful
+
+
+@pytest.mark.parametrize("strategy", ["dml", "fedavg", "one_way"])
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_lost_states_come_back_from_the_last_checkpoint_and_the_run_says_so(
+    make: Make,
+    forgetful: type[Forgetful],
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    phase: str,
+) -> None:
+    settings = make(strategy, checkpoints={"every": 2})
+    whole = run(settings)
+    monkeypatch.setattr(forgetful, "seen", {})
+    monkeypatch.setattr(forgetful, "lose_at", ((phase, 1), (phase, 4)))
+    lossy = run(settings)
+    assert bits(lossy.folder) == bits(whole.folder)
+    lost = events(lossy.folder, "states lost")
+    # The first time there was no checkpoint yet.
+    assert [event["round"] for event in lost] == [0, 2]
+    assert lost[1]["reason"].endswith("node gone; went back to the end of round 2")
+    assert forgetful.seen[phase, 1] == forgetful.seen[phase, 4] == 2
+
+
+def test_ctrl_c_while_states_are_fetched_back_saves_nothing_half_done(
+    make: Make, forgetful: type[Forgetful], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make(checkpoints={"every": 2})
+    whole = run(settings)
+    monkeypatch.setattr(forgetful, "seen", {})
+    monkeypatch.setattr(forgetful, "lose_at", (("train", 4),))
+    load_states = Forgetful.load_states
+
+    def interrupted(grid: Forgetful, states: Any) -> None:
+        load_states(grid, list(states)[:2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Forgetful, "load_states", interrupted)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run(settings)
+    folder = stop.value.folder
+    # Round 3 was complete, but its states are gone.
+    assert found(folder) == ["round-000002"]
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+
+
+def test_states_that_are_lost_again_and_again_end_the_run(
+    make: Make, forgetful: type[Forgetful], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make()
+    monkeypatch.setattr(forgetful, "lose_at", (("train", 3),) * 9)
+    with pytest.raises(StatesLostError) as end:
+        run(settings)
+    assert forgetful.seen["train", 3] == 1 + running.MOST_RETURNS
+    (note,) = end.value.__notes__
+    assert note.startswith("fedkd run --resume ")
+
+
+# -- quorum ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_aborted_can_be_resumed_after_its_last_complete_round(make: Make) -> None:
+    fault = {"kind": "dropout", "clients": [0, 1, 2], "rounds": [3], "attempts": None}
+    engine = {"backend": "inline", "below_quorum": "abort", "quorum": 0.5}
+    settings = make(faults=[fault], engine=engine)
+    with pytest.raises(QuorumError, match="round 3: 1 of 4") as aborted:
+        run(settings)
+    (note,) = aborted.value.__notes__
+    folder = Path(note.split()[3])
+    assert found(folder)[-1] == "round-000002"
+    # The quorum decides no number of a round that is complete, so it may be lowered now.
+    run(settings_of_run(folder, ["engine.quorum=0.25"]), resume=folder)
+    lenient = make(faults=[fault], engine={**engine, "quorum": 0.25})
+    assert bits(folder) == bits(run(lenient).folder)
+
+
+# -- the command line --------------------------------------------------------------------------
+
+
+def test_compare_goes_on_in_the_middle_of_a_run(small: Callable[..., Settings]) -> None:
+    settings = small("study={seeds: 1, arms: {a: {strategy: local}}}", "checkpoints.every=1")
+
+    def stop(arm: str, seed: int) -> Sequence[Observer]:
+        return [Stopping(2)]
+
+    with pytest.raises(KeyboardInterrupt):
+        sim.compare(settings, observer_of=stop)
+    returned: list[int] = []
+
+    class Listener(Observer):
+        def returned(self, round: int) -> None:
+            returned.append(round)
+
+    study = sim.compare(settings, observer_of=lambda arm, seed: [Listener()])
+    assert returned == [1]
+    fresh = sim.compare(settings.model_copy(update={"name": "fresh"}))
+    assert study.to_row()["weights_sha256"] == fresh.to_row()["weights_sha256"]
