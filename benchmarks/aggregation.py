@@ -33,6 +33,7 @@ from measurement import (
     exit_status,
     machine,
     ratios,
+    row,
     verdict,
 )
 
@@ -96,6 +97,22 @@ def main() -> int:
         print(f"time of {count} clients: ratio {ratio.text()}, that is 1/{1 / ratio.median:.1f}")
     largest = options.clients[-1]
     ratio = ratios(milliseconds["ours", largest], milliseconds["stacked", largest])
+    row(
+        "B6",
+        f"aggregation, {options.rows} x {options.classes}, up to {max(counts)} clients: memory",
+        f"{most.text()} payloads",
+        f"at most {options.at_most_payloads:g} (+ {BLOCK_ALLOWANCE:g})",
+        not memory_missed(most, options),
+        options,
+    )
+    row(
+        "B6",
+        f"the same, time of {largest} clients against stack-and-mean",
+        f"1/{1 / ratio.median:.1f}",
+        f"at most 1/{1 / options.at_most:.0f}",
+        ratio.median <= options.at_most,
+        options,
+    )
     if options.json:
         table = {
             f"{side} {count}": {

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message
-from measurement import Samples, describe, machine, ratios, stopwatch
+from measurement import Samples, describe, machine, ratios, row, stopwatch
 
 from fedkd.data import FederatedData
 from fedkd.randomness import Purpose, generator_for, seeded_torch
@@ -71,6 +71,22 @@ def main() -> int:
     print(f"a round beside the longest-first bound: {balance.text()}")
     print(f"a repeatable round beside one that is not: {repeatable.text()}")
     print(f"weights with 1 and 2 workers: {' and '.join(digest[:16] for digest in digests)}")
+    row(
+        "B8",
+        f"{options.clients} Zipf-sized clients, 2 workers, against the longest-first bound",
+        balance.text(),
+        f"at most {BALANCE_AT_MOST:g}",
+        balance.median <= BALANCE_AT_MOST,
+        options,
+    )
+    row(
+        "B9",
+        "repeatable rounds (equal bits with 1 and 2 workers) against careless ones",
+        f"{repeatable.text()}, bits {'equal' if len(set(digests)) == 1 else 'DIFFER'}",
+        f"at most {REPEATABLE_AT_MOST:g}",
+        repeatable.median <= REPEATABLE_AT_MOST and len(set(digests)) == 1,
+        options,
+    )
     if options.quick:
         print("no verdict: --quick measures nothing but whether the script runs")
         return 0

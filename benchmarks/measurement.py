@@ -91,6 +91,12 @@ def exit_status(ratio: Samples, options: Namespace) -> int:
     return int(options.check and not options.quick and ratio.median > options.at_most)
 
 
+def row(figure: str, what: str, measured: str, target: str, met: bool, options: Namespace) -> None:
+    """Print a line of the table that ``benchmarks/table.py`` gathers."""
+    word = "no verdict" if options.quick else "met" if met else "MISSED"
+    print(f"| {figure} | {what} | {measured} | {target} | {word} |")
+
+
 def add_common_arguments(parser: ArgumentParser, *, repeats: int, at_most: float) -> None:
     """Add the options that every benchmark has."""
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each side")

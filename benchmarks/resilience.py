@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-from measurement import describe, machine
+from measurement import describe, machine, row
 
 import sim
 from sim.checkpoints import CheckpointStore
@@ -91,6 +91,8 @@ def main() -> int:
         print(f"{what:34}{count:>8}{right:>8}")
     killed_in = ", ".join(f"{place} {count}" for place, count in places.most_common())
     print(f"killed in: {killed_in}")
+    for what, (count, right) in tried.items():
+        row("R", what, f"{right} of {count}", "all", right == count, options)
     count, right = (sum(figures[i] for figures in tried.values()) for i in (0, 1))
     if options.json:
         print(json.dumps({"tried": tried, "places": places, "machine": before}))

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from measurement import Samples, describe, machine
+from measurement import Samples, describe, machine, row
 
 TIME_AT_MOST = 1.15
 BYTES_AT_MOST = 1000.0
@@ -72,6 +72,24 @@ def main() -> int:
             f"  {size:>7}  {seconds[size].text()} s a round, {ratio:.3f} of the first; driver "
             f"{memory[size].median / 2**20:.0f} MiB, {each:.0f} bytes per further client"
         )
+    others = rows[1:]
+    row(
+        "B5",
+        f"a round of {PARTICIPANTS} clients out of {options.sizes[-1]:,}, against {smallest}",
+        f"{max(line['ratio'] for line in rows):.3f} times as long at most",
+        f"at most {TIME_AT_MOST:g}",
+        all(line["ratio"] <= TIME_AT_MOST for line in rows),
+        options,
+    )
+    most_bytes = max(line["bytes_per_idle_client"] for line in others)
+    row(
+        "B5",
+        "driver memory for an idle client",
+        f"{most_bytes:.0f} bytes",
+        f"at most {BYTES_AT_MOST:g}",
+        most_bytes <= BYTES_AT_MOST,
+        options,
+    )
     if options.quick:
         print("no verdict: --quick measures nothing but whether the script runs")
         return 0

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measurement import Samples, describe, exit_status, machine, ratios, verdict
+from measurement import Samples, describe, exit_status, machine, ratios, row, verdict
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -143,6 +143,14 @@ def main() -> int:
             print(
                 f"ratio {ratio.text()} of fedkd to {other}, {1 / ratio.median:.2f} times as fast; "
                 f"{verdict(ratio, target)}"
+            )
+            row(
+                "B3",
+                f"{case} round against {other}, workers: {options.workers}",
+                f"{1 / ratio.median:.2f} times as fast",
+                f"at least {1 / target.at_most:g} times",
+                ratio.median <= target.at_most,
+                options,
             )
         if options.json:
             tables = {side: samples.to_table() for side, samples in found.items()}

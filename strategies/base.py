@@ -89,6 +89,13 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
         """Return the row ids that this client trains on."""
         return data.client_rows[client]
 
+    def rows_of_step(self, private_rows: int) -> int:
+        """Return about how many rows a step of a client with so many private rows takes.
+
+        Decides only how clients are trained (stacked or not), never on what.
+        """
+        return self.federation.local.batch_size
+
     @abstractmethod
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan

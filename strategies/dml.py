@@ -21,7 +21,7 @@ from strategies.base import DistillationStrategy, StrategySettings, predictions_
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.plan import RoundPlan
 from strategies.server import Server
-from strategies.taught import TaughtSettings, learn
+from strategies.taught import TaughtSettings, learn, rows_of_step
 
 
 class DMLSettings(TaughtSettings):
@@ -43,6 +43,10 @@ class DML(DistillationStrategy[DMLSettings]):
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
     uploads = "predictions"
     needs_public = True
+
+    def rows_of_step(self, private_rows: int) -> int:
+        """Private and public rows go through the model together."""
+        return rows_of_step(self.federation, self.settings, private_rows)
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan

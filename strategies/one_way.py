@@ -32,7 +32,7 @@ from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.memory import Memory
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server, ServerModel
-from strategies.taught import TaughtSettings, learn
+from strategies.taught import TaughtSettings, learn, rows_of_step
 
 
 class OneWaySettings(TaughtSettings):
@@ -76,6 +76,10 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         self.uploads = "nothing" if taught_from_outside else "predictions"
         self._model: ServerModel | None = None
         self._taught = False
+
+    def rows_of_step(self, private_rows: int) -> int:
+        """Private and public rows go through the model together."""
+        return rows_of_step(self.federation, self.settings, private_rows)
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan

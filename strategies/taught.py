@@ -13,7 +13,7 @@ from fedkd.schedules import (
 from fedkd.training import Cohort, distilled, supervised
 from strategies.base import StrategySettings
 from strategies.knowledge import Knowledge, Predictions
-from strategies.plan import RoundPlan
+from strategies.plan import Federation, RoundPlan
 
 
 class TaughtSettings(StrategySettings):
@@ -34,6 +34,13 @@ class TaughtSettings(StrategySettings):
     scale_by_t2: bool = True
     public_epochs: int = Field(1, ge=1)
     confidence_threshold: float = Field(0.0, ge=0, lt=1)
+
+
+def rows_of_step(federation: Federation, settings: TaughtSettings, private_rows: int) -> int:
+    """Return how many rows a step of `learn` takes: private ones, and its share of public ones."""
+    local = federation.local
+    public = settings.public_epochs * federation.rows_per_round
+    return min(local.batch_size, private_rows) + public // max(local.count(private_rows), 1)
 
 
 def learn(

@@ -34,6 +34,12 @@ class Passes:
             passes += 1
         return batches[: self.steps]
 
+    def count(self, rows: int) -> int:
+        """Return how many steps `batches` cuts these rows into."""
+        if self.steps is not None:
+            return self.steps
+        return self.epochs * (1 + len(_cuts(rows, self.batch_size)))
+
     def spread_over(self, steps: int, rows: int) -> "Passes":
         """Return passes that hand out these rows over ``steps`` steps of another feed.
 
@@ -61,8 +67,12 @@ def _check_rows(rows: int) -> None:
 
 
 def _one_pass(rows: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    order = rng.permutation(rows)
+    return np.split(rng.permutation(rows), _cuts(rows, batch_size))
+
+
+def _cuts(rows: int, batch_size: int) -> list[int]:
+    """Return where a pass is cut; a lone last row stays with the batch before it."""
     cuts = list(range(batch_size, rows, batch_size))
     if batch_size > 1 and cuts and rows - cuts[-1] == 1:
         cuts.pop()
-    return np.split(order, cuts)
+    return cuts

@@ -59,7 +59,8 @@ class Slot:
             parameter = self._parameters[name]
             # Step counters stay on the CPU, where torch.optim keeps them.
             device = torch.device("cpu") if slot == "step" else parameter.device
-            self.optimizer.state[parameter][slot] = torch.tensor(array, device=device)
+            value = as_tensor(array).to(device, copy=True)
+            self.optimizer.state[parameter][slot] = value
 
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Copy parameters and buffers in."""

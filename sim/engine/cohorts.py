@@ -14,6 +14,7 @@ from fedkd.models import ModelSettings
 from fedkd.training.backends import Backend, choose_backend
 from sim.engine.messages import Phase
 from sim.settings import Settings
+from strategies.base import DistillationStrategy, StrategySettings
 
 QUERY_CLIENTS = 256
 """Clients in a call that asks for nothing but an answer."""
@@ -24,11 +25,17 @@ Cohort = tuple[tuple[int, ...], Backend]
 class CohortCutter:
     """Cuts clients into cohorts of one architecture and says which backend trains each."""
 
-    def __init__(self, settings: Settings, data: FederatedData) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        data: FederatedData,
+        strategy: DistillationStrategy[StrategySettings],
+    ) -> None:
         self._settings = settings
         self._engine = settings.engine
         self._input_shape = data.input_shape
         self._num_classes = data.num_classes
+        self._strategy = strategy
         self._rows = np.fromiter((len(rows) for rows in data.client_rows), np.int64)
         self._measured: dict[str, Backend] = {}
 
@@ -86,7 +93,7 @@ class CohortCutter:
                     input_shape=self._input_shape,
                     num_classes=self._num_classes,
                     members=len(members),
-                    batch_rows=self._settings.clients.batch_size,
+                    batch_rows=self._strategy.rows_of_step(int(self._rows[members].mean())),
                     device="cuda" if self._engine.gpus_per_worker else "cpu",
                 )
 

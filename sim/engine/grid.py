@@ -28,6 +28,7 @@ from sim.engine.messages import (
     read_instruction,
     reply_content,
 )
+from sim.engine.runtime import build_strategy, federation_of
 from sim.faults import FaultPlan
 from sim.settings import Settings
 from strategies.knowledge import Knowledge
@@ -75,7 +76,8 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
     def __init__(self, settings: Settings, data: FederatedData, run_id: int = 1) -> None:
         self._settings = settings
         self._run = empty_run(run_id)
-        self._cutter = CohortCutter(settings, data)
+        strategy = build_strategy(settings, federation_of(settings, data))
+        self._cutter = CohortCutter(settings, data, strategy)
         self._faults = FaultPlan(settings.faults, settings.seed)
         self._ids = itertools.count(1)
         self._pushed: dict[str, Message] = {}

@@ -291,7 +291,9 @@ class _Phase:
         taken = [first]
         if first in self._alone:
             return (first,)
-        share = self._left_s / (2 * AHEAD * len(self._grid._desks))
+        # One worker has nobody to finish together with.
+        workers = len(self._grid._desks)
+        share = self._left_s / (2 * AHEAD * workers if workers > 1 else AHEAD)
         limit = max(SHORTEST_PARCEL_S, share)
         seconds = self._expected[first]
         while self._waiting and len(taken) < MOST_CALLS:

@@ -118,3 +118,13 @@ def test_rows_spread_over_steps_are_shuffled_by_the_stream():
 def test_refuses_to_cut_nothing(passes):
     with pytest.raises(ValueError, match="need at least one row to train on, got 0"):
         passes.batches(0, rng())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 25])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize(("epochs", "steps"), [(0, None), (1, None), (3, None), (1, 5)])
+def test_steps_are_counted_as_they_are_cut(
+    rows: int, batch_size: int, epochs: int, steps: int | None
+) -> None:
+    passes = Passes(batch_size=batch_size, epochs=epochs, steps=steps)
+    assert passes.count(rows) == len(passes.batches(rows, np.random.default_rng(0)))
