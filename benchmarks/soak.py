@@ -107,7 +107,9 @@ def leftovers() -> list[str]:
     deadline = time.monotonic() + 20
     while (children := me.children(recursive=True)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return [" ".join(child.cmdline()[:4]) for child in children]
+    # One that has ended and only waits to be asked for its status does nothing any more.
+    running = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child.name() for child in running]
 
 
 if __name__ == "__main__":
