@@ -7,7 +7,7 @@ until a command needs them, so that ``--help`` and mistakes answer at once.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -98,7 +98,7 @@ def run(
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
     if resume is not None and not quiet and is_finished(resume):
         typer.echo(f"{resume} is finished already", err=True)
-    with bars, _stoppable():
+    with bars, _stoppable(), redirect_stdout(sys.stderr):
         result = run_federation(
             settings, resume=resume, observers=[ProgressObserver(bars, settings.strategy.name)]
         )
@@ -144,7 +144,9 @@ def compare(
     from sim.study import compare as compare_arms
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
-    with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
+    goes_on = f"the same command goes on in {settings.output / settings.name}"
+    # Ray prints to standard output when a worker dies; what is printed there is for programs.
+    with bars, _stoppable(goes_on), redirect_stdout(sys.stderr):
         study = compare_arms(
             settings,
             arms=[name.strip() for name in arms.split(",")] if arms else None,

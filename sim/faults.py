@@ -84,10 +84,21 @@ class FaultPlan:
         return bool(self._rules)
 
     def striking(
-        self, phase: Phase, round: int, client: int, attempt: int
+        self, phase: Phase, round: int, client: int, attempt: int, deaths: int = 0
     ) -> Iterator[tuple[FaultRule, np.random.Generator]]:
-        """Yield the rules that strike, each with a stream for what it draws further."""
+        """Yield the rules that strike, each with a stream for what it draws further.
+
+        Args:
+            phase: of the round.
+            round: 1-based.
+            client: partition id.
+            attempt: how often the server asked, this time included.
+            deaths: workers that died over it since; only faults of the process take another
+                try for another attempt, so that a worker lost by accident changes no other draw.
+        """
+        asked = attempt
         for number, rule in enumerate(self._rules):
+            attempt = asked + (deaths if rule.kind in PROCESS_FAULTS else 0)
             if (
                 phase not in rule.phases
                 or (rule.clients is not None and client not in rule.clients)
@@ -105,14 +116,16 @@ class FaultPlan:
         struck = self.striking(phase, round, client, attempt)
         return any(rule.kind == "dropout" for rule, _ in struck)
 
-    def takes_worker_down(self, phase: Phase, round: int, client: int, attempt: int) -> bool:
+    def takes_worker_down(
+        self, phase: Phase, round: int, client: int, attempt: int, deaths: int = 0
+    ) -> bool:
         """Tell whether serving the client costs its worker."""
-        struck = self.striking(phase, round, client, attempt)
+        struck = self.striking(phase, round, client, attempt, deaths)
         return any(rule.kind in PROCESS_FAULTS for rule, _ in struck)
 
-    def strike(self, phase: Phase, round: int, client: int, attempt: int) -> None:
+    def strike(self, phase: Phase, round: int, client: int, attempt: int, deaths: int = 0) -> None:
         """Let happen to this process what is planned before the client answers."""
-        for rule, _ in self.striking(phase, round, client, attempt):
+        for rule, _ in self.striking(phase, round, client, attempt, deaths):
             _strike(rule)
 
     def spoilers(

@@ -27,7 +27,8 @@ class Interruption(KeyboardInterrupt):
     @classmethod
     def of_run(cls, stop: KeyboardInterrupt, folder: Path) -> "Interruption":
         """Return the interruption of a run by a signal or by Ctrl-C."""
-        number = stop.signal if isinstance(stop, Interruption) else signal.SIGINT
+        # Whoever waits inside a library may see a bare KeyboardInterrupt come out of it.
+        number = stop.signal if isinstance(stop, Interruption) else _last_signal[0]
         return cls(number, folder)
 
     @property
@@ -36,7 +37,11 @@ class Interruption(KeyboardInterrupt):
         return 128 + self.signal
 
 
+_last_signal = [int(signal.SIGINT)]
+
+
 def _raise(number: int, _: FrameType | None) -> None:
+    _last_signal[0] = number
     raise Interruption(number)
 
 
@@ -50,6 +55,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _last_signal[0] = signal.SIGINT
     before = {number: signal.signal(number, _raise) for number in STOP_SIGNALS}
     try:
         yield

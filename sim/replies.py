@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from fedkd.metrics.diversity import VoteCounter
 from sim.observers import Row
@@ -107,7 +108,8 @@ class Replies:
     def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[ClientUpload]:
         for client, message in messages:
             received = self._broadcast.to(client)
-            if received is not None:
+            unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
+            if received is not None and not unreached:
                 self._count(client, "down", received)
             if message.has_error():
                 self._reject(client, message.error.reason or "unknown error")

@@ -206,6 +206,8 @@ class RoundLoop:
             observer.metrics(rows)
             observer.exchange(exchanged)
         if isinstance(self._grid, CohortGrid):
+            # If this fails halfway, clients are at no round's end and must not be saved as such.
+            self.boundary = None
             self._grid.commit()
         self.history.add_metrics(rows)
         self.history.add_exchange(exchanged)

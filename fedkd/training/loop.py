@@ -146,6 +146,7 @@ class LoopCohort(Cohort):
                 for start in range(0, len(inputs), PREDICT_ROWS):
                     chunk = inputs[start : start + PREDICT_ROWS]
                     out[position, start : start + PREDICT_ROWS] = slot.module(chunk).cpu().numpy()
+                slot.keep_buffers()
         return out
 
     def predict_public(  # noqa: D102

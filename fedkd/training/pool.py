@@ -65,6 +65,9 @@ class Slot:
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Copy parameters and buffers in."""
         check_weights(weights, self._shapes)
+        for owner, name, buffer in self._buffers:
+            # What the last client's call left there, perhaps because it failed.
+            owner._buffers[name] = buffer
         with torch.no_grad():
             for name, array in weights.items():
                 self._tensors[name].copy_(as_tensor(array))

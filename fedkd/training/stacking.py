@@ -291,7 +291,9 @@ class Stack:
             tensors[name] = as_tensor(np.stack(arrays, out=together)).to(device)
         stack = cls(skeleton, tensors, {}, [{} for _ in states])
         for position, state in enumerate(states):
-            for key, array in state.optimizer.items():
+            # Sorted: members are grouped by what they remember, and a state that was read from a
+            # file remembers the same in another order.
+            for key, array in sorted(state.optimizer.items()):
                 if key.startswith("step/"):
                     stack.memory[position][key] = array
                 else:
@@ -349,7 +351,7 @@ class StackedOptimizer:
         self._settings = settings
         self._groups: list[_Group] = []
         keys = [
-            (count, [(key, None if s is None else float(s)) for key, s in memory.items()])
+            (count, sorted((key, -1.0 if s is None else float(s)) for key, s in memory.items()))
             for count, memory in zip(steps, stack.memory, strict=True)
         ]
         start = 0

@@ -178,6 +178,8 @@ class VmapCohort(Cohort):
     ) -> Float[np.ndarray, "members rows classes"]:
         stack = self._stacks[model or self._first]
         stack.skeleton.module.eval()
+        # Every row counts here, whatever the last step of a fit was padded with.
+        stack.skeleton.counted.weights = None
         members = len(self._members)
         out = np.empty((members, len(inputs), self._data.num_classes), np.float32)
         with torch.inference_mode():

@@ -11,8 +11,12 @@ class DeadlineError(TimeoutError):
 
 
 @contextmanager
-def deadline(seconds: float) -> Iterator[None]:
+def deadline(seconds: float, setting: float | None = None) -> Iterator[None]:
     """Interrupt the block after ``seconds``; only a main thread can be interrupted.
+
+    Args:
+        seconds: what is left.
+        setting: what ``engine.deadline_s`` is, where some of it is spent already.
 
     Python has to get a word in: code that never comes back from C runs on, and whoever waits for
     this process has to have patience of their own.
@@ -25,7 +29,8 @@ def deadline(seconds: float) -> Iterator[None]:
         return
 
     def interrupt(*_: object) -> None:
-        raise DeadlineError(f"no answer within engine.deadline_s = {seconds:g}")
+        allowed = seconds if setting is None else setting
+        raise DeadlineError(f"no answer within engine.deadline_s = {allowed:g}")
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)

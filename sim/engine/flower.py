@@ -104,7 +104,12 @@ class _RecordsInWaiting(dict[str, Any]):
 
     def __eq__(self, other: object) -> bool:
         self._make()
+        if isinstance(other, _RecordsInWaiting):
+            other._make()
         return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     __hash__ = None
 

@@ -42,6 +42,12 @@ Handle = TypeVar("Handle")
 Event = dict[str, Any]
 
 
+class NotAsked(str):
+    """Why a client was not asked at all: it received nothing."""
+
+    __slots__ = ()
+
+
 class StatesLostError(RuntimeError):
     """Clients' states are gone together with the machine that held them."""
 
@@ -172,6 +178,10 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
             for client in call.clients
         )
 
+    def _tell_split(self, call: CohortCall, reason: str) -> None:
+        if reason:
+            self._tell("stack split", call, f"trained one by one because of {reason}")
+
     # -- Flower's Grid ---------------------------------------------------------------------
 
     def set_run(self, run: Run) -> None:
@@ -287,9 +297,9 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
 
     def _reason_not_to_ask(self, client: int, phase: Phase, told: Instruction) -> str | None:
         if client in self._excluded:
-            return self._excluded[client]
+            return NotAsked(self._excluded[client])
         if self._faults and self._faults.drops_out(phase, told.round, client, told.attempt):
-            return "dropped out (faults)"
+            return NotAsked("dropped out (faults)")
         return None
 
     def _settle_backends(self, clients: Iterable[int], round: int) -> None:
@@ -318,6 +328,8 @@ def _phase(message: Message) -> Phase:
 def reply_message(message: Message, reply: ClientReply | str) -> Message:
     """Return the Flower message that answers another one."""
     if isinstance(reply, str):
-        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply)
+        asked = not isinstance(reply, NotAsked)
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION if asked else ErrorCode.NODE_UNAVAILABLE
+        error = Error(code, str(reply))
         return Message(error, reply_to=message)
     return Message(reply_content(reply), reply_to=message)

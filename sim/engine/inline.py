@@ -22,6 +22,7 @@ class InlineGrid(CohortGrid[ClientState]):
             states = [self._state_of(client) for client in packed.call.clients]
             served = self._runtime.serve(packed.call, packed.received, states)
             self._pending.update(served.states)
+            self._tell_split(packed.call, served.split)
             yield position, Outcome(served.answers)
 
     def _fetch(self, handle: ClientState) -> ClientState:

@@ -30,6 +30,7 @@ class CohortCall:
         clients: partition ids; all of one architecture.
         backend: how the clients train; more than one client only with ``vmap``.
         attempt: 1, and one more for every time that the same was asked before in this round.
+        deaths: workers that died over this call before.
     """
 
     phase: Phase
@@ -37,6 +38,7 @@ class CohortCall:
     clients: tuple[int, ...]
     backend: Backend = "loop"
     attempt: int = 1
+    deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True)

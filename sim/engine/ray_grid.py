@@ -6,14 +6,22 @@ returns into Ray's object store, that this process owns, and that the next call 
 Nothing polls: this process sleeps until a parcel is done or overdue.
 """
 
+import math
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
@@ -21,7 +29,7 @@ from sim.engine.costs import Costs
 from sim.engine.grid import CohortGrid, Outcome, PackedCall, StatesLostError
 from sim.engine.messages import ClientReply, CohortCall, Phase
 from sim.engine.session import NOTHING, Answered, Parcel, RaySession
-from sim.settings import Settings
+from sim.settings import Settings, SettingsError
 from strategies.knowledge import Knowledge
 
 Ref = Any
@@ -31,10 +39,13 @@ SHORTEST_PARCEL_S = 0.05
 """Parcels that take less are not worth their trip; the last ones bound how long others wait."""
 MOST_CALLS = 256
 """Calls in a parcel, so that nobody waits long for the first answers of a phase."""
+OPEN_BUNDLES = 32
+"""Bundles of states that stay open while states are read one after the other."""
 AHEAD = 2
 """Parcels at a worker: one in work and one that keeps it from waiting for the next."""
 LOOK_ROUND_S = 1.0
 """How often we look, while a cluster has a new worker to place, whether there is room for it."""
+LAST_LOOK_S = 0.1
 STARTING_S = 120.0
 """How long a new worker may take to start, imports included, on a busy machine."""
 DEATHS_IN_A_ROW = 20
@@ -72,7 +83,7 @@ class _Flight:
     limit_s: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Desk:
     """A worker and the parcels it was sent, in order; it works on the first."""
 
@@ -103,6 +114,7 @@ class RayGrid(CohortGrid[StatePlace]):
         super().__init__(settings, data)
         self._session = session
         self._costs = Costs(settings, data)
+        self._read: OrderedDict[int, tuple[Bundle, list[ClientState]]] = OrderedDict()
         self._configuration = settings.to_table(), ray.put(data)
         self._desks = [
             _Desk(worker, worker.configure.remote(*self._configuration))
@@ -110,12 +122,20 @@ class RayGrid(CohortGrid[StatePlace]):
         ]
         for desk in tuple(self._desks):
             try:
-                ray.get(desk.configured)
+                ray.get(desk.configured, timeout=STARTING_S)
             except RayActorError:
                 # It died since the session's last run.
                 self._renew(desk)
+            except GetTimeoutError:
+                # Somebody else has the place that it waits for.
+                self._drop(desk)
             else:
                 desk.ready = True
+        if not self._desks:
+            raise SettingsError(
+                f"engine.cpus_per_worker = {settings.engine.cpus_per_worker:g}: no worker could "
+                f"start within {STARTING_S:g} s; is the cluster busy with other programs?"
+            )
 
     # -- phases ----------------------------------------------------------------------------
 
@@ -152,8 +172,14 @@ class RayGrid(CohortGrid[StatePlace]):
     # -- states ----------------------------------------------------------------------------
 
     def _fetch(self, handle: StatePlace) -> ClientState:
+        key = id(handle.bundle)
         try:
-            return cast(ClientState, ray.get(handle.bundle.reference)[handle.place])
+            # Neighbours are mostly in one bundle, which is read once.
+            if key not in self._read:
+                self._read[key] = handle.bundle, ray.get(handle.bundle.reference)
+                if len(self._read) > OPEN_BUNDLES:
+                    self._read.popitem(last=False)
+            return self._read[key][1][handle.place]
         except ObjectLostError as error:
             raise StatesLostError(f"clients' states were lost: {_first_line(error)}") from None
 
@@ -170,25 +196,35 @@ class RayGrid(CohortGrid[StatePlace]):
                 old.bundle.live -= 1
                 thinned[id(old.bundle)] = old.bundle
         super().commit()
+        self._read.clear()
         sparse = {key for key, bundle in thinned.items() if 0 < bundle.live <= bundle.size // 2}
         if sparse:
-            self._repack(sparse)
+            # It saves memory and nothing depends on it.
+            with suppress(RayError, StatesLostError):
+                self._repack(sparse)
 
     def _repack(self, sparse: set[int]) -> None:
         clients = [
-            client
-            for client, handle in self._committed.items()
-            if id(handle.bundle) in sparse and client not in self._pending
+            client for client, handle in self._committed.items() if id(handle.bundle) in sparse
         ]
         fresh = self._store([self._fetch(self._committed[client]) for client in clients])
         self._committed.update(zip(clients, fresh, strict=True))
+        self._read.clear()
 
     def _measure(self, clients: Sequence[int]) -> Mapping[str, Any]:
-        times: Mapping[str, Any] = ray.get(self._desks[0].worker.measure.remote(clients))
+        desk = self._desks[0]
+        try:
+            ray.get(desk.configured, timeout=STARTING_S)
+            limit = self._settings.engine.deadline_s
+            times: Mapping[str, Any] = ray.get(desk.worker.measure.remote(clients), timeout=limit)
+        except RayError as error:
+            self._renew(desk)
+            return {"choice": "loop", "reason": f"could not be measured: {_first_line(error)}"}
         return times
 
     def close(self) -> None:
         """Forget the clients' states; the session keeps the workers."""
+        self._read.clear()
         self._pending.clear()
         self._committed.clear()
 
@@ -203,8 +239,13 @@ class _Phase:
         self._expected = [
             grid._costs.expect(packed.call.phase, packed.call.clients) for packed in calls
         ]
-        # Longest first; of equals the first, so that answers come about in client order.
-        order = sorted(range(len(calls)), key=lambda position: -self._expected[position])
+        # Longest first; of about equals the first, so that answers come about in client order
+        # and need not wait here for those before them.
+        longest = max(self._expected, default=0.0)
+        order = sorted(
+            range(len(calls)),
+            key=lambda position: round(4 * math.log2(longest / self._expected[position])),
+        )
         self._waiting = deque(order)
         self._left_s = sum(self._expected)
         self._shared = Counter(
@@ -240,11 +281,14 @@ class _Phase:
     # -- sending ---------------------------------------------------------------------------
 
     def _fill(self) -> None:
+        for desk in tuple(self._grid._desks):
+            if desk.stale:
+                self._grid._renew(desk)
+        # A worker that is still starting gets its share once it is there.
+        ready = [desk for desk in self._grid._desks if desk.ready]
         for _ in range(AHEAD):
-            for desk in tuple(self._grid._desks):
-                if desk.stale:
-                    self._grid._renew(desk)
-                elif self._waiting and self._has_room(desk):
+            for desk in ready:
+                if self._waiting and self._has_room(desk):
                     self._send(desk)
 
     def _has_room(self, desk: _Desk) -> bool:
@@ -267,18 +311,22 @@ class _Phase:
         if not desk.flights:
             desk.since = time.monotonic()
         states = reference[1] if packed[0].call.phase == "train" else None
-        limit = self._limit(packed[0].call.phase, len(packed), expected)
+        limit = self._limit(packed[0].call.phase, packed, expected)
         desk.flights.append(_Flight(positions, reference[0], states, limit))
 
-    def _limit(self, phase: Phase, calls: int, expected: float) -> float:
+    def _limit(self, phase: Phase, calls: Sequence[PackedCall], expected: float) -> float:
         """Return after how many seconds a parcel is overdue.
 
         A worker interrupts each overdue cohort by itself; this is for those that cannot be.
         """
         deadline = self._engine.deadline_s
-        limit = deadline * calls
+        # Members of a stack may hang each by itself, all together, and again one by one.
+        each = [deadline * (2 * len(packed.call.clients) + 1) for packed in calls]
+        alone = [len(packed.call.clients) == 1 for packed in calls]
+        each = [deadline if one else stack for one, stack in zip(alone, each, strict=True)]
+        limit = sum(each)
         if self._grid._costs.measured(phase):
-            limit = min(limit, deadline + 10 * expected)
+            limit = min(limit, max(each) + 10 * expected)
         return limit + PATIENCE_S
 
     def _next_parcel(self) -> tuple[int, ...]:
@@ -354,7 +402,9 @@ class _Phase:
     def _is_planned_death(self, position: int) -> bool:
         call = self._calls[position].call
         return any(
-            self._grid._faults.takes_worker_down(call.phase, call.round, client, call.attempt)
+            self._grid._faults.takes_worker_down(
+                call.phase, call.round, client, call.attempt, call.deaths
+            )
             for client in call.clients
         )
 
@@ -362,7 +412,12 @@ class _Phase:
 
     def _wait(self) -> None:
         busy = [desk for desk in self._grid._desks if desk.flights]
+        if self._waiting:
+            busy += [desk for desk in self._grid._desks if not desk.ready]
         if not busy:
+            failed = tuple(self._waiting)
+            self._waiting.clear()
+            self._finish(failed, "no worker is left")
             return
         patience = min(desk.overdue_at() for desk in busy) - time.monotonic()
         unplaced = self._grid._unplaced()
@@ -379,8 +434,14 @@ class _Phase:
         if unplaced and not done:
             self._give_up_surplus(unplaced)
         now = time.monotonic()
-        for desk in () if done else busy:
-            if desk.overdue_at() <= now:
+        for desk in busy:
+            waited_for = desk in self._grid._desks and (desk.flights or not desk.ready)
+            # A last look, because only the first of all signs is asked for above.
+            if (
+                waited_for
+                and desk.overdue_at() <= now
+                and not ray.wait([desk.next_sign()], timeout=LAST_LOOK_S)[0]
+            ):
                 if desk.ready:
                     self._lose(desk, "it did not answer in time", overdue=True)
                 else:
@@ -430,6 +491,7 @@ class _Phase:
         for position, done in zip(flight.positions, answered, strict=True):
             call = self._calls[position].call
             self._grid._costs.learn(call.phase, call.clients, done.seconds)
+            self._grid._tell_split(call, done.split)
             for client, answer in zip(call.clients, done.answers, strict=True):
                 if flight.states is not None and not isinstance(answer, str):
                     self._grid._pending[client] = StatePlace(bundle, bundle.size)
@@ -494,7 +556,8 @@ class _Phase:
     def _is_hopeless(self, positions: Sequence[int], reason: str) -> bool:
         """Count a death; if there were too many, fail these calls and all that are left."""
         self._deaths_in_a_row += 1
-        if self._grid._desks and self._deaths_in_a_row < DEATHS_IN_A_ROW:
+        most = max(DEATHS_IN_A_ROW, 2 * (self._engine.retries + 1))
+        if self._grid._desks and self._deaths_in_a_row < most:
             return False
         failed = [*positions, *self._waiting]
         self._waiting.clear()
@@ -517,12 +580,14 @@ class _Phase:
         if tries <= self._engine.retries:
             self._grid._tell("retried", packed.call, f"the worker died: {reason}")
             self._calls[position] = PackedCall(
-                replace(packed.call, attempt=packed.call.attempt + 1), packed.received
+                replace(packed.call, deaths=packed.call.deaths + 1), packed.received
             )
             self._again((position,))
         elif len(packed.call.clients) > 1:
             self._split(position)
         else:
+            # These deaths are accounted for.
+            self._deaths_in_a_row = 0
             reason = f"the worker died {tries} times over this client: {reason}"
             self._grid._exclude(packed.call, reason)
             self._finish((position,), reason)

@@ -51,11 +51,13 @@ class Served:
         answers: for each client its reply, or why there is none.
         states: new states of those that trained, by client.
         seconds: how long it took.
+        split: why members of a stack had to train one by one; empty if they did not.
     """
 
     answers: list[ClientReply | str]
     states: dict[int, ClientState] = field(default_factory=dict)
     seconds: float = 0.0
+    split: str = ""
 
 
 def federation_of(settings: Settings, data: FederatedData) -> Federation:
@@ -130,6 +132,8 @@ class ClientRuntime:
         started = time.perf_counter()
         answers: dict[int, ClientReply | str] = {}
         new_states: dict[int, ClientState] = {}
+        allowed = self._settings.engine.deadline_s
+        split = ""
         groups = [self._standing(call, answers)]
         while groups:
             group = groups.pop(0)
@@ -137,7 +141,9 @@ class ClientRuntime:
                 continue
             clients = tuple(call.clients[position] for position in group)
             try:
-                with deadline(self._settings.engine.deadline_s):
+                # A client alone has one deadline for all that it does.
+                spent = time.perf_counter() - started if len(call.clients) == 1 else 0.0
+                with deadline(max(allowed - spent, 1e-6), allowed):
                     replies, trained = self.run(
                         replace(call, clients=clients),
                         stack_received([received[position] for position in group]),
@@ -146,6 +152,7 @@ class ClientRuntime:
             except Exception as error:
                 if len(group) > 1 and not isinstance(error, DeadlineError):
                     groups[:0] = [[position] for position in group]
+                    split = f"{type(error).__name__}: {error}"
                 else:
                     answers.update(dict.fromkeys(clients, traceback.format_exc()))
                 continue
@@ -153,7 +160,7 @@ class ClientRuntime:
             for client, reply in zip(clients, replies, strict=True):
                 answers[client] = self._sent(call, client, reply)
         in_order = [answers[client] for client in call.clients]
-        return Served(in_order, new_states, time.perf_counter() - started)
+        return Served(in_order, new_states, time.perf_counter() - started, split)
 
     def _standing(self, call: CohortCall, answers: dict[int, ClientReply | str]) -> list[int]:
         """Return the positions of the clients that no planned fault keeps from answering."""
@@ -161,7 +168,7 @@ class ClientRuntime:
         for position, client in enumerate(call.clients):
             try:
                 with deadline(self._settings.engine.deadline_s):
-                    self._faults.strike(call.phase, call.round, client, call.attempt)
+                    self._faults.strike(call.phase, call.round, client, call.attempt, call.deaths)
             except Exception:
                 answers[client] = traceback.format_exc()
             else:
@@ -315,6 +322,13 @@ def stack_received(received: Sequence[Knowledge | None]) -> Knowledge | None:
     predictions = [piece for piece in received if isinstance(piece, Predictions)]
     if len(predictions) < len(received):
         raise ValueError("a cohort's members must receive the same parameters, or predictions")
+    head = predictions[0]
+    if any(
+        (piece.kind, piece.temperature) != (head.kind, head.temperature)
+        or not np.array_equal(piece.rows, head.rows)
+        for piece in predictions
+    ):
+        raise ValueError("a stack's members must receive predictions of one kind and temperature")
     return Predictions(
         kind=predictions[0].kind,
         rows=predictions[0].rows,

@@ -49,10 +49,11 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A call of a parcel, done: an answer for each client, and the seconds it took."""
+    """A call of a parcel, done; see `sim.engine.runtime.Served`."""
 
     answers: list[ClientReply | str]
     seconds: float
+    split: str = ""
 
 
 class Worker:
@@ -66,6 +67,7 @@ class Worker:
     def configure(self, settings: dict[str, Any], data: FederatedData) -> None:
         """Take on a run."""
         self._runtime = ClientRuntime(settings_from_table(settings), data, _device())
+        _warm_up()
         # What is here now stays: the collector need not look at it after every call.
         gc.collect()
         gc.freeze()
@@ -84,7 +86,7 @@ class Worker:
                 [None if piece == NOTHING else pieces[piece] for piece in received],
                 [None if bundle == NOTHING else shared[bundle][place] for bundle, place in states],
             )
-            answered.append(Answered(served.answers, served.seconds))
+            answered.append(Answered(served.answers, served.seconds, served.split))
             new_states.extend(served.states[c] for c in call.clients if c in served.states)
         return answered, new_states
 
@@ -108,6 +110,13 @@ class Worker:
     def threads(self) -> int:
         """Return how many threads this worker computes with."""
         return torch.get_num_threads()
+
+
+def _warm_up() -> None:
+    """Let torch import what it needs at the first step: over a second, of no client's deadline."""
+    weight = torch.zeros(1, requires_grad=True)
+    weight.sum().backward()
+    torch.optim.SGD([weight], lr=0.1).step()
 
 
 def _device() -> torch.device:

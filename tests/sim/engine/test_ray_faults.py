@@ -1,5 +1,6 @@
 """Workers that die, hang and freeze on purpose, and what becomes of the run."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
-from sim.engine.session import RaySession
+from sim.engine.session import RaySession, Worker
 from sim.records import EVENTS_FILE, read_rows
 from sim.running import RunResult, run
 from sim.settings import EngineSettings, Settings
@@ -133,15 +135,22 @@ def test_no_process_is_left_when_a_run_with_deaths_ends(
     assert done.returncode == 0, done.stderr
 
 
-def test_workers_that_all_die_end_the_run_instead_of_dying_for_ever(
-    faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+def test_workers_that_die_while_they_start_end_the_run_instead_of_dying_for_ever(
+    small: Small, session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sim.engine import ray_grid
-    from sim.rounds import QuorumError
+    from sim.replies import QuorumError
 
-    monkeypatch.setattr(ray_grid, "DEATHS_IN_A_ROW", 2)
-    with pytest.raises(QuorumError, match="workers died 2 times in a row"):
-        faulty("[{kind: kill, attempts: null}]", "engine.below_quorum=abort")
+    class Stillborn(Worker):
+        def configure(self, settings: object, data: object) -> None:
+            os._exit(1)
+
+    monkeypatch.setattr(ray_grid, "DEATHS_IN_A_ROW", 3)
+    monkeypatch.setattr(session, "_start_worker", lambda: ray.remote(Stillborn).remote())
+    # One client has one worker, and none of those that take its place comes to life.
+    one = ["clients.count=1", "engine.retries=1", "engine.below_quorum=abort"]
+    with pytest.raises(QuorumError, match="workers died 4 times in a row"):
+        run(small("engine.backend=ray", "faults=[{kind: kill}]", *one), session=session)
 
 
 def test_bundles_of_which_little_is_needed_are_packed_anew(
