@@ -117,6 +117,33 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert timeless(resumed) == timeless(whole)
 
 
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "adam"}, {"name": "sgd", "lr": 0.1, "momentum": 0.9}]
+)
+def test_stacked_clients_go_on_with_their_bits_whether_their_state_was_read_or_trained(
+    make: Make,
+    tiny_data: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: dict[str, Any],
+) -> None:
+    data = tiny_data(rows=(12, 13, 9, 17, 12, 10, 14, 12))
+    monkeypatch.setattr(running, "load_data", lambda _: data)
+    # Five of eight a round: a stack holds clients just trained beside clients from the file.
+    settings = make(
+        "dml",
+        clients={
+            "count": 8,
+            "participants": 5,
+            "models": [{"name": "mlp", "options": {"hidden": [8]}}],
+            "optimizer": optimizer,
+        },
+        engine={"backend": "inline", "vectorize": "vmap"},
+    )
+    whole = run(settings)
+    resumed = run(resume=stopped(settings, 3))
+    assert resumed.weights_sha256 == whole.weights_sha256
+
+
 def timeless(result: RunResult) -> str:
     row = result.to_row()
     for key in ("seconds", "folder"):

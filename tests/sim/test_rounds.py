@@ -477,3 +477,26 @@ def test_an_unreadable_reply_is_left_out_and_the_run_goes_on(
     assert {event["client"] for event in run.events} == {2}
     assert {row["replies"] for row in run.history.federation} == {3}
     assert len(run.history.federation) == settings.rounds
+
+
+def test_a_client_that_was_not_asked_receives_no_bytes(tiny_settings, tiny_data, simulate):
+    faults = [{"kind": "dropout", "clients": [2], "attempts": None}]
+    run = simulate(tiny_settings("dml", faults=faults), tiny_data())
+    assert sorted(run.history.bytes_down) == [0, 1, 3]
+
+
+def test_a_commit_that_fails_leaves_nothing_that_could_be_saved_as_a_round(
+    tiny_settings, tiny_data, simulate
+):
+    settings, data = tiny_settings("dml"), tiny_data()
+
+    class Full(InlineGrid):
+        def commit(self):
+            super().commit()
+            raise OSError("the object store is full")
+
+    loop = RoundLoop(Full(settings, data), settings, data, [])
+    loop.start()
+    with pytest.raises(OSError, match="full"):
+        loop.run()
+    assert loop.boundary is None

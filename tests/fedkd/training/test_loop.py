@@ -24,6 +24,7 @@ from fedkd.training import (
     supervised,
     supervised_public,
 )
+from fedkd.training.pool import Slot
 
 
 class Probe(nn.Module):
@@ -261,6 +262,30 @@ def test_what_a_slot_held_before_never_matters(make_cohort, tensors, same_bits):
     for cohort in (fresh, used):
         cohort.fit(supervised, private=PRIVATE)
     assert same_bits(used.states()[0].to_arrays(), fresh.states()[0].to_arrays())
+
+
+class Counting(nn.Module):
+    """Puts a new buffer in the place of the old one at every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.passes = self.passes + 1
+        return self.linear(inputs) + self.passes
+
+
+def test_a_buffer_that_a_failed_call_left_behind_is_not_the_next_client_s():
+    slot = Slot(Counting(), OptimizerSettings(name="sgd"), torch.device("cpu"))
+    start = slot.state()
+    # As after an error in the middle of a fit: nobody copied the buffer back.
+    slot.module(torch.zeros(1, 2))
+    slot.load(start)
+    slot.module(torch.zeros(1, 2))
+    slot.keep_buffers()
+    assert slot.weights()["passes"] == 1
 
 
 def test_members_start_from_weights_of_their_own_whatever_the_round(make_cohort, same_bits):
