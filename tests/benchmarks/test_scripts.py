@@ -17,13 +17,13 @@ def run_script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("demo.py", "table.py")])
 def test_quick_mode_measures_both_sides_and_passes_no_verdict(name):
     done = run_script(name, "--quick", "--check")
     assert done.returncode == 0, done.stderr
-    ratio = done.stdout.splitlines()[-1]
-    assert ratio.startswith("ratio ")
-    assert "no verdict" in ratio
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines
+    assert all(line.endswith("| no verdict |") for line in lines)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
