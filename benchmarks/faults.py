@@ -4,8 +4,9 @@ A run of 6 digits clients over 3 rounds is repeated with one planned fault. Faul
 retry (a late client, a worker that is killed, exits or crashes) must leave no trace but an event:
 the same weights as the run without. Faults that cost a client its round (dropped out, raised,
 hung, out of memory, frozen, a bad reply) must leave exactly the weights of the run in which that
-client does not answer, or, for bad replies, what honest aggregation over the rest leaves; in an
-evaluation they must leave the weights alone. And the client, round and reason must be named.
+client does not answer; of bad replies, and where a frozen stack is tried one by one, the others'
+replies must count. In an evaluation they must leave the weights alone. And the client, round and
+reason must be named.
 
     python benchmarks/faults.py           # about 5 minutes
     python benchmarks/faults.py --check   # exit status 1 where an outcome is wrong
@@ -110,7 +111,9 @@ def main() -> int:
 
 def judge(fault: Fault, result: Any, expected: str | None) -> str | None:
     """Return what is wrong with the outcome, or None."""
-    if fault.kind != "bad_reply" and result.weights_sha256 != expected:
+    # Of a stack that stops its worker each member goes on by itself, which rounds differently.
+    same_bits = fault.kind != "bad_reply" and (fault.kind, fault.vectorize) != ("freeze", "vmap")
+    if same_bits and result.weights_sha256 != expected:
         return "other weights"
     events = read_rows(Path(result.folder) / EVENTS_FILE)
     replies = [r["replies"] for r in result.history.federation]

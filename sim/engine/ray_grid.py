@@ -515,7 +515,7 @@ class _Phase:
             self._done.append((whole, Outcome([parts[client] for client in clients])))
 
     def _split(self, position: int) -> None:
-        """Let each member of a cohort that keeps killing its worker try by itself."""
+        """Let each member of a stack that kills or stops its worker try by itself."""
         packed = self._calls[position]
         self._parts[position] = {}
         for client, piece in zip(packed.call.clients, packed.received, strict=True):
@@ -540,6 +540,8 @@ class _Phase:
             # One of them did it, or none: each gets a worker to itself.
             self._alone.update(positions)
             self._again(positions)
+        elif overdue and len(self._calls[positions[0]].call.clients) > 1:
+            self._split(positions[0])
         elif overdue:
             deadline = f"no answer within engine.deadline_s = {self._engine.deadline_s:g}"
             self._finish(positions, f"{deadline}, and the worker could not be interrupted")

@@ -100,6 +100,19 @@ def test_a_frozen_worker_is_given_up_and_replaced(faulty: Faulty) -> None:
     assert [row["replies"] for row in result.history.federation] == [4, 5]
 
 
+@pytest.mark.slow
+def test_of_a_stack_that_freezes_only_the_guilty_is_left_out(faulty: Faulty) -> None:
+    result = faulty(
+        "[{kind: freeze, clients: [1], rounds: [1]}]",
+        "engine.deadline_s=0.5",
+        "engine.vectorize=vmap",
+        "clients.models=[mlp]",
+        "rounds=1",
+    )
+    assert [row["replies"] for row in result.history.federation] == [4]
+    assert [client for event, _, client in events(result) if event == "rejected"] == [1]
+
+
 def test_a_run_with_faults_repeats_bit_for_bit(faulty: Faulty) -> None:
     faults = (
         "[{kind: kill, probability: 0.1}, {kind: crash, probability: 0.1},"
