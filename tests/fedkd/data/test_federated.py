@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 
@@ -218,3 +220,14 @@ def test_an_impossible_partition_is_refused_before_any_picture_is_decoded(
 def test_too_large_a_public_set_is_refused_by_its_setting():
     with pytest.raises(ValueError, match=r"data\.public\.size must be at most 1436, got 5000"):
         build(public={"size": 5000})
+
+
+@pytest.mark.parametrize("rows", [(3, 1, 4), (2,)])
+def test_data_arrive_as_they_left(tiny_data, rows):
+    data = tiny_data(rows=rows)
+    arrived = pickle.loads(pickle.dumps(data))  # noqa: S301
+    assert len(arrived.client_rows) == len(rows)
+    for own, sent in zip(arrived.client_rows, data.client_rows, strict=True):
+        assert np.array_equal(own, sent)
+    assert np.array_equal(arrived.train_inputs, data.train_inputs)
+    assert arrived.class_names == data.class_names
