@@ -131,7 +131,11 @@ from sim.running import run
 from sim.settings import load_settings
 result = run(load_settings(None, sys.argv[1:]))
 deadline = time.monotonic() + 15
-while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+def running():
+    # One that has ended and only waits to be asked for its status does nothing any more.
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+while (left := running()) and time.monotonic() < deadline:
     time.sleep(0.2)
 sys.exit(f"left: {[process.name() for process in left]}" if left else 0)
 """
