@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedkd.randomness import generator_for
 from fedkd.training.batches import Passes
-from fedkd.training.cohort import Member, PublicLesson
+from fedkd.training.cohort import Member, PublicLesson, Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,19 @@ class Feed:
     steps: int
     private: list[np.ndarray] | None
     public: list[np.ndarray] | None
+
+    @classmethod
+    def drawn(
+        cls,
+        member: Member,
+        streams: Streams,
+        fit: int,
+        private: Passes | None,
+        public: PublicLesson | None,
+    ) -> "tuple[int, Feed]":
+        """Return a fit's seed for torch and its batches: the same in every backend."""
+        rng = generator_for(streams.seed, streams.purpose, *streams.key(member, fit))
+        return int(rng.integers(2**62)), cls.cut(member, private, public, rng)
 
     @classmethod
     def cut(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.models.dropout import step_keys
-from fedkd.randomness import generator_for, seeded_torch
+from fedkd.randomness import seeded_torch
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     Architecture,
@@ -75,10 +75,7 @@ class LoopCohort(Cohort):
     ) -> None:
         names = tuple(models) if models is not None else (self._first,)
         for position, member in enumerate(self._members):
-            key = self._streams.key(member, self._fits)
-            rng = generator_for(self._streams.seed, self._streams.purpose, *key)
-            seed = int(rng.integers(2**62))
-            feed = Feed.cut(member, private, public, rng)
+            seed, feed = Feed.drawn(member, self._streams, self._fits, private, public)
             slots = {name: self._slots[name][position] for name in names}
             steps = _Steps(self._data, feed, public, position)
             # A model of one's own may call functions that draw from torch's global generators.

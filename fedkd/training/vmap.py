@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.models.dropout import step_keys
-from fedkd.randomness import generator_for, seeded_torch
+from fedkd.randomness import seeded_torch
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     Architecture,
@@ -97,10 +97,9 @@ class VmapCohort(Cohort):
         names = tuple(models) if models is not None else (self._first,)
         feeds, seeds = [], []
         for member in self._members:
-            key = self._streams.key(member, self._fits)
-            rng = generator_for(self._streams.seed, self._streams.purpose, *key)
-            seeds.append(int(rng.integers(2**62)))
-            feeds.append(Feed.cut(member, private, public, rng))
+            seed, feed = Feed.drawn(member, self._streams, self._fits, private, public)
+            seeds.append(seed)
+            feeds.append(feed)
         self._fits += 1
         has_dropout = any(self._stacks[name].skeleton.dropout for name in names)
         steps = _StackedSteps(

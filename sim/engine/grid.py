@@ -99,7 +99,7 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
     def _execute(self, calls: Sequence[PackedCall]) -> Iterator[tuple[int, Outcome]]:
         """Carry out the calls and yield (position, outcome) as each is done.
 
-        Hands the states that training calls return to `_keep`.
+        Puts handles of the states that training calls return into ``_pending``.
         """
 
     @abstractmethod

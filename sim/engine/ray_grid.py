@@ -27,7 +27,7 @@ from fedkd.data import FederatedData
 from fedkd.training import ClientState
 from sim.engine.costs import Costs
 from sim.engine.grid import CohortGrid, Outcome, PackedCall, StatesLostError
-from sim.engine.messages import ClientReply, CohortCall, Phase
+from sim.engine.messages import ClientReply, CohortCall
 from sim.engine.session import NOTHING, Answered, Parcel, RaySession
 from sim.settings import Settings, SettingsError
 from strategies.knowledge import Knowledge
@@ -46,6 +46,7 @@ AHEAD = 2
 LOOK_ROUND_S = 1.0
 """How often we look, while a cluster has a new worker to place, whether there is room for it."""
 LAST_LOOK_S = 0.1
+"""How long we look once more whether an overdue answer has come after all."""
 STARTING_S = 120.0
 """How long a new worker may take to start, imports included, on a busy machine."""
 DEATHS_IN_A_ROW = 20
@@ -311,21 +312,20 @@ class _Phase:
         if not desk.flights:
             desk.since = time.monotonic()
         states = reference[1] if packed[0].call.phase == "train" else None
-        limit = self._limit(packed[0].call.phase, packed, expected)
+        limit = self._limit(packed, expected)
         desk.flights.append(_Flight(positions, reference[0], states, limit))
 
-    def _limit(self, phase: Phase, calls: Sequence[PackedCall], expected: float) -> float:
+    def _limit(self, calls: Sequence[PackedCall], expected: float) -> float:
         """Return after how many seconds a parcel is overdue.
 
         A worker interrupts each overdue cohort by itself; this is for those that cannot be.
         """
         deadline = self._engine.deadline_s
         # Members of a stack may hang each by itself, all together, and again one by one.
-        each = [deadline * (2 * len(packed.call.clients) + 1) for packed in calls]
-        alone = [len(packed.call.clients) == 1 for packed in calls]
-        each = [deadline if one else stack for one, stack in zip(alone, each, strict=True)]
+        sizes = [len(packed.call.clients) for packed in calls]
+        each = [deadline * (2 * size + 1 if size > 1 else 1) for size in sizes]
         limit = sum(each)
-        if self._grid._costs.measured(phase):
+        if self._grid._costs.measured(calls[0].call.phase):
             limit = min(limit, max(each) + 10 * expected)
         return limit + PATIENCE_S
 
@@ -577,7 +577,6 @@ class _Phase:
         """The worker died over this call alone: try again, but not for ever."""
         packed = self._calls[position]
         self._deaths[position] += 1
-        self._alone.add(position)
         tries = self._deaths[position]
         if tries <= self._engine.retries:
             self._grid._tell("retried", packed.call, f"the worker died: {reason}")
