@@ -153,6 +153,8 @@ def in_child(
     child = os.fork()
     if child == 0:
         status = 1
+        # A shell starts what runs in the background deaf to SIGINT, and children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with Lines(fatal, number, tell):
                 call()

@@ -18,8 +18,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedkd.distillation.methods import METHODS
+from fedkd.distillation.settings import DistillSettings
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
+from fedkd.objectives import Objective
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule, Schedule
 from sim.faults import FaultRule
 from sim.settings import Settings
@@ -40,11 +43,18 @@ MEANINGS = {
     "rounds": "rounds of the run",
     "clients.count": "number of clients",
     "clients.batch_size": "private rows of a step",
-    "clients.optimizer.name": "PyTorch's optimizer, with its defaults for what is not listed here",
-    "clients.optimizer.lr": "learning rate",
-    "clients.optimizer.weight_decay": "decoupled with `adamw`, else added to the gradient",
+    "optimizer.name": "PyTorch's optimizer, with its defaults for what is not listed here",
+    "optimizer.lr": "learning rate",
+    "optimizer.weight_decay": "decoupled with `adamw`, else added to the gradient",
+    "student.model": "what learns; the twin has the same",
 }
-"""What keys mean whose model does not say so."""
+"""What keys mean whose model does not say so, by the whole key or its end."""
+
+CHOSEN = {
+    "strategy": (STRATEGIES, "the algorithm; its other settings: [strategies.md](strategies.md)"),
+    "method": (METHODS, "the way to distil; its other settings: `fedkd distill --list`"),
+}
+"""Sections whose keys depend on their name: the table of names, and where the keys are."""
 
 
 class Key(NamedTuple):
@@ -61,21 +71,23 @@ def settings_keys() -> Iterator[Key]:
     yield from _keys(Settings, Settings(), "")
 
 
+def distill_keys() -> Iterator[Key]:
+    """Every key of `DistillSettings`, sections opened, except those of the methods."""
+    yield from _keys(DistillSettings, DistillSettings(), "")
+
+
 def _keys(model: type[BaseModel], defaults: BaseModel, prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         value = getattr(defaults, name)
-        if key == "strategy":
-            yield Key(
-                "strategy.name",
-                f"`{value.name}`",
-                _choices(STRATEGIES),
-                "the algorithm; its other settings: [strategies.md](strategies.md)",
-            )
-        elif isinstance(value, BaseModel) and not _is_schedule(value):
+        if key in CHOSEN:
+            names, meaning = CHOSEN[key]
+            yield Key(f"{key}.name", f"`{value.name}`", _choices(names), meaning)
+        elif isinstance(value, BaseModel) and not _is_leaf(value):
             yield from _keys(type(value), value, f"{key}.")
         else:
-            meaning = field.description or MEANINGS.get(key)
+            end = ".".join(key.split(".")[-2:])
+            meaning = field.description or MEANINGS.get(key) or MEANINGS.get(end)
             if not meaning:
                 raise ValueError(f"{key} has no meaning: add a description to its field")
             yield Key(key, _default(field, value), _values(field), meaning)
@@ -136,8 +148,8 @@ def model_rows() -> Iterator[tuple[str, ...]]:
             first = False
 
 
-def _is_schedule(value: object) -> bool:
-    return isinstance(value, SCHEDULES)
+def _is_leaf(value: object) -> bool:
+    return isinstance(value, (*SCHEDULES, ModelSettings, Objective))
 
 
 def _default(field: FieldInfo, value: object) -> str:
@@ -150,6 +162,8 @@ def _yaml(value: object) -> str:
         value = value.value
     elif isinstance(value, ModelSettings):
         value = value.label
+    elif isinstance(value, Objective):
+        value = {name: _term(name, term) for name, term in value.terms.items()}
     elif isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     elif isinstance(value, Path):
@@ -158,6 +172,18 @@ def _yaml(value: object) -> str:
         value = [item.label if isinstance(item, ModelSettings) else item for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
     return f"`{text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}`"
+
+
+def _term(name: str, term: BaseModel) -> Any:
+    """Write a term of an objective as briefly as a settings file may."""
+    given = {
+        key: getattr(term, key).value if isinstance(getattr(term, key), ConstantSchedule) else value
+        for key, value in term.model_dump(mode="json").items()
+        if key == "weight"
+        or (key == "kind" and value != name)
+        or getattr(term, key) != type(term).model_fields[key].default
+    }
+    return given["weight"] if set(given) == {"weight"} else given
 
 
 def _choices(values: Any) -> str:
@@ -193,8 +219,11 @@ def _name(annotation: Any) -> str:
         str: "text",
         Path: "path",
         ModelSettings: "model",
+        Objective: "terms by name",
         FaultRule: "fault rule",
     }
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return names.get(annotation, "table")
     return names[annotation]
 
 
@@ -233,6 +262,7 @@ def _strategy_table(name: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "settings": lambda: table(settings_keys()),
+    "distill settings": lambda: table(distill_keys()),
     "schedules": lambda: table(schedule_keys()),
     "models": model_table,
     **{f"strategy {name}": partial(_strategy_table, name) for name in STRATEGIES},

@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     SERVER = 8
     EVALUATION = 9
     FAULTS = 10
+    DISTILL = 11
+    AUGMENT = 12
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:
@@ -41,6 +43,11 @@ def generator_for(seed: int, purpose: Purpose, *key: int) -> np.random.Generator
 def torch_seed_for(seed: int, purpose: Purpose, *key: int) -> int:
     """Return the 63-bit seed of one purpose for a ``torch.Generator`` or `seeded_torch`."""
     return int(_sequence(seed, purpose, key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def torch_generator(seed: int, device: torch.device | None = None) -> torch.Generator:
+    """Return a torch stream of its own, on the CPU unless a device is named."""
+    return torch.Generator(device or torch.device("cpu")).manual_seed(seed)
 
 
 @contextmanager

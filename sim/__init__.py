@@ -5,10 +5,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedkd.distillation.settings import DistillSettings
+    from sim.distilling.running import distill
     from sim.overview import data
     from sim.reports import report
     from sim.running import run
-    from sim.settings import Settings, load_settings
+    from sim.settings import Settings, load_distill_settings, load_settings
     from sim.study import compare
 
 # Nothing that we start reports to anybody; both are read when Flower and Ray are imported.
@@ -25,14 +27,27 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 _FUNCTIONS = {
     "run": "sim.running",
     "compare": "sim.study",
+    "distill": "sim.distilling.running",
     "data": "sim.overview",
     "report": "sim.reports",
     "Settings": "sim.settings",
     "load_settings": "sim.settings",
+    "DistillSettings": "fedkd.distillation.settings",
+    "load_distill_settings": "sim.settings",
 }
 """What a notebook needs: a function for every command, and the settings."""
 
-__all__ = ["Settings", "compare", "data", "load_settings", "report", "run"]
+__all__ = [
+    "DistillSettings",
+    "Settings",
+    "compare",
+    "data",
+    "distill",
+    "load_distill_settings",
+    "load_settings",
+    "report",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,13 @@
-"""The command line: ``fedkd run``, ``compare``, ``data`` and ``report``.
+"""The command line: ``fedkd run``, ``compare``, ``distill``, ``data`` and ``report``.
 
 Every command is a thin shell around the function of the same name in `sim`. Heavy imports wait
 until a command needs them, so that ``--help`` and mistakes answer at once.
 """
 
 import os
+import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
@@ -19,6 +21,10 @@ from rich.table import Table
 from sim.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fedkd.distillation.search import Trial
+    from fedkd.distillation.settings import DistillSettings
     from sim.running import RunResult
     from sim.settings import Settings
 
@@ -58,12 +64,13 @@ def root(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = None,
 ) -> None:
-    """Federated learning by knowledge exchange: simulate, compare, report.
+    """Federated learning by knowledge exchange: simulate, compare, distil, report.
 
     Examples:
     - `fedkd run` : the digits default
     - `fedkd run strategy.name=fedmd rounds=10 seed=7`
     - `fedkd compare conf/quickstart.yaml` : arms x seeds, a table and a report
+    - `fedkd distill` : one machine, a teacher, a student
     - `fedkd data conf/quickstart.yaml` : who holds which rows
     - `fedkd report runs/quickstart` : the report again, or over several runs
     """
@@ -161,6 +168,78 @@ def compare(
 
 
 @app.command()
+def distill(
+    arguments: ConfigAndOverrides = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Try search.temperatures x search.weights on validation rows."
+        ),
+    ] = False,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="Name all that can be chosen, with sources and defaults."),
+    ] = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Paired repetitions: seed, seed + 1, ...; of the search, too."),
+    ] = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Train or load a teacher, distil a student, and compare it with its undistilled twin.
+
+    Examples:
+    - `fedkd distill`
+    - `fedkd distill student.model=cnn objective.kd.temperature=2`
+    - `fedkd distill 'objective={ce: 1, kd: {weight: 1, temperature: 4}, mse: 0.1}'`
+    - `fedkd distill conf/distill.yaml --seeds 10` : means with intervals, a paired test
+    - `fedkd distill --search` : temperature and weight, chosen on validation rows
+    - `fedkd distill conf/tutorial.yaml data.source=path/to/mnist`
+    - `fedkd distill teacher.weights=runs/distill/20260101-120000-1a2b3c/models/teacher.safetensors`
+    - `fedkd distill --list`
+    """
+    if list_:
+        _list_components(arguments, json=json)
+        return
+    from sim.progress import FitProgress, progress_bars
+    from sim.settings import load_distill_settings
+
+    config, overrides = _split(arguments)
+    settings = load_distill_settings(config, overrides)
+    bars = progress_bars(Console(stderr=True), quiet=quiet or json, unit="epochs")
+    if search:
+        _search(settings, seeds, bars, quiet=quiet, json=json)
+        return
+    if seeds is not None:
+        settings = settings.model_copy(update={"seeds": seeds})
+    from sim.distilling.running import distill as distill_once
+    from sim.distilling.studying import repeat
+    from sim.records import storing, to_json
+    from sim.reports.distillation import distill_table, load_distillation, write_distill_report
+
+    if settings.seeds > 1:
+        with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
+            study = repeat(settings, observer_of=lambda seed: FitProgress(bars, f"seed {seed}"))
+        if json:
+            typer.echo(to_json(study.to_row()))
+        elif not quiet:
+            _console().print(distill_table(study.runs))
+            typer.echo(f"runs   {study.folder}\nreport {study.report}")
+        return
+    with bars, _stoppable(partial_in="what was measured until then is in {folder}"):
+        result = distill_once(settings, observe=FitProgress(bars))
+    with storing(result.folder, goes_on=f"fedkd report {result.folder}"):
+        record = load_distillation(result.folder)
+        report = write_distill_report([record], result.folder, title=settings.name)
+    if json:
+        typer.echo(to_json({**result.row, "report": str(report)}))
+    elif not quiet:
+        _console().print(distill_table([record]))
+        typer.echo(f"run    {result.folder}\nreport {report}")
+
+
+@app.command()
 def data(
     arguments: ConfigAndOverrides = None,
     figure: Annotated[
@@ -198,11 +277,21 @@ def report(
 
     Examples:
     - `fedkd report runs/quickstart`
+    - `fedkd report runs/distill/20260101-120000-1a2b3c` : a distillation
     - `fedkd report runs/a/20260101-120000-1a2b3c runs/b/20260101-120500-4d5e6f --output both`
     """
     from sim.reports import report as write_report_on
+    from sim.reports.distillation import is_distillation, report_distillations
+    from sim.settings import SettingsError
 
-    typer.echo(f"report {write_report_on(runs, output)}")
+    distillations = [run for run in runs if is_distillation(run)]
+    if distillations and len(distillations) < len(runs):
+        raise SettingsError(
+            f"a report is on federations or on distillations, got both: {str(distillations[0])!r} "
+            "is a distillation"
+        )
+    write = report_distillations if distillations else write_report_on
+    typer.echo(f"report {write(runs, output)}")
 
 
 def _console() -> Console:
@@ -212,8 +301,15 @@ def _console() -> Console:
 
 
 def _settings(arguments: Sequence[str] | None) -> "Settings":
-    """Split ``[CONFIG] [KEY=VALUE]...`` and read the settings."""
-    from sim.settings import SettingsError, load_settings
+    """Read the settings of a federated run."""
+    from sim.settings import load_settings
+
+    return load_settings(*_split(arguments))
+
+
+def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """Split ``[CONFIG] [KEY=VALUE]...``."""
+    from sim.settings import SettingsError
 
     words = list(arguments or ())
     configs = [word for word in words if "=" not in word]
@@ -223,7 +319,55 @@ def _settings(arguments: Sequence[str] | None) -> "Settings":
             "settings are written key=value"
         )
     overrides = [word for word in words if "=" in word]
-    return load_settings(configs[0] if configs else None, overrides)
+    return configs[0] if configs else None, overrides
+
+
+def _search(
+    settings: "DistillSettings", seeds: int | None, bars: "Progress", *, quiet: bool, json: bool
+) -> None:
+    from sim.distilling.searching import search
+    from sim.progress import FitProgress
+    from sim.records import to_json
+
+    if seeds is not None:
+        grid = settings.search.model_copy(update={"seeds": seeds})
+        settings = settings.model_copy(update={"search": grid})
+
+    def observer_of(trial: "Trial") -> FitProgress:
+        of_seed = f"seed {trial.seed}, " if settings.search.seeds > 1 else ""
+        return FitProgress(bars, f"{of_seed}T={trial.temperature:g}, w={trial.weight:g}")
+
+    with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
+        found = search(settings, observer_of=observer_of)
+    if json:
+        typer.echo(to_json(found.to_row()))
+    elif not quiet:
+        _console().print(found.table())
+        typer.echo(f"search {found.folder}\nbest   {' '.join(found.words)}")
+        given = [word for word in sys.argv[1:] if word != "--search"]
+        typer.echo(f"use it: {shlex.join(['fedkd', *given, *found.words])}")
+
+
+def _list_components(arguments: Sequence[str] | None, *, json: bool) -> None:
+    from fedkd.distillation.listing import list_components
+    from sim.records import to_json
+    from sim.settings import SettingsError
+
+    if arguments:
+        raise SettingsError(f"--list takes no settings, got {' '.join(arguments)}")
+    sections = list_components()
+    if json:
+        rows = {name: [each._asdict() for each in of_name] for name, of_name in sections.items()}
+        typer.echo(to_json(rows))
+        return
+    for number, (name, entries) in enumerate(sections.items()):
+        typer.secho(("\n" if number else "") + name, bold=True)
+        for entry in entries:
+            typer.secho(f"  {entry.name}", bold=True)
+            for line in entry.lines():
+                typer.echo(
+                    textwrap.fill(line, 100, initial_indent=" " * 6, subsequent_indent=" " * 8)
+                )
 
 
 def _settings_to_resume(folder: Path, arguments: Sequence[str] | None) -> "Settings":
@@ -272,14 +416,20 @@ class _StoppedError(Exception):
 
 
 @contextmanager
-def _stoppable(hint: str = "") -> Iterator[None]:
-    """Say how to go on, by default with the run that was stopped."""
+def _stoppable(hint: str = "", *, partial_in: str = "") -> Iterator[None]:
+    """Say how to go on, by default with the run that was stopped.
+
+    Args:
+        hint: how to go on.
+        partial_in: where what was done is, for what cannot go on; ``{folder}`` is filled in.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
         stop = stop if isinstance(stop, Interruption) else Interruption()
         if not hint and stop.folder is not None:
-            hint = f"fedkd run --resume {stop.folder} goes on from there"
+            goes_on = "fedkd run --resume {folder} goes on from there"
+            hint = (partial_in or goes_on).format(folder=stop.folder)
         raise _StoppedError(stop, hint) from None
 
 

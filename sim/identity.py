@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fedkd.data import FederatedData
+from fedkd.distillation.settings import DistillSettings
 from sim.settings import Settings, SettingsError
 
-HARMLESS = ("name", "output", "study", "checkpoints")
+HARMLESS = ("name", "output", "study", "checkpoints", "search")
 """Sections that say where results go and how they are kept, not what they are."""
 
 HARMLESS_ENGINE = (
@@ -31,7 +32,7 @@ def _harmless(path: tuple[str, ...]) -> bool:
     return section in HARMLESS or (section == "engine" and rest[0] in HARMLESS_ENGINE)
 
 
-def fingerprint(settings: Settings) -> str:
+def fingerprint(settings: Settings | DistillSettings) -> str:
     """Return a SHA-256 that changes with every setting that changes numbers."""
     table = {
         ".".join(path): value for path, value in _leaves(settings.to_table()) if not _harmless(path)

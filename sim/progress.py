@@ -1,9 +1,17 @@
 """What a person sees while a run goes on: one line that moves, on standard error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from fedkd.data import FederatedData
 from sim.observers import Observer, Row
@@ -45,12 +53,38 @@ class ProgressObserver(Observer):
         )
 
 
-def progress_bars(console: Console, *, quiet: bool) -> Progress:
-    """Return bars that show themselves only where a person is looking."""
+class FitProgress:
+    """Moves a bar for every model by a step each epoch; an `fedkd.distillation.workshop.Observer`.
+
+    Args:
+        progress: where the bars are.
+        label: stands before the model's name, such as the seed of one of several runs.
+    """
+
+    def __init__(self, progress: Progress, label: str = "") -> None:
+        self._progress = progress
+        self._label = label
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, model: str, row: Mapping[str, Any]) -> None:
+        """Show an epoch of a model."""
+        if model not in self._tasks:
+            name = f"{self._label} {model}".strip()
+            self._tasks[model] = self._progress.add_task(name, total=None, note="")
+        # What is no classifier, such as a generator's images, has no accuracy.
+        accuracy = row.get("validation_accuracy")
+        note = "" if accuracy is None else f"validation accuracy {100 * accuracy:5.1f} %"
+        self._progress.update(
+            self._tasks[model], completed=row["epoch"], total=row["epochs"], note=note
+        )
+
+
+def progress_bars(console: Console, *, quiet: bool, unit: str = "rounds") -> Progress:
+    """Return bars that show themselves only where a person is looking; ``unit`` is a step."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total} rounds"),
+        TextColumn(f"{{task.completed:.0f}}/{{task.total}} {unit}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),

@@ -51,14 +51,20 @@ class FolderBusyError(RuntimeError):
 
 
 @contextmanager
-def storing(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses inside the block into a `StorageError`."""
+def storing(folder: Path, *, goes_on: str | None = None) -> Iterator[None]:
+    """Turn what the file system refuses inside the block into a `StorageError`.
+
+    Args:
+        folder: of the run.
+        goes_on: what to do when it can be written again; None: resume the federated run.
+    """
     try:
         yield
     except OSError as error:
         raise StorageError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; what is there "
-            f"is whole, so when it can be written again: fedkd run --resume {folder}"
+            "is whole, so when it can be written again: "
+            f"{goes_on or f'fedkd run --resume {folder}'}"
         ) from error
 
 
@@ -172,51 +178,88 @@ def _git_commit() -> str | None:
     return answer.stdout.strip()
 
 
-class RunFolder(Observer):
-    """Writes a run's rows as they come; every row is in its file when the call returns.
+class Recorder:
+    """A folder that rows are written into as they come; each is in its file when the call returns.
 
-    Only one process at a time can have a run folder open.
+    Only one process at a time can have a folder open.
+
+    Args:
+        folder: exists already.
+        settings: the resolved settings as YAML.
+        device: that the run computes on.
+        files: names of the files that grow by rows.
+        goes_on: what to do after a `StorageError`, see `storing`.
 
     Raises:
         FolderBusyError: names the process that has it.
         StorageError: if it cannot be written, now or by any method.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        settings: str,
+        device: str,
+        files: Sequence[str],
+        goes_on: str | None = None,
+    ) -> None:
         self.folder = folder
-        self.marks: Marks = {}
-        with storing(folder):
+        self._goes_on = goes_on
+        with storing(folder, goes_on=goes_on):
             self._lock = _lock(folder)
             try:
-                write_text(folder / SETTINGS_FILE, settings.to_yaml())
+                write_text(folder / SETTINGS_FILE, settings)
                 if not (folder / ENVIRONMENT_FILE).exists():
-                    device = "cuda" if settings.engine.gpus_per_worker else "cpu"
                     text = to_json(environment(device), indent=2)
                     write_text(folder / ENVIRONMENT_FILE, text)
-                self._files = {name: _RowFile(folder / name) for name in ROW_FILES}
+                self._files = {name: _RowFile(folder / name) for name in files}
             except BaseException:
                 os.close(self._lock)
                 raise
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
         os.close(self._lock)
 
+    def append(self, name: str, rows: Iterable[Row]) -> None:
+        """Append rows to one of the files."""
+        with storing(self.folder / name, goes_on=self._goes_on):
+            self._files[name].append("".join(to_json(row) + "\n" for row in rows).encode())
+
+    def result(self, row: Row) -> None:
+        """Write the run's result; its presence means that the run has ended."""
+        with storing(self.folder, goes_on=self._goes_on):
+            write_text(self.folder / RESULT_FILE, to_json(row, indent=2) + "\n")
+
+
+class RunFolder(Recorder, Observer):
+    """The folder of a federated run."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.marks: Marks = {}
+        super().__init__(
+            folder,
+            settings=settings.to_yaml(),
+            device="cuda" if settings.engine.gpus_per_worker else "cpu",
+            files=ROW_FILES,
+        )
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
     def metrics(self, rows: Sequence[Row]) -> None:
         """Append rows of (round, scope, ...)."""
-        self._append(METRICS_FILE, rows)
+        self.append(METRICS_FILE, rows)
 
     def exchange(self, rows: Sequence[Row]) -> None:
         """Append rows of (round, client, direction, kind, bytes)."""
-        self._append(EXCHANGE_FILE, rows)
+        self.append(EXCHANGE_FILE, rows)
 
     def event(self, row: Row) -> None:
         """Append one event."""
-        self._append(EVENTS_FILE, [row])
+        self.append(EVENTS_FILE, [row])
 
     def completed(self, round: int) -> None:
         """Note where the files stand at the end of a round; see `rewind`."""
@@ -242,15 +285,6 @@ class RunFolder(Observer):
                 file.cut(0 if marks is None else marks[name]["bytes"])
             (self.folder / RESULT_FILE).unlink(missing_ok=True)
         self.marks = {} if marks is None else marks
-
-    def result(self, row: Row) -> None:
-        """Write the run's result; its presence means that the run has ended."""
-        with storing(self.folder):
-            write_text(self.folder / RESULT_FILE, to_json(row, indent=2) + "\n")
-
-    def _append(self, name: str, rows: Iterable[Row]) -> None:
-        with storing(self.folder / name):
-            self._files[name].append("".join(to_json(row) + "\n" for row in rows).encode())
 
 
 class _RowFile:

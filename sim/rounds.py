@@ -347,7 +347,7 @@ class RoundLoop:
     def _layout(self, client: int) -> Layout:
         architecture = self._federation.architectures[client]
         if architecture not in self._layouts:
-            weights = self._server.initial_weights(client)
+            weights = self._strategy.uploaded_weights(client, self._server)
             self._layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
         return self._layouts[architecture]
 

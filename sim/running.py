@@ -86,6 +86,7 @@ def load_data(settings: Settings) -> FederatedData:
         )
         strategy = build_strategy(settings, federation_of(settings, data))
         _check_models(settings, data)
+        strategy.check(data.input_shape)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if strategy.needs_public and not len(data.public_inputs):

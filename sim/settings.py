@@ -4,13 +4,12 @@ Below this line code takes typed objects or plain values, never a table of text.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -26,13 +25,15 @@ from pydantic import (
 )
 
 from fedkd.data import DataSettings
+from fedkd.distillation.settings import DistillSettings
 from fedkd.models import ModelSettings
+from fedkd.names import check_name
 from fedkd.training import OptimizerSettings, Passes
 from sim.faults import PROCESS_FAULTS, FaultRule
 from strategies import STRATEGIES
 from strategies.base import StrategySettings
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
 class SettingsError(ValueError):
@@ -170,7 +171,7 @@ class StudySettings(_Section):
     @classmethod
     def _names_are_file_names(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name in arms:
-            _check_name(name, "the name of an arm")
+            check_name(name, "the name of an arm")
         return arms
 
 
@@ -181,15 +182,6 @@ else:
         reduce(or_, (strategy.Settings for strategy in STRATEGIES.values())),
         Field(discriminator="name"),
     ]
-
-
-def _check_name(name: str, what: str) -> str:
-    if not NAME.fullmatch(name) or name.strip(".") == "":
-        raise ValueError(
-            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-' (it names a folder), "
-            f"got {name!r}"
-        )
-    return name
 
 
 class Settings(_Section):
@@ -212,7 +204,7 @@ class Settings(_Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_file_name(cls, name: str) -> str:
-        return _check_name(name, "name")
+        return check_name(name, "name")
 
     @field_validator("strategy", mode="before")
     @classmethod
@@ -273,7 +265,12 @@ class Settings(_Section):
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load_settings` reads back."""
-        return yaml.safe_dump(self.to_table(), sort_keys=False, allow_unicode=True)
+        return yaml_text(self.to_table())
+
+
+def yaml_text(table: Mapping[str, Any]) -> str:
+    """Write plain values as YAML, in their order."""
+    return yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True)
 
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -295,8 +292,58 @@ def load_settings(
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
     """
+    return settings_from_table(_read_table(config, overrides))
+
+
+def load_distill_settings(
+    config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+) -> DistillSettings:
+    """Read the settings of ``fedkd distill`` by the rules of `load_settings`.
+
+    Args:
+        config: a YAML file.
+        overrides: such as ``student.model=cnn``. ``objective.kd.temperature=2`` changes one
+            setting of the objective of the file, or of the default one; ``objective={ce: 1}``
+            replaces the objective whole.
+
+    Raises:
+        SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
+    """
+    objective = DistillSettings().objective.model_dump(mode="json")
+    return distill_settings_from_table(_read_table(config, overrides, {"objective": objective}))
+
+
+def _read_table(
+    config: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    opened: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Merge file and overrides.
+
+    Args:
+        config: the file.
+        overrides: words.
+        opened: defaults of tables whose keys are free, so that a word may change one of them.
+    """
     table = _read_yaml(Path(config)) if config is not None else {}
-    return settings_from_table(_resolve(merge_tables(table, _read_overrides(overrides))))
+    patch = _read_overrides(overrides)
+    keys = [override.partition("=")[0].split(".") for override in overrides]
+    for key, default in (opened or {}).items():
+        if any(path[0] == key and len(path) > 1 for path in keys):
+            table.setdefault(key, default)
+    for path in keys:
+        # An objective is a sum: one that is written whole would gain the old one's terms.
+        if path[-1].endswith("objective"):
+            table = _without(table, path)
+    return _resolve(merge_tables(table, patch))
+
+
+def _without(table: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    key, *rest = path
+    if not rest:
+        return {name: value for name, value in table.items() if name != key}
+    inner = table.get(key)
+    return {**table, key: _without(inner, rest)} if isinstance(inner, Mapping) else dict(table)
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -367,50 +414,72 @@ def settings_from_table(table: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: names the first setting that cannot work.
     """
+    return _checked(Settings, table)
+
+
+def distill_settings_from_table(table: Mapping[str, Any]) -> DistillSettings:
+    """Check plain values and return the settings of a distillation.
+
+    Raises:
+        SettingsError: names the first setting that cannot work.
+    """
+    return _checked(DistillSettings, table)
+
+
+def _checked(kind: type[SettingsT], table: Mapping[str, Any]) -> SettingsT:
     try:
-        return Settings.model_validate(table)
+        return kind.model_validate(table)
     except ValidationError as error:
-        raise SettingsError("; ".join(_readable(error))) from None
+        raise SettingsError("; ".join(_readable(kind, error))) from None
 
 
-def _readable(error: ValidationError) -> list[str]:
+def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each problem: the setting, what is wrong, the value it got."""
     lines = []
     for problem in error.errors(include_url=False, include_context=False):
-        path = [str(part) for part in problem["loc"]]
-        if len(path) > 1 and path[0] == "strategy" and path[1] in STRATEGIES:
-            strategy: str | None = path.pop(1)
-        else:
-            strategy = None
+        path, known = _place(kind, problem["loc"])
         where = ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")
         message = message.replace("Input should be", "must be")
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(path[:-1], strategy)
             known_there = f" (known there: {', '.join(known)})" if known else ""
             lines.append(f"unknown setting {where!r}{nearest(path[-1], known)}{known_there}")
         elif problem["type"] == "value_error" or "got " in message:
             # A check of several settings names them itself; one of a single value does not.
+            if len(path) > 1 and message.startswith(f"{path[-1]}."):
+                message = ".".join([*path[:-1], message])
             lines.append(message if message.startswith(where) else f"{where}: {message}")
         else:
             lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
     return lines
 
 
-def _known_keys(path: Sequence[str], strategy: str | None) -> list[str]:
-    """Return the keys of the section at ``path``; none where several kinds of section fit."""
-    model: type[BaseModel] = Settings
-    for part in path:
-        if part == "strategy" and model is Settings and strategy is not None:
-            model = STRATEGIES[strategy].Settings
+def _place(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], list[str]]:
+    """Return where a problem is, and the keys that are known beside it.
+
+    There are none where several kinds of section fit.
+    """
+    path: list[str] = []
+    sections = [kind]
+    beside: list[type[BaseModel]] = []
+    for part in location:
+        named = [section for section in sections if _tag(section) == part]
+        if named and not any(part in section.model_fields for section in sections):
+            # The name by which one of several kinds of section was chosen is no key.
+            sections = named
             continue
-        field = model.model_fields.get(part)
-        found = _models_in(field.annotation) if field is not None else []
-        if len(found) > 1:
-            return []
-        if found:
-            model = found[0]
-    return list(model.model_fields)
+        path.append(str(part))
+        beside = sections
+        if not isinstance(part, int):
+            field = sections[0].model_fields.get(part) if len(sections) == 1 else None
+            sections = _models_in(field.annotation) if field is not None else []
+    return path, list(beside[0].model_fields) if len(beside) == 1 else []
+
+
+def _tag(section: type[BaseModel]) -> str | None:
+    field = section.model_fields.get("name")
+    names = get_args(field.annotation) if field is not None else ()
+    return names[0] if len(names) == 1 and isinstance(names[0], str) else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -6,6 +6,7 @@ from strategies.base import DistillationStrategy
 from strategies.dml import DML
 from strategies.fedavg import FedAvg
 from strategies.fedmd import FedMD
+from strategies.fml import FML
 from strategies.local import Local
 from strategies.one_way import OneWay
 from strategies.pooled import Pooled
@@ -14,6 +15,7 @@ STRATEGIES: dict[str, type[DistillationStrategy[Any]]] = {
     "dml": DML,
     "fedavg": FedAvg,
     "fedmd": FedMD,
+    "fml": FML,
     "local": Local,
     "one_way": OneWay,
     "pooled": Pooled,

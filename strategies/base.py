@@ -13,7 +13,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fedkd.data import FederatedData
-from fedkd.training import Cohort
+from fedkd.models.options import ImageShape
+from fedkd.training import Architecture, Arrays, Cohort, ComposedObjective, stacking_of
+from fedkd.training.cohort import named_models
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.memory import Memory
 from strategies.plan import Federation, RoundPlan
@@ -52,6 +54,32 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
         self.settings = settings
         self.federation = federation
 
+    def composed(self) -> ComposedObjective | None:
+        """Return what clients minimise where it is made of terms.
+
+        Decides only how clients are trained (stacked or not), never on what; its progress and
+        temperature have no say.
+        """
+        return None
+
+    def check(self, input_shape: ImageShape) -> None:
+        """Refuse, before any worker starts, objectives that do not fit the clients' models.
+
+        Raises:
+            ValueError: naming the setting, what it got and what would work.
+        """
+        composed = self.composed()
+        if composed is None:
+            return
+        architectures = self.federation.architectures
+        for client in map(architectures.index, dict.fromkeys(architectures)):
+            stacking_of(
+                composed,
+                tuple(named_models(self.architecture(client)).items()),
+                input_shape=input_shape,
+                num_classes=self.federation.num_classes,
+            )
+
     # -- server half ---------------------------------------------------------------------
 
     def participants(self, plan: RoundPlan) -> tuple[int, ...]:
@@ -67,6 +95,10 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
         self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
     ) -> Broadcast:
         """Fold a round's uploads, in client order, into what the next round receives."""
+
+    def uploaded_weights(self, client: int, server: Server) -> Arrays:
+        """Return weights like those that a client uploads: what counts is names and shapes."""
+        return server.initial_weights(client)
 
     def server_model(self) -> ServerModel | None:
         """Return the server's own model, where the algorithm has one to evaluate."""
@@ -84,6 +116,10 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
         """Take back what `memory` returned, here or in another process; `prepare` is not run."""
 
     # -- client half ---------------------------------------------------------------------
+
+    def architecture(self, client: int) -> Architecture:
+        """Return what a client trains: one model, or several by name, the first of them judged."""
+        return self.federation.models[client]
 
     def private_rows(self, client: int, data: FederatedData) -> np.ndarray:
         """Return the row ids that this client trains on."""

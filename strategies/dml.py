@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.targets import StreamingMean
-from fedkd.training import Cohort, as_tensor
+from fedkd.training import Cohort, ComposedObjective, as_tensor
 from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
-from strategies.plan import RoundPlan
+from strategies.plan import Federation, RoundPlan
 from strategies.server import Server
-from strategies.taught import TaughtSettings, learn, rows_of_step
+from strategies.taught import (
+    TaughtSettings,
+    check_public_labels,
+    composed_of,
+    learn,
+    rows_of_step,
+)
 
 
 class DMLSettings(TaughtSettings):
@@ -44,6 +50,14 @@ class DML(DistillationStrategy[DMLSettings]):
     uploads = "predictions"
     needs_public = True
 
+    def __init__(self, settings: DMLSettings, federation: Federation) -> None:
+        super().__init__(settings, federation)
+        check_public_labels(settings, federation)
+
+    def composed(self) -> ComposedObjective | None:
+        """The terms of ``strategy.objective``, where it is set."""
+        return composed_of(self.settings)
+
     def rows_of_step(self, private_rows: int) -> int:
         """Private and public rows go through the model together."""
         return rows_of_step(self.federation, self.settings, private_rows)
@@ -59,7 +73,7 @@ class DML(DistillationStrategy[DMLSettings]):
         self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
     ) -> Broadcast:
         """Give each participant the mean of the others, and everybody else the mean of all."""
-        temperature = self.settings.temperature.at(plan.next().progress)
+        temperature = self.settings.softening(plan.next().progress)
         mean = StreamingMean()
         own: dict[int, torch.Tensor] = {}
         for upload, predictions in predictions_of(uploads):

@@ -21,6 +21,8 @@ from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean
 from fedkd.training import (
     Cohort,
+    ComposedObjective,
+    Objective,
     Passes,
     as_tensor,
     distilled,
@@ -32,7 +34,15 @@ from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.memory import Memory
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server, ServerModel
-from strategies.taught import TaughtSettings, learn, rows_of_step
+from strategies.taught import (
+    TaughtSettings,
+    check_public_labels,
+    composed_of,
+    knowledge_of,
+    learn,
+    lesson_of,
+    rows_of_step,
+)
 
 
 class OneWaySettings(TaughtSettings):
@@ -72,10 +82,15 @@ class OneWay(DistillationStrategy[OneWaySettings]):
                 "strategy.teacher_data: public needs data.public.labelled: true; "
                 "largest_client or pooled do without"
             )
+        check_public_labels(settings, federation)
         taught_from_outside = settings.direction == "teacher_to_clients"
         self.uploads = "nothing" if taught_from_outside else "predictions"
         self._model: ServerModel | None = None
         self._taught = False
+
+    def composed(self) -> ComposedObjective | None:
+        """The terms of ``strategy.objective``, where it is set."""
+        return composed_of(self.settings)
 
     def rows_of_step(self, private_rows: int) -> int:
         """Private and public rows go through the model together."""
@@ -122,7 +137,7 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         """Keep the teacher as it is; or let the ensemble teach the server model."""
         if self.settings.direction == "teacher_to_clients":
             return Broadcast(self._lesson_for(plan.next()))
-        temperature = self.settings.temperature.at(plan.progress)
+        temperature = self.settings.softening(plan.progress)
         mean = StreamingMean()
         for _, predictions in predictions_of(uploads):
             mean.add(F.softmax(as_tensor(predictions.values) / temperature, dim=-1))
@@ -134,15 +149,25 @@ class OneWay(DistillationStrategy[OneWaySettings]):
                 values=mean.mean().float().numpy(),
                 temperature=temperature,
             )
-            objective = partial(
-                distilled, temperature=temperature, scale_by_t2=self.settings.scale_by_t2
-            )
-            lesson = plan.public(ensemble, epochs=self.settings.server_epochs)
-            self._model.fit(objective, plan=plan, public=lesson)
-            self._taught = True
+            self._teach_server(self._model, ensemble, plan)
         if self.settings.direction == "clients_to_server" or not self._taught:
             return Broadcast()
         return Broadcast(self._lesson_for(plan.next()))
+
+    def _teach_server(self, model: ServerModel, ensemble: Predictions, plan: RoundPlan) -> None:
+        """Distil the ensemble: the server has no private rows, so terms on labels have no say."""
+        settings = self.settings
+        objective: Objective | ComposedObjective = partial(
+            distilled, temperature=ensemble.temperature, scale_by_t2=settings.scale_by_t2
+        )
+        if settings.objective is not None:
+            knowledge = knowledge_of(settings.objective, plan.progress)
+            if knowledge is None:
+                return
+            objective = lesson_of(knowledge, ensemble, settings, plan)
+        lesson = plan.public(ensemble, epochs=settings.server_epochs)
+        model.fit(objective, plan=plan, public=lesson)
+        self._taught = True
 
     def _lesson_for(self, plan: RoundPlan) -> Predictions:
         assert self._model is not None  # noqa: S101
@@ -150,7 +175,7 @@ class OneWay(DistillationStrategy[OneWaySettings]):
             kind="logits",
             rows=plan.public_rows,
             values=self._model.predict_public(plan.public_rows),
-            temperature=self.settings.temperature.at(plan.progress),
+            temperature=self.settings.softening(plan.progress),
         )
 
     def server_model(self) -> ServerModel | None:

@@ -12,6 +12,7 @@ from fedkd.training import (
     MODEL,
     Arrays,
     ClientState,
+    ComposedObjective,
     LoopCohort,
     Member,
     ModelPool,
@@ -107,7 +108,7 @@ class ServerModel:
 
     def fit(
         self,
-        objective: Objective,
+        objective: Objective | ComposedObjective,
         *,
         plan: RoundPlan | None,
         private: Passes | None = None,
@@ -116,6 +117,17 @@ class ServerModel:
         """Train in place; ``plan`` is None before the first round."""
         cohort = self._cohort(plan)
         cohort.fit(objective, private=private, public=public)
+        self._member = Member(Server.ID, self._member.rows, cohort.states()[0])
+
+    def weights(self) -> Arrays:
+        """Return a copy of parameters and buffers."""
+        return self._cohort(None).weights()[0]
+
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Put these parameters and buffers in place, and forget the optimizer's memory."""
+        cohort = self._cohort(None)
+        cohort.load_weights(weights)
+        cohort.reset_optimizers()
         self._member = Member(Server.ID, self._member.rows, cohort.states()[0])
 
     def to_arrays(self) -> Arrays:

@@ -2,15 +2,25 @@
 
 from functools import partial
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fedkd.objectives import Objective
+from fedkd.objectives.terms import SoftenedTerm, Term
 from fedkd.schedules import (
     ConstantSchedule,
     CosineSchedule,
     NonNegativeSchedule,
     PositiveSchedule,
 )
-from fedkd.training import Cohort, distilled, supervised
+from fedkd.training import (
+    MODEL,
+    Cohort,
+    ComposedObjective,
+    Learner,
+    PublicLesson,
+    distilled,
+    supervised,
+)
 from strategies.base import StrategySettings
 from strategies.knowledge import Knowledge, Predictions
 from strategies.plan import Federation, RoundPlan
@@ -24,6 +34,10 @@ class TaughtSettings(StrategySettings):
         ce_weight: weight of cross-entropy on private rows; a number or a schedule.
         kd_weight: weight of distillation on public rows; a number or a schedule.
         scale_by_t2: multiply the public term by the temperature's square.
+        objective: terms in the place of the four settings above: those that need labels only are
+            taken on private rows, the others on public rows with what was received as the
+            teacher's logits. What travels is softened with the first temperature among them, or
+            with 1.
         public_epochs: passes over the round's public rows, spread over its steps.
         confidence_threshold: leave out public rows whose target is less sure, in [0, 1).
     """
@@ -32,8 +46,91 @@ class TaughtSettings(StrategySettings):
     ce_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
     kd_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
     scale_by_t2: bool = True
+    objective: Objective | None = None
     public_epochs: int = Field(1, ge=1)
     confidence_threshold: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _terms_can_be_taught(self) -> "TaughtSettings":
+        if self.objective is None:
+            return self
+        for name in ("temperature", "ce_weight", "kd_weight", "scale_by_t2"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"strategy.{name} has no say beside strategy.objective, got "
+                    f"{getattr(value, 'value', value)}: set it in a term such as kd"
+                )
+        comparing = self.objective.needs("features")
+        if comparing:
+            raise ValueError(
+                f"strategy.objective.{comparing[0]} compares layers, but only predictions travel: "
+                "use a term on logits such as kd, or strategy.name: fml"
+            )
+        if not _knowledge_terms(self.objective):
+            raise ValueError(
+                "strategy.objective must have a term that learns from a teacher, such as kd, got "
+                f"{', '.join(self.objective.terms)}"
+            )
+        return self
+
+    def softening(self, progress: float) -> float:
+        """Return what predictions on public rows are softened with, at ``progress`` of the run."""
+        if self.objective is None:
+            return self.temperature.at(progress)
+        for term in self.objective.terms.values():
+            if isinstance(term, SoftenedTerm):
+                return term.temperature.at(progress)
+        return 1.0
+
+
+def check_public_labels(settings: TaughtSettings, federation: Federation) -> None:
+    """Refuse terms that need labels which the public set does not have.
+
+    Raises:
+        ValueError: naming the term and the setting.
+    """
+    needing = () if settings.objective is None else settings.objective.needs("transfer_labels")
+    if needing and not federation.public_labelled:
+        raise ValueError(
+            f"strategy.objective.{needing[0]} needs the labels of public rows: set "
+            "data.public.labelled: true, or use a term that does without, such as kd"
+        )
+
+
+def composed_of(settings: TaughtSettings) -> ComposedObjective | None:
+    """Return ``strategy.objective`` as what a client minimises; None where it is not set."""
+    if settings.objective is None:
+        return None
+    return ComposedObjective(learners={MODEL: _learner(settings.objective)})
+
+
+def lesson_of(
+    objective: Objective, received: Predictions, settings: TaughtSettings, plan: RoundPlan
+) -> ComposedObjective:
+    """Return terms whose teacher is what was received."""
+    return ComposedObjective(
+        learners={MODEL: _learner(objective)},
+        progress=plan.progress,
+        temperature=received.temperature,
+        targets_are_logits=received.kind != "mean_probability",
+        confidence_threshold=settings.confidence_threshold,
+    )
+
+
+def knowledge_of(objective: Objective, progress: float) -> Objective | None:
+    """Return the terms that a teacher has a part in and that have a weight; None without any."""
+    terms = _knowledge_terms(objective)
+    in_force = {name: term for name, term in terms.items() if term.weight.at(progress) > 0}
+    return Objective.model_validate(in_force) if in_force else None
+
+
+def _knowledge_terms(objective: Objective) -> dict[str, Term]:
+    return {name: term for name, term in objective.terms.items() if term.needs != ("labels",)}
+
+
+def _learner(objective: Objective) -> Learner:
+    return Learner(objective=objective, setting="strategy.objective")
 
 
 def rows_of_step(federation: Federation, settings: TaughtSettings, private_rows: int) -> int:
@@ -49,8 +146,11 @@ def learn(
     """Minimise both terms in every step, or the private one where nothing teaches.
 
     With ``kd_weight`` 0 the public rows are left out altogether, so that the bits are those of
-    learning alone.
+    learning alone; so it is with an objective whose other terms have weight 0.
     """
+    if settings.objective is not None:
+        _learn_terms(cohort, received, plan, settings, settings.objective)
+        return
     ce_weight = settings.ce_weight.at(plan.progress)
     kd_weight = settings.kd_weight.at(plan.progress)
     if not isinstance(received, Predictions) or kd_weight == 0:
@@ -65,5 +165,25 @@ def learn(
         scale_by_t2=settings.scale_by_t2,
         confidence_threshold=settings.confidence_threshold,
     )
-    lesson = plan.public(received, epochs=settings.public_epochs)
-    cohort.fit(objective, private=plan.local, public=lesson)
+    cohort.fit(objective, private=plan.local, public=_public(received, plan, settings))
+
+
+def _learn_terms(
+    cohort: Cohort,
+    received: Knowledge | None,
+    plan: RoundPlan,
+    settings: TaughtSettings,
+    objective: Objective,
+) -> None:
+    if isinstance(received, Predictions) and knowledge_of(objective, plan.progress) is not None:
+        lesson = lesson_of(objective, received, settings, plan)
+        cohort.fit(lesson, private=plan.local, public=_public(received, plan, settings))
+        return
+    alone = {name: term for name, term in objective.terms.items() if term.needs == ("labels",)}
+    if alone:
+        learners = {MODEL: _learner(Objective.model_validate(alone))}
+        cohort.fit(ComposedObjective(learners=learners, progress=plan.progress), private=plan.local)
+
+
+def _public(received: Predictions, plan: RoundPlan, settings: TaughtSettings) -> PublicLesson:
+    return plan.public(received, epochs=settings.public_epochs)

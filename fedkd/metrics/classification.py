@@ -1,8 +1,10 @@
-"""How well a classifier does: accuracy, recall per class, personal accuracy, calibration.
+"""How well a classifier does: accuracy, recall and precision per class, likelihood, Brier score.
 
 What the rows do not determine, such as the recall of a class that never occurs, is NaN and
 never 0: a zero would read as a failure of the model.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Integer, Num
@@ -50,10 +52,59 @@ def per_class_recall(
     counts: Integer[np.ndarray, "classes classes"],
 ) -> Float[np.ndarray, " classes"]:
     """Return the share of each class's rows predicted right; NaN for a class without rows."""
-    rows = counts.sum(axis=1)
-    recall = np.full(len(counts), NAN)
-    np.divide(np.diagonal(counts), rows, out=recall, where=rows > 0)
-    return recall
+    return _diagonal_share(counts, counts.sum(axis=1))
+
+
+def per_class_precision(
+    counts: Integer[np.ndarray, "classes classes"],
+) -> Float[np.ndarray, " classes"]:
+    """Return the share of each class's predictions that are right; NaN if it is never predicted."""
+    return _diagonal_share(counts, counts.sum(axis=0))
+
+
+def _diagonal_share(
+    counts: Integer[np.ndarray, "classes classes"], totals: Integer[np.ndarray, " classes"]
+) -> Float[np.ndarray, " classes"]:
+    shares = np.full(len(counts), NAN)
+    np.divide(np.diagonal(counts), totals, out=shares, where=totals > 0)
+    return shares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassTable:
+    """What is known of each class, see `class_table`.
+
+    Attributes:
+        rows: test rows of the class.
+        predicted: rows that were predicted to be of the class.
+        recall: share of ``rows`` predicted right, NaN for an absent class.
+        precision: share of ``predicted`` that is right, NaN for a class never predicted.
+    """
+
+    rows: Integer[np.ndarray, " classes"]
+    predicted: Integer[np.ndarray, " classes"]
+    recall: Float[np.ndarray, " classes"]
+    precision: Float[np.ndarray, " classes"]
+
+    @property
+    def num_absent(self) -> int:
+        """Classes without test rows: no mean over classes speaks of them."""
+        return int((self.rows == 0).sum())
+
+    @property
+    def num_never_predicted(self) -> int:
+        """Classes that no row was predicted to be of: a collapsed model has many."""
+        return int((self.predicted == 0).sum())
+
+
+def class_table(counts: Integer[np.ndarray, "classes classes"]) -> ClassTable:
+    """Return rows, predictions, recall and precision of every class, and count the undefined."""
+    return ClassTable(
+        rows=counts.sum(axis=1),
+        predicted=counts.sum(axis=0),
+        recall=per_class_recall(counts),
+        precision=per_class_precision(counts),
+    )
 
 
 def macro_recall(counts: Integer[np.ndarray, "classes classes"]) -> float:
@@ -117,35 +168,23 @@ def negative_log_likelihood(
     return -mean_or_nan(own)
 
 
-def expected_calibration_error(
-    probabilities: Float[Array, "rows classes"],
-    labels: Integer[Array, " rows"],
-    *,
-    bins: int = 15,
+def brier_score(
+    probabilities: Float[Array, "rows classes"], labels: Integer[Array, " rows"]
 ) -> float:
-    """Return by how much confidence and accuracy differ, in [0, 1]; NaN without rows.
+    """Return the squared distance to the one-hot label, summed over classes, averaged over rows.
 
-    Rows are put into ``bins`` equal intervals of their highest probability; the error is the
-    mean of ``|accuracy - mean confidence|`` over intervals, weighted by their rows. An interval
-    holds its lower edge, the last one both.
+    From 0 (certain and right) to 2 (certain and wrong); NaN without rows. Unlike calibration
+    error, it also rewards telling the classes apart. Some define it for two classes as the square
+    of one probability's error, which is half of this.
 
     Raises:
-        ValueError: if ``bins`` < 1, a row of ``probabilities`` is no distribution or a label is
-            none of its classes.
+        ValueError: if a row of ``probabilities`` is no distribution or a label is none of its
+            classes.
 
     Source:
-        Guo, Pleiss, Sun, Weinberger, 2017, section 2. https://arxiv.org/abs/1706.04599
+        Brier, 1950, equation 2. https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
     """
-    if bins < 1:
-        raise ValueError(f"bins must be >= 1, got {bins}")
     distributions = as_probabilities(probabilities)
     true_classes = as_classes("labels", labels, distributions.shape[1])
-    if not len(true_classes):
-        return NAN
-    confidence = distributions.max(axis=1)
-    correct = distributions.argmax(axis=1) == true_classes
-    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
-    interval = np.searchsorted(inner_edges, confidence, side="right")
-    # |sum of (correct - confidence)| is the interval's rows times its gap.
-    excess = np.bincount(interval, weights=correct - confidence, minlength=bins)
-    return float(np.abs(excess).sum() / len(true_classes))
+    errors = distributions - np.eye(distributions.shape[1])[true_classes]
+    return mean_or_nan(np.square(errors).sum(axis=1))

@@ -3,6 +3,8 @@
 What fewer than two peers, or no rows, do not determine is NaN.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Integer
 
@@ -115,9 +117,134 @@ def jensen_shannon(
     Source:
         Lin, 1991, section IV. https://doi.org/10.1109/18.61115
     """
-    probabilities = np.exp(log_softmax(scores)) if from_logits else as_probabilities(scores)
+    probabilities = _probabilities(scores, from_logits=from_logits)
     if not probabilities.size:
         return float("nan")
     divergence = entropy(probabilities.mean(axis=0)) - entropy(probabilities).mean(axis=0)
     # Rounding may leave -1e-17 where all clients are equal.
     return max(mean_or_nan(divergence), 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleEntropy:
+    """How undecided an ensemble's target is, and each peer on its own, in nats per row.
+
+    Attributes:
+        target: entropy of the mean probability.
+        peers: entropy of each peer's own probabilities.
+    """
+
+    target: float
+    peers: Float[np.ndarray, " clients"]
+
+
+def ensemble_entropy(
+    scores: Float[Array, "clients rows classes"], *, from_logits: bool = False
+) -> EnsembleEntropy:
+    """Return the entropy of the peers' mean probability and of every peer, averaged over rows.
+
+    The target's minus the mean of the peers' is `jensen_shannon`: averaging peers that differ
+    makes a target that is softer than any of them. NaN without rows.
+
+    Args:
+        scores: each client's class probabilities, or its logits.
+        from_logits: whether ``scores`` are logits, then taken at temperature 1.
+
+    Raises:
+        ValueError: if a row is no probability distribution.
+    """
+    probabilities = _probabilities(scores, from_logits=from_logits)
+    num_clients, num_rows, _ = probabilities.shape
+    if not num_clients or not num_rows:
+        return EnsembleEntropy(target=float("nan"), peers=np.full(num_clients, np.nan))
+    return EnsembleEntropy(
+        target=mean_or_nan(entropy(probabilities.mean(axis=0))),
+        peers=entropy(probabilities).mean(axis=1),
+    )
+
+
+def ensemble_gain(
+    scores: Float[Array, "clients rows classes"],
+    labels: Integer[Array, " rows"],
+    *,
+    from_logits: bool = False,
+) -> float:
+    """Return the accuracy of the mean probability minus the clients' mean accuracy, in [-1, 1].
+
+    What diversity is worth: 0 for equal clients. NaN without rows or clients.
+
+    Args:
+        scores: each client's class probabilities, or its logits.
+        labels: true class of each row.
+        from_logits: whether ``scores`` are logits, then taken at temperature 1.
+
+    Raises:
+        ValueError: if a row is no probability distribution or a label is none of its classes.
+    """
+    probabilities = _probabilities(scores, from_logits=from_logits)
+    true_classes = as_classes("labels", labels, probabilities.shape[2])
+    if not len(probabilities) or not len(true_classes):
+        return float("nan")
+    ensemble = (probabilities.mean(axis=0).argmax(axis=1) == true_classes).mean()
+    individual = (probabilities.argmax(axis=2) == true_classes).mean()
+    return float(ensemble - individual)
+
+
+def error_correlation(
+    predicted_classes: Integer[Array, "clients rows"], labels: Integer[Array, " rows"]
+) -> float:
+    """Return how far clients err on the same rows: correlation of their errors, mean over pairs.
+
+    Pearson's correlation of two clients' right/wrong indicators, from -1 (one is right exactly
+    where the other is wrong) over 0 (independent) to 1 (same mistakes). A pair in which a client
+    is always right or always wrong has none and is left out; NaN if that leaves no pair.
+
+    Source:
+        Kuncheva, Whitaker, 2003, section 3.1.2. https://doi.org/10.1023/A:1022859003006
+    """
+    both, only_first, only_second, neither = _pair_counts(predicted_classes, labels)
+    spread = (both + only_first) * (only_second + neither)
+    spread *= (both + only_second) * (only_first + neither)
+    return _mean_ratio(both * neither - only_first * only_second, np.sqrt(spread))
+
+
+def q_statistic(
+    predicted_classes: Integer[Array, "clients rows"], labels: Integer[Array, " rows"]
+) -> float:
+    """Return Yule's Q of the clients' right answers, averaged over pairs, in [-1, 1].
+
+    With a and d the numbers of rows that both or neither get right, b and c those that only one
+    does: ``(ad - bc) / (ad + bc)``. 0 for independent clients; its sign is that of
+    `error_correlation` and its size is never smaller. A pair with ``ad + bc = 0`` is left out;
+    NaN if that leaves no pair.
+
+    Source:
+        Kuncheva, Whitaker, 2003, section 3.1.1. https://doi.org/10.1023/A:1022859003006
+    """
+    both, only_first, only_second, neither = _pair_counts(predicted_classes, labels)
+    same, different = both * neither, only_first * only_second
+    return _mean_ratio(same - different, same + different)
+
+
+def _pair_counts(
+    predicted_classes: Integer[Array, "clients rows"], labels: Integer[Array, " rows"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Count, for every pair, the rows right for both, only the first, only the second, neither."""
+    # Whole numbers in float64 are exact: a client without errors has a spread of exactly 0.
+    right = (as_int64(predicted_classes) == as_int64(labels)).astype(np.float64)
+    wrong = 1 - right
+    first, second = np.triu_indices(len(right), k=1)
+    tables = (right @ right.T, right @ wrong.T, wrong @ right.T, wrong @ wrong.T)
+    both, only_first, only_second, neither = (table[first, second] for table in tables)
+    return both, only_first, only_second, neither
+
+
+def _mean_ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    defined = denominators > 0
+    return mean_or_nan(numerators[defined] / denominators[defined])
+
+
+def _probabilities(
+    scores: Float[Array, "clients rows classes"], *, from_logits: bool
+) -> Float[np.ndarray, "clients rows classes"]:
+    return np.exp(log_softmax(scores)) if from_logits else as_probabilities(scores)

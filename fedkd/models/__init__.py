@@ -2,7 +2,8 @@
 
 Every model maps images [batch, channels, height, width] to class logits [batch, classes], adapts
 to the image and to the number of classes, and runs under ``torch.func.vmap``. Besides the names
-in the table, ``package.module:callable`` builds a model of your own.
+in the table, ``package.module:callable`` builds a model of your own, and ``timm:resnet18`` one of
+the timm package (extra ``timm``), always with fresh weights.
 """
 
 import importlib
@@ -62,6 +63,19 @@ _MODELS: dict[str, type[ModelOptions]] = {
 _DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _CALLABLE_NAME = re.compile(f"{_DOTTED}:{_DOTTED}")
 
+_TIMM = "timm:"
+_TIMM_NAME = re.compile(r"timm:[A-Za-z0-9_.\-]+")
+_TIMM_FIXED = (
+    "in_chans",
+    "num_classes",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+)
+"""Arguments of ``timm.create_model`` that follow from the data, or would fetch or unpickle."""
+
 SMALLEST_SIDE = 8
 """Built-in models need at least this many pixels in each direction."""
 
@@ -85,10 +99,12 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="a known model, or package.module:callable")
+    name: str = Field(
+        description="a known model, package.module:callable, or timm:<name> (extra timm)"
+    )
     options: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="options of that model; of a callable: passed on as keyword arguments",
+        description="options of that model; of a callable or timm: passed on as keyword arguments",
     )
 
     @model_validator(mode="before")
@@ -105,13 +121,25 @@ class ModelSettings(BaseModel):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if name in _MODELS or _CALLABLE_NAME.fullmatch(name):
+        # A name of timm may have hyphens, which no callable's has.
+        pattern = _TIMM_NAME if name.startswith(_TIMM) else _CALLABLE_NAME
+        if name in _MODELS or pattern.fullmatch(name):
             return name
         known = ", ".join(_MODELS)
         raise ValueError(
-            f"unknown model {name!r}; known: {known}; or package.module:callable"
+            f"unknown model {name!r}; known: {known}; or package.module:callable or timm:<name>"
             + _nearest(name, list(_MODELS))
         )
+
+    @model_validator(mode="after")
+    def _leave_fixed_arguments(self) -> "ModelSettings":
+        fixed = [option for option in self.options if option in _TIMM_FIXED]
+        if self.name.startswith(_TIMM) and fixed:
+            raise ValueError(
+                f"option {fixed[0]!r} of model {self.name!r} is not yours to set: channels and "
+                "classes follow the data, and weights are always fresh"
+            )
+        return self
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -245,10 +273,36 @@ def _load_callable(name: str) -> Callable[..., object]:
     return target
 
 
+def _timm_factory(settings: ModelSettings) -> Callable[..., object]:
+    """Return a function that builds the named model of timm without pretrained weights."""
+    name = settings.name.removeprefix(_TIMM)
+    try:
+        timm: Any = importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError(
+            f"model {settings.name!r} needs the extra timm (pip install 'fedkd[timm]'): {error}"
+        ) from error
+    if not timm.is_model(name):
+        raise ValueError(
+            f"model {settings.name!r}: timm {timm.__version__} has no {name!r}"
+            + _nearest(name, timm.list_models())
+        )
+
+    def build(*, input_shape: ImageShape, num_classes: int, **options: JsonValue) -> object:
+        return timm.create_model(
+            name, pretrained=False, in_chans=input_shape[0], num_classes=num_classes, **options
+        )
+
+    return build
+
+
 def _build_from_callable(
     settings: ModelSettings, input_shape: ImageShape, num_classes: int
 ) -> nn.Module:
-    factory = _load_callable(settings.name)
+    if settings.name.startswith(_TIMM):
+        factory = _timm_factory(settings)
+    else:
+        factory = _load_callable(settings.name)
     try:
         model = factory(input_shape=input_shape, num_classes=num_classes, **settings.options)
     # Somebody else's code may fail in any way; the message must still say which model it was.

@@ -8,8 +8,10 @@ from fedkd.training.backends import (
     open_cohort,
 )
 from fedkd.training.batches import Passes
+from fedkd.training.binding import Stacking, stacking_of
 from fedkd.training.cohort import (
     MODEL,
+    PARTS,
     Architecture,
     Cohort,
     Member,
@@ -18,6 +20,7 @@ from fedkd.training.cohort import (
     TrainingData,
     as_tensor,
 )
+from fedkd.training.learners import ComposedObjective, Learner
 from fedkd.training.loop import LoopCohort
 from fedkd.training.objectives import (
     Batch,
@@ -37,6 +40,7 @@ from fedkd.training.vmap import VmapCohort
 
 __all__ = [
     "MODEL",
+    "PARTS",
     "Architecture",
     "Arrays",
     "Backend",
@@ -44,7 +48,9 @@ __all__ = [
     "Batch",
     "ClientState",
     "Cohort",
+    "ComposedObjective",
     "JointObjective",
+    "Learner",
     "LoopCohort",
     "Losses",
     "Member",
@@ -55,6 +61,7 @@ __all__ = [
     "Outputs",
     "Passes",
     "PublicLesson",
+    "Stacking",
     "Streams",
     "TrainingData",
     "VmapCohort",
@@ -65,6 +72,7 @@ __all__ = [
     "initial_model_seed",
     "measure_backends",
     "open_cohort",
+    "stacking_of",
     "supervised",
     "supervised_public",
     "weights_digest",

@@ -13,7 +13,16 @@ from torch import nn
 from fedkd.models import ModelSettings, build_model, count_parameters, known_models
 from fedkd.randomness import Purpose
 from fedkd.training.batches import Passes
-from fedkd.training.cohort import Architecture, Cohort, Member, Streams, TrainingData
+from fedkd.training.binding import stacking_of
+from fedkd.training.cohort import (
+    Architecture,
+    Cohort,
+    Member,
+    Streams,
+    TrainingData,
+    named_models,
+)
+from fedkd.training.learners import ComposedObjective
 from fedkd.training.loop import LoopCohort
 from fedkd.training.objectives import supervised
 from fedkd.training.optimizers import OptimizerSettings
@@ -74,35 +83,51 @@ stacks are worth while. Beyond, torch's grouped convolutions are slower than one
 
 
 def choose_backend(
-    model: ModelSettings,
+    model: Architecture,
     *,
     input_shape: tuple[int, int, int],
     num_classes: int,
     members: int,
     batch_rows: int,
     device: str,
+    objective: ComposedObjective | None = None,
 ) -> Backend:
     """Return the backend for a cohort, by a rule that knows no clock: same input, same answer.
 
     The thresholds come from ``benchmarks/vectorized.py``, one thread of a CPU; for ``cuda`` they
     are a guess that nobody has measured. A model of one's own trains in the loop, because the
-    rule knows nothing of it; ``engine.vectorize: measure`` or ``vmap`` stacks it.
+    rule knows nothing of it; ``engine.vectorize: measure`` or ``vmap`` stacks it. Of several
+    models each has to be worth while.
 
     Args:
-        model: what each client trains.
+        model: what each client trains: one model, or several by name.
         input_shape: channels, height and width of a row.
         num_classes: logits a row.
         members: clients in the cohort, >= 1.
         batch_rows: rows of a step, >= 1.
         device: ``cpu`` or ``cuda``.
+        objective: what they minimise, where it is made of terms. Where one of its terms compares
+            the rows of a batch with each other, or keeps something from step to step, they
+            train in the loop: rows that pad a stack's batches would take part.
+
+    Raises:
+        ValueError: if the objective does not fit the models.
     """
-    if model.name not in known_models() or members < FEWEST_MEMBERS:
+    models = named_models(model)
+    if members < FEWEST_MEMBERS or any(own.name not in known_models() for own in models.values()):
         return "loop"
-    size = _size_of(model, input_shape, num_classes)
-    if size.parameters > MOST_PARAMETERS[device]:
-        return "loop"
-    if device == "cpu" and batch_rows * size.activations > MOST_ACTIVATIONS:
-        return "loop"
+    for own in models.values():
+        size = _size_of(own, input_shape, num_classes)
+        if size.parameters > MOST_PARAMETERS[device]:
+            return "loop"
+        if device == "cpu" and batch_rows * size.activations > MOST_ACTIVATIONS:
+            return "loop"
+    if objective is not None:
+        stacking = stacking_of(
+            objective, tuple(models.items()), input_shape=input_shape, num_classes=num_classes
+        )
+        if stacking.obstacle or stacking.mixes_rows:
+            return "loop"
     return "vmap"
 
 
@@ -150,6 +175,7 @@ def measure_backends(
     pool: ModelPool,
     passes: Passes,
     seed: int,
+    objective: ComposedObjective | None = None,
     steps: int = 3,
     repeats: int = 3,
 ) -> BackendTimes:
@@ -163,6 +189,8 @@ def measure_backends(
         pool: models to reuse.
         passes: how the clients train on private rows; the batch size matters, not the length.
         seed: the run's.
+        objective: what they minimise where several models learn together; None: the
+            cross-entropy of the first model.
         steps: steps of one measurement, after a first one that warms up; >= 1.
         repeats: measurements of each backend, >= 1.
     """
@@ -180,11 +208,11 @@ def measure_backends(
                     pool=pool,
                     streams=Streams(seed=seed, purpose=Purpose.TRAIN),
                 )
+                started = time.perf_counter()
+                cohort.fit(objective or supervised, private=few)
             except VmapUnsupportedError as error:
                 loop_s = statistics.median(seconds["loop"]) if seconds["loop"] else 0.0
                 return BackendTimes(loop_s, float("inf"), "loop", str(error))
-            started = time.perf_counter()
-            cohort.fit(supervised, private=few)
             if repeat:
                 times.append(time.perf_counter() - started)
     loop_s, vmap_s = (statistics.median(seconds[backend]) for backend in ("loop", "vmap"))

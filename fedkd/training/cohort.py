@@ -18,11 +18,15 @@ from fedkd.data import FederatedData
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
 from fedkd.training.batches import Passes
+from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
 from fedkd.training.state import Arrays, ClientState
 
 MODEL = "model"
 """The name of a client's model where it has only one."""
+
+PARTS = "parts"
+"""The name in a client's state of what terms train beside its models, such as projectors."""
 
 Architecture = ModelSettings | Mapping[str, ModelSettings]
 """What each client of a cohort trains: one model, or several by name."""
@@ -34,6 +38,8 @@ def named_models(architecture: Architecture) -> dict[str, ModelSettings]:
         return {MODEL: architecture}
     if not architecture:
         raise ValueError("a client needs at least one model, got none")
+    if PARTS in architecture:
+        raise ValueError(f"a client's model cannot be called {PARTS!r}")
     return dict(architecture)
 
 
@@ -140,7 +146,7 @@ class Cohort(ABC):
     @abstractmethod
     def fit(
         self,
-        objective: Objective | JointObjective,
+        objective: Objective | JointObjective | ComposedObjective,
         *,
         private: Passes | None = None,
         public: PublicLesson | None = None,
@@ -149,14 +155,19 @@ class Cohort(ABC):
         """Minimise ``objective``; a step takes one batch of each kind of rows that is given.
 
         Private and public rows of one step go through the model in a single forward pass.
-        The members' models and optimizers change; mean terms are kept for `metrics`.
+        The members' models and optimizers change; mean terms are kept for `metrics`. What a
+        composed objective trains beside the models stays with each member, in its state alone.
 
         Args:
             objective: sees the model's `Outputs`; with several ``models``, a mapping from their
-                names to the outputs of each on the same rows.
+                names to the outputs of each on the same rows. A composed objective says itself
+                which models learn; without a term in force it leaves everything as it is.
             private: how to walk through each member's own rows.
             public: public rows and what to learn about them.
             models: which models to train in one step, each by its own optimizer; None: the first.
+
+        Raises:
+            VmapUnsupportedError: if the members are stacked and ``objective`` cannot be.
         """
 
     @abstractmethod
@@ -183,8 +194,8 @@ class Cohort(ABC):
         """Give every member these parameters and buffers."""
 
     @abstractmethod
-    def reset_optimizers(self) -> None:
-        """Forget all momentum, as a client without memory would."""
+    def reset_optimizers(self, *, model: str | None = None) -> None:
+        """Forget the momentum of one model, as a client without memory would; None: of all."""
 
     @abstractmethod
     def states(self) -> list[ClientState]:

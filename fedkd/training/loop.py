@@ -1,6 +1,9 @@
 """The loop backend: a cohort's members train one after the other. The reference for any other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.models.dropout import step_keys
+from fedkd.objectives import tapped
+from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_torch
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
+    PARTS,
     Architecture,
     Cohort,
     Member,
@@ -23,6 +29,7 @@ from fedkd.training.cohort import (
     public_inputs,
 )
 from fedkd.training.feeds import Feed
+from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
     Batch,
     JointObjective,
@@ -32,8 +39,20 @@ from fedkd.training.objectives import (
     total,
 )
 from fedkd.training.optimizers import OptimizerSettings
-from fedkd.training.pool import PREDICT_ROWS, ModelPool, Slot, states_of
-from fedkd.training.state import Arrays, ClientState
+from fedkd.training.pool import (
+    PREDICT_ROWS,
+    ModelPool,
+    Slot,
+    parts_of,
+    states_of,
+    with_parts,
+)
+from fedkd.training.state import Arrays, ClientState, ModelState
+
+StepLosses = Callable[[Mapping[str, Outputs], Batch], Losses]
+"""One step's named losses from the outputs of every model that trains, by name."""
+
+NOT_TAPPED: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 class LoopCohort(Cohort):
@@ -56,75 +75,114 @@ class LoopCohort(Cohort):
         self._streams = streams
         self._fits = 0
         self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
-        models = named_models(model)
-        self._first = next(iter(models))
+        self._pool = pool
+        self._models = named_models(model)
+        self._first = next(iter(self._models))
         self._slots = {
-            name: pool.slots(name, settings, len(members)) for name, settings in models.items()
+            name: pool.slots(name, settings, len(members))
+            for name, settings in self._models.items()
         }
+        self._parts: list[ModelState | None] = []
         for position, state in enumerate(states_of(members, model, pool, streams.seed)):
             for name, slots in self._slots.items():
                 slots[position].load(state.models[name])
+            self._parts.append(state.models.get(PARTS))
 
     def fit(  # noqa: D102
         self,
-        objective: Objective | JointObjective,
+        objective: Objective | JointObjective | ComposedObjective,
         *,
         private: Passes | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
     ) -> None:
-        names = tuple(models) if models is not None else (self._first,)
-        for position, member in enumerate(self._members):
-            seed, feed = Feed.drawn(member, self._streams, self._fits, private, public)
-            slots = {name: self._slots[name][position] for name in names}
-            steps = _Steps(self._data, feed, public, position)
-            # A model of one's own may call functions that draw from torch's global generators.
-            with seeded_torch(seed):
-                self._fit_one(slots, steps, objective, seed, self._terms[position])
         self._fits += 1
+        if not isinstance(objective, ComposedObjective):
+            names = tuple(models) if models is not None else (self._first,)
+            for position in range(len(self._members)):
+                self._fit_member(position, names, _on_outputs(objective), private, public)
+            return
+        if objective.idle:
+            return
+        names = tuple(objective.learners)
+        bound = self._pool.bound(objective, self._models)
+        parts = self._pool.parts_slot(objective, self._models)
+        losses_of = partial(bound.losses, objective)
+        for position, member in enumerate(self._members):
+            if parts is not None:
+                kept = self._parts[position]
+                parts.load(parts_of(bound, kept, self._streams.seed, member.client))
+            with ExitStack() as taps:
+                features = {
+                    name: taps.enter_context(tapped(self._slots[name][position].module, layers))
+                    for name, layers in bound.layers.items()
+                    if layers
+                }
+                self._fit_member(position, names, losses_of, private, public, features, parts)
+            if parts is not None:
+                self._parts[position] = with_parts(self._parts[position], parts.state())
 
-    def _fit_one(
+    def _fit_member(
+        self,
+        position: int,
+        names: Sequence[str],
+        losses_of: StepLosses,
+        private: Passes | None,
+        public: PublicLesson | None,
+        features: Mapping[str, Mapping[str, Tensor]] = NOT_TAPPED,
+        parts: Slot | None = None,
+    ) -> None:
+        """Train one member's models, and the parts in a slot."""
+        seed, feed = Feed.drawn(
+            self._members[position], self._streams, self._fits - 1, private, public
+        )
+        slots = {name: self._slots[name][position] for name in names}
+        steps = _Steps(self._data, feed, public, position)
+        # A model of one's own may call functions that draw from torch's global generators.
+        with seeded_torch(seed):
+            self._take_steps(slots, steps, losses_of, seed, self._terms[position], features, parts)
+
+    def _take_steps(
         self,
         slots: Mapping[str, Slot],
         steps: "_Steps",
-        objective: Objective | JointObjective,
+        losses_of: StepLosses,
         seed: int,
         terms: dict[str, list[Tensor]],
+        features: Mapping[str, Mapping[str, Tensor]],
+        parts: Slot | None,
     ) -> None:
-        step_objective: Any = objective
+        learning = [*slots.values(), *([] if parts is None else [parts])]
         device = self._data.train_inputs.device
         has_dropout = any(slot.dropout for slot in slots.values())
         keys = as_tensor(step_keys(seed, steps.count)).to(device) if has_dropout else None
         schedule = None if self._optimizer_settings.constant else self._streams.progress
-        for slot in slots.values():
+        for slot in learning:
             # Every fit, because an evaluation in between leaves the model in evaluation mode.
             slot.module.train()
             slot.set_learning_rate(self._optimizer_settings.learning_rate(0.0))
         for step in range(steps.count):
             inputs, num_private, batch = steps.take(step)
+            if schedule is not None:
+                rate = self._optimizer_settings.learning_rate(schedule(step, steps.count))
+                for slot in learning:
+                    slot.set_learning_rate(rate)
             outputs = {}
             for number, (name, slot) in enumerate(slots.items()):
-                if schedule is not None:
-                    progress = schedule(step, steps.count)
-                    slot.set_learning_rate(self._optimizer_settings.learning_rate(progress))
                 if slot.dropout is not None and keys is not None:
                     slot.dropout.begin(keys[step], model=number)
                 logits = slot.module(inputs)
-                outputs[name] = Outputs(
-                    private=logits[:num_private] if num_private else None,
-                    public=logits[num_private:] if num_private < len(logits) else None,
-                )
-            seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
-            losses: Losses = step_objective(seen, batch)
-            for slot in slots.values():
+                outputs[name] = Outputs.split(logits, num_private, features.get(name, NO_FEATURES))
+            losses = losses_of(outputs, batch)
+            for slot in learning:
                 slot.optimizer.zero_grad(set_to_none=True)
             total(losses).backward()
-            for slot in slots.values():
+            for slot in learning:
                 slot.optimizer.step()
             for name, loss in losses.items():
                 # Kept as they are: to read or add up numbers here would hold up every step.
                 terms.setdefault(name, []).append(loss.detach())
-        for slot in slots.values():
+        for slot in learning:
             slot.keep_buffers()
             if slot.dropout is not None:
                 slot.dropout.end()
@@ -160,22 +218,38 @@ class LoopCohort(Cohort):
         for slot in self._slots[model or self._first]:
             slot.load_weights(weights)
 
-    def reset_optimizers(self) -> None:  # noqa: D102
-        for slots in self._slots.values():
-            for slot in slots:
-                slot.optimizer.state.clear()
+    def reset_optimizers(self, *, model: str | None = None) -> None:  # noqa: D102
+        for name, slots in self._slots.items():
+            if model in (None, name):
+                for slot in slots:
+                    slot.optimizer.state.clear()
+        if model is None:
+            self._parts = [None if own is None else ModelState(own.weights) for own in self._parts]
 
     def states(self) -> list[ClientState]:  # noqa: D102
-        return [
-            ClientState({name: slots[position].state() for name, slots in self._slots.items()})
-            for position in range(len(self._members))
-        ]
+        states = []
+        for position, parts in enumerate(self._parts):
+            own = {name: slots[position].state() for name, slots in self._slots.items()}
+            states.append(ClientState(own if parts is None else {**own, PARTS: parts}))
+        return states
 
     def metrics(self) -> list[dict[str, float]]:  # noqa: D102
         return [
             {f"loss/{name}": float(torch.stack(losses).mean()) for name, losses in terms.items()}
             for terms in self._terms
         ]
+
+
+def _on_outputs(objective: Objective | JointObjective) -> StepLosses:
+    """Hand an objective what it expects: one model's outputs, or those of several by name."""
+    of_step: Any = objective
+
+    def losses(outputs: Mapping[str, Outputs], batch: Batch) -> Losses:
+        seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
+        named: Losses = of_step(seen, batch)
+        return named
+
+    return losses
 
 
 class _Steps:
@@ -206,20 +280,26 @@ class _Steps:
         """Return a step's inputs, how many of them are private, and the batch."""
         inputs: list[Tensor] = []
         num_private = 0
-        labels = targets = public_labels = None
+        labels = targets = public_labels = private_rows = public_rows = None
         if self._private is not None:
-            rows = self._private[step]
-            inputs.append(self._data.train_inputs.index_select(0, rows))
-            labels = self._data.train_labels.index_select(0, rows)
-            num_private = len(rows)
+            private_rows = self._private[step]
+            inputs.append(self._data.train_inputs.index_select(0, private_rows))
+            labels = self._data.train_labels.index_select(0, private_rows)
+            num_private = len(private_rows)
         if self._public is not None:
-            rows, positions = self._public[step]
-            inputs.append(self._data.public_inputs.index_select(0, rows))
+            public_rows, positions = self._public[step]
+            inputs.append(self._data.public_inputs.index_select(0, public_rows))
             if self._targets is not None:
                 targets = self._targets.index_select(0, positions)
             if self._data.public_labels is not None:
-                public_labels = self._data.public_labels.index_select(0, rows)
-        batch = Batch(labels=labels, targets=targets, public_labels=public_labels)
+                public_labels = self._data.public_labels.index_select(0, public_rows)
+        batch = Batch(
+            labels=labels,
+            targets=targets,
+            public_labels=public_labels,
+            private_rows=private_rows,
+            public_rows=public_rows,
+        )
         return torch.cat(inputs) if len(inputs) > 1 else inputs[0], num_private, batch
 
 

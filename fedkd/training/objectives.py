@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.losses.response import hard_label_loss, soft_target_kl
+from fedkd.objectives.view import NO_FEATURES
 from fedkd.targets import confidence_mask
 
 
@@ -27,6 +28,8 @@ class Batch(NamedTuple):
         private_counted: 1 for each private row that counts, 0 for padding; None: all count. A
             mean over private rows is a mean over those that count.
         public_counted: the same for public rows.
+        private_rows: ids of the private rows: where they are among all clients' training rows.
+        public_rows: ids of the public rows: their positions in the public set.
     """
 
     labels: Int[Tensor, " private"] | None = None
@@ -34,13 +37,36 @@ class Batch(NamedTuple):
     public_labels: Int[Tensor, " public"] | None = None
     private_counted: Float[Tensor, " private"] | None = None
     public_counted: Float[Tensor, " public"] | None = None
+    private_rows: Int[Tensor, " private"] | None = None
+    public_rows: Int[Tensor, " public"] | None = None
 
 
 class Outputs(NamedTuple):
-    """The model's logits for the private and for the public rows of a step."""
+    """What a model says about the rows of a step.
+
+    Attributes:
+        private: its logits for the private rows, None in a step without any.
+        public: the same for the public rows.
+        features: what its tapped layers put out, by layer, for all rows, private ones first.
+    """
 
     private: Float[Tensor, "private classes"] | None = None
     public: Float[Tensor, "public classes"] | None = None
+    features: Mapping[str, Tensor] = NO_FEATURES
+
+    @classmethod
+    def split(
+        cls,
+        logits: Float[Tensor, "rows classes"],
+        num_private: int,
+        features: Mapping[str, Tensor],
+    ) -> "Outputs":
+        """Tell the private rows, which come first, from the public ones."""
+        return cls(
+            private=logits[:num_private] if num_private else None,
+            public=logits[num_private:] if num_private < len(logits) else None,
+            features=features,
+        )
 
 
 Losses = dict[str, Float[Tensor, ""]]

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout
 from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
+    PARTS,
     Architecture,
     Member,
     TrainingData,
@@ -17,6 +19,7 @@ from fedkd.training.cohort import (
     check_weights,
     named_models,
 )
+from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.stacking import Skeleton
 from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy
@@ -33,8 +36,10 @@ class Slot:
     ) -> None:
         self.module = module.to(device)
         self.dropout = connect_dropout(self.module)
-        self.optimizer = optimizer.build(self.module.parameters())
         self._parameters = dict(self.module.named_parameters())
+        # Parts may have buffers only, and torch makes no optimizer of nothing.
+        nothing = nn.Parameter(torch.empty(0))
+        self.optimizer = optimizer.build(list(self._parameters.values()) or [nothing])
         self._tensors: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in self.module.state_dict().items()
         }
@@ -107,6 +112,9 @@ class ModelPool:
         self._device = data.train_inputs.device
         self._slots: dict[tuple[str, str], list[Slot]] = {}
         self._skeletons: dict[str, Skeleton] = {}
+        self._bound: dict[str, BoundLearners] = {}
+        self._parts: dict[str, Slot] = {}
+        self._parts_skeletons: dict[str, Skeleton] = {}
 
     def slots(self, name: str, model: ModelSettings, count: int) -> list[Slot]:
         """Return ``count`` slots of a model by its name, the caller's until the next call."""
@@ -127,6 +135,52 @@ class ModelPool:
             skeleton.try_out(model.label, self._data.input_shape)
             self._skeletons[model.key] = skeleton
         return self._skeletons[model.key]
+
+    def bound(
+        self, composed: ComposedObjective, models: Mapping[str, ModelSettings]
+    ) -> BoundLearners:
+        """Return an objective bound to models by name.
+
+        Raises:
+            ValueError: if they do not fit; the message names the setting.
+        """
+        key = _bound_key(composed, models)
+        if key not in self._bound:
+            modules = {
+                name: self.build(models[name], seed=0).to(self._device)
+                for name in composed.learners
+            }
+            self._bound[key] = BoundLearners(
+                composed,
+                modules,
+                self._data.train_inputs[:2],
+                num_classes=self._data.num_classes,
+                # A row's id is its place among the private or among the public rows.
+                rows=max(len(self._data.train_inputs), len(self._data.public_inputs)),
+            )
+        return self._bound[key]
+
+    def parts_slot(
+        self, composed: ComposedObjective, models: Mapping[str, ModelSettings]
+    ) -> Slot | None:
+        """Return the one slot of an objective's parts; None where it has none."""
+        key, bound = _bound_key(composed, models), self.bound(composed, models)
+        if not len(bound.parts):
+            return None
+        if key not in self._parts:
+            self._parts[key] = Slot(bound.parts, self._optimizer, self._device)
+        return self._parts[key]
+
+    def parts_skeleton(
+        self, composed: ComposedObjective, models: Mapping[str, ModelSettings]
+    ) -> Skeleton | None:
+        """Return what stacks an objective's parts; None where it has none."""
+        key, bound = _bound_key(composed, models), self.bound(composed, models)
+        if not len(bound.parts):
+            return None
+        if key not in self._parts_skeletons:
+            self._parts_skeletons[key] = Skeleton(bound.parts, self._device)
+        return self._parts_skeletons[key]
 
     def initial_state(self, architecture: Architecture, seed: int) -> ClientState:
         """Return fresh models' state; the seed decides their weights."""
@@ -168,13 +222,48 @@ def states_of(
         state = member.state
         if state is None:
             state = pool.initial_state(architecture, initial_model_seed(seed, member.client))
-        elif state.models.keys() != names:
+        elif state.models.keys() - {PARTS} != names:
             raise ValueError(
                 f"state of client {member.client} has the models {sorted(state.models)}, "
                 f"the cohort trains {sorted(names)}"
             )
         states.append(state)
     return states
+
+
+def parts_of(bound: BoundLearners, state: ModelState | None, seed: int, client: int) -> ModelState:
+    """Return the parts that a client has of an objective, fresh where it has none yet.
+
+    Args:
+        bound: the objective.
+        state: all parts of the client, also those of other objectives.
+        seed: the run's.
+        client: partition id.
+    """
+    names = bound.parts.state_dict().keys()
+    known = {} if state is None else state.weights
+    if names <= known.keys():
+        weights = {name: known[name] for name in names}
+    else:
+        fresh = bound.initial_parts(initial_model_seed(seed, client))
+        weights = {name: known.get(name, array) for name, array in fresh.items()}
+    slots = {} if state is None else state.optimizer
+    return ModelState(
+        weights, {key: array for key, array in slots.items() if key.split("/", 1)[1] in names}
+    )
+
+
+def with_parts(state: ModelState | None, changed: ModelState) -> ModelState:
+    """Return all parts of a client after those of one objective have changed."""
+    if state is None:
+        return changed
+    return ModelState(
+        {**state.weights, **changed.weights}, {**state.optimizer, **changed.optimizer}
+    )
+
+
+def _bound_key(composed: ComposedObjective, models: Mapping[str, ModelSettings]) -> str:
+    return "; ".join([composed.key, *(f"{name}={models[name].key}" for name in composed.learners)])
 
 
 def initial_model_seed(seed: int, client: int) -> int:

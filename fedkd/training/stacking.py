@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from fedkd.randomness import seeded_torch
 from fedkd.training.cohort import as_tensor, check_weights
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.state import Arrays, ModelState, copy_to_numpy
+
+TableT = TypeVar("TableT", np.ndarray, Tensor)
 
 FUSED = ("sgd", "adam", "adamw")
 """Optimizers that torch can apply in one pass over memory."""
@@ -167,22 +169,30 @@ class Skeleton:
         self, tensors: Mapping[str, Tensor], inputs: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch classes"]:
         """Run the module with one member's tensors; buffers are updated in place."""
+        return self.run_at(tensors, "", inputs)
+
+    def run_at(self, tensors: Mapping[str, Tensor], path: str, *inputs: Any) -> Tensor:
+        """Run the part of the module at ``path`` with one member's tensors; "" is all of it."""
+        prefix = f"{path}." if path else ""
         handed: dict[str, Tensor] = {}
         for name in self.shapes:
-            stored = self.first_names.get(name, name)
-            tensor = tensors[stored]
-            handed[name] = tensor.t() if stored in self.transposed else tensor
+            if name.startswith(prefix):
+                stored = self.first_names.get(name, name)
+                tensor = tensors[stored]
+                turned = tensor.t() if stored in self.transposed else tensor
+                handed[name.removeprefix(prefix)] = turned
         used = dict(handed)
-        logits: Tensor = functional_call(self.module, used, (inputs,), tie_weights=False)
+        part = self.module.get_submodule(path)
+        output: Tensor = functional_call(part, used, inputs, tie_weights=False)
         for name, tensor in used.items():
             if tensor is not handed[name]:
                 # The module put a new tensor in the place of a buffer instead of changing it.
                 handed[name].copy_(tensor.detach())
-        return logits
+        return output
 
-    def turned(self, name: str, array: np.ndarray) -> np.ndarray:
+    def turned(self, name: str, values: TableT) -> TableT:
         """Return a parameter, buffer or slot as a stack keeps it, or back from there."""
-        return array.T if name in self.transposed else array
+        return values.T if name in self.transposed else values
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ such as ``F.dropout`` draw for each member on its own, from one generator that t
 seed: repeatable, but not what the loop draws; ``nn.Dropout`` layers draw the same in both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -21,9 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.models.dropout import step_keys
+from fedkd.objectives import tapped
+from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_torch
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
+    PARTS,
     Architecture,
     Cohort,
     Member,
@@ -35,14 +39,17 @@ from fedkd.training.cohort import (
     public_inputs,
 )
 from fedkd.training.feeds import Feed
+from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, JointObjective, Objective, Outputs, total
 from fedkd.training.optimizers import OptimizerSettings
-from fedkd.training.pool import PREDICT_ROWS, ModelPool, states_of
-from fedkd.training.stacking import Skeleton, Stack, StackedOptimizer
-from fedkd.training.state import Arrays, ClientState
+from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
+from fedkd.training.stacking import Skeleton, Stack, StackedOptimizer, VmapUnsupportedError
+from fedkd.training.state import Arrays, ClientState, ModelState
 
 FEW_ROWS = 64
 """Rows up to which stacked models predict faster on a CPU; beyond, each keeps it busy alone."""
+
+TRY_LOOP = "engine.vectorize: loop trains one client at a time"
 
 STACKED_PREDICT_ROWS = 8192
 """Rows times members that go through the stacked model at once, to bound its memory."""
@@ -76,68 +83,114 @@ class VmapCohort(Cohort):
         self._streams = streams
         self._fits = 0
         self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
-        models = named_models(model)
-        self._first = next(iter(models))
+        self._pool = pool
+        self._models = named_models(model)
+        self._first = next(iter(self._models))
         states = states_of(self._members, model, pool, streams.seed)
+        self._parts: list[ModelState | None] = [state.models.get(PARTS) for state in states]
         self._stacks = {
             name: Stack.of(
                 pool.skeleton(settings), [state.models[name] for state in states], self._device
             )
-            for name, settings in models.items()
+            for name, settings in self._models.items()
         }
 
     def fit(  # noqa: D102
         self,
-        objective: Objective | JointObjective,
+        objective: Objective | JointObjective | ComposedObjective,
         *,
         private: Passes | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
     ) -> None:
-        names = tuple(models) if models is not None else (self._first,)
+        self._fits += 1
+        if not isinstance(objective, ComposedObjective):
+            names = tuple(models) if models is not None else (self._first,)
+            stacks = {name: self._stacks[name] for name in names}
+            step = _Step(stacks, _on_outputs(objective))
+            self._fit_stacks(step, self._steps(names, private, public))
+            return
+        if objective.idle:
+            return
+        names = tuple(objective.learners)
+        bound = self._pool.bound(objective, self._models)
+        if bound.stacking.obstacle:
+            raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
+        steps = self._steps(names, private, public)
+        if steps.padded and bound.stacking.mixes_rows:
+            raise VmapUnsupportedError(
+                f"{bound.stacking.mixes_rows} compares the rows of a batch with each other and "
+                f"cannot leave out those that pad the batches of clients with fewer; {TRY_LOOP}"
+            )
+        parts = self._stacked_parts(objective)
+        with ExitStack() as taps:
+            features = {
+                name: taps.enter_context(tapped(self._stacks[name].skeleton.module, layers))
+                for name, layers in bound.layers.items()
+                if layers
+            }
+            stacks = {name: self._stacks[name] for name in names}
+            losses_of = partial(bound.losses, objective)
+            self._fit_stacks(_Step(stacks, losses_of, features, parts, bound.parts_with), steps)
+        if parts is not None:
+            self._parts = [
+                with_parts(own, parts.state(place)) for place, own in enumerate(self._parts)
+            ]
+
+    def _stacked_parts(self, objective: ComposedObjective) -> Stack | None:
+        skeleton = self._pool.parts_skeleton(objective, self._models)
+        if skeleton is None:
+            return None
+        bound = self._pool.bound(objective, self._models)
+        states = [
+            parts_of(bound, own, self._streams.seed, member.client)
+            for own, member in zip(self._parts, self._members, strict=True)
+        ]
+        return Stack.of(skeleton, states, self._device)
+
+    def _steps(
+        self, names: Sequence[str], private: Passes | None, public: PublicLesson | None
+    ) -> "_StackedSteps":
         feeds, seeds = [], []
         for member in self._members:
-            seed, feed = Feed.drawn(member, self._streams, self._fits, private, public)
+            seed, feed = Feed.drawn(member, self._streams, self._fits - 1, private, public)
             seeds.append(seed)
             feeds.append(feed)
-        self._fits += 1
         has_dropout = any(self._stacks[name].skeleton.dropout for name in names)
-        steps = _StackedSteps(
-            self._data, feeds, public, self._order, seeds if has_dropout else None
-        )
+        return _StackedSteps(self._data, feeds, public, self._order, seeds, has_dropout)
+
+    def _fit_stacks(self, step: "_Step", steps: "_StackedSteps") -> None:
         optimizers = [
-            StackedOptimizer(self._stacks[name], self._optimizer_settings, steps.counts)
-            for name in names
+            StackedOptimizer(stack, self._optimizer_settings, steps.counts)
+            for stack in step.learning
         ]
-        for name in names:
-            self._stacks[name].skeleton.module.train()
-        with seeded_torch(int(np.bitwise_xor.reduce(seeds))):
+        for stack in step.learning:
+            stack.skeleton.module.train()
+        with seeded_torch(steps.seed):
             start = 0
             while start < steps.total:
                 active = steps.active(start)
                 stop = start + 1
                 while stop < steps.total and steps.active(stop) == active:
                     stop += 1
-                self._fit_together(objective, names, optimizers, steps, active, range(start, stop))
+                self._fit_together(step, optimizers, steps, active, range(start, stop))
                 start = stop
         for optimizer in optimizers:
             optimizer.give_back()
-        for name in names:
-            dropout = self._stacks[name].skeleton.dropout
-            if dropout is not None:
-                dropout.end()
+        for stack in step.learning:
+            if stack.skeleton.dropout is not None:
+                stack.skeleton.dropout.end()
 
     def _fit_together(
         self,
-        objective: Objective | JointObjective,
-        names: tuple[str, ...],
+        step: "_Step",
         optimizers: Sequence[StackedOptimizer],
         steps: "_StackedSteps",
         active: int,
         numbers: range,
     ) -> None:
         """Take steps that the same first ``active`` members take."""
-        stacks = [self._stacks[name] for name in names]
+        stacks = step.learning
         handed = [
             {name: tensor[:active].detach() for name, tensor in stack.tensors.items()}
             for stack in stacks
@@ -147,10 +200,7 @@ class VmapCohort(Cohort):
             for stack, tensors in zip(stacks, handed, strict=True)
         ]
         every_leaf = [leaf for own in leaves for leaf in own]
-        step_losses = torch.vmap(
-            _losses_of(objective, names, [stack.skeleton for stack in stacks], steps),
-            randomness="different",
-        )
+        step_losses = torch.vmap(partial(step.losses, steps), randomness="different")
         kept: dict[str, list[Tensor]] = {}
         for number in numbers:
             for optimizer in optimizers:
@@ -211,15 +261,20 @@ class VmapCohort(Cohort):
     ) -> None:
         self._stacks[model or self._first].load_weights(weights)
 
-    def reset_optimizers(self) -> None:  # noqa: D102
-        for stack in self._stacks.values():
-            stack.forget()
+    def reset_optimizers(self, *, model: str | None = None) -> None:  # noqa: D102
+        for name, stack in self._stacks.items():
+            if model in (None, name):
+                stack.forget()
+        if model is None:
+            self._parts = [None if own is None else ModelState(own.weights) for own in self._parts]
 
     def states(self) -> list[ClientState]:  # noqa: D102
-        return [
-            ClientState({name: stack.state(int(place)) for name, stack in self._stacks.items()})
-            for place in self._places
-        ]
+        states = []
+        for place in map(int, self._places):
+            own = {name: stack.state(place) for name, stack in self._stacks.items()}
+            parts = self._parts[place]
+            states.append(ClientState(own if parts is None else {**own, PARTS: parts}))
+        return states
 
     def metrics(self) -> list[dict[str, float]]:  # noqa: D102
         return [
@@ -231,41 +286,83 @@ class VmapCohort(Cohort):
         ]
 
 
-def _losses_of(
-    objective: Objective | JointObjective,
-    names: tuple[str, ...],
-    skeletons: Sequence[Skeleton],
-    steps: "_StackedSteps",
-) -> Any:
-    """Return what vmap runs: one member's losses from its tensors and its rows."""
-    step_objective: Any = objective
+class _Step:
+    """What the stacks of a fit compute in each of its steps.
 
-    def losses(handed: Sequence[dict[str, Tensor]], rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        num_private = steps.num_private
+    Attributes:
+        learning: every stack that learns: the models', then that of the parts.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Stack],
+        losses_of: Callable[..., dict[str, Tensor]],
+        features: Mapping[str, dict[str, Tensor]] | None = None,
+        parts: Stack | None = None,
+        parts_with: Callable[..., Any] | None = None,
+    ) -> None:
+        self._skeletons = {name: stack.skeleton for name, stack in models.items()}
+        self._losses_of = losses_of
+        self._features = features or {}
+        self._parts = parts
+        self._parts_with = parts_with
+        self.learning = [*models.values(), *([] if parts is None else [parts])]
+
+    def losses(
+        self,
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return one member's losses from its tensors and its rows; this is what vmap runs."""
         outputs = {}
-        for number, (name, skeleton, tensors) in enumerate(
-            zip(names, skeletons, handed, strict=True)
+        for number, ((name, skeleton), tensors) in enumerate(
+            zip(self._skeletons.items(), handed, strict=False)
         ):
             if skeleton.dropout is not None:
                 skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
-            skeleton.counted.weights = rows.get("counted")
-            skeleton.counted.fewest = steps.fewest
+            _tell_what_counts(skeleton, steps, rows)
             logits = skeleton.logits(tensors, rows["inputs"])
-            outputs[name] = Outputs(
-                private=logits[:num_private] if num_private else None,
-                public=logits[num_private:] if num_private < len(logits) else None,
-            )
+            # A copy: models of one architecture share a skeleton, and with it the taps.
+            features = dict(self._features.get(name, NO_FEATURES))
+            outputs[name] = Outputs.split(logits, steps.num_private, features)
         batch = Batch(
             labels=rows.get("labels"),
             targets=rows.get("targets"),
             public_labels=rows.get("public_labels"),
             private_counted=rows.get("private_counted"),
             public_counted=rows.get("public_counted"),
+            private_rows=rows.get("private_rows"),
+            public_rows=rows.get("public_rows"),
         )
-        result: dict[str, Tensor] = step_objective(
-            outputs if len(outputs) > 1 else next(iter(outputs.values())), batch
-        )
-        return result
+        if self._parts is None or self._parts_with is None:
+            losses = self._losses_of(outputs, batch)
+        else:
+            skeleton = self._parts.skeleton
+            _tell_what_counts(skeleton, steps, rows)
+            run = partial(skeleton.run_at, handed[-1])
+            losses = self._losses_of(outputs, batch, self._parts_with(run))
+        for table in self._features.values():
+            # A member's tensors mean nothing outside of vmap.
+            table.clear()
+        return losses
+
+
+def _tell_what_counts(
+    skeleton: Skeleton, steps: "_StackedSteps", rows: Mapping[str, Tensor]
+) -> None:
+    skeleton.counted.weights = rows.get("counted")
+    skeleton.counted.fewest = steps.fewest
+
+
+def _on_outputs(objective: Objective | JointObjective) -> Callable[..., dict[str, Tensor]]:
+    """Hand an objective what it expects: one model's outputs, or those of several by name."""
+    of_step: Any = objective
+
+    def losses(outputs: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
+        named: dict[str, Tensor] = of_step(seen, batch)
+        return named
 
     return losses
 
@@ -288,6 +385,11 @@ class _Padded:
         self._table = as_tensor(table).to(device)
         self._device = device
 
+    def is_padded(self, step: int, active: int) -> bool:
+        """Tell whether a step has rows that do not count."""
+        sizes = self.sizes[:active, step]
+        return int(sizes.min()) < int(sizes.max())
+
     def take(self, step: int, active: int) -> tuple[Tensor, Tensor | None]:
         """Return a step's rows ``[active, width]``, and which count unless all do."""
         sizes = self.sizes[:active, step]
@@ -305,6 +407,8 @@ class _StackedSteps:
     Attributes:
         counts: steps of each member, never rising.
         total: steps of the member that takes most.
+        seed: of torch's global generators during the fit.
+        padded: whether any step has rows that do not count.
         num_private, fewest: of the step last taken: private rows of its width, and rows of its
             smallest batch.
     """
@@ -315,12 +419,14 @@ class _StackedSteps:
         feeds: Sequence[Feed],
         public: PublicLesson | None,
         order: Sequence[int],
-        seeds: Sequence[int] | None,
+        seeds: Sequence[int],
+        has_dropout: bool,
     ) -> None:
         self.counts = [feed.steps for feed in feeds]
         if any(later > earlier for earlier, later in pairwise(self.counts)):
             raise ValueError(f"members with fewer rows must not take more steps: {self.counts}")
         self.total = self.counts[0]
+        self.seed = int(np.bitwise_xor.reduce(seeds))
         self.num_private = self.fewest = 0
         self._data = data
         device = data.train_inputs.device
@@ -343,9 +449,18 @@ class _StackedSteps:
                     )
                 self._targets = targets.flatten(0, -2)
         self._keys: Tensor | None = None
-        if seeds is not None:
+        if has_dropout:
             keys = np.stack([step_keys(seed, self.total) for seed in seeds], axis=1)
             self._keys = as_tensor(keys).to(device)
+
+    @property
+    def padded(self) -> bool:
+        tables = [table for table in (self._private, self._public) if table is not None]
+        return any(
+            table.is_padded(step, self.active(step))
+            for table in tables
+            for step in range(self.total)
+        )
 
     def active(self, step: int) -> int:
         """Return how many members take this step; they come first."""
@@ -364,6 +479,7 @@ class _StackedSteps:
             own, weights = self._private.take(step, active)
             inputs.append(_rows_of(self._data.train_inputs, own))
             rows["labels"] = _rows_of(self._data.train_labels, own)
+            rows["private_rows"] = own
             counted.append(weights)
             self.num_private = own.shape[1]
             sizes += self._private.sizes[:active, step]
@@ -373,6 +489,7 @@ class _StackedSteps:
             positions, weights = self._public.take(step, active)
             shared = _rows_of(self._public_rows, positions)
             inputs.append(_rows_of(self._data.public_inputs, shared))
+            rows["public_rows"] = shared
             counted.append(weights)
             sizes += self._public.sizes[:active, step]
             if weights is not None:

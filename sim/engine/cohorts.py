@@ -89,12 +89,13 @@ class CohortCutter:
                 return self._measured[model.key]
             case _:
                 return choose_backend(
-                    model,
+                    self._strategy.architecture(members[0]),
                     input_shape=self._input_shape,
                     num_classes=self._num_classes,
                     members=len(members),
                     batch_rows=self._strategy.rows_of_step(int(self._rows[members].mean())),
                     device="cuda" if self._engine.gpus_per_worker else "cpu",
+                    objective=self._strategy.composed(),
                 )
 
     def _model(self, client: int) -> ModelSettings:

@@ -215,16 +215,17 @@ class ClientRuntime:
 
     def measure(self, clients: Sequence[int]) -> dict[str, Any]:
         """Time both backends on the first steps of these clients; see `measure_backends`."""
-        model = self._federation.models[clients[0]]
         times = measure_backends(
             self._members(clients, [None] * len(clients)),
-            model=model,
+            model=self._strategy.architecture(clients[0]),
             optimizer=self._settings.clients.optimizer,
             data=self._tensors,
             pool=self._pool,
             passes=self._federation.local,
             seed=self._settings.seed,
+            objective=self._strategy.composed(),
         )
+        model = self._federation.models[clients[0]]
         return {"model": model.label, "members": len(clients), **asdict(times)}
 
     def _members(
@@ -239,7 +240,7 @@ class ClientRuntime:
         return open_cohort(
             self._members(call.clients, states),
             backend=call.backend,
-            model=self._federation.models[call.clients[0]],
+            model=self._strategy.architecture(call.clients[0]),
             optimizer=self._settings.clients.optimizer,
             data=self._tensors,
             pool=self._pool,

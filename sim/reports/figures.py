@@ -38,7 +38,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 
 DOTS_PER_INCH = 160
-_STYLE: Any = MappingProxyType(
+STYLE: Any = MappingProxyType(
     {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,
@@ -146,9 +146,9 @@ def accuracy_by_round(runs: Runs) -> Figure | None:
     curves = _curves(runs, "accuracy")
     if not curves:
         return None
-    figure, (axes,) = _figure(1, height=4.4)
+    figure, (axes,) = new_figure(1, height=4.4)
     _draw_curves(axes, runs, curves, percent=True)
-    _title(
+    title_axes(
         axes,
         "Mean client accuracy on the common test split (%) by round",
         band_note([*curves.values()]),
@@ -171,7 +171,7 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
     silent = [arm for arm, spent in exchanged.items() if spent[-1] == 0]
     if len(silent) == len(curves):
         return None
-    figure, (axes,) = _figure(1, height=4.4)
+    figure, (axes,) = new_figure(1, height=4.4)
     looks = _looks(runs)
     totals = [spent[-1] for arm, spent in exchanged.items() if arm not in silent]
     logarithmic = max(totals) / min(totals) >= 5
@@ -198,7 +198,7 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
     if not logarithmic:
         axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(_plain_kilobytes))
-    _title(
+    title_axes(
         axes,
         "Mean client accuracy (%) against kB sent and received per client until then",
         band_note([*curves.values()]) + ("; dashed: last round, no exchange" if silent else ""),
@@ -225,7 +225,7 @@ def accuracy_by_client(runs: Runs) -> Figure | None:
         return None
     models = list(dict.fromkeys(model for of_arm in points.values() for model, _ in of_arm))
     looks = _looks(runs)
-    figure, (axes,) = _figure(1, height=1.7 + len(points) * max(0.55, 0.16 * len(models)))
+    figure, (axes,) = new_figure(1, height=1.7 + len(points) * max(0.55, 0.16 * len(models)))
     for position, (arm, of_arm) in enumerate(points.items()):
         values = np.array([value for _, value in of_arm])
         _draw_box(axes, position, values, looks[arm].color)
@@ -251,7 +251,7 @@ def accuracy_by_client(runs: Runs) -> Figure | None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     seeds = max(len(counted(of_arm)) for of_arm in runs.values() if of_arm)
-    _title(
+    title_axes(
         axes,
         "Accuracy of each client on the common test split (%), last round, by model",
         ("one mark a client and seed" if seeds > 1 else "one mark a client")
@@ -268,7 +268,7 @@ def accuracy_by_client(runs: Runs) -> Figure | None:
         )
         for lane in range(len(models))
     ]
-    _place_legend(figure, handles, _short(models))
+    place_legend(figure, handles, _short(models))
     return figure
 
 
@@ -295,13 +295,13 @@ def targets_by_round(runs: Runs) -> Figure | None:
     ]
     if not filled:
         return None
-    figure, all_axes = _figure(len(filled), height=3.9)
+    figure, all_axes = new_figure(len(filled), height=3.9)
     note = band_note([curve for curves, *_ in filled for curve in curves.values()])
     shown: list[str] = []
     for axes, (curves, title, label, percent) in zip(all_axes, filled, strict=True):
         _draw_curves(axes, runs, curves, percent=percent)
         # One note for both panels: it runs on over the second.
-        _title(axes, title, note if axes is all_axes[0] else "")
+        title_axes(axes, title, note if axes is all_axes[0] else "")
         axes.set_xlabel("round")
         axes.set_ylabel(label)
         shown += [arm for arm in curves if arm not in shown]
@@ -323,7 +323,7 @@ FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
 def draw_figures(runs: Runs) -> dict[str, Figure]:
     """Draw all figures that the runs have something to show in, by name."""
     figures = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in FIGURES.items():
             figure = draw(runs)
             if figure is not None:
@@ -334,12 +334,13 @@ def draw_figures(runs: Runs) -> dict[str, Figure]:
 def to_png(figure: Figure) -> bytes:
     """Render a figure; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _figure(columns: int, *, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of the report's width with its panels side by side."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(8.2, height), layout=layout)
     FigureCanvasAgg(figure)
@@ -383,7 +384,8 @@ def _draw_band(
         axes.plot(x, edge, color=look.color, alpha=0.45, lw=0.7)
 
 
-def _title(axes: Axes, title: str, note: str) -> None:
+def title_axes(axes: Axes, title: str, note: str) -> None:
+    """Write what a panel shows, and below it, smaller, how to read it."""
     axes.set_title(title, pad=19)
     written = axes.annotate(
         note,
@@ -460,10 +462,11 @@ def _legend(figure: Figure, runs: Runs, arms: Sequence[str], dashed: Sequence[st
         )
         for arm in arms
     ]
-    _place_legend(figure, handles, _short(arms))
+    place_legend(figure, handles, _short(arms))
 
 
-def _place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
+def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
+    """Put a legend of all panels below them."""
     longest = max(len(label) for label in labels)
     columns = max(1, min(len(labels), 96 // (longest + 9)))
     # A label that starts with _ would be left out of the legend; a zero-width space is not seen.

@@ -3,12 +3,12 @@
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sim.records import SETTINGS_FILE, make_folder, write_text
 from sim.reports.figures import FIGURES, draw_figures, to_png
@@ -33,7 +33,7 @@ from sim.settings import SettingsError
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATES = Path(__file__).parent
 
 ALT_TEXTS: Mapping[str, str] = {
     "accuracy_by_round": "Mean client accuracy by round for each arm",
@@ -73,13 +73,13 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
     summaries = [summarize(arm, of_arm) for arm, of_arm in runs.items()]
     images = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
     differing, common = split_settings(runs)
-    text = _template().render(
+    text = template("report.html").render(
         title=title,
         overview=_overview(summaries, runs),
         summary=_summary_table(summaries),
         differences=_difference_table(runs),
         figures=[
-            _Image(name, ALT_TEXTS[name], base64.b64encode(image).decode())
+            Image(name, ALT_TEXTS[name], base64.b64encode(image).decode())
             for name, image in images.items()
         ],
         arms=list(runs),
@@ -87,7 +87,7 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
         common=common,
         clients=[_client_table(arm, of_arm) for arm, of_arm in runs.items()],
         run_table=_run_table(runs, folder),
-        versions=_versions(runs),
+        versions=versions_of(run.environment for of_arm in runs.values() for run in of_arm),
         many_seeds=any(len(summary.seeds) > 1 for summary in summaries),
         nothing=NOTHING,
     )
@@ -95,7 +95,7 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
     figures = make_folder(folder, folder / FIGURES_FOLDER)
     for name in FIGURES:
         if name in images:
-            _write_bytes(figures / f"{name}.png", images[name])
+            write_bytes(figures / f"{name}.png", images[name])
         else:
             # Of an older report on other runs.
             (figures / f"{name}.png").unlink(missing_ok=True)
@@ -256,14 +256,16 @@ def split_settings(
 
 
 @dataclass(frozen=True, slots=True)
-class _Image:
+class Image:
+    """A figure to embed: PNG bytes in base64, and what it shows for those who cannot see it."""
+
     name: str
     alt: str
     data: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
     """A table of texts; the first ``left`` columns are words, the others numbers."""
 
     header: Sequence[str]
@@ -272,11 +274,16 @@ class _Table:
     title: str = ""
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Return one of the pages beside this file, to be rendered; texts are escaped."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
 def _overview(summaries: Sequence[ArmSummary], runs: Mapping[str, Sequence[RunRecord]]) -> str:
@@ -290,7 +297,7 @@ def _overview(summaries: Sequence[ArmSummary], runs: Mapping[str, Sequence[RunRe
     )
 
 
-def _summary_table(summaries: Sequence[ArmSummary]) -> _Table:
+def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
     shown = [
         key
         for key in ACCURACIES
@@ -316,7 +323,7 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> _Table:
             NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}",
         ]
         rows.append(row)
-    return _Table(header, rows)
+    return Table(header, rows)
 
 
 def _span(rounds: Sequence[int | None]) -> str:
@@ -327,7 +334,7 @@ def _span(rounds: Sequence[int | None]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _difference_table(runs: Mapping[str, Sequence[RunRecord]]) -> _Table | None:
+def _difference_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
     if len(runs) < 2:
         return None
     rows = []
@@ -344,10 +351,10 @@ def _difference_table(runs: Mapping[str, Sequence[RunRecord]]) -> _Table | None:
             mean = percent(difference, signed=True).split(" ")[0]
             rows.append([title, arm, mean, interval, p_text(difference), str(difference.n)])
     header = ["accuracy", "arm", "difference (points)", "95 % interval", "p", "pairs"]
-    return _Table(header, rows, left=2, title=next(iter(runs)))
+    return Table(header, rows, left=2, title=next(iter(runs)))
 
 
-def _client_table(arm: str, runs: Sequence[RunRecord]) -> _Table:
+def _client_table(arm: str, runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in counted(runs):
         labels = run.model_labels
@@ -371,10 +378,10 @@ def _client_table(arm: str, runs: Sequence[RunRecord]) -> _Table:
             )
     header = ["model", "seed", "client", "accuracy (%)", "own mix (%)", "macro recall (%)"]
     header += ["worst class (%)", "kB up", "kB down"]
-    return _Table(header, rows, title=arm)
+    return Table(header, rows, title=arm)
 
 
-def _run_table(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> _Table:
+def _run_table(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> Table:
     rows = []
     for arm, of_arm in runs.items():
         for run in of_arm:
@@ -385,7 +392,7 @@ def _run_table(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> _Table:
             rows.append(
                 [
                     arm,
-                    _relative(run.folder, folder),
+                    relative_path(run.folder, folder),
                     str(run.result.get("status", run.status)),
                     str(run.seed),
                     f"{len(run.federation)} of {run.settings.get('rounds', NOTHING)}",
@@ -394,27 +401,30 @@ def _run_table(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> _Table:
                 ]
             )
     header = ["arm", "folder", "status", "seed", "rounds", "replies missing", "weights (SHA-256)"]
-    return _Table(header, rows, left=3)
+    return Table(header, rows, left=3)
 
 
-def _relative(path: Path, start: Path) -> str:
+def relative_path(path: Path, start: Path) -> str:
+    """Return the way from one folder to another, where there is one."""
     try:
         return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
     except ValueError:  # another drive
         return str(path)
 
 
-def _versions(runs: Mapping[str, Sequence[RunRecord]]) -> list[tuple[str, str]]:
+def versions_of(environments: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what runs ran on, by name; several values where runs differ."""
     found: dict[str, dict[str, None]] = {}
-    for run in (run for of_arm in runs.values() for run in of_arm):
-        for key, value in flatten(run.environment).items():
+    for environment in environments:
+        for key, value in flatten(environment).items():
             if value is not None:
                 name = key.removeprefix("packages.").replace("_", " ")
                 found.setdefault(name, {})[str(value)] = None
     return [(name, " | ".join(values)) for name, values in found.items()]
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)

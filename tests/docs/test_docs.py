@@ -78,6 +78,25 @@ def test_every_key_is_in_the_table(generator: Any) -> None:
     assert [key.name for key in generator.settings_keys()] == list(leaves(Settings().to_table()))
 
 
+def test_every_key_of_a_distillation_is_in_the_table(generator: Any) -> None:
+    from fedkd.distillation.settings import DistillSettings
+
+    keys = [key.name for key in generator.distill_keys()]
+    for section in DistillSettings.model_fields:
+        assert any(key == section or key.startswith(f"{section}.") for key in keys), section
+    assert {"objective", "method.name", "teacher.training.optimizer.lr", "search.weights"} <= {
+        *keys
+    }
+
+
+def test_an_objective_is_written_as_a_settings_file_would(generator: Any) -> None:
+    from fedkd.objectives import Objective
+
+    table = {"ce": 0.1, "kd": {"weight": 0.9, "temperature": 2.0}, "late": {"kind": "mse"}}
+    written = generator._yaml(Objective.model_validate(table))
+    assert yaml.safe_load(written.strip("`")) == {**table, "late": {"kind": "mse", "weight": 1.0}}
+
+
 def test_every_strategy_has_an_entry_with_its_settings() -> None:
     from strategies import STRATEGIES
 
@@ -99,15 +118,20 @@ def settings_blocks() -> list[Any]:
 
 @pytest.mark.parametrize("block", settings_blocks())
 def test_settings_on_a_page_are_valid(block: str, tmp_path: Path) -> None:
-    from sim.settings import Settings, load_settings
+    from fedkd.distillation.settings import DistillSettings
+    from sim.settings import Settings, load_distill_settings, load_settings
     from sim.study import arm_settings
 
     table = yaml.safe_load(block)
-    if not isinstance(table, dict) or not table.keys() & Settings.model_fields.keys():
+    known = Settings.model_fields.keys() | DistillSettings.model_fields.keys()
+    if not isinstance(table, dict) or not table.keys() & known:
         pytest.skip("not a table of settings")
     config = tmp_path / "page.yaml"
     config.write_text(block, encoding="utf-8")
-    arm_settings(load_settings(config))
+    if table.keys() <= Settings.model_fields.keys():
+        arm_settings(load_settings(config))
+    else:
+        load_distill_settings(config)
 
 
 def test_the_example_of_an_algorithm_learns(

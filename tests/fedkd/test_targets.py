@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fedkd import targets
 from fedkd.targets import (
     PredictionSpool,
     StreamingMean,
@@ -26,6 +25,7 @@ from fedkd.targets import (
     mean_logit,
     mean_probability,
     soften,
+    streaming,
     trimmed_mean,
 )
 
@@ -374,7 +374,7 @@ def test_streaming_refuses_to_take_out_more_than_it_holds():
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work on three rows of four classes at a time."""
-    monkeypatch.setattr(targets, "BLOCK_VALUES", 12)
+    monkeypatch.setattr(streaming, "BLOCK_VALUES", 12)
 
 
 def random_tables(num_clients: int, rows: int, classes: int, seed: int = 0) -> np.ndarray:
@@ -439,7 +439,7 @@ def test_popping_the_mean_gives_its_bits_in_float32_and_starts_afresh(
 def test_streaming_holds_two_payloads_and_a_block_however_many_clients():
     rows, classes, num_clients = 20_000, 50, 6
     tables = random_tables(num_clients, rows, classes)
-    payload, block = tables[0].nbytes, 8 * targets.BLOCK_VALUES
+    payload, block = tables[0].nbytes, 8 * streaming.BLOCK_VALUES
     tracemalloc.start()
     try:
         stream = StreamingMean()
@@ -609,7 +609,7 @@ def test_a_spool_without_room_names_the_folder_and_keeps_what_it_has(
         assert raised.value.errno == errno.ENOSPC
         assert str(tmp_path) in str(raised.value)
         monkeypatch.undo()
-        monkeypatch.setattr(targets, "BLOCK_VALUES", 12)
+        monkeypatch.setattr(streaming, "BLOCK_VALUES", 12)
         spool.add(tables[2])
         expected = coordinate_median(torch.from_numpy(tables[[0, 2]]))
         assert torch.equal(spool.reduce(coordinate_median), expected)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedkd.distillation.settings import DistillSettings
 from sim.identity import HARMLESS, HARMLESS_ENGINE, check_same_run, data_digest, fingerprint
 from sim.settings import EngineSettings, Settings, SettingsError, load_settings
 
@@ -15,7 +16,7 @@ def test_every_setting_of_the_engine_was_thought_about() -> None:
     # A new one belongs either here or to HARMLESS_ENGINE: does it change a number?
     numbers = {"gpus_per_worker", "vectorize", "cohort_size"}
     assert EngineSettings.model_fields.keys() == numbers | set(HARMLESS_ENGINE)
-    assert set(HARMLESS) < Settings.model_fields.keys()
+    assert set(HARMLESS) < Settings.model_fields.keys() | DistillSettings.model_fields.keys()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from sim.settings import Settings, SettingsError, load_settings, merge_tables, settings_from_table
+from fedkd.distillation.settings import DistillSettings
+from sim.settings import (
+    Settings,
+    SettingsError,
+    load_distill_settings,
+    load_settings,
+    merge_tables,
+    settings_from_table,
+)
 from strategies import STRATEGIES
 
 BAD = {
@@ -15,7 +23,7 @@ BAD = {
     "strategy.temperature=0": "strategy.temperature: must be > 0, got 0.0",
     "strategy.temperature={kind: cosine, start: 4, end: 0}": "strategy.temperature: must be > 0",
     "strategy.kd_weight=-1": "strategy.kd_weight: must be >= 0, got -1.0",
-    "strategy.name=fedfd": "unknown strategy 'fedfd'; known: dml, fedavg, fedmd, local, one_way",
+    "strategy.name=fedfd": "unknown strategy 'fedfd'; known: dml, fedavg, fedmd",
     "clients.models=[mlq]": "unknown model 'mlq'; known: mlp, cnn",
     "clients.models=[]": "clients.models: need at least one model",
     "clients.participants=20": "clients.participants must be at most clients.count (10), got 20",
@@ -102,3 +110,52 @@ def test_yaml_that_asks_for_objects_is_refused(tmp_path: Path) -> None:
     config.write_text("name: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(SettingsError, match="cannot read config"):
         load_settings(config)
+
+
+def weights(settings: DistillSettings) -> dict[str, float]:
+    return {name: term.weight.at(0.0) for name, term in settings.objective.terms.items()}
+
+
+def test_a_word_changes_one_term_of_the_default_objective_and_leaves_the_others() -> None:
+    settings = load_distill_settings(None, ["objective.kd.weight=0.3", "objective.mse=2"])
+    assert weights(settings) == {"ce": 0.1, "kd": 0.3, "mse": 2.0}
+    assert settings.objective.terms["kd"].model_dump()["temperature"]["value"] == 4.0
+
+
+def test_an_objective_that_is_written_whole_replaces_the_old_one(tmp_path: Path) -> None:
+    assert weights(load_distill_settings(None, ["objective={mse: 1}"])) == {"mse": 1.0}
+    config = tmp_path / "a.yaml"
+    config.write_text("objective: {ce: 1, kd: {weight: 2, temperature: 3}}\n")
+    assert weights(load_distill_settings(config)) == {"ce": 1.0, "kd": 2.0}
+    assert weights(load_distill_settings(config, ["objective={mse: 1}"])) == {"mse": 1.0}
+    changed = load_distill_settings(config, ["objective.kd.temperature=8"])
+    assert weights(changed) == {"ce": 1.0, "kd": 2.0}
+    assert changed.objective.terms["kd"].model_dump()["temperature"]["value"] == 8.0
+
+
+def test_one_setting_of_the_data_leaves_the_defaults_of_the_others() -> None:
+    data = load_distill_settings(None, ["data.seed=3", "data.public.labelled=true"]).data
+    assert (data.seed, data.private_rows, data.public.size) == (3, 100, 1000)
+
+
+def test_settings_of_a_distillation_load_to_equal_settings(tmp_path: Path) -> None:
+    from sim.settings import yaml_text
+
+    words = ["method.name=dml", "teacher.models=[cnn,mlp]", "seeds=2"]
+    settings = load_distill_settings(None, words)
+    saved = tmp_path / "settings.yaml"
+    saved.write_text(yaml_text(settings.to_table()))
+    assert load_distill_settings(saved) == settings
+
+
+@pytest.mark.parametrize("name", ["distill", "tutorial"])
+def test_the_configs_that_come_with_it_are_settings(name: str) -> None:
+    config = Path(__file__).parents[2] / "conf" / f"{name}.yaml"
+    settings = load_distill_settings(config)
+    assert settings.name == name
+    if name == "distill":
+        assert settings == DistillSettings()
+    else:
+        assert (settings.data.private_rows, settings.data.public.size) == (None, 0)
+        assert weights(settings) == {"ce": 0.5, "kd": 0.5}
+        assert settings.student.model.name == "tutorial_student"

@@ -10,8 +10,14 @@ from strategies import STRATEGIES
 from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
 
 VARIANTS = {
-    "dml": [{}, {"average": "logit", "include_self": True}, {"confidence_threshold": 0.4}],
+    "dml": [
+        {},
+        {"average": "logit", "include_self": True},
+        {"confidence_threshold": 0.4},
+        {"objective": {"ce": 1.0, "kd": {"temperature": 2.0}, "ntd": 0.5}},
+    ],
     "fedmd": [{}, {"digest_loss": "mse"}, {"digest_loss": "kl"}],
+    "fml": [{}, {"objective": {"ce": 1.0, "hint": 0.3}}],
     "one_way": [{}, {"direction": "server_to_clients"}],
 }
 CASES = [
@@ -82,7 +88,7 @@ def test_two_rounds_are_the_same_through_both_backends(
                     for client in participants
                 ],
                 backend=backend,
-                model=settings.model_of(participants[0]),
+                model=strategy.architecture(participants[0]),
                 optimizer=settings.clients.optimizer,
                 data=tensors,
                 pool=pool,

@@ -13,7 +13,6 @@ import torch
 from flwr.app import RecordDict
 
 import strategies
-from fedkd.models import build_model
 from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
 from sim.engine.messages import read_reply
 from sim.engine.runtime import ClientRuntime
@@ -26,10 +25,26 @@ from strategies.plan import Federation
 from strategies.server import Server
 
 VARIANTS = {
-    "dml": [{}, {"include_self": True, "average": "logit"}, {"confidence_threshold": 0.5}],
+    "dml": [
+        {},
+        {"include_self": True, "average": "logit"},
+        {"confidence_threshold": 0.5},
+        {"objective": {"ce": 1.0, "kd": {"learned": True}, "sp": {"weight": 1, "on": "logits"}}},
+    ],
     "fedavg": [{}, {"weighting": "equal"}],
     "fedmd": [{}, {"digest_loss": "kl", "weighting": "examples"}],
-    "one_way": [{}, {"direction": "server_to_clients"}, {"direction": "clients_to_server"}],
+    "fml": [
+        {},
+        {"meme": "cnn", "weighting": "examples"},
+        {"objective": {"ce": 1.0, "hint": 0.3}, "meme_objective": {"ce": 1.0, "rkd_angle": 0.1}},
+        {"objective": {"ce": 1.0, "crd": 0.1, "adversarial": 0.1}},
+    ],
+    "one_way": [
+        {},
+        {"direction": "server_to_clients"},
+        {"direction": "clients_to_server"},
+        {"direction": "server_to_clients", "objective": {"ce": 1.0, "kd": {"learned": True}}},
+    ],
 }
 """Settings worth running besides the defaults; a new row of the table runs with its defaults."""
 
@@ -184,7 +199,9 @@ def test_uploads_fit_the_plan_and_their_bytes_are_counted(
     settings = tiny_settings(name, options=options, rounds=2, exchange={"rows_per_round": 9})
     data = tiny_data()
     grid = listening_grid(settings, data)
-    federation = parts(settings, data)[0].federation
+    strategy, server = parts(settings, data)
+    federation = strategy.federation
+    strategy.prepare(server)
     run = simulate(settings, data, grid)
     assert run.events == []
     counted = {
@@ -204,11 +221,10 @@ def test_uploads_fit_the_plan_and_their_bytes_are_counted(
                 assert knowledge.values.dtype == np.float32
                 assert np.isfinite(knowledge.values).all()
             elif knowledge is not None:
-                model = build_model(
-                    settings.model_of(client), input_shape=(1, 8, 8), num_classes=3, seed=0
-                )
-                shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-                assert {key: a.shape for key, a in knowledge.arrays.items()} == shapes
+                like = strategy.uploaded_weights(client, server)
+                assert {key: (a.shape, a.dtype) for key, a in knowledge.arrays.items()} == {
+                    key: (a.shape, a.dtype) for key, a in like.items()
+                }
         for client, knowledge in grid.sent["train"][number].items():
             if knowledge is not None:
                 expected[number + 1, client, "down"] = size_by_hand(knowledge)
@@ -427,7 +443,7 @@ def test_client_rounds_use_nothing_but_their_arguments(
                 clients_half = parts(settings, data)[0]
             cohort = LoopCohort(
                 [Member(client, clients_half.private_rows(client, data), states.get(client))],
-                model=settings.model_of(client),
+                model=clients_half.architecture(client),
                 optimizer=settings.clients.optimizer,
                 data=tensors,
                 pool=pool,

@@ -5,14 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, recall_score
 
 from fedkd.metrics import (
     accuracy,
+    brier_score,
+    class_table,
     confusion_counts,
-    expected_calibration_error,
     macro_recall,
     negative_log_likelihood,
+    per_class_precision,
     per_class_recall,
     personal_accuracy,
     worst_class_recall,
@@ -26,11 +28,6 @@ PREDICTIONS = np.array([0, 0, 0, 1, 1, 2])
 @pytest.fixture(name="counts")
 def _counts():
     return confusion_counts(LABELS, PREDICTIONS, 3)
-
-
-def softmax(logits):
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def test_confusion_has_true_classes_in_rows_and_predicted_ones_in_columns(counts):
@@ -141,49 +138,50 @@ def test_nll_survives_huge_logits_and_reads_half_precision():
     assert negative_log_likelihood(logits, torch.tensor([1, 0])) == pytest.approx(1e4, rel=1e-2)
 
 
-def test_calibration_error_matches_hand_computed_value():
-    # Two intervals. [0, 1/2): empty. [1/2, 1]: confidences 0.6, 0.8, 1.0; two of three right.
-    probabilities = np.array([[0.6, 0.4], [0.2, 0.8], [1.0, 0.0]])
-    labels = np.array([0, 0, 0])
-    assert expected_calibration_error(probabilities, labels, bins=2) == pytest.approx(
-        abs(2 / 3 - 0.8)
-    )
-    # Five intervals keep them apart: 0.6 | 0.8 and 1.0. |1 - 0.6| / 3 + 2/3 |1/2 - 0.9|
-    assert expected_calibration_error(probabilities, labels, bins=5) == pytest.approx(0.4)
-
-
-def test_certain_and_right_is_perfectly_calibrated_and_certain_and_wrong_is_not():
-    certain = np.eye(3)
-    assert expected_calibration_error(certain, np.arange(3)) == 0
-    assert expected_calibration_error(certain, np.roll(np.arange(3), 1)) == 1
-
-
-@pytest.mark.parametrize("bins", [5, 15])
-def test_calibration_error_agrees_with_torchmetrics(bins):
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    rng = np.random.default_rng(0)
-    probabilities = softmax(2 * rng.normal(size=(500, 7)))
-    labels = rng.integers(7, size=500)
-    oracle = multiclass_calibration_error(
-        torch.tensor(probabilities), torch.tensor(labels), num_classes=7, n_bins=bins, norm="l1"
-    )
-    ours = expected_calibration_error(probabilities, labels, bins=bins)
-    assert ours == pytest.approx(oracle.item(), abs=1e-6)
-
-
-def test_logits_are_no_probabilities():
-    with pytest.raises(ValueError, match="probabilities must be >= 0 and sum to 1"):
-        expected_calibration_error(np.array([[2.0, -1.0]]), np.array([0]))
-    with pytest.raises(ValueError, match="probabilities must be >= 0 and sum to 1"):
-        expected_calibration_error(np.array([[np.nan, 1.0]]), np.array([0]))
-
-
-def test_calibration_needs_an_interval():
-    with pytest.raises(ValueError, match="bins must be >= 1, got 0"):
-        expected_calibration_error(np.eye(2), np.arange(2), bins=0)
-
-
-def test_no_rows_have_no_likelihood_and_no_calibration():
+def test_no_rows_have_no_likelihood():
     assert math.isnan(negative_log_likelihood(np.zeros((0, 3)), np.zeros(0, dtype=int)))
-    assert math.isnan(expected_calibration_error(np.zeros((0, 3)), np.zeros(0, dtype=int)))
+    assert math.isnan(brier_score(np.zeros((0, 3)), np.zeros(0, dtype=int)))
+
+
+def test_brier_score_runs_from_certain_and_right_to_certain_and_wrong():
+    assert brier_score(np.eye(3), np.arange(3)) == 0
+    assert brier_score(np.eye(3), np.roll(np.arange(3), 1)) == 2
+    # (0.4^2 + 0.3^2 + 0.1^2 + ...) by hand: 0.16 + 0.09 + 0.01
+    assert brier_score(np.array([[0.6, 0.3, 0.1]]), np.array([0])) == pytest.approx(0.26)
+
+
+def test_brier_score_of_two_classes_is_twice_scikit_learns():
+    rng = np.random.default_rng(0)
+    chance, labels = rng.random(50), rng.integers(2, size=50)
+    ours = brier_score(torch.tensor(np.stack([1 - chance, chance], axis=1)), labels)
+    assert ours == pytest.approx(2 * brier_score_loss(labels, chance))
+
+
+def test_brier_score_refuses_logits_and_unknown_labels():
+    with pytest.raises(ValueError, match="probabilities must be >= 0 and sum to 1"):
+        brier_score(np.array([[2.0, -1.0]]), np.array([0]))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\), got 2 to 2"):
+        brier_score(np.array([[0.5, 0.5]]), np.array([2]))
+
+
+def test_the_table_counts_absent_classes_and_classes_never_predicted():
+    # Class 2 never occurs but is predicted; class 3 occurs but is never predicted.
+    counts = confusion_counts(np.array([0, 0, 1, 3, 3]), np.array([0, 2, 1, 1, 0]), 4)
+    table = class_table(counts)
+    assert table.rows.tolist() == [2, 1, 0, 2]
+    assert table.predicted.tolist() == [2, 2, 1, 0]
+    assert table.recall == pytest.approx([0.5, 1, math.nan, 0], nan_ok=True)
+    assert table.precision == pytest.approx([0.5, 0.5, 0, math.nan], nan_ok=True)
+    assert table.num_absent == 1
+    assert table.num_never_predicted == 1
+
+
+def test_precision_agrees_with_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_precision
+
+    labels, predictions = np.random.default_rng(0).integers(5, size=(2, 200))
+    oracle = multiclass_precision(
+        torch.tensor(predictions), torch.tensor(labels), num_classes=5, average="none"
+    )
+    ours = per_class_precision(confusion_counts(labels, predictions, 5))
+    assert ours == pytest.approx(oracle.numpy(), abs=1e-6)

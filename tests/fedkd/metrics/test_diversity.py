@@ -10,7 +10,16 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
-from fedkd.metrics import VoteCounter, jensen_shannon, pairwise_disagreement, target_entropy
+from fedkd.metrics import (
+    VoteCounter,
+    ensemble_entropy,
+    ensemble_gain,
+    error_correlation,
+    jensen_shannon,
+    pairwise_disagreement,
+    q_statistic,
+    target_entropy,
+)
 
 predicted = arrays(
     np.int64, st.tuples(st.integers(2, 6), st.integers(1, 8)), elements=st.integers(0, 3)
@@ -112,3 +121,80 @@ def test_jensen_shannon_is_what_mean_of_kls_exceeds_kl_to_the_mean_by():
     expected = mean_of_kls - kl(probabilities.mean(0))
     assert jensen_shannon(peers, from_logits=True) == pytest.approx(expected)
     assert expected == pytest.approx(1.59208643 - 1.24723729, abs=1e-7)
+
+
+def test_entropy_of_the_ensemble_exceeds_that_of_its_peers_by_their_divergence():
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(5), size=(3, 20))
+    entropies = ensemble_entropy(probabilities)
+    assert entropies.target == pytest.approx(target_entropy(probabilities.mean(axis=0)))
+    assert entropies.peers == pytest.approx([target_entropy(own) for own in probabilities])
+    difference = entropies.target - entropies.peers.mean()
+    assert difference == pytest.approx(jensen_shannon(probabilities))
+    from_logits = ensemble_entropy(torch.tensor(np.log(probabilities) - 3), from_logits=True)
+    assert from_logits.target == pytest.approx(entropies.target)
+
+
+def test_two_certain_peers_that_differ_make_a_target_of_log_two():
+    entropies = ensemble_entropy(np.eye(3)[[0, 1]][:, None])
+    assert entropies.target == pytest.approx(math.log(2))
+    assert entropies.peers.tolist() == [0, 0]
+
+
+def test_entropy_of_no_rows_is_unknown():
+    entropies = ensemble_entropy(np.zeros((2, 0, 3)))
+    assert math.isnan(entropies.target)
+    assert np.isnan(entropies.peers).all()
+
+
+def test_an_ensemble_gains_where_mistakes_differ():
+    # Labels 0. Each of three clients errs on one row of its own; the other two outvote it.
+    probabilities = np.tile([0.9, 0.1], (3, 3, 1))
+    probabilities[range(3), range(3)] = [0.2, 0.8]
+    labels = np.zeros(3, dtype=int)
+    assert ensemble_gain(probabilities, labels) == pytest.approx(1 - 2 / 3)
+    assert ensemble_gain(np.log(probabilities), labels, from_logits=True) == pytest.approx(1 / 3)
+    assert ensemble_gain(probabilities[:1].repeat(4, axis=0), labels) == pytest.approx(0)
+    assert math.isnan(ensemble_gain(np.zeros((2, 0, 3)), np.zeros(0, dtype=int)))
+
+
+right_or_wrong = arrays(
+    np.int64, st.tuples(st.integers(2, 5), st.integers(1, 12)), elements=st.integers(0, 1)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(right_or_wrong)
+def test_error_correlation_and_q_agree_with_loops_over_pairs(right):
+    correlations, statistics = [], []
+    for one, other in combinations(right, 2):
+        if one.std() > 0 and other.std() > 0:
+            correlations.append(np.corrcoef(one, other)[0, 1])
+        a, d = sum(one & other), sum(~one & ~other & 1)
+        b, c = sum(one & ~other), sum(~one & other & 1)
+        if a * d + b * c:
+            statistics.append((a * d - b * c) / (a * d + b * c))
+    # Class 0 is right everywhere; what is predicted instead makes no difference.
+    predicted = np.where(right == 1, 0, 3)
+    labels = np.zeros(right.shape[1], dtype=np.int64)
+    for ours, expected in (
+        (error_correlation(predicted, labels), correlations),
+        (q_statistic(torch.tensor(predicted), torch.tensor(labels)), statistics),
+    ):
+        if expected:
+            assert ours == pytest.approx(np.mean(expected), abs=1e-12)
+        else:
+            assert math.isnan(ours)
+
+
+def test_q_and_correlation_by_hand():
+    # Both right on 4 rows, one only on 1, the other only on 2, neither on 3.
+    right = np.array([[1] * 4 + [1] + [0] * 2 + [0] * 3, [1] * 4 + [0] + [1] * 2 + [0] * 3])
+    labels = np.ones(10, dtype=np.int64)
+    assert q_statistic(right, labels) == pytest.approx((12 - 2) / (12 + 2))
+    assert error_correlation(right, labels) == pytest.approx(10 / math.sqrt(5 * 5 * 6 * 4))
+
+
+def test_clients_that_never_err_have_no_correlation():
+    labels = np.arange(10)
+    assert math.isnan(error_correlation(np.stack([labels, labels]), labels))
+    assert math.isnan(q_statistic(np.stack([labels, labels]), labels))

@@ -364,3 +364,72 @@ def test_trying_a_model_leaves_no_trace_in_it():
 def test_a_broken_callable_is_named_with_what_it_did(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+# Models of timm
+
+
+@pytest.fixture
+def stand_in_timm(monkeypatch):
+    """Just enough of timm to see what it is asked for; the real one is tried where installed."""
+    calls = []
+
+    def create_model(name, **arguments):
+        calls.append((name, arguments))
+        features = arguments["in_chans"] * 8 * 8
+        return nn.Sequential(nn.Flatten(), nn.Linear(features, arguments["num_classes"]))
+
+    module = types.ModuleType("timm")
+    module.__version__ = "0"
+    module.is_model = lambda name: name.split(".")[0] == "resnet18"
+    module.list_models = lambda: ["resnet18", "resnet34"]
+    module.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return calls
+
+
+def test_timm_gets_channels_and_classes_and_never_fetches_weights(stand_in_timm):
+    model = build("timm:resnet18.a1-in1k", input_shape=(2, 8, 8), num_classes=5, drop_rate=0.1)
+    assert stand_in_timm == [
+        (
+            "resnet18.a1-in1k",
+            {"pretrained": False, "in_chans": 2, "num_classes": 5, "drop_rate": 0.1},
+        )
+    ]
+    assert model[1].weight.shape == (5, 128)
+    assert same_bits(
+        model, build("timm:resnet18.a1-in1k", input_shape=(2, 8, 8), num_classes=5, drop_rate=0.1)
+    )
+
+
+@pytest.mark.usefixtures("stand_in_timm")
+def test_an_unknown_timm_model_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"timm 0 has no 'resnet35'; did you mean 'resnet34'\?"):
+        build("timm:resnet35")
+
+
+@pytest.mark.parametrize("option", ["pretrained", "checkpoint_path", "in_chans", "num_classes"])
+def test_timm_options_that_fetch_unpickle_or_contradict_the_data_are_refused(option):
+    with pytest.raises(ValueError, match=f"option '{option}' of model 'timm:resnet18' is not"):
+        ModelSettings(name="timm:resnet18", options={option: 1})
+
+
+@pytest.mark.parametrize("name", ["timm:", "timm:hf-hub:somebody/resnet", "timm:../resnet18"])
+def test_a_timm_name_is_no_address(name):
+    with pytest.raises(ValueError, match="unknown model 'timm:"):
+        ModelSettings(name=name)
+
+
+def test_without_timm_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"needs the extra timm \(pip install 'fedkd\[timm\]'\)"):
+        build("timm:resnet18")
+
+
+def test_the_real_timm_builds_a_network():
+    pytest.importorskip("timm", reason="the extra timm is not installed", exc_type=ImportError)
+    model = build("timm:resnet18", input_shape=(1, 32, 32), num_classes=7)
+    assert uses_batch_norm(model)
+    # He et al., 2015: 11,689,512 with 1000 classes and 3 channels.
+    assert count_parameters(model) == 11_689_512 - 513 * 993 - 64 * 2 * 49
+    assert same_bits(model, build("timm:resnet18", input_shape=(1, 32, 32), num_classes=7))

@@ -1,0 +1,1 @@
+"""Distillation on one machine: teachers, students, and ways to get from one to the other."""

@@ -1,0 +1,406 @@
+"""Training one model: on labels, on what a teacher says, or on both."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fedkd.data.augmentation import AugmentationSettings, Views
+from fedkd.distillation.feeding import (
+    RowViews,
+    early_stopping,
+    own_batches,
+    transfer_batches,
+    validated,
+)
+from fedkd.distillation.participants import TrainingSettings
+from fedkd.distillation.probes import TargetEntropy, fixed_rows, gradients_beside_labels
+from fedkd.distillation.rows import Rows
+from fedkd.distillation.selection import RowSelector, Selection
+from fedkd.distillation.teachers import Teacher, TeacherCache
+from fedkd.models.dropout import connect_dropout, step_keys
+from fedkd.objectives import BoundObjective, Objective, View, logits_from_probabilities
+from fedkd.objectives.basic import LogitL1, LogitMSE
+from fedkd.objectives.response import AnnealingKD, DisagreementKD, StandardisedKD
+from fedkd.objectives.terms import SoftenedTerm
+from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
+from fedkd.targets import soften
+from fedkd.training.objectives import total
+
+Watcher = Callable[[Mapping[str, Any]], None]
+"""Is told after every epoch: its number, mean loss terms, validation accuracy, values in force."""
+
+LOGIT_TERMS = (LogitMSE, LogitL1, AnnealingKD, DisagreementKD, StandardisedKD)
+"""Terms that compare logits as they are, and not the probabilities made of them."""
+
+EpochRow = dict[str, int | float]
+"""What is recorded of an epoch."""
+
+
+def _nobody(_row: Mapping[str, Any]) -> None:
+    return None
+
+
+@dataclass(slots=True)
+class FitHistory:
+    """What happened while one model was trained: one row an epoch.
+
+    Attributes:
+        epochs: mean of each loss term, validation accuracy and loss, schedules in force.
+        best_epoch: the epoch whose weights were kept, None for the last one.
+    """
+
+    epochs: list[EpochRow] = field(default_factory=list)
+    best_epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What a model learns.
+
+    Attributes:
+        rows: transfer rows, and those with labels among them.
+        objective: the sum of terms to minimise.
+        training: how long, in which batches, with which optimizer.
+        teacher: who knows something about the transfer rows; None: only labels teach.
+        selection: which transfer rows count.
+        seed: of the run.
+        key: tells apart the fits of a run; equal keys give equal batches.
+        compares_gradients: whether every epoch ends with a comparison of the terms' gradients.
+    """
+
+    rows: Rows
+    objective: Objective
+    training: TrainingSettings
+    teacher: Teacher | None = None
+    selection: Selection = field(default_factory=Selection)
+    seed: int = 0
+    key: tuple[int, ...] = ()
+    compares_gradients: bool = False
+
+
+def fit(student: nn.Module, lesson: Lesson, watch: Watcher = _nobody) -> FitHistory:
+    """Train a model in place.
+
+    An epoch is one pass over the transfer rows. Where some of them have no labels, every step
+    takes a batch of transfer rows for the teacher's terms and a batch of labelled rows for the
+    labels, in one forward pass; else both are the same batch. Batches depend on the seed and the
+    key alone: a twin that learns from labels only takes the same labelled batches.
+
+    Args:
+        student: in training mode afterwards only while it trains; left in evaluation mode.
+        lesson: what to learn.
+        watch: told after every epoch.
+
+    Raises:
+        ValueError: if a term needs what the lesson does not have.
+    """
+    return _Fit(student, lesson, watch).run()
+
+
+class _Fit:
+    def __init__(self, student: nn.Module, lesson: Lesson, watch: Watcher) -> None:
+        self._student, self._lesson, self._watch = student, lesson, watch
+        self._rows, self._training = lesson.rows, lesson.training
+        self._teacher = lesson.teacher
+        check_needs(lesson)
+        self._bound: BoundObjective = lesson.objective.bind(
+            student,
+            None if self._teacher is None else self._teacher.first,
+            self._rows.inputs[:2],
+            num_classes=self._rows.num_classes,
+            rows=len(self._rows.inputs),
+            seed=torch_seed_for(lesson.seed, Purpose.DISTILL, *lesson.key, 1),
+        )
+        self._softened = next(
+            (b.term for b in self._bound.terms.values() if isinstance(b.term, SoftenedTerm)), None
+        )
+        self._teaches = self._teacher is not None and any(
+            bound.term.weight.range()[1] > 0 and bound.term.needs != ("labels",)
+            for bound in self._bound.terms.values()
+        )
+        self._taps = bool(self._bound.student_layers)
+        self._row_views = RowViews(lesson.rows, lesson.training, seed=lesson.seed, key=lesson.key)
+        self._cache: TeacherCache | None = None
+        if self._teaches and self._teacher is not None:
+            clean = self._training.augmentation.teacher_view == "clean"
+            clean = clean or not self._row_views.augments
+            if clean and not self._taps:
+                self._cache = TeacherCache(self._teacher, self._rows.inputs)
+        lowest, highest = (
+            (1.0, 1.0) if self._softened is None else self._softened.temperature.range()
+        )
+        self._target_entropy = TargetEntropy(
+            same_every_epoch=self._cache is not None and lowest == highest
+        )
+        self._row_tasks: Int[Tensor, " rows"] | None = None
+        if self._teacher is not None:
+            self._row_tasks = self._teacher.task_ids(self._rows.labels)
+        self._selector = self._row_selector()
+
+    def run(self) -> FitHistory:
+        history = FitHistory()
+        training, student = self._training, self._student
+        batches = self._batches()
+        steps = len(batches)
+        if not steps:
+            student.eval()
+            return history
+        per_epoch = steps // training.epochs
+        optimizer = training.optimizer.build(
+            [*student.parameters(), *self._bound.parts.parameters()]
+        )
+        stopping, watched = early_stopping(training)
+        seed = torch_seed_for(self._lesson.seed, Purpose.DISTILL, *self._lesson.key, 2)
+        dropout = connect_dropout(student)
+        keys = torch.from_numpy(step_keys(seed, steps)) if dropout is not None else None
+        teacher_model = None if self._teacher is None else self._teacher.first
+        sums: dict[str, Tensor] = {}
+        with (
+            seeded_torch(seed),
+            self._bound.tapping(student, teacher_model if self._taps else None) as features,
+        ):
+            student.train()
+            self._bound.parts.train()
+            for step, (transfer, labelled) in enumerate(batches):
+                progress = step / max(steps - 1, 1)
+                if not training.optimizer.constant:
+                    optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
+                if dropout is not None and keys is not None:
+                    dropout.begin(keys[step])
+                losses = self._losses(transfer, labelled, features, progress, sums)
+                optimizer.zero_grad(set_to_none=True)
+                total(losses).backward()
+                optimizer.step()
+                for name, loss in losses.items():
+                    value = loss.detach()
+                    sums[name] = sums[name] + value if name in sums else value
+                if (step + 1) % per_epoch == 0:
+                    epoch = (step + 1) // per_epoch
+                    if dropout is not None:
+                        dropout.end()
+                    row = self._epoch_row(epoch, sums, per_epoch, progress)
+                    row["learning_rate"] = optimizer.param_groups[0]["lr"]
+                    if self._teaches and self._lesson.compares_gradients:
+                        row |= self._gradients(features, progress)
+                    sums = {}
+                    history.epochs.append(row)
+                    self._watch({"epochs": training.epochs, **row})
+                    if stopping is not None:
+                        stopping.update(row[watched], student, step=epoch)
+                        if stopping.should_stop:
+                            break
+                    student.train()
+        if dropout is not None:
+            dropout.end()
+        if stopping is not None and stopping.best_step is not None:
+            stopping.restore(student)
+            history.best_epoch = stopping.best_step
+        student.eval()
+        return history
+
+    def _batches(self) -> Sequence[tuple[Int[Tensor, " _"], Int[Tensor, " _"] | None]]:
+        """Return for every step its transfer rows, and its labelled rows where these differ."""
+        seed, key = self._lesson.seed, self._lesson.key
+        rows, training = self._rows, self._training
+        transfer = transfer_batches(rows, training, seed=seed, key=key)
+        if rows.labelled == len(rows.inputs):
+            return [(batch, None) for batch in transfer]
+        if not rows.labelled:
+            return [(batch, batch[:0]) for batch in transfer]
+        own = own_batches(rows, rows.labelled, training, steps=len(transfer), seed=seed, key=key)
+        return list(zip(transfer, own, strict=True))
+
+    def _losses(
+        self,
+        transfer: Int[Tensor, " rows"],
+        labelled: Int[Tensor, " labelled"] | None,
+        features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        progress: float,
+        sums: dict[str, Tensor],
+    ) -> dict[str, Float[Tensor, ""]]:
+        rows, student = self._rows, self._student
+        if not self._teaches:
+            # No term looks at rows without labels: they need not go through the model.
+            own = transfer if labelled is None else labelled
+            inputs, mix = self._row_views.own(own)
+            view = View(
+                labelled_logits=student(inputs),
+                labels=rows.labels[own],
+                mix=mix,
+                progress=progress,
+            )
+            return self._bound.losses(view)
+        view = self._view(self._row_views, transfer, labelled, features, progress)
+        if view.teacher_logits is not None:
+            self._target_entropy.add(view.teacher_logits, temperature=self._temperature(progress))
+        if self._selector is not None:
+            weights, noted = self._selector.weights(view)
+            view = view._replace(weights=weights)
+            for name, value in noted.items():
+                value = torch.as_tensor(value)
+                key = f"targets/{name}"
+                sums[key] = sums[key] + value if key in sums else value
+        for name, value in self._bound.notes(view).items():
+            key = f"notes/{name}"
+            sums[key] = sums[key] + value if key in sums else value
+        return self._bound.losses(view)
+
+    def _view(
+        self,
+        row_views: RowViews,
+        transfer: Int[Tensor, " rows"],
+        labelled: Int[Tensor, " labelled"] | None,
+        features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        progress: float,
+    ) -> View:
+        """Run the student, and ask the teacher, about rows."""
+        rows, student = self._rows, self._student
+        views = row_views.both(transfer)
+        num_transfer = len(transfer)
+        labels_known = labelled is None
+        labelled_logits: Tensor | None
+        labels: Tensor | None
+        if labelled is None:
+            logits = labelled_logits = student(views.student)
+            labels, mix = rows.labels[transfer], views.mix
+        elif len(labelled):
+            inputs, mix = row_views.own(labelled)
+            both = student(torch.cat([views.student, inputs]))
+            logits, labelled_logits = both[:num_transfer], both[num_transfer:]
+            labels = rows.labels[labelled]
+        else:
+            logits = student(views.student)
+            labelled_logits = labels = mix = None
+        teacher_logits, teacher_features = self._taught(
+            transfer, labels_known, views, features[1], progress
+        )
+        return View(
+            labelled_logits=labelled_logits,
+            labels=labels,
+            mix=mix,
+            logits=logits,
+            teacher_logits=teacher_logits,
+            transfer_labels=rows.labels[transfer] if labels_known else None,
+            features={name: tensor[:num_transfer] for name, tensor in features[0].items()},
+            teacher_features=teacher_features,
+            rows=transfer,
+            progress=progress,
+        )
+
+    def _row_selector(self) -> RowSelector | None:
+        """Return who weighs transfer rows; None: they all count the same."""
+        selection, rows, teacher = self._lesson.selection, self._rows, self._teacher
+        if teacher is None or not self._teaches or not selection.is_on:
+            return None
+        if selection.curriculum is None:
+            return RowSelector(selection)
+        cache = self._cache or TeacherCache(teacher, rows.inputs)
+        every = torch.arange(len(rows.inputs), device=rows.device)
+        labels = rows.labels if rows.labelled == len(every) else None
+        target_logits = teacher.combine(
+            cache.logits(every), temperature=1.0, labels=labels, tasks=self._row_tasks
+        )
+        return RowSelector(selection, target_logits, labels)
+
+    def _gradients(
+        self, features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], progress: float
+    ) -> dict[str, float]:
+        """Compare the terms' gradients on fixed rows, unaugmented, in evaluation mode."""
+        rows, lesson = self._rows, self._lesson
+        transfer = fixed_rows(0, len(rows.inputs), rows.device)
+        labelled = None
+        if rows.labelled < len(rows.inputs):
+            labelled = fixed_rows(0, rows.labelled, rows.device)
+        augmentation = AugmentationSettings()
+        plain = lesson.training.model_copy(update={"augmentation": augmentation})
+        row_views = RowViews(rows, plain, seed=lesson.seed, key=lesson.key)
+        self._student.eval()
+        view = self._view(row_views, transfer, labelled, features, progress)
+        return gradients_beside_labels(self._bound, view, self._student)
+
+    def _temperature(self, progress: float) -> float:
+        """Return the temperature at which the target is made."""
+        return 1.0 if self._softened is None else self._softened.temperature.at(progress)
+
+    def _taught(
+        self,
+        transfer: Int[Tensor, " rows"],
+        labels_known: bool,
+        views: Views,
+        tapped_features: Mapping[str, Tensor],
+        progress: float,
+    ) -> tuple[Float[Tensor, "rows classes"], Mapping[str, Tensor]]:
+        """Return what the teacher says, and what its layers put out."""
+        teacher = self._teacher
+        if teacher is None:
+            raise ValueError("a term needs a teacher, got none")
+        if self._cache is not None:
+            each = self._cache.logits(transfer)
+        else:
+            each = teacher.member_logits(views.teacher)
+        temperature = self._temperature(progress)
+        labels = self._rows.labels[transfer] if labels_known else None
+        tasks = None if self._row_tasks is None else self._row_tasks[transfer]
+        logits = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
+        if views.mix is not None and not views.teacher_is_mixed:
+            mixed = views.targets(soften(logits, temperature=temperature))
+            logits = logits_from_probabilities(mixed, temperature=temperature)
+        return logits, tapped_features
+
+    def _epoch_row(
+        self, epoch: int, sums: Mapping[str, Tensor], steps: int, progress: float
+    ) -> EpochRow:
+        row: EpochRow = {"epoch": epoch}
+        for name, value in sums.items():
+            plain = name if name.startswith(("targets/", "notes/")) else f"loss/{name}"
+            row[plain] = float(value) / steps
+        entropy = self._target_entropy.take()
+        if entropy is not None:
+            row["targets/entropy"] = entropy
+        row |= validated(self._student, self._rows)
+        for name, bound in self._bound.terms.items():
+            row[f"weight/{name}"] = bound.term.weight.at(progress)
+            if isinstance(bound.term, SoftenedTerm):
+                row[f"temperature/{name}"] = bound.term.temperature.at(progress)
+        return row
+
+
+def check_needs(lesson: Lesson) -> None:
+    """Refuse an objective that needs what the lesson does not have.
+
+    Raises:
+        ValueError: naming the term and what is missing.
+    """
+    objective, rows = lesson.objective, lesson.rows
+    if objective.needs("labels") and not rows.labelled:
+        raise ValueError(
+            f"objective.{objective.needs('labels')[0]} needs labelled rows, but data.private_rows "
+            "is 0: remove the term"
+        )
+    unlabelled = len(rows.inputs) - rows.labelled
+    needs_all_labels = {
+        f"objective.{name}": "use a term without labels such as kd"
+        for name in objective.needs("transfer_labels")
+    }
+    if lesson.selection.needs_labels:
+        by = f"targets.difficulty: {lesson.selection.difficulty}"
+        needs_all_labels[by] = "use teacher_entropy or disagreement"
+    if lesson.teacher is not None and lesson.teacher.needs_labels:
+        needs_all_labels["teacher.combine.by: labels"] = "use uniform, confidence or entropy"
+    for what, instead in needs_all_labels.items():
+        if unlabelled:
+            raise ValueError(
+                f"{what} needs the labels of all transfer rows, but {unlabelled} of "
+                f"{len(rows.inputs)} have none: set data.public.size=0, or {instead}"
+            )
+    if lesson.teacher is not None and lesson.teacher.routes:
+        for name, term in objective.terms.items():
+            if isinstance(term, LOGIT_TERMS):
+                raise ValueError(
+                    f"objective.{name} compares logits, which classes of other tasks do not have: "
+                    "set teacher.heads=all, or use a term of probabilities such as kd"
+                )

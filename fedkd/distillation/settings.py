@@ -1,0 +1,135 @@
+"""Settings of ``fedkd distill``: one frozen, checked object."""
+
+from collections.abc import Callable
+from functools import reduce
+from math import inf
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from fedkd.data import DataSettings
+from fedkd.data.settings import PublicSettings
+from fedkd.distillation.methods import METHODS
+from fedkd.distillation.methods.base import MethodSettings
+from fedkd.distillation.participants import (
+    Section,
+    StudentSettings,
+    TeacherSettings,
+    TrainingSettings,
+)
+from fedkd.distillation.probes import DiagnosticsSettings
+from fedkd.distillation.selection import Selection
+from fedkd.names import check_name
+from fedkd.objectives import Objective
+
+if TYPE_CHECKING:
+    MethodField = SerializeAsAny[MethodSettings]
+else:
+    MethodField = Annotated[
+        reduce(or_, (method.Settings for method in METHODS.values())), Field(discriminator="name")
+    ]
+
+
+class TransferRows(PublicSettings):
+    """Rows that the student sees without their labels (``data.public``)."""
+
+    size: int = Field(1000, ge=0, description="rows without labels; 0: all rows have labels")
+
+
+class DistillData(DataSettings):
+    """Which rows there are (``data``), with the defaults of a distillation."""
+
+    private_rows: int | None = Field(
+        100, ge=1, description="rows whose labels the student sees; none: all that are left"
+    )
+    public: TransferRows = TransferRows()
+
+
+class SearchSettings(Section):
+    """What ``fedkd distill --search`` tries; models are judged on the validation split only."""
+
+    temperatures: tuple[float, ...] = Field(
+        (1.0, 2.0, 4.0, 8.0), min_length=1, description="temperatures of the softened terms, > 0"
+    )
+    weights: tuple[float, ...] = Field(
+        (0.1, 0.5, 0.9),
+        min_length=1,
+        description="weights in [0, 1] of the first softened term; ce has the rest up to 1",
+    )
+    seeds: int = Field(1, ge=1, description="paired seeds a cell is averaged over")
+
+    @field_validator("temperatures")
+    @classmethod
+    def _temperatures_are_positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        return _different(values, lambda value: 0 < value < inf, "search.temperatures", "> 0")
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_shares(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        return _different(values, lambda value: 0 <= value <= 1, "search.weights", "in [0, 1]")
+
+
+def _different(
+    values: tuple[float, ...], allowed: Callable[[float], bool], name: str, range_: str
+) -> tuple[float, ...]:
+    for value in values:
+        if not allowed(value):
+            raise ValueError(f"{name} must be {range_}, got {value}")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must differ, got {list(values)}")
+    return values
+
+
+class DistillSettings(Section):
+    """Everything that decides a distillation. Without arguments: the digits default."""
+
+    name: str = Field("distill", description="names the folder of the run")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides every draw")
+    seeds: int = Field(1, ge=1, description="paired repetitions: seed, seed + 1, ...")
+    output: Path = Field(Path("runs"), description="where run folders are made")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU where there is one"
+    )
+    threads: int = Field(
+        1, ge=1, description="CPU threads; another number may change the last bits of a result"
+    )
+    data: DistillData = DistillData()
+    teacher: TeacherSettings = TeacherSettings()
+    student: StudentSettings = StudentSettings()
+    objective: Objective = Field(
+        Objective.model_validate({"ce": 0.1, "kd": {"weight": 0.9, "temperature": 4.0}}),
+        description="what the student minimises: terms by name",
+    )
+    targets: Selection = Selection()
+    training: TrainingSettings = TrainingSettings()
+    method: MethodField = Field(METHODS["offline"].Settings(name="offline"))
+    search: SearchSettings = SearchSettings()
+    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _rows_of_another_kind(cls, value: object) -> object:
+        if isinstance(value, DataSettings) and not isinstance(value, DistillData):
+            return value.model_dump()
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        return check_name(name, "name")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _a_name_is_a_method(cls, value: object) -> object:
+        name = value if isinstance(value, str) else None
+        if isinstance(value, dict):
+            name = value.get("name")
+        if name is not None and name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        return {"name": value} if isinstance(value, str) else value
+
+    def to_table(self) -> dict[str, Any]:
+        """Return the settings as plain values, all defaults included."""
+        return self.model_dump(mode="json")

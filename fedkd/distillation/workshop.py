@@ -1,0 +1,160 @@
+"""The workshop: what a method needs to build, train and name models."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from fedkd.compression import PruningSettings, prune_weights
+from fedkd.distillation.first_weights import inherit_weights, load_weights
+from fedkd.distillation.fitting import FitHistory, Lesson, fit
+from fedkd.distillation.participants import StudentSettings, TrainingSettings
+from fedkd.distillation.rows import Rows
+from fedkd.distillation.selection import Selection
+from fedkd.distillation.teachers import Teacher
+from fedkd.models import ModelSettings, build_model
+from fedkd.objectives import Objective
+from fedkd.objectives.basic import HardLabels
+from fedkd.randomness import Purpose, torch_seed_for
+
+Observer = Callable[[str, Mapping[str, Any]], None]
+"""Is told after every epoch of every fit: the model's name, and the epoch's row."""
+
+MASKS = 6
+"""Last part of the key of a random choice of weights; a fit's own draws have lower ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """Rows, teacher and settings of one distillation.
+
+    Attributes:
+        rows: what there is to learn from.
+        teacher: trained already; None where the method needs none.
+        student: the student's settings.
+        training: how students are trained.
+        objective: what a student minimises.
+        selection: which transfer rows count.
+        seed: of the run.
+        observe: told after every epoch.
+        compares_gradients: whether students that are taught compare their terms' gradients.
+        histories: of every fit so far, by the model's name.
+        notes: what is to be told about the run's models, such as what a student inherited.
+    """
+
+    rows: Rows
+    teacher: Teacher | None
+    student: StudentSettings
+    training: TrainingSettings
+    objective: Objective
+    selection: Selection
+    seed: int
+    observe: Observer
+    compares_gradients: bool = False
+    histories: dict[str, FitHistory] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, model: ModelSettings, *key: int) -> nn.Module:
+        """Return a fresh network on the rows' device; seed and key decide its weights."""
+        module = build_model(
+            model,
+            input_shape=self.rows.input_shape,
+            num_classes=self.rows.num_classes,
+            seed=torch_seed_for(self.seed, Purpose.MODEL, *key),
+        )
+        return module.to(self.rows.device)
+
+    def new_student(self, number: int = 0) -> nn.Module:
+        """Return a student before its training, as the settings ``student`` want it.
+
+        Number 0 has the random first weights of the undistilled twin, or those of
+        ``student.weights``, which further students do not load: they would all be equal.
+
+        Raises:
+            ValueError: naming the setting, if there is nothing to load, inherit or prune.
+        """
+        return self._first_student(number, inherits=True)
+
+    def new_twin(self) -> nn.Module:
+        """Return what the undistilled twin starts from: student 0, but nothing of the teacher."""
+        return self._first_student(0, inherits=False)
+
+    def _first_student(self, number: int, *, inherits: bool) -> nn.Module:
+        settings = self.student
+        model = self.build(settings.model, 0, number)
+        if settings.weights is not None and number == 0:
+            load_weights(model, settings.weights, setting="student.weights")
+        if settings.inherit and inherits:
+            teacher = None if self.teacher is None else self.teacher.first
+            self.notes["inherited"] = inherit_weights(model, teacher, settings.inherit)
+        if settings.prune is not None and settings.prune.when == "start":
+            self.prune(model, settings.prune, key=(0, number), setting="student.prune")
+        return model
+
+    def prune(
+        self, model: nn.Module, settings: PruningSettings, *, key: tuple[int, ...], setting: str
+    ) -> None:
+        """Prune a model in place; its masks stay in force.
+
+        Args:
+            model: trained or not.
+            settings: how many weights go, and which.
+            key: of the model; decides what a random choice draws.
+            setting: that asks for it, for the error.
+
+        Raises:
+            ValueError: naming the setting, if there is nothing to prune.
+        """
+        seed = torch_seed_for(self.seed, Purpose.DISTILL, *key, MASKS)
+        try:
+            prune_weights(model, settings, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from None
+
+    def fit(
+        self,
+        student: nn.Module,
+        *,
+        name: str,
+        teacher: Teacher | None,
+        objective: Objective | None = None,
+        training: TrainingSettings | None = None,
+        rows: Rows | None = None,
+        key: tuple[int, ...] = (0,),
+    ) -> FitHistory:
+        """Train a model in place and keep its history under ``name``.
+
+        Args:
+            student: the model.
+            name: for the record.
+            teacher: who teaches; None: only labels do.
+            objective: what to minimise; None: the run's objective.
+            training: how; None: as students are trained.
+            rows: on what; None: the run's rows.
+            key: tells apart the fits of a run; equal keys give equal batches.
+        """
+        lesson = Lesson(
+            rows=rows or self.rows,
+            objective=objective or self.objective,
+            training=training or self.training,
+            teacher=teacher,
+            selection=self.selection if teacher is not None else Selection(),
+            seed=self.seed,
+            key=key,
+            compares_gradients=self.compares_gradients,
+        )
+        self.histories[name] = fit(student, lesson, lambda row: self.observe(name, row))
+        return self.histories[name]
+
+    def taught_by(self, teacher: Teacher) -> "Workshop":
+        """Return the same workshop with a teacher."""
+        return replace(self, teacher=teacher)
+
+
+def labels_only(objective: Objective) -> Objective:
+    """Return what an undistilled twin minimises: cross-entropy with weight 1."""
+    for term in objective.terms.values():
+        if isinstance(term, HardLabels):
+            return Objective({"ce": HardLabels(label_smoothing=term.label_smoothing)})
+    return Objective({"ce": HardLabels()})

@@ -1,0 +1,160 @@
+"""The terms nearly everybody uses: labels, and the teacher's softened predictions."""
+
+from functools import partial
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedkd.losses.curriculum_temperature import LearnedTemperature, learned_temperature_kl
+from fedkd.losses.response import (
+    hard_label_loss,
+    logit_l1,
+    logit_mse,
+    soft_cross_entropy,
+    soft_target_loss,
+)
+from fedkd.objectives.terms import LayerPairs, Need, Parts, Shapes, SoftenedTerm, Term
+from fedkd.objectives.view import View
+from fedkd.schedules import PositiveSchedule
+from fedkd.targets import soften
+
+
+class HardLabels(Term):
+    """Cross-entropy against the labels that the student may see."""
+
+    source: ClassVar[str] = "cross-entropy"
+
+    kind: Literal["ce"] = "ce"
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the probability spread over all classes"
+    )
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What it cannot do without: labelled rows."""
+        return ("labels",)
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the labelled rows, in nats."""
+        if view.labelled_logits is None or view.labels is None:
+            raise ValueError("this step has no labelled rows")
+        loss = partial(
+            hard_label_loss,
+            view.labelled_logits,
+            sample_weights=view.labelled_weights,
+            label_smoothing=self.label_smoothing,
+        )
+        if view.mix is None:
+            return loss(view.labels)
+        share, partners = view.mix.share, view.labels[view.mix.permutation]
+        return share * loss(view.labels) + (1 - share) * loss(partners)
+
+
+class SoftTargets(SoftenedTerm):
+    """``T^2 * KL(teacher || student)`` of the softened predictions; the usual distillation loss."""
+
+    source: ClassVar[str] = (
+        "Hinton, Vinyals, Dean, 2015, section 2, https://arxiv.org/abs/1503.02531; learned "
+        "temperature: Li et al., 2023 (CTKD), https://arxiv.org/abs/2211.16231"
+    )
+
+    kind: Literal["kd"] = "kd"
+    teacher_temperature: PositiveSchedule | None = Field(
+        None, description="softens the teacher; none: the student's temperature"
+    )
+    scale_by_t2: bool = Field(True, description="multiply by the student's temperature squared")
+    learned: bool = Field(
+        False,
+        description="the temperature is learned against the student (CTKD) and not taken from "
+        "temperature",
+    )
+    learned_until: float = Field(
+        0.04, gt=0, le=1, description="share of the training over which the reversal grows to 1"
+    )
+
+    def build_parts(
+        self, pairs: LayerPairs, student: Shapes, teacher: Shapes, *, num_classes: int, rows: int
+    ) -> dict[str, nn.Module]:
+        """Make the learned temperature."""
+        if not self.learned:
+            return {}
+        return {"temperature": LearnedTemperature(until=self.learned_until)}
+
+    def notes(self, view: View, parts: Parts) -> dict[str, Float[Tensor, ""]]:
+        """Return the learned temperature."""
+        if not self.learned:
+            return {}
+        return {"temperature": parts.call("temperature", view.progress)}
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        student, teacher = view.pair()
+        if self.learned:
+            temperature = parts.call("temperature", view.progress)
+            return learned_temperature_kl(
+                student,
+                teacher,
+                temperature,
+                scale_by_t2=self.scale_by_t2,
+                sample_weights=view.weights,
+            )
+        teacher_temperature = self.teacher_temperature
+        return soft_target_loss(
+            student,
+            teacher,
+            temperature=self.temperature.at(view.progress),
+            teacher_temperature=(
+                None if teacher_temperature is None else teacher_temperature.at(view.progress)
+            ),
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class SoftCrossEntropy(SoftenedTerm):
+    """Cross-entropy against the softened teacher: the gradient of ``kd``, another value."""
+
+    source: ClassVar[str] = (
+        "Hinton, Vinyals, Dean, 2015, section 2, https://arxiv.org/abs/1503.02531"
+    )
+
+    kind: Literal["soft_ce"] = "soft_ce"
+    scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        student, teacher = view.pair()
+        temperature = self.temperature.at(view.progress)
+        return soft_cross_entropy(
+            student,
+            soften(teacher, temperature=temperature),
+            temperature=temperature,
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class LogitMSE(Term):
+    """Mean squared difference of logits."""
+
+    source: ClassVar[str] = "Kim et al., 2021, https://arxiv.org/abs/2105.08919"
+
+    kind: Literal["mse"] = "mse"
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over transfer rows and classes."""
+        return logit_mse(*view.pair(), sample_weights=view.weights)
+
+
+class LogitL1(Term):
+    """Mean absolute difference of logits."""
+
+    source: ClassVar[str] = "FedMD's published code, https://arxiv.org/abs/1910.03581"
+
+    kind: Literal["l1"] = "l1"
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over transfer rows and classes."""
+        return logit_l1(*view.pair(), sample_weights=view.weights)

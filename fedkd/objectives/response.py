@@ -1,0 +1,286 @@
+"""Terms on what the teacher predicts, beyond plain soft targets."""
+
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedkd.losses.response import (
+    annealing_kd,
+    confidence_temperatures,
+    decoupled_kd,
+    disagreement_temperatures,
+    dist_loss,
+    normalised_kd,
+    not_true_loss,
+    probability_mse,
+    row_temperature_kl,
+    standardised_kd,
+)
+from fedkd.objectives.terms import (
+    LayerPairs,
+    Need,
+    Parts,
+    Shapes,
+    SoftenedTerm,
+    Term,
+    default_temperature,
+    default_weight,
+)
+from fedkd.objectives.view import View
+from fedkd.schedules import NonNegativeSchedule, PositiveSchedule
+
+
+class ProbabilityMSE(SoftenedTerm):
+    """Mean squared difference of softened probabilities."""
+
+    source: ClassVar[str] = "mean squared error of probabilities"
+
+    kind: Literal["prob_mse"] = "prob_mse"
+    temperature: PositiveSchedule = default_temperature(1.0)
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over transfer rows and classes."""
+        return probability_mse(
+            *view.pair(),
+            temperature=self.temperature.at(view.progress),
+            sample_weights=view.weights,
+        )
+
+
+class AnnealingKD(Term):
+    """Squared distance to the teacher's logits, which grow to their full size."""
+
+    source: ClassVar[str] = "Jafari et al., 2021, stage I, https://arxiv.org/abs/2104.07163"
+
+    kind: Literal["annealing"] = "annealing"
+    max_temperature: float = Field(
+        10.0, ge=1, allow_inf_nan=False, description="the teacher's temperature at the start"
+    )
+    until: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the training over which the temperature falls to 1; a weight that "
+        "steps to 0 there leaves the rest to the labels, as published",
+    )
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over transfer rows and classes."""
+        return annealing_kd(
+            *view.pair(),
+            progress=min(1.0, view.progress / self.until),
+            max_temperature=self.max_temperature,
+            sample_weights=view.weights,
+        )
+
+
+class OtherClassTerm(SoftenedTerm):
+    """A term that tells a row's label from the other classes."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What it cannot do without: the teacher's logits, and labels of the transfer rows."""
+        return ("teacher", "transfer_labels")
+
+    def build_parts(
+        self, pairs: LayerPairs, student: Shapes, teacher: Shapes, *, num_classes: int, rows: int
+    ) -> dict[str, nn.Module]:
+        """Make nothing, but refuse fewer than 3 classes."""
+        if num_classes < 3:
+            raise ValueError(
+                f"needs at least 3 classes, got {num_classes}: next to the label there is no "
+                "distribution over the other classes; use kd"
+            )
+        return {}
+
+
+class DecoupledKD(OtherClassTerm):
+    """Soft targets in two parts: is it the label, and which of the others (DKD)."""
+
+    source: ClassVar[str] = "Zhao et al., 2022, section 3.3, https://arxiv.org/abs/2203.08679"
+
+    kind: Literal["dkd"] = "dkd"
+    alpha: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="the paper's weight of the label's part"
+    )
+    beta: float = Field(
+        8.0, ge=0, allow_inf_nan=False, description="the paper's weight of the other classes"
+    )
+    scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        return decoupled_kd(
+            *view.pair(),
+            view.known_labels(),
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature.at(view.progress),
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class NormalisedKD(OtherClassTerm):
+    """Cross-entropy of the label, as sure as the teacher is, plus that of the others (NKD)."""
+
+    source: ClassVar[str] = "Yang et al., 2023, https://arxiv.org/abs/2303.13005"
+
+    kind: Literal["nkd"] = "nkd"
+    temperature: PositiveSchedule = default_temperature(1.0)
+    gamma: float = Field(
+        1.5, ge=0, allow_inf_nan=False, description="the paper's weight of the other classes"
+    )
+    scale_by_t2: bool = Field(
+        True, description="multiply the other classes' part by the temperature squared"
+    )
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        return normalised_kd(
+            *view.pair(),
+            view.known_labels(),
+            gamma=self.gamma,
+            temperature=self.temperature.at(view.progress),
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class NotTrueKD(OtherClassTerm):
+    """Soft targets over the classes that are not the label (NTD)."""
+
+    source: ClassVar[str] = "Lee et al., 2022 (FedNTD), https://arxiv.org/abs/2106.03097"
+
+    kind: Literal["ntd"] = "ntd"
+    temperature: PositiveSchedule = default_temperature(3.0)
+    scale_by_t2: bool = Field(False, description="multiply by the temperature squared")
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        return not_true_loss(
+            *view.pair(),
+            view.known_labels(),
+            temperature=self.temperature.at(view.progress),
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class DIST(SoftenedTerm):
+    """How the teacher ranks classes within a row, and rows within a class."""
+
+    source: ClassVar[str] = "Huang et al., 2022, https://arxiv.org/abs/2205.10536"
+
+    kind: Literal["dist"] = "dist"
+    weight: NonNegativeSchedule = default_weight(2.0)
+    temperature: PositiveSchedule = default_temperature(1.0)
+    beta: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="the paper's weight of ranks within rows"
+    )
+    gamma: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="the paper's weight of ranks within classes"
+    )
+    scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return one minus the mean correlations, without unit."""
+        return dist_loss(
+            *view.pair(),
+            beta=self.beta,
+            gamma=self.gamma,
+            temperature=self.temperature.at(view.progress),
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class StandardisedKD(SoftenedTerm):
+    """Soft targets of logits that are standardised row by row."""
+
+    source: ClassVar[str] = "Sun et al., 2024, algorithm 1, https://arxiv.org/abs/2403.01427"
+
+    kind: Literal["logit_std"] = "logit_std"
+    weight: NonNegativeSchedule = default_weight(9.0, "published beside 0.1 for ce")
+    temperature: PositiveSchedule = default_temperature(2.0)
+    scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        return standardised_kd(
+            *view.pair(),
+            temperature=self.temperature.at(view.progress),
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class RowTemperatureTerm(SoftenedTerm):
+    """Soft targets with a temperature for every row; ``temperature`` is their mean."""
+
+    beta: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="how far temperatures spread; 0: not at all"
+    )
+    min_temperature: float = Field(0.5, gt=0, allow_inf_nan=False, description="no row gets less")
+    scale_by_t2: bool = Field(True, description="multiply by each row's temperature squared")
+
+
+class DisagreementKD(RowTemperatureTerm):
+    """Soft targets, sharper for rows on which student and teacher differ (FLSW)."""
+
+    source: ClassVar[str] = (
+        "Wen et al., 2019, https://arxiv.org/abs/1911.07471; TextBrewer, "
+        "https://arxiv.org/abs/2002.12620"
+    )
+
+    kind: Literal["flsw"] = "flsw"
+    gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="exponent of the disagreement")
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        student, teacher = view.pair()
+        temperatures = disagreement_temperatures(
+            student,
+            teacher,
+            temperature=self.temperature.at(view.progress),
+            beta=self.beta,
+            gamma=self.gamma,
+            min_temperature=self.min_temperature,
+        )
+        return row_temperature_kl(
+            student,
+            teacher,
+            temperatures,
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )
+
+
+class ConfidenceKD(RowTemperatureTerm):
+    """Soft targets, sharper for rows on which the student is unsure (CWSM)."""
+
+    source: ClassVar[str] = (
+        "Wen et al., 2019, https://arxiv.org/abs/1911.07471; TextBrewer, "
+        "https://arxiv.org/abs/2002.12620"
+    )
+
+    kind: Literal["cwsm"] = "cwsm"
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Return the mean over the transfer rows, in nats."""
+        student, teacher = view.pair()
+        temperatures = confidence_temperatures(
+            student,
+            temperature=self.temperature.at(view.progress),
+            beta=self.beta,
+            min_temperature=self.min_temperature,
+        )
+        return row_temperature_kl(
+            student,
+            teacher,
+            temperatures,
+            scale_by_t2=self.scale_by_t2,
+            sample_weights=view.weights,
+        )

@@ -1,0 +1,65 @@
+"""Many predictions -> one target: what a student shall agree with, and how much each row counts.
+
+Everything is computed in float64 inside the averages and returned in float32 or wider, so half
+precision uploads lose nothing further. Averages of probabilities, of logits and entropy reduction
+are different targets; each has its own name and none is a default for another.
+"""
+
+from fedkd.targets.averages import (
+    coordinate_median,
+    entropy_reduction,
+    leave_one_out,
+    mean_logit,
+    mean_probability,
+    trimmed_mean,
+)
+from fedkd.targets.selection import (
+    certainty_weights,
+    confidence,
+    confidence_mask,
+    confidence_weights,
+    curriculum_mask,
+    difficulty,
+    difficulty_weights,
+    entropy,
+    hardest_mask,
+    kept_fraction,
+)
+from fedkd.targets.softening import at_least_float32, check_temperature, soften
+from fedkd.targets.streaming import PredictionSpool, StreamingMean
+from fedkd.targets.teachers import (
+    HEAD_PADDING,
+    mean_by_row,
+    route_to_heads,
+    shares_by_confidence,
+    shares_by_entropy,
+)
+
+__all__ = [
+    "HEAD_PADDING",
+    "PredictionSpool",
+    "StreamingMean",
+    "at_least_float32",
+    "certainty_weights",
+    "check_temperature",
+    "confidence",
+    "confidence_mask",
+    "confidence_weights",
+    "coordinate_median",
+    "curriculum_mask",
+    "difficulty",
+    "difficulty_weights",
+    "entropy",
+    "entropy_reduction",
+    "hardest_mask",
+    "kept_fraction",
+    "leave_one_out",
+    "mean_by_row",
+    "mean_logit",
+    "mean_probability",
+    "route_to_heads",
+    "shares_by_confidence",
+    "shares_by_entropy",
+    "soften",
+    "trimmed_mean",
+]

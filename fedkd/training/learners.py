@@ -1,0 +1,148 @@
+"""Objectives made of terms, for the models of one client: who learns what, and from whom."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fedkd.objectives import Objective, View, logits_from_probabilities
+from fedkd.targets import confidence_mask, soften
+from fedkd.training.objectives import Batch, Outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """How one model of a client learns.
+
+    Attributes:
+        objective: the terms that it minimises.
+        teacher: another model of the client, which teaches on the client's private rows while it
+            learns itself. None: the targets of the public rows teach, on those rows.
+        setting: the setting that holds the objective, for messages.
+    """
+
+    objective: Objective
+    teacher: str | None = None
+    setting: str = "objective"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComposedObjective:
+    """What a client minimises, as a named sum of terms for each of its models.
+
+    A teacher's logits and features are constants for the model that learns from them, so the
+    losses of several models can be minimised together: none sends a gradient into another.
+
+    Attributes:
+        learners: by the name of the model. The first one's terms keep their names in the
+            metrics; those of another are called ``<model>/<term>``.
+        progress: where schedules are read, in [0, 1].
+        temperature: softens the targets of public rows, or has softened them; > 0.
+        targets_are_logits: False takes targets as probabilities that are softened already.
+        confidence_threshold: public rows whose largest target probability is below it do not
+            count.
+
+    Raises:
+        ValueError: if there is no learner, or a teacher is none of them.
+    """
+
+    learners: Mapping[str, Learner]
+    progress: float = 0.0
+    temperature: float = 1.0
+    targets_are_logits: bool = True
+    confidence_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.learners:
+            raise ValueError("a composed objective needs at least one learner, got none")
+        for name, learner in self.learners.items():
+            if learner.teacher is not None and learner.teacher not in self.learners:
+                raise ValueError(
+                    f"{name!r} learns from {learner.teacher!r}, which must learn as well; "
+                    f"there are {', '.join(self.learners)}"
+                )
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> str:
+        """Text that is equal where terms and teachers are."""
+        return "; ".join(
+            f"{name} from {learner.teacher}: {learner.objective.model_dump_json()}"
+            for name, learner in self.learners.items()
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether no term has a weight at this progress."""
+        return all(
+            term.weight.at(self.progress) == 0
+            for learner in self.learners.values()
+            for term in learner.objective.terms.values()
+        )
+
+    def loss_name(self, learner: str, term: str) -> str:
+        """Return what a term is called in the metrics."""
+        return term if learner == next(iter(self.learners)) else f"{learner}/{term}"
+
+    def view(self, name: str, outputs: Mapping[str, Outputs], batch: Batch) -> View:
+        """Return what the terms of one learner see of a step.
+
+        Args:
+            name: of the model that learns.
+            outputs: of every model, by name.
+            batch: the step's rows.
+        """
+        teacher = self.learners[name].teacher
+        own = outputs[name]
+        if teacher is None:
+            targets, weights = self._lesson(batch)
+            return View(
+                labelled_logits=own.private,
+                labels=batch.labels,
+                labelled_weights=batch.private_counted,
+                logits=own.public,
+                teacher_logits=targets,
+                transfer_labels=batch.public_labels,
+                weights=weights,
+                rows=batch.public_rows,
+                progress=self.progress,
+            )
+        other = outputs[teacher]
+        if own.private is None or other.private is None:
+            raise ValueError(f"{name!r} learns from {teacher!r} on private rows, got none")
+        rows = len(own.private)
+        return View(
+            labelled_logits=own.private,
+            labels=batch.labels,
+            labelled_weights=batch.private_counted,
+            logits=own.private,
+            teacher_logits=other.private.detach(),
+            transfer_labels=batch.labels,
+            weights=batch.private_counted,
+            features={layer: tensor[:rows] for layer, tensor in own.features.items()},
+            teacher_features={
+                layer: tensor[:rows].detach() for layer, tensor in other.features.items()
+            },
+            rows=batch.private_rows,
+            progress=self.progress,
+        )
+
+    def _lesson(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "public classes"] | None, Float[Tensor, " public"] | None]:
+        """Return the targets of the public rows as logits, and how much each row counts."""
+        targets, weights = batch.targets, batch.public_counted
+        if targets is None:
+            return None, weights
+        if self.confidence_threshold:
+            probabilities = targets
+            if self.targets_are_logits:
+                probabilities = soften(targets, temperature=self.temperature)
+            kept = confidence_mask(probabilities, self.confidence_threshold)
+            weights = kept if weights is None else kept * weights
+        if not self.targets_are_logits:
+            targets = logits_from_probabilities(targets, temperature=self.temperature)
+        return targets.detach(), weights

@@ -1,0 +1,1 @@
+"""Distillations on one machine, kept: run folders, repetitions over seeds, searches."""

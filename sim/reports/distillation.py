@@ -1,0 +1,430 @@
+"""Reports on distillations: the table for the terminal, and the HTML file."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from sim.observers import Row
+from sim.records import (
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    SETTINGS_FILE,
+    make_folder,
+    read_rows,
+    write_text,
+)
+from sim.reports.distillation_figures import draw_distillation
+from sim.reports.figures import to_png
+from sim.reports.html import (
+    FIGURES_FOLDER,
+    REPORT_FILE,
+    Image,
+    Table,
+    flatten,
+    relative_path,
+    template,
+    value_text,
+    versions_of,
+    write_bytes,
+)
+from sim.reports.runs import STUDY_FILE, number
+from sim.reports.statistics import Difference, Estimate, difference_by_seed, estimate
+from sim.reports.tables import NOTHING, p_text
+from sim.settings import SettingsError
+
+DISTILLATIONS = "distillations"
+"""Kind of a ``study.json`` whose runs are distillations."""
+
+DIAGNOSTICS_FILE = "diagnostics.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRecord:
+    """One distillation as its folder tells it.
+
+    Attributes:
+        folder: where it was read from.
+        seed: pairs the runs of a repetition.
+        settings: as resolved, plain values.
+        result: content of ``result.json``; empty if there is none.
+        epochs: the rows of every model, in the order in which they came.
+        diagnostics: content of ``diagnostics.json``; empty if there is none.
+        environment: content of ``environment.json``; empty if there is none.
+    """
+
+    folder: Path
+    seed: int
+    settings: Mapping[str, Any]
+    result: Mapping[str, Any]
+    epochs: tuple[Row, ...]
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``interrupted`` or ``failed``."""
+        return str(self.result.get("status", "interrupted"))
+
+    @property
+    def models(self) -> Mapping[str, Row]:
+        """What every model is worth and costs, by name, with one flat latency a batch size."""
+        return {
+            name: {
+                **row,
+                **{f"latency_{size}": value for size, value in row.get("latency_s", {}).items()},
+            }
+            for name, row in self.result.get("models", {}).items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the table of models.
+
+    Attributes:
+        title: with the unit.
+        factor: from what is stored to what is shown.
+        decimals: shown.
+        varies: whether it differs from seed to seed, and so has an interval.
+    """
+
+    title: str
+    factor: int | float = 1
+    decimals: int = 1
+    varies: bool = True
+
+
+COLUMNS: Mapping[str, Column] = MappingProxyType(
+    {
+        "accuracy": Column("accuracy (%)", 100),
+        "macro_recall": Column("macro recall (%)", 100),
+        "worst_class_recall": Column("worst class (%)", 100),
+        "ece": Column("ECE (%)", 100),
+        "agreement": Column("agreement (%)", 100),
+        "kl_to_teacher": Column("KL (nats)", 1, 3),
+        "agreement_with_student": Column("as float (%)", 100),
+        "sparsity": Column("zeros (%)", 100, varies=False),
+        "parameters": Column("parameters", 1, 0, varies=False),
+        "flops": Column("MFLOPs", 1e-6, 3, varies=False),
+        "size_bytes": Column("bytes", 1, 0, varies=False),
+        "latency_1": Column("ms (1 row)", 1e3, 3, varies=False),
+        "latency_64": Column("ms (64 rows)", 1e3, 3, varies=False),
+    }
+)
+"""What is shown of every model: key of its row in ``result.json``, and how."""
+
+COMPARED: Mapping[str, str] = MappingProxyType(
+    {
+        "accuracy": "accuracy",
+        "macro_recall": "macro recall",
+        "worst_class_recall": "worst class",
+        "ece": "ECE",
+    }
+)
+"""What student and twin are compared in; all shares in [0, 1]."""
+
+
+def is_distillation(folder: Path) -> bool:
+    """Tell whether a folder is a distillation's, or that of a repetition of one."""
+    try:
+        if (folder / STUDY_FILE).is_file():
+            study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
+            return isinstance(study, dict) and study.get("kind") == DISTILLATIONS
+        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and {"teacher", "student", "method"} <= settings.keys()
+
+
+def load_distillation(folder: Path) -> DistillRecord:
+    """Read the folder of a distillation, finished or not.
+
+    Raises:
+        SettingsError: names the folder, if a file in it is damaged.
+    """
+    try:
+        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        metrics = folder / METRICS_FILE
+        return DistillRecord(
+            folder=folder,
+            seed=int(settings["seed"]),
+            settings=settings,
+            result=_read_json(folder / RESULT_FILE),
+            epochs=tuple(read_rows(metrics)) if metrics.is_file() else (),
+            diagnostics=_read_json(folder / DIAGNOSTICS_FILE),
+            environment=_read_json(folder / ENVIRONMENT_FILE),
+        )
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"{str(folder)!r} cannot be read as the folder of a distillation: {reason}"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no table")
+    return content
+
+
+def report_distillations(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report on distillations again, or on several seeds of one together.
+
+    Args:
+        paths: folders of distillations or of their repetitions.
+        output: where the report goes; by default the first path.
+
+    Raises:
+        SettingsError: names the folder that cannot be read or written, or the seed that two
+            folders share.
+    """
+    records: list[DistillRecord] = []
+    for path in paths:
+        if (path / STUDY_FILE).is_file():
+            runs = json.loads((path / STUDY_FILE).read_text(encoding="utf-8"))["runs"]
+            records += [load_distillation(path / run) for run in runs]
+        else:
+            records.append(load_distillation(path))
+    seeds = [record.seed for record in records]
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise SettingsError(
+            f"a report on distillations takes one run a seed, got several with seed {twice[0]}: "
+            "give runs that differ in nothing but their seeds"
+        )
+    title = str(records[0].settings.get("name", ""))
+    return write_distill_report(records, output or paths[0], title=title)
+
+
+def write_distill_report(runs: Sequence[DistillRecord], folder: Path, *, title: str) -> Path:
+    """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
+
+    Args:
+        runs: of one distillation, one a seed; those that did not finish show how far they got.
+        folder: is made if it does not exist; an older report in it is replaced.
+        title: the heading.
+
+    Raises:
+        SettingsError: if there is no run, or the folder cannot be written.
+    """
+    if not runs:
+        raise SettingsError("a report needs at least one run, got none")
+    drawn = draw_distillation(
+        {run.seed: run.epochs for run in runs},
+        next((run.diagnostics for run in runs if run.diagnostics), {}),
+    )
+    images = {name: (to_png(figure), alt) for name, (figure, alt) in drawn.items()}
+    first = runs[0]
+    text = template("distillation.html").render(
+        title=title,
+        overview=_overview(runs),
+        models=_model_table(runs),
+        differences=_difference_table(runs),
+        figures=[
+            Image(name, alt, base64.b64encode(image).decode())
+            for name, (image, alt) in images.items()
+        ],
+        pictured=None if len(runs) == 1 else first.seed,
+        notes=[
+            (key, value_text(value))
+            for key, value in flatten(first.result.get("notes", {})).items()
+        ],
+        settings=[
+            (key, value_text(value))
+            for key, value in flatten(first.settings).items()
+            if key not in ("name", "output", "seed", "seeds") and not key.startswith("search.")
+        ],
+        run_table=_run_table(runs, folder),
+        versions=versions_of(run.environment for run in runs),
+        many_seeds=len(runs) > 1,
+        nothing=NOTHING,
+    )
+    make_folder(folder, folder)
+    figures = make_folder(folder, folder / FIGURES_FOLDER)
+    for old in figures.glob("*.png"):
+        old.unlink()
+    for name, (image, _) in images.items():
+        write_bytes(figures / f"{name}.png", image)
+    write_text(folder / REPORT_FILE, text)
+    return folder / REPORT_FILE
+
+
+def model_names(runs: Sequence[DistillRecord]) -> list[str]:
+    """Return the models that runs measured, in their order."""
+    return list(dict.fromkeys(name for run in runs for name in run.models))
+
+
+def estimates(runs: Sequence[DistillRecord], model: str) -> dict[str, Estimate]:
+    """Average what the runs measured of a model, by key of `COLUMNS`."""
+    found = {
+        key: estimate(
+            [value for run in runs if (value := number(run.models.get(model, {}), key)) is not None]
+        )
+        for key in (*COLUMNS, "nll")
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def differences(runs: Sequence[DistillRecord]) -> dict[str, Difference]:
+    """Compare the student with its undistilled twin, paired by seed: student - twin."""
+
+    def by_seed(model: str, key: str) -> dict[int, float]:
+        return {
+            run.seed: value
+            for run in runs
+            if (value := number(run.models.get(model, {}), key)) is not None
+        }
+
+    found = {
+        key: difference_by_seed(by_seed("twin", key), by_seed("student", key)) for key in COMPARED
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def distill_rows(runs: Sequence[DistillRecord]) -> dict[str, Any]:
+    """Return the table as plain values: ``models``, and ``differences`` of student and twin.
+
+    Values are as in ``result.json``; ``<key>_low`` and ``<key>_high`` are the 95 % t-interval over
+    seeds, None for one seed.
+    """
+    models = {}
+    for model in model_names(runs):
+        row: dict[str, Any] = {}
+        for key, value in estimates(runs, model).items():
+            row |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}
+        models[model] = row
+    return {
+        "seeds": [run.seed for run in runs],
+        "models": models,
+        "differences": {
+            key: {
+                "mean": value.mean,
+                "low": value.low,
+                "high": value.high,
+                "p_value": value.p_value,
+                "pairs": value.n,
+            }
+            for key, value in differences(runs).items()
+        },
+    }
+
+
+def cell(column: Column, value: Estimate | None, *, intervals: bool) -> str:
+    """Write a number as its column shows it, with half of its interval where it has one."""
+    if value is None:
+        return NOTHING
+    text = f"{column.factor * value.mean:,.{column.decimals}f}"
+    half = value.half_width
+    if not intervals or half is None or not column.varies:
+        return text
+    return f"{text} ±{column.factor * half:,.{column.decimals}f}"
+
+
+def distill_table(runs: Sequence[DistillRecord]) -> TerminalTable:
+    """Return the table of models for the terminal; columns that no model fills are left out."""
+    by_model = {model: estimates(runs, model) for model in model_names(runs)}
+    shown = [key for key in COLUMNS if any(key in found for found in by_model.values())]
+    several = len(runs) > 1
+    table = TerminalTable(
+        title="test split"
+        + (f"; mean over {len(runs)} seeds ± 95 % t-interval" if several else ""),
+        title_justify="left",
+        title_style="",
+        caption=_caption(runs),
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    table.add_column("model", overflow="fold", min_width=7)
+    for key in shown:
+        table.add_column(Text(COLUMNS[key].title.replace(" ", "\n")), justify="right", no_wrap=True)
+    for model, found in by_model.items():
+        cells = [cell(COLUMNS[key], found.get(key), intervals=several) for key in shown]
+        table.add_row(Text(model), *cells)
+    return table
+
+
+def _points(value: float) -> str:
+    """Write a difference of shares in percentage points."""
+    # Adding 0 turns -0.0, which would read as a loss, into 0.0.
+    return f"{round(100 * value, 1) + 0.0:+.1f}"
+
+
+def _caption(runs: Sequence[DistillRecord]) -> str:
+    parts = []
+    for key, value in differences(runs).items():
+        text = _points(value.mean)
+        if value.low is not None and value.high is not None:
+            text += f" [{_points(value.low)}, {_points(value.high)}], p {p_text(value)}"
+        parts.append(f"{COMPARED[key]} {text}")
+    return f"student - twin, points: {'; '.join(parts)}" if parts else ""
+
+
+def _overview(runs: Sequence[DistillRecord]) -> str:
+    first = runs[0]
+    seeds = ", ".join(str(run.seed) for run in runs[:10]) + (", ..." if len(runs) > 10 else "")
+    sizes = ", ".join(f"{count:,} {name}" for name, count in first.result.get("rows", {}).items())
+    method = flatten(first.settings).get("method.name", "")
+    return f"method {method}, seed{'s' * (len(runs) > 1)} {seeds}" + (
+        f"; rows: {sizes}" if sizes else ""
+    )
+
+
+def _model_table(runs: Sequence[DistillRecord]) -> Table:
+    several = len(runs) > 1
+    by_model = {model: estimates(runs, model) for model in model_names(runs)}
+    shown = [key for key in COLUMNS if any(key in found for found in by_model.values())]
+    rows = [
+        [model, *(cell(COLUMNS[key], found.get(key), intervals=several) for key in shown)]
+        for model, found in by_model.items()
+    ]
+    return Table(["model", *(COLUMNS[key].title for key in shown)], rows)
+
+
+def _difference_table(runs: Sequence[DistillRecord]) -> Table | None:
+    rows = []
+    for key, value in differences(runs).items():
+        interval = (
+            NOTHING
+            if value.low is None or value.high is None
+            else f"{_points(value.low)} to {_points(value.high)}"
+        )
+        rows.append([COMPARED[key], _points(value.mean), interval, p_text(value), str(value.n)])
+    header = ["measure", "student - twin (points)", "95 % interval", "p", "pairs"]
+    return Table(header, rows) if rows else None
+
+
+def _run_table(runs: Sequence[DistillRecord], folder: Path) -> Table:
+    def shown(run: DistillRecord, model: str) -> str:
+        value = number(run.models.get(model, {}), "accuracy")
+        return NOTHING if value is None else f"{100 * value:.1f}"
+
+    rows = []
+    for run in runs:
+        seconds = number(run.result, "seconds")
+        rows.append(
+            [
+                relative_path(run.folder, folder),
+                run.status,
+                str(run.seed),
+                *(shown(run, model) for model in ("student", "twin")),
+                NOTHING if seconds is None else f"{seconds:.1f}",
+                str(run.result.get("weights_sha256") or NOTHING)[:12],
+            ]
+        )
+    header = ["folder", "status", "seed", "student (%)", "twin (%)", "seconds"]
+    return Table([*header, "student's weights (SHA-256)"], rows, left=2)

@@ -1,0 +1,67 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedkd.distillation.checking import check
+from fedkd.distillation.rows import load_rows
+from fedkd.distillation.settings import DistillSettings
+
+
+def checked(**changes: Any) -> None:
+    table = {"data": {"private_rows": 60, "public": {"size": 40}}, **changes}
+    settings = DistillSettings.model_validate(table)
+    check(settings, load_rows(settings.data, seed=0, device=torch.device("cpu")))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "missing weights": (
+        {"teacher": {"weights": "nowhere.safetensors"}},
+        "teacher.weights: 'nowhere.safetensors' does not exist",
+    ),
+    "batch of one": (
+        {"student": {"model": "tutorial_teacher"}, "training": {"batch_size": 1}},
+        "training.batch_size must be >= 2 for a model with BatchNorm",
+    ),
+    "model too deep for the image": (
+        {"student": {"model": {"name": "cnn", "options": {"channels": [8, 8, 8, 8, 8]}}}},
+        "model 'cnn",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_what_cannot_work_is_found_before_anything_trains(mistake: str) -> None:
+    changes, complaint = BAD[mistake]
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        checked(**changes)
+
+
+def test_nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[object] = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: steps.append(1))
+    checked()
+    assert not steps
+
+
+def test_weights_that_fit_pass_and_others_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from fedkd.models import ModelSettings, build_model
+
+    model = build_model(ModelSettings(name="mlp"), input_shape=(1, 8, 8), num_classes=10, seed=0)
+    path = tmp_path / "teacher.safetensors"
+    save_file(model.state_dict(), path)
+    checked(teacher={"models": "mlp", "weights": str(path)})
+    with pytest.raises(ValueError, match=r"teacher\.weights: .* does not fit the model"):
+        checked(teacher={"models": "cnn", "weights": str(path)})
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"teacher\.weights: cannot read"):
+        checked(teacher={"models": "mlp", "weights": str(path)})
+
+
+def test_too_many_labelled_rows_are_refused_with_the_number_there_is() -> None:
+    with pytest.raises(ValueError, match=r"data\.private_rows must be at most \d+, got 5000"):
+        checked(data={"private_rows": 5000, "public": {"size": 40}})
