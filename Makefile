@@ -19,6 +19,9 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Our losses are compared with its. It asks for torchvision, which its losses do not need and
+	# which has no build beside a torch without CUDA.
+	$(BIN)/pip install --quiet --no-deps torchdistill==1.1.5
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -24,6 +24,7 @@ SCRIPTS = (
     "resilience",
     "faults",
     "soak",
+    "objective_overhead",
 )
 
 

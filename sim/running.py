@@ -32,6 +32,7 @@ from sim.records import (
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop
 from sim.settings import Settings, SettingsError, load_settings
+from strategies.base import DistillationStrategy, StrategySettings
 
 MOST_RETURNS = 3
 """How often in a row a run goes back because states are lost before it gives up; a round that was
@@ -87,6 +88,8 @@ def load_data(settings: Settings) -> FederatedData:
         strategy = build_strategy(settings, federation_of(settings, data))
         _check_models(settings, data)
         strategy.check(data.input_shape)
+        if settings.engine.vectorize == "vmap":
+            _check_stacking(strategy, data)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if strategy.needs_public and not len(data.public_inputs):
@@ -112,6 +115,29 @@ def _check_models(settings: Settings, data: FederatedData) -> None:
                     f"row, but client {client} would; use norm: group, a larger "
                     "clients.batch_size or data.partition.min_rows"
                 )
+
+
+def _check_stacking(strategy: DistillationStrategy[StrategySettings], data: FederatedData) -> None:
+    """Refuse to stack clients whose objective cannot be, or whose batches would be padded."""
+    federation = strategy.federation
+    for architecture, stacking in strategy.stackings(data.input_shape).items():
+        reason = stacking.obstacle
+        rows = {
+            count
+            for count, own in zip(federation.num_examples, federation.architectures, strict=True)
+            if own == architecture
+        }
+        # Equal clients have equal batches, and full ones are equal anyway.
+        padded = len(rows) > 1 and any(count % federation.local.batch_size for count in rows)
+        if stacking.mixes_rows and padded:
+            reason = (
+                f"{stacking.mixes_rows} compares the rows of a batch with each other and cannot "
+                "leave out those that pad the batches of clients with fewer"
+            )
+        if reason:
+            raise ValueError(
+                f"engine.vectorize: vmap cannot stack these clients: {reason}; use auto or loop"
+            )
 
 
 @contextmanager

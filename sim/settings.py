@@ -4,7 +4,7 @@ Below this line code takes typed objects or plain values, never a table of text.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
@@ -28,6 +28,7 @@ from fedkd.data import DataSettings
 from fedkd.distillation.settings import DistillSettings
 from fedkd.models import ModelSettings
 from fedkd.names import check_name
+from fedkd.objectives import Objective
 from fedkd.training import OptimizerSettings, Passes
 from sim.faults import PROCESS_FAULTS, FaultRule
 from strategies import STRATEGIES
@@ -292,7 +293,7 @@ def load_settings(
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
     """
-    return settings_from_table(_read_table(config, overrides))
+    return settings_from_table(_read_table(config, overrides, _objectives_of_strategy))
 
 
 def load_distill_settings(
@@ -310,32 +311,66 @@ def load_distill_settings(
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
     """
     objective = DistillSettings().objective.model_dump(mode="json")
-    return distill_settings_from_table(_read_table(config, overrides, {"objective": objective}))
+    return distill_settings_from_table(
+        _read_table(config, overrides, lambda _: {("objective",): objective})
+    )
+
+
+Defaults = Callable[[Mapping[str, Any]], Mapping[tuple[str, ...], Mapping[str, Any]]]
+"""For settings as they were given: defaults of tables whose keys are free, by their path."""
 
 
 def _read_table(
-    config: str | os.PathLike[str] | None,
-    overrides: Sequence[str],
-    opened: Mapping[str, Any] | None = None,
+    config: str | os.PathLike[str] | None, overrides: Sequence[str], defaults: Defaults
 ) -> dict[str, Any]:
     """Merge file and overrides.
 
     Args:
         config: the file.
         overrides: words.
-        opened: defaults of tables whose keys are free, so that a word may change one of them.
+        defaults: of tables whose keys are free, so that a word may change one of them.
     """
     table = _read_yaml(Path(config)) if config is not None else {}
     patch = _read_overrides(overrides)
     keys = [override.partition("=")[0].split(".") for override in overrides]
-    for key, default in (opened or {}).items():
-        if any(path[0] == key and len(path) > 1 for path in keys):
-            table.setdefault(key, default)
+    given = {tuple(path) for path in keys}
+    for place, default in defaults(merge_tables(table, patch)).items():
+        changed = any(path[: len(place)] == place and path != place for path in given)
+        if changed and place not in given and not _has(table, place):
+            patch = merge_tables(_nested(place, default), patch)
     for path in keys:
         # An objective is a sum: one that is written whole would gain the old one's terms.
         if path[-1].endswith("objective"):
             table = _without(table, path)
     return _resolve(merge_tables(table, patch))
+
+
+def _objectives_of_strategy(
+    table: Mapping[str, Any],
+) -> Mapping[tuple[str, ...], Mapping[str, Any]]:
+    """Return the default objectives of the strategy that a table names."""
+    strategy = _named("strategy", table.get("strategy", {}))
+    name = strategy.get("name") if isinstance(strategy, Mapping) else None
+    if name not in STRATEGIES:
+        return {}
+    fields = STRATEGIES[name].Settings.model_fields
+    return {
+        ("strategy", key): field.default.model_dump(mode="json")
+        for key, field in fields.items()
+        if isinstance(field.default, Objective)
+    }
+
+
+def _has(table: object, path: Sequence[str]) -> bool:
+    for key in path:
+        if not isinstance(table, Mapping) or key not in table:
+            return False
+        table = table[key]
+    return True
+
+
+def _nested(path: Sequence[str], value: Mapping[str, Any]) -> dict[str, Any]:
+    return reduce(lambda inner, key: {key: inner}, reversed(path), dict(value))
 
 
 def _without(table: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -347,13 +382,16 @@ def _without(table: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    patch: dict[str, Any] = {}
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise SettingsError(f"overrides are written key=value, got {override!r}")
-    try:
-        return _plain(OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from None
+        try:
+            word = _plain(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise SettingsError(f"cannot read {override!r}: {_one_line(error)}") from None
+        patch = merge_tables(patch, word)
+    return patch
 
 
 def merge_tables(
@@ -371,11 +409,22 @@ def merge_tables(
     merged = dict(table)
     for key, value in patch.items():
         old = merged.get(key)
+        if isinstance(value, Mapping):
+            old = _named(key, old)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             merged[key] = merge_tables(old, value, nested=True)
         else:
             merged[key] = value
     return merged
+
+
+NAMED = ("strategy", "method", "model", "meme")
+"""Sections that may be written as their name alone."""
+
+
+def _named(key: str, value: Any) -> Any:
+    """Return a section that was written as its name alone as a table, which can be added to."""
+    return {"name": value} if key in NAMED and isinstance(value, str) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

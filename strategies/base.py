@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fedkd.data import FederatedData
 from fedkd.models.options import ImageShape
 from fedkd.training import Architecture, Arrays, Cohort, ComposedObjective, stacking_of
+from fedkd.training.binding import Stacking
 from fedkd.training.cohort import named_models
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.memory import Memory
@@ -68,17 +69,29 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
         Raises:
             ValueError: naming the setting, what it got and what would work.
         """
+        self.stackings(input_shape)
+
+    def stackings(self, input_shape: ImageShape) -> dict[str, Stacking]:
+        """Tell for each architecture whether stacked clients can learn by `composed`.
+
+        Empty where clients minimise nothing that is made of terms.
+
+        Raises:
+            ValueError: naming the setting of an objective that does not fit the clients' models.
+        """
         composed = self.composed()
         if composed is None:
-            return
+            return {}
         architectures = self.federation.architectures
-        for client in map(architectures.index, dict.fromkeys(architectures)):
-            stacking_of(
+        return {
+            architecture: stacking_of(
                 composed,
-                tuple(named_models(self.architecture(client)).items()),
+                tuple(named_models(self.architecture(architectures.index(architecture))).items()),
                 input_shape=input_shape,
                 num_classes=self.federation.num_classes,
             )
+            for architecture in dict.fromkeys(architectures)
+        }
 
     # -- server half ---------------------------------------------------------------------
 

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedkd.distillation.predicting import predict_logits
+from fedkd.distillation.predicting import Predictions, predict_logits
 from fedkd.distillation.probes import DiagnosticsSettings, spread_ids
 from fedkd.distillation.rows import Rows
 from fedkd.distillation.running import Distillation, teacher_names
-from fedkd.distillation.scores import FIDELITY_ROWS, target_logits
+from fedkd.distillation.scores import teacher_on_training_rows, training_ids
 from fedkd.distillation.teachers import Teacher
 from fedkd.metrics import (
     MinibatchCKA,
@@ -46,6 +46,9 @@ from fedkd.randomness import Purpose, torch_generator, torch_seed_for
 THRESHOLDS = (*(0.05 * step for step in range(20)), 0.99)
 """Confidence thresholds that the curve of kept rows has a point at."""
 
+PAIRED = ("agreement", "kl", "disagreement", "error_correlation", "q_statistic")
+"""What two models have in common."""
+
 MOST_LAYERS = 16
 """Layers of each model that are compared, evenly spaced where it has more."""
 
@@ -70,6 +73,7 @@ def diagnose(
 
     Returns:
         Plain values, None for what there is not. Matrices are lists of rows, NaN where undefined.
+        A model that diverged, whose logits are not all finite, is left out.
 
         - ``split``, ``rows``, ``class_names``: what models are judged on, and how many.
         - ``models``: of each, its ``confusion`` counts, ``reliability`` (bins' sums) and
@@ -91,15 +95,20 @@ def diagnose(
           learning rate) and ``gradients``.
     """
     settings = settings or distillation.settings.diagnostics
-    rows, models = distillation.rows, distillation.models
+    rows, models, known = distillation.rows, distillation.models, distillation.predictions
     if settings.split == "test":
         inputs, labels = rows.test_inputs, rows.test_labels
     else:
         inputs, labels = rows.validation_inputs, rows.validation_labels
-    logits = {name: predict_logits(model, inputs).double().cpu() for name, model in models.items()}
+    logits = {name: known.logits(model, inputs).double().cpu() for name, model in models.items()}
+    # A model that diverged says nothing that could be compared.
+    logits = {name: scores for name, scores in logits.items() if bool(scores.isfinite().all())}
     answers = labels.cpu().numpy()
     teacher = distillation.teacher
     num_teachers = 0 if teacher is None else len(teacher.members)
+    if not set(teacher_names(num_teachers)[:num_teachers]) <= set(logits):
+        teacher = None
+    compared = [name for name in ("student", "twin") if name in logits]
     return {
         "split": settings.split,
         "rows": len(answers),
@@ -112,22 +121,25 @@ def diagnose(
         "ensembles": {
             name: _ensemble({member: logits[member].numpy() for member in members}, answers)
             for name, members in _groups(models, num_teachers).items()
+            if set(members) <= set(logits)
         },
         "target": None if teacher is None else _target(distillation, teacher),
         "class_correlation": (
-            None if teacher is None else _class_correlation(teacher, inputs, logits)
+            None
+            if teacher is None
+            else _class_correlation(known, teacher, inputs, logits, compared)
         ),
         "similarity": (
             _similarity(teacher.first, models["student"], rows, settings.similarity_rows)
-            if teacher is not None and settings.similarity
+            if teacher is not None and "student" in logits and settings.similarity
             else None
         ),
         "flatness": (
             {
                 name: _flatness(distillation, models[name], inputs, labels, settings)
-                for name in ("student", "twin")
+                for name in compared
             }
-            if settings.flatness and len(labels)
+            if settings.flatness and len(labels) and compared
             else None
         ),
         "epochs": {
@@ -156,6 +168,8 @@ def _of_model(
 
 
 def _pairs(logits: Mapping[str, np.ndarray], labels: Int[np.ndarray, " rows"]) -> dict[str, Any]:
+    if not logits:
+        return dict.fromkeys(("names", *PAIRED), ())
     stacked = np.stack(list(logits.values()))
     classes = stacked.argmax(-1)
 
@@ -201,9 +215,10 @@ def _ensemble(logits: Mapping[str, np.ndarray], labels: Int[np.ndarray, " rows"]
 
 def _target(distillation: Distillation, teacher: Teacher) -> dict[str, Any]:
     rows = distillation.rows
-    ids = spread_ids(0, len(rows.inputs), FIDELITY_ROWS).to(rows.device)
+    ids = torch.cat(list(training_ids(rows).values()))
+    taught = teacher_on_training_rows(teacher, rows, distillation.predictions)
     # In the precision in which a confidence threshold sees it.
-    target = torch.softmax(target_logits(teacher, rows, ids).float(), -1).cpu()
+    target = torch.softmax(torch.from_numpy(np.concatenate(list(taught.values()))), -1)
     labels = rows.labels[ids].cpu().numpy()
     histogram = confidence_histogram(target)
     curve = threshold_curve(target, THRESHOLDS, labels=labels)
@@ -224,13 +239,16 @@ def _target(distillation: Distillation, teacher: Teacher) -> dict[str, Any]:
 
 
 def _class_correlation(
-    teacher: Teacher, inputs: Tensor, logits: Mapping[str, Tensor]
+    known: Predictions,
+    teacher: Teacher,
+    inputs: Tensor,
+    logits: Mapping[str, Tensor],
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    each = torch.stack([predict_logits(member, inputs) for member in teacher.members])
+    each = torch.stack([known.logits(member, inputs) for member in teacher.members])
     taught = teacher.opinion(each).double().cpu().numpy()
     return {
-        name: class_correlation_difference(logits[name].numpy(), taught).tolist()
-        for name in ("student", "twin")
+        name: class_correlation_difference(logits[name].numpy(), taught).tolist() for name in names
     }
 
 

@@ -69,13 +69,13 @@ def _classes(tables: Tables) -> dict[str, Figure]:
     names = tables["class_names"]
     if len(names) > MOST_CLASSES:
         return {}
-    drawn = {
-        "confusion_student": plots.confusion_heat_map(
+    drawn = {}
+    if "student" in tables["models"]:
+        drawn["confusion_student"] = plots.confusion_heat_map(
             np.array(tables["models"]["student"]["confusion"]),
             names,
             title=f"Confusion of the student on the {tables['split']} split",
         )
-    }
     for model, matrix in (tables["class_correlation"] or {}).items():
         drawn[f"class_correlation_{_slug(model)}"] = plots.correlation_difference_heat_map(
             _array(matrix), names, model=model, title=f"Which classes the {model} takes for alike"

@@ -23,9 +23,9 @@ from fedkd.distillation.selection import RowSelector, Selection
 from fedkd.distillation.teachers import Teacher, TeacherCache
 from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.objectives import BoundObjective, Objective, View, logits_from_probabilities
-from fedkd.objectives.basic import LogitL1, LogitMSE
+from fedkd.objectives.basic import LogitL1, LogitMSE, SoftTargets
 from fedkd.objectives.response import AnnealingKD, DisagreementKD, StandardisedKD
-from fedkd.objectives.terms import SoftenedTerm
+from fedkd.objectives.terms import Need, SoftenedTerm
 from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
 from fedkd.targets import soften
 from fedkd.training.objectives import total
@@ -35,6 +35,9 @@ Watcher = Callable[[Mapping[str, Any]], None]
 
 LOGIT_TERMS = (LogitMSE, LogitL1, AnnealingKD, DisagreementKD, StandardisedKD)
 """Terms that compare logits as they are, and not the probabilities made of them."""
+
+Target = Callable[[float], Tensor]
+"""Makes the teacher's target for a temperature: logits whose softmax at it is the target."""
 
 EpochRow = dict[str, int | float]
 """What is recorded of an epoch."""
@@ -115,9 +118,6 @@ class _Fit:
             rows=len(self._rows.inputs),
             seed=torch_seed_for(lesson.seed, Purpose.DISTILL, *lesson.key, 1),
         )
-        self._softened = next(
-            (b.term for b in self._bound.terms.values() if isinstance(b.term, SoftenedTerm)), None
-        )
         self._teaches = self._teacher is not None and any(
             bound.term.weight.range()[1] > 0 and bound.term.needs != ("labels",)
             for bound in self._bound.terms.values()
@@ -130,9 +130,8 @@ class _Fit:
             clean = clean or not self._row_views.augments
             if clean and not self._taps:
                 self._cache = TeacherCache(self._teacher, self._rows.inputs)
-        lowest, highest = (
-            (1.0, 1.0) if self._softened is None else self._softened.temperature.range()
-        )
+        softened = _softened_terms(lesson.objective)
+        lowest, highest = softened[0].target_temperature_range() if softened else (1.0, 1.0)
         self._target_entropy = TargetEntropy(
             same_every_epoch=self._cache is not None and lowest == highest
         )
@@ -172,9 +171,11 @@ class _Fit:
                 if dropout is not None and keys is not None:
                     dropout.begin(keys[step])
                 losses = self._losses(transfer, labelled, features, progress, sums)
-                optimizer.zero_grad(set_to_none=True)
-                total(losses).backward()
-                optimizer.step()
+                # Schedules may leave no term in force, and then there is nothing to learn.
+                if losses:
+                    optimizer.zero_grad(set_to_none=True)
+                    total(losses).backward()
+                    optimizer.step()
                 for name, loss in losses.items():
                     value = loss.detach()
                     sums[name] = sums[name] + value if name in sums else value
@@ -234,11 +235,15 @@ class _Fit:
                 progress=progress,
             )
             return self._bound.losses(view)
-        view = self._view(self._row_views, transfer, labelled, features, progress)
+        temperature = self._bound.target_temperature(progress)
+        view, target = self._view(
+            self._row_views, transfer, labelled, features, progress, temperature
+        )
         if view.teacher_logits is not None:
-            self._target_entropy.add(view.teacher_logits, temperature=self._temperature(progress))
+            self._target_entropy.add(view.teacher_logits, temperature=temperature)
         if self._selector is not None:
-            weights, noted = self._selector.weights(view)
+            # It looks at the target without temperature.
+            weights, noted = self._selector.weights(view._replace(teacher_logits=target(1.0)))
             view = view._replace(weights=weights)
             for name, value in noted.items():
                 value = torch.as_tensor(value)
@@ -256,8 +261,9 @@ class _Fit:
         labelled: Int[Tensor, " labelled"] | None,
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         progress: float,
-    ) -> View:
-        """Run the student, and ask the teacher, about rows."""
+        temperature: float,
+    ) -> tuple[View, Target]:
+        """Run the student, and ask the teacher, about rows; the target can be made anew."""
         rows, student = self._rows, self._student
         views = row_views.both(transfer)
         num_transfer = len(transfer)
@@ -275,21 +281,20 @@ class _Fit:
         else:
             logits = student(views.student)
             labelled_logits = labels = mix = None
-        teacher_logits, teacher_features = self._taught(
-            transfer, labels_known, views, features[1], progress
-        )
-        return View(
+        target = self._taught(transfer, labels_known, views)
+        view = View(
             labelled_logits=labelled_logits,
             labels=labels,
             mix=mix,
             logits=logits,
-            teacher_logits=teacher_logits,
+            teacher_logits=target(temperature),
             transfer_labels=rows.labels[transfer] if labels_known else None,
             features={name: tensor[:num_transfer] for name, tensor in features[0].items()},
-            teacher_features=teacher_features,
+            teacher_features=features[1],
             rows=transfer,
             progress=progress,
         )
+        return view, target
 
     def _row_selector(self) -> RowSelector | None:
         """Return who weighs transfer rows; None: they all count the same."""
@@ -319,22 +324,12 @@ class _Fit:
         plain = lesson.training.model_copy(update={"augmentation": augmentation})
         row_views = RowViews(rows, plain, seed=lesson.seed, key=lesson.key)
         self._student.eval()
-        view = self._view(row_views, transfer, labelled, features, progress)
+        temperature = self._bound.target_temperature(progress)
+        view, _ = self._view(row_views, transfer, labelled, features, progress, temperature)
         return gradients_beside_labels(self._bound, view, self._student)
 
-    def _temperature(self, progress: float) -> float:
-        """Return the temperature at which the target is made."""
-        return 1.0 if self._softened is None else self._softened.temperature.at(progress)
-
-    def _taught(
-        self,
-        transfer: Int[Tensor, " rows"],
-        labels_known: bool,
-        views: Views,
-        tapped_features: Mapping[str, Tensor],
-        progress: float,
-    ) -> tuple[Float[Tensor, "rows classes"], Mapping[str, Tensor]]:
-        """Return what the teacher says, and what its layers put out."""
+    def _taught(self, transfer: Int[Tensor, " rows"], labels_known: bool, views: Views) -> Target:
+        """Ask the teacher, and return what makes its target for a temperature."""
         teacher = self._teacher
         if teacher is None:
             raise ValueError("a term needs a teacher, got none")
@@ -342,14 +337,17 @@ class _Fit:
             each = self._cache.logits(transfer)
         else:
             each = teacher.member_logits(views.teacher)
-        temperature = self._temperature(progress)
         labels = self._rows.labels[transfer] if labels_known else None
         tasks = None if self._row_tasks is None else self._row_tasks[transfer]
-        logits = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
-        if views.mix is not None and not views.teacher_is_mixed:
+
+        def target(temperature: float) -> Float[Tensor, "rows classes"]:
+            logits = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
+            if views.mix is None or views.teacher_is_mixed:
+                return logits
             mixed = views.targets(soften(logits, temperature=temperature))
-            logits = logits_from_probabilities(mixed, temperature=temperature)
-        return logits, tapped_features
+            return logits_from_probabilities(mixed, temperature=temperature)
+
+        return target
 
     def _epoch_row(
         self, epoch: int, sums: Mapping[str, Tensor], steps: int, progress: float
@@ -364,8 +362,8 @@ class _Fit:
         row |= validated(self._student, self._rows)
         for name, bound in self._bound.terms.items():
             row[f"weight/{name}"] = bound.term.weight.at(progress)
-            if isinstance(bound.term, SoftenedTerm):
-                row[f"temperature/{name}"] = bound.term.temperature.at(progress)
+        for name, temperature in self._bound.temperatures(progress).items():
+            row[f"temperature/{name}"] = temperature
         return row
 
 
@@ -397,6 +395,9 @@ def check_needs(lesson: Lesson) -> None:
                 f"{what} needs the labels of all transfer rows, but {unlabelled} of "
                 f"{len(rows.inputs)} have none: set data.public.size=0, or {instead}"
             )
+    _check_mixing(lesson)
+    _check_weighing(lesson)
+    _check_temperatures(lesson)
     if lesson.teacher is not None and lesson.teacher.routes:
         for name, term in objective.terms.items():
             if isinstance(term, LOGIT_TERMS):
@@ -404,3 +405,80 @@ def check_needs(lesson: Lesson) -> None:
                     f"objective.{name} compares logits, which classes of other tasks do not have: "
                     "set teacher.heads=all, or use a term of probabilities such as kd"
                 )
+
+
+def _check_mixing(lesson: Lesson) -> None:
+    """Refuse mixup for what goes by single rows: a mixed row has no one label, id or features."""
+    augmentation, objective, teacher = (
+        lesson.training.augmentation,
+        lesson.objective,
+        lesson.teacher,
+    )
+    if not augmentation.mixup or teacher is None:
+        return
+    single: list[Need] = ["transfer_labels", "rows"]
+    if augmentation.teacher_view != "same":
+        single.append("features")
+    what = [f"objective.{name}" for need in single for name in objective.needs(need)]
+    if lesson.selection.needs_labels:
+        what.append(f"targets.difficulty: {lesson.selection.difficulty}")
+    if teacher.needs_labels:
+        what.append("teacher.combine.by: labels")
+    if what:
+        raise ValueError(
+            f"{what[0]} goes by single rows, which training.augmentation.mixup "
+            f"({augmentation.mixup}) mixes: set it to 0, or remove {what[0]}"
+        )
+
+
+def _check_weighing(lesson: Lesson) -> None:
+    """Refuse a selection that no term follows."""
+    if lesson.teacher is None or not lesson.selection.is_on:
+        return
+    taught = {
+        name: term
+        for name, term in lesson.objective.terms.items()
+        if term.needs != ("labels",) and term.weight.range()[1] > 0
+    }
+    if taught and not any(term.weighs_rows for term in taught.values()):
+        raise ValueError(
+            f"targets weigh single rows, but objective.{next(iter(taught))} compares rows with "
+            "each other and follows no weights: remove targets, or add a term such as kd"
+        )
+
+
+def _check_temperatures(lesson: Lesson) -> None:
+    """Refuse terms of several temperatures where the target is made for one of them."""
+    teacher, augmentation = lesson.teacher, lesson.training.augmentation
+    if teacher is None:
+        return
+    mixed = augmentation.mixup > 0 and augmentation.teacher_view != "same"
+    if not mixed and not teacher.depends_on_temperature:
+        return
+    found = {
+        name: _target_temperature(term)
+        for name, term in lesson.objective.terms.items()
+        if isinstance(term, SoftenedTerm) and term.weight.range()[1] > 0
+    }
+    first = next(iter(found), "")
+    for name, temperature in found.items():
+        if temperature != found[first]:
+            what = "mixed targets are" if mixed else "the target of several teachers is"
+            raise ValueError(
+                f"{what} made for one temperature, but objective.{first} and objective.{name} "
+                "have different ones: give them the same"
+                + ("" if mixed else ", or set teacher.combine.average=logit")
+            )
+
+
+def _softened_terms(objective: Objective) -> list[SoftenedTerm]:
+    return [term for term in objective.terms.values() if isinstance(term, SoftenedTerm)]
+
+
+def _target_temperature(term: SoftenedTerm) -> object:
+    """Return what decides the teacher's temperature; equal for terms that share it."""
+    if isinstance(term, SoftTargets):
+        if term.learned:
+            return term
+        return term.teacher_temperature or term.temperature
+    return term.temperature

@@ -10,6 +10,7 @@ from fedkd.data.augmentation import AugmentationSettings
 from fedkd.distillation.combining import Combination
 from fedkd.distillation.tasks import TaskSettings, check_task_names
 from fedkd.models import ModelSettings
+from fedkd.objectives.terms import LayerName
 from fedkd.training.early_stopping import EarlyStoppingSettings
 from fedkd.training.optimizers import OptimizerSettings
 
@@ -130,7 +131,7 @@ class StudentSettings(Section):
     weights: Path | None = Field(
         None, description="safetensors file that student and twin start from; none: fresh"
     )
-    inherit: bool | dict[str, str] = Field(
+    inherit: bool | dict[LayerName, LayerName] = Field(
         False,
         description="start from the (first) teacher's layers; true: tensors of equal name and "
         "shape; a table: student layer -> teacher layer. The twin does not",

@@ -25,7 +25,7 @@ from fedkd.distillation.feeding import (
     validated,
 )
 from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.methods.base import Distilled, MethodSettings
+from fedkd.distillation.method import Distilled, MethodSettings
 from fedkd.distillation.predicting import predict_logits
 from fedkd.distillation.workshop import Workshop, labels_only
 from fedkd.metrics.diversity import pairwise_disagreement
@@ -448,7 +448,6 @@ class _GroupFit:
             for term, value in sums.items():
                 row[term] = float(value[number] if value.ndim else value) / steps
             row |= validated(model, self._rows)
-            row["learning_rate"] = training.optimizer.learning_rate(progress)
             row["learning_rate"] = training.optimizer.learning_rate(progress)
             row["weight/ce"] = group.settings.ce_weight.at(progress)
             row["weight/kd"] = group.kd_weight(progress)

@@ -1,10 +1,36 @@
 """Predictions in evaluation mode, in chunks."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 CHUNK_ROWS = 1024
+
+
+class Predictions:
+    """Logits of finished models, each computed once however many measures ask for them.
+
+    Known by the model and by the tensor of inputs, both of which are kept alive; models must not
+    change any more.
+
+    Attributes:
+        training: inputs of some rows of the training, by kind.
+    """
+
+    def __init__(self, training: Mapping[str, Tensor]) -> None:
+        self.training = dict(training)
+        self._known: dict[tuple[int, int], tuple[nn.Module, Tensor, Tensor]] = {}
+
+    def logits(
+        self, model: nn.Module, inputs: Float[Tensor, "rows channels height width"]
+    ) -> Float[Tensor, "rows classes"]:
+        """Return what `predict_logits` returns."""
+        key = id(model), id(inputs)
+        if key not in self._known:
+            self._known[key] = model, inputs, predict_logits(model, inputs)
+        return self._known[key][2]
 
 
 @torch.no_grad()

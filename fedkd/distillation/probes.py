@@ -33,7 +33,7 @@ class DiagnosticsSettings(Section):
     )
     similarity: bool = Field(True, description="CKA of the teacher's layers with the student's")
     similarity_rows: int = Field(
-        512, ge=4, description="transfer rows that layers are compared on, at most"
+        256, ge=4, description="transfer rows that layers are compared on, at most"
     )
     flatness: bool = Field(
         False, description="accuracy of the student and its twin under noise on their weights"

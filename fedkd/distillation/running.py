@@ -22,9 +22,9 @@ from fedkd.distillation.first_weights import load_weights
 from fedkd.distillation.fitting import EpochRow
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.participants import TeacherSettings
-from fedkd.distillation.predicting import predict_logits
+from fedkd.distillation.predicting import Predictions
 from fedkd.distillation.rows import Rows, load_rows
-from fedkd.distillation.scores import score, teacher_on_training_rows
+from fedkd.distillation.scores import open_predictions, score, teacher_on_training_rows
 from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.tasks import split_into_heads, task_of_each_class, tasks_objective
 from fedkd.distillation.teachers import Teacher
@@ -48,10 +48,12 @@ class Distillation:
         notes: the method's own numbers; ``inherited``, ``sparsity`` and ``int8`` where the
             settings ask for these.
         teacher: whose target the student learned; None where the method needs none.
+        predictions: of the models, as far as they were needed.
     """
 
     settings: DistillSettings
     rows: Rows
+    predictions: Predictions
     models: dict[str, nn.Module]
     scores: dict[str, dict[str, Any]]
     costs: dict[str, ModelCost]
@@ -100,14 +102,15 @@ def distill(
     workshop.fit(twin, name="twin", teacher=None, objective=labels_only(settings.objective))
     finish_student(twin, workshop, name="twin")
     models: dict[str, nn.Module] = {}
+    predictions = open_predictions(rows)
     teacher_logits = None
     training_logits: dict[str, np.ndarray] = {}
     if workshop.teacher is not None:
         members = list(workshop.teacher.members)
         models.update(zip(teacher_names(len(members)), members, strict=True))
-        each = torch.stack([predict_logits(member, rows.test_inputs) for member in members])
+        each = torch.stack([predictions.logits(member, rows.test_inputs) for member in members])
         teacher_logits = workshop.teacher.opinion(each).cpu().numpy()
-        training_logits = teacher_on_training_rows(workshop.teacher, rows)
+        training_logits = teacher_on_training_rows(workshop.teacher, rows, predictions)
     pruned = tuple(models) if settings.teacher.prune is not None else ()
     models |= {"student": distilled.student, "twin": twin, **distilled.others}
     notes = {**workshop.notes, **distilled.notes}
@@ -119,7 +122,8 @@ def distill(
         models[QUANTISED_STUDENT] = quantised
         notes["int8"] = int8 = compare_with_float(distilled.student, quantised, rows)
     scores = {
-        name: score(model, rows, teacher_logits, training_logits) for name, model in models.items()
+        name: score(model, rows, teacher_logits, training_logits, predictions)
+        for name, model in models.items()
     }
     for name, shares in sparsity.items():
         scores[name]["sparsity"] = shares["total"]
@@ -134,6 +138,7 @@ def distill(
         histories={name: history.epochs for name, history in workshop.histories.items()},
         notes=notes,
         teacher=workshop.teacher,
+        predictions=predictions,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedkd.distillation.predicting import predict_logits
+from fedkd.distillation.predicting import Predictions
 from fedkd.distillation.probes import spread_ids
 from fedkd.distillation.rows import Rows
 from fedkd.distillation.teachers import Teacher
@@ -31,6 +31,20 @@ from fedkd.metrics import (
 FIDELITY_ROWS = 10_000
 """Transfer rows of each kind, at most, on which models are compared with the teacher."""
 
+NAN = float("nan")
+
+NUMBERS = (
+    "accuracy",
+    "macro_recall",
+    "worst_class_recall",
+    "nll",
+    "brier",
+    "ece",
+    "mce",
+    "rmsce",
+)
+"""What every model has, NaN where it puts out anything but finite numbers."""
+
 NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
@@ -39,6 +53,7 @@ def score(
     rows: Rows,
     teacher_logits: Float[np.ndarray, "test classes"] | None,
     training_logits: Mapping[str, np.ndarray] = NOTHING,
+    predictions: Predictions | None = None,
 ) -> dict[str, Any]:
     """Measure a model on the test rows.
 
@@ -47,6 +62,7 @@ def score(
         rows: with the test rows.
         teacher_logits: the teacher's on the test rows; None: there is no teacher.
         training_logits: the teacher's on rows of the training, from `teacher_on_training_rows`.
+        predictions: what is known already; None: nothing is.
 
     Returns:
         ``accuracy``, ``macro_recall``, ``worst_class_recall``, ``per_class_recall``; ``nll`` (nats)
@@ -61,8 +77,13 @@ def score(
         training (``agreement_labelled``, ``kl_labelled``, ``..._unlabelled``). What has no rows is
         left out.
     """
-    logits = predict_logits(model, rows.test_inputs).float().cpu().numpy()
+    predictions = predictions or open_predictions(rows)
+    logits = predictions.logits(model, rows.test_inputs).float().cpu().numpy()
     labels = rows.test_labels.cpu().numpy()
+    if not np.isfinite(logits).all():
+        # A student that diverged: the table shows it.
+        lost = NUMBERS if teacher_logits is None else (*NUMBERS, "agreement", "kl_to_teacher")
+        return {"per_class_recall": [NAN] * rows.num_classes, **dict.fromkeys(lost, NAN)}
     counts = confusion_counts(labels, logits.argmax(-1), rows.num_classes)
     probabilities = torch.softmax(torch.from_numpy(logits).double(), -1).numpy()
     bins = ReliabilityBins()
@@ -79,12 +100,14 @@ def score(
         "rmsce": bins.root_mean_square_error(),
     }
     if len(rows.validation_labels):
-        validation = predict_logits(model, rows.validation_inputs).float().cpu().numpy()
+        validation = predictions.logits(model, rows.validation_inputs).float().cpu().numpy()
         validation_labels = rows.validation_labels.cpu().numpy()
         measured["fitted_temperature"] = fit_temperature(validation, validation_labels)
         measured["ece_scaled"] = temperature_scaled_calibration_error(
             logits, labels, validation_logits=validation, validation_labels=validation_labels
         )
+    if teacher_logits is not None and not np.isfinite(teacher_logits).all():
+        return measured | {"agreement": NAN, "kl_to_teacher": NAN}
     if teacher_logits is not None:
         found = fidelity(teacher_logits, logits)
         measured |= {"agreement": found.agreement, "kl_to_teacher": found.kl}
@@ -94,9 +117,8 @@ def score(
             if found.rows:
                 measured[f"agreement_teacher_{kind}"] = found.agreement
                 measured[f"kl_teacher_{kind}"] = found.kl
-    ids_of = training_ids(rows)
     for kind, taught in training_logits.items():
-        own = predict_logits(model, rows.inputs[ids_of[kind]]).float().cpu().numpy()
+        own = predictions.logits(model, predictions.training[kind]).float().cpu().numpy()
         found = fidelity(taught, own)
         measured |= {f"agreement_{kind}": found.agreement, f"kl_{kind}": found.kl}
     return measured
@@ -115,21 +137,27 @@ def training_ids(rows: Rows) -> dict[str, Int[Tensor, " _"]]:
     }
 
 
-def teacher_on_training_rows(teacher: Teacher, rows: Rows) -> dict[str, np.ndarray]:
+def open_predictions(rows: Rows) -> Predictions:
+    """Return where the predictions for these rows are kept."""
+    return Predictions({kind: rows.inputs[ids] for kind, ids in training_ids(rows).items()})
+
+
+def teacher_on_training_rows(
+    teacher: Teacher, rows: Rows, predictions: Predictions | None = None
+) -> dict[str, np.ndarray]:
     """Return a teacher's logits for the rows of `training_ids`, as a student would get them.
 
     At temperature 1 and without augmentation. A teacher that goes by labels or tasks gets them.
     """
-    return {
-        kind: target_logits(teacher, rows, ids).float().cpu().numpy()
-        for kind, ids in training_ids(rows).items()
-    }
-
-
-def target_logits(
-    teacher: Teacher, rows: Rows, ids: Int[Tensor, " rows"]
-) -> Float[Tensor, "rows classes"]:
-    """Return a teacher's target for transfer rows at temperature 1, by row id."""
-    inputs, labels = rows.inputs[ids], rows.labels[ids]
-    each = torch.stack([predict_logits(member, inputs) for member in teacher.members])
-    return teacher.combine(each, temperature=1.0, labels=labels, tasks=teacher.task_ids(labels))
+    predictions = predictions or open_predictions(rows)
+    taught = {}
+    for kind, ids in training_ids(rows).items():
+        labels = rows.labels[ids]
+        each = torch.stack(
+            [predictions.logits(member, predictions.training[kind]) for member in teacher.members]
+        )
+        logits = teacher.combine(
+            each, temperature=1.0, labels=labels, tasks=teacher.task_ids(labels)
+        )
+        taught[kind] = logits.float().cpu().numpy()
+    return taught

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fedkd.distillation.finishing import finish_student
 from fedkd.distillation.methods import METHODS
+from fedkd.distillation.peers import GroupSettings
 from fedkd.distillation.predicting import predict_logits
 from fedkd.distillation.rows import Rows, load_rows
 from fedkd.distillation.running import choose_device, open_workshop
@@ -15,7 +16,7 @@ from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.workshop import Observer
 from fedkd.losses.response import hard_label_loss
 from fedkd.objectives import Objective
-from fedkd.objectives.basic import HardLabels
+from fedkd.objectives.basic import HardLabels, SoftTargets
 from fedkd.objectives.terms import SoftenedTerm, Term
 from fedkd.schedules import ConstantSchedule
 
@@ -104,6 +105,12 @@ def search(
     Raises:
         ValueError: naming a setting that cannot work, such as an objective without temperature.
     """
+    if isinstance(settings.method, GroupSettings):
+        raise ValueError(
+            "a search tries weights and temperatures of objective, but method "
+            f"{settings.method.name!r} has its own: use method=offline, or vary method.kd_weight "
+            "and method.temperature yourself"
+        )
     load = rows_of or (
         lambda seed: load_rows(settings.data, seed=seed, device=choose_device(settings.device))
     )
@@ -164,9 +171,15 @@ def tried_objective(objective: Objective, *, temperature: float, weight: float) 
             ``1 - weight``. Other terms keep theirs.
 
     Raises:
-        ValueError: if no term has a temperature.
+        ValueError: if no term has a temperature, or one learns it.
     """
     first = searched_term(objective)
+    for name, term in objective.terms.items():
+        if isinstance(term, SoftTargets) and term.learned:
+            raise ValueError(
+                f"a search tries temperatures, but objective.{name} learns its own: set "
+                f"objective.{name}.learned=false"
+            )
     terms: dict[str, Term] = {}
     for name, term in objective.terms.items():
         changes = {}

@@ -11,8 +11,8 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from fedkd.data import DataSettings
 from fedkd.data.settings import PublicSettings
+from fedkd.distillation.method import MethodSettings
 from fedkd.distillation.methods import METHODS
-from fedkd.distillation.methods.base import MethodSettings
 from fedkd.distillation.participants import (
     Section,
     StudentSettings,
@@ -123,12 +123,14 @@ class DistillSettings(Section):
     @field_validator("method", mode="before")
     @classmethod
     def _a_name_is_a_method(cls, value: object) -> object:
-        name = value if isinstance(value, str) else None
-        if isinstance(value, dict):
-            name = value.get("name")
-        if name is not None and name not in METHODS:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict):
+            return value
+        name = value.get("name", "offline")
+        if name not in METHODS:
             raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-        return {"name": value} if isinstance(value, str) else value
+        return {**value, "name": name}
 
     def to_table(self) -> dict[str, Any]:
         """Return the settings as plain values, all defaults included."""

@@ -69,6 +69,12 @@ class Teacher(nn.Module):
         """Whether its target depends on the labels of the rows."""
         return len(self.members) > 1 and self.combination.by == "labels"
 
+    @property
+    def depends_on_temperature(self) -> bool:
+        """Whether its target is made for one temperature, and is another for another."""
+        average = self.combination.average
+        return average == "era" or (len(self.members) > 1 and average == "probability")
+
     @torch.no_grad()
     def member_logits(
         self, inputs: Float[Tensor, "rows channels height width"]

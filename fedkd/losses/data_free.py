@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkd.losses.co_training import jensen_shannon_divergence
 from fedkd.losses.response import hard_label_loss
 from fedkd.targets import at_least_float32
 
@@ -246,36 +245,6 @@ def inversion_losses(
         total_variation=total_variation(images),
         l2=torch.linalg.vector_norm(at_least_float32(images)),
     )
-
-
-def competition_loss(
-    student_logits: Float[Tensor, "batch classes"],
-    teacher_logits: Float[Tensor, "batch classes"],
-    *,
-    temperature: float = 3.0,
-) -> Float[Tensor, ""]:
-    """Push images to where the student still differs from the teacher.
-
-    Computes ``1 - JS(student, teacher)``. The images are what is trained, so the gradient flows
-    through BOTH models' logits.
-
-    Args:
-        student_logits: unnormalised scores of the images.
-        teacher_logits: scores of the same images.
-        temperature: softening divisor of both, > 0.
-
-    Returns:
-        Loss in nats, in [1 - log 2, 1]; 1 with a zero gradient where both agree.
-
-    Raises:
-        ValueError: if ``temperature`` is not positive and finite.
-
-    Source:
-        Yin et al., 2020, Adaptive DeepInversion, equation 8. https://arxiv.org/abs/1912.08795
-        Without the clamp of its code, which stops the gradient of sure predictions.
-    """
-    both = torch.stack([at_least_float32(student_logits), at_least_float32(teacher_logits)])
-    return 1 - jensen_shannon_divergence(both, temperature=temperature)
 
 
 def _record(

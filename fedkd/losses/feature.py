@@ -125,16 +125,6 @@ def attention_transfer(
     return row_mean(torch.linalg.vector_norm(difference, dim=1), sample_weights)
 
 
-def pool_to_vectors(
-    features: Float[Tensor, "batch channels *space"],
-) -> Float[Tensor, "batch channels"]:
-    """Average features over space, so that losses on vectors can compare maps of any size.
-
-    Features that are vectors already stay as they are.
-    """
-    return features.flatten(2).mean(dim=2) if features.ndim > 2 else features
-
-
 def pool_maps(
     maps: Float[Tensor, "batch channels height width"], size: tuple[int, int]
 ) -> Float[Tensor, "batch channels pooled_height pooled_width"]:

@@ -4,10 +4,15 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedkd.losses.curriculum_temperature import LearnedTemperature, learned_temperature_kl
+from fedkd.losses.curriculum_temperature import (
+    LOWEST,
+    SPAN,
+    LearnedTemperature,
+    learned_temperature_kl,
+)
 from fedkd.losses.response import (
     hard_label_loss,
     logit_l1,
@@ -73,6 +78,33 @@ class SoftTargets(SoftenedTerm):
     learned_until: float = Field(
         0.04, gt=0, le=1, description="share of the training over which the reversal grows to 1"
     )
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> "SoftTargets":
+        if self.learned and self.teacher_temperature is not None:
+            raise ValueError(
+                "teacher_temperature has no say with learned: true, where one temperature softens "
+                f"both sides: remove one of them, got {self.teacher_temperature!r}"
+            )
+        return self
+
+    def temperature_at(self, progress: float, parts: Parts) -> float:
+        """Return the temperature in force, which softens the student."""
+        if self.learned:
+            return float(parts.call("temperature", progress).detach())
+        return super().temperature_at(progress, parts)
+
+    def target_temperature_at(self, progress: float, parts: Parts) -> float:
+        """Return the temperature in force that softens the teacher."""
+        if self.teacher_temperature is not None:
+            return self.teacher_temperature.at(progress)
+        return self.temperature_at(progress, parts)
+
+    def target_temperature_range(self) -> tuple[float, float]:
+        """Return the lowest and the highest temperature that ever softens the teacher."""
+        if self.learned:
+            return LOWEST, LOWEST + SPAN
+        return (self.teacher_temperature or self.temperature).range()
 
     def build_parts(
         self, pairs: LayerPairs, student: Shapes, teacher: Shapes, *, num_classes: int, rows: int

@@ -1,5 +1,6 @@
 """Objectives: a named, weighted sum of terms, read from settings and bound to models."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from fedkd.objectives.table import TERMS
 from fedkd.objectives.taps import Features, layer_shapes, resolved_layer, tapped
-from fedkd.objectives.terms import LayerPairs, Need, Parts, Term
+from fedkd.objectives.terms import LayerPairs, Need, Parts, SoftenedTerm, Term
 from fedkd.objectives.view import View
 from fedkd.randomness import seeded_torch
+
+TERM_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Objective(RootModel[dict[str, SerializeAsAny[Term]]]):
@@ -45,6 +48,13 @@ class Objective(RootModel[dict[str, SerializeAsAny[Term]]]):
     def _has_a_term(cls, terms: dict[str, Term]) -> dict[str, Term]:
         if not terms:
             raise ValueError(f"an objective needs at least one term; known: {', '.join(TERMS)}")
+        for name in terms:
+            # Names become those of modules and of columns.
+            if not TERM_NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+                raise ValueError(
+                    "a name in objective must be letters, digits, '_' or '-', and no word of "
+                    f"PyTorch's module tables such as keys or type, got {name!r}"
+                )
         return terms
 
     @property
@@ -177,6 +187,24 @@ class BoundObjective:
             for name, bound in self.terms.items()
             for what, value in bound.term.notes(view, self._parts[name]).items()
         }
+
+    def temperatures(self, progress: float) -> dict[str, float]:
+        """Return the temperature in force of every term that has one, learned ones included."""
+        return {
+            name: bound.term.temperature_at(progress, self._parts[name])
+            for name, bound in self.terms.items()
+            if isinstance(bound.term, SoftenedTerm)
+        }
+
+    def target_temperature(self, progress: float) -> float:
+        """Return the temperature that softens the teacher: the first such term's, 1 without one.
+
+        An ensemble's target is made for one temperature.
+        """
+        for name, bound in self.terms.items():
+            if isinstance(bound.term, SoftenedTerm):
+                return bound.term.target_temperature_at(progress, self._parts[name])
+        return 1.0
 
     @contextmanager
     def tapping(

@@ -132,7 +132,7 @@ class AttentionTransfer(LayerTerm):
 
     kind: Literal["at"] = "at"
     weight: NonNegativeSchedule = default_weight(
-        1000.0, "published for mode code; paper wants one of about 10"
+        1000.0, "published for mode code; paper wants about 1"
     )
     mode: Literal["code", "paper"] = Field(
         "code",

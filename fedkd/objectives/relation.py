@@ -35,6 +35,8 @@ class RelationTerm(LayerTerm):
     All of them take part and count alike: weights of single rows say nothing about pairs.
     """
 
+    weighs_rows: ClassVar[bool] = False
+
     on: Literal["layers", "logits"] = Field(
         "layers",
         description="what a row is: its features, or its logits, which need no layers of the "

@@ -6,10 +6,10 @@ name in settings files; adding one touches its module, one line of the table and
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from fedkd.objectives.view import View
@@ -26,6 +26,14 @@ LayerPairs = tuple[tuple[str, str], ...]
 """Layers of the student, each with the layer of the teacher that it is compared with."""
 
 Call = Callable[..., Tensor]
+
+
+def _path(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+LayerName = Annotated[str, BeforeValidator(_path)]
+"""A layer's name in a settings file, where the 3 of ``nn.Sequential`` may stand as a number."""
 
 
 def default_weight(value: float, remark: str = "") -> Any:
@@ -72,6 +80,8 @@ class Term(BaseModel, ABC):
     """Whose idea it is: authors, year, link."""
     stateful: ClassVar[bool] = False
     """Whether it keeps something from step to step besides parts that the optimizer trains."""
+    weighs_rows: ClassVar[bool] = True
+    """Whether a weight for each transfer row changes it."""
 
     weight: NonNegativeSchedule = default_weight(1.0)
 
@@ -120,6 +130,18 @@ class SoftenedTerm(Term):
 
     temperature: PositiveSchedule = default_temperature(4.0)
 
+    def temperature_at(self, progress: float, parts: Parts) -> float:
+        """Return the temperature in force, which softens the student."""
+        return self.temperature.at(progress)
+
+    def target_temperature_at(self, progress: float, parts: Parts) -> float:
+        """Return the temperature in force that softens the teacher."""
+        return self.temperature_at(progress, parts)
+
+    def target_temperature_range(self) -> tuple[float, float]:
+        """Return the lowest and the highest temperature that ever softens the teacher."""
+        return self.temperature.range()
+
 
 class LayerTerm(Term):
     """A term that compares layers.
@@ -130,7 +152,7 @@ class LayerTerm(Term):
 
     default_layer: ClassVar[str] = "penultimate"
 
-    layers: dict[str, str] | tuple[str, ...] | None = Field(
+    layers: dict[LayerName, LayerName] | tuple[LayerName, ...] | None = Field(
         None,
         description="the student's layer: the teacher's layer; a list where both have the same "
         "name; none: the embedding, or the last feature maps where maps are compared",

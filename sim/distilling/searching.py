@@ -21,8 +21,7 @@ from sim.identity import fingerprint
 from sim.interruption import Interruption, interruptible
 from sim.observers import Row
 from sim.records import make_folder, storing, to_json, write_text
-
-SEARCH_FILE = "search.json"
+from sim.reports.distillation import SEARCH_FILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ DISTILLATIONS = "distillations"
 """Kind of a ``study.json`` whose runs are distillations."""
 
 DIAGNOSTICS_FILE = "diagnostics.json"
+SEARCH_FILE = "search.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +196,12 @@ def report_distillations(paths: Sequence[Path], output: Path | None = None) -> P
         if (path / STUDY_FILE).is_file():
             runs = json.loads((path / STUDY_FILE).read_text(encoding="utf-8"))["runs"]
             records += [load_distillation(path / run) for run in runs]
+        elif (path / SEARCH_FILE).is_file():
+            raise SettingsError(
+                f"{str(path)!r} is the folder of a search, whose students were judged on "
+                f"validation rows only: its grid is in {SEARCH_FILE}, and a report needs a "
+                "distillation"
+            )
         else:
             records.append(load_distillation(path))
     seeds = [record.seed for record in records]

@@ -136,3 +136,19 @@ def test_the_selected_round_is_chosen_by_validation_alone(small: Small) -> None:
 def test_target_entropy_lies_between_certainty_and_ignorance(small: Small) -> None:
     last = run(small("strategy.name=dml")).history.federation[-1]
     assert 0 < last["target_entropy"] <= np.log(10) + 1e-6
+
+
+@pytest.mark.parametrize("term", ["crd", "adversarial", "rkd_distance", "pkt"])
+def test_terms_that_cannot_be_stacked_are_refused_before_anything_starts(
+    small: Small, term: str
+) -> None:
+    settings = small(
+        "strategy.name=fml",
+        "strategy.meme=mlp",
+        f"strategy.objective={{ce: 1, {term}: 1}}",
+        "clients.models=[mlp]",
+        "engine.vectorize=vmap",
+    )
+    where = rf"engine\.vectorize: vmap .* strategy\.objective\.{term}"
+    with pytest.raises(SettingsError, match=where):
+        load_data(settings)

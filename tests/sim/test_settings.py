@@ -159,3 +159,38 @@ def test_the_configs_that_come_with_it_are_settings(name: str) -> None:
         assert (settings.data.private_rows, settings.data.public.size) == (None, 0)
         assert weights(settings) == {"ce": 0.5, "kd": 0.5}
         assert settings.student.model.name == "tutorial_student"
+
+
+def test_a_section_written_as_its_name_keeps_it_when_a_word_adds_to_it(tmp_path: Path) -> None:
+    """Otherwise another algorithm than the one that was named would run, without a word."""
+    words = load_settings(None, ["strategy=fedmd", "strategy.weighting=examples"])
+    assert words.strategy.name == "fedmd"
+    config = tmp_path / "a.yaml"
+    config.write_text("strategy: fml\nclients: {models: [mlp]}\n")
+    settings = load_settings(config, ["strategy.meme=cnn", "strategy.weighting=examples"])
+    assert settings.strategy.name == "fml"
+    assert settings.strategy.model_dump()["weighting"] == "examples"
+    distilled = load_distill_settings(
+        None, ["method=dml", "method.peers=3", "student.model=cnn", "student.model.options={}"]
+    )
+    assert distilled.method.name == "dml"
+    assert distilled.student.model.name == "cnn"
+
+
+def test_an_option_of_another_method_is_named_as_unknown() -> None:
+    with pytest.raises(SettingsError, match=r"unknown setting 'method\.peers'"):
+        load_distill_settings(None, ["method.peers=3"])
+
+
+def test_a_word_changes_one_term_of_a_strategys_default_objective() -> None:
+    settings = load_settings(None, ["strategy.name=fml", "strategy.objective.kd.temperature=2"])
+    terms = settings.strategy.model_dump(mode="json")["objective"]
+    assert terms["ce"]["weight"]["value"] == terms["kd"]["weight"]["value"] == 0.5
+    assert terms["kd"]["temperature"]["value"] == 2
+    whole = load_settings(None, ["strategy.name=fml", "strategy.objective={ce: 1}"])
+    assert list(whole.strategy.model_dump()["objective"]) == ["ce"]
+
+
+def test_a_word_that_cannot_be_read_is_named_alone() -> None:
+    with pytest.raises(SettingsError, match=r"^cannot read 'objective=\{ce: 1':"):
+        load_distill_settings(None, ["seed=1", "objective={ce: 1"])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedkd.distillation.methods.base import Method
+from fedkd.distillation.method import Method
 from fedkd.distillation.methods.be_your_own_teacher import BeYourOwnTeacher
 from fedkd.distillation.methods.born_again import BornAgain
 from fedkd.distillation.methods.co_training import CoTraining

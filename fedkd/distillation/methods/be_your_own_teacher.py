@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
     GroupStep,
@@ -22,6 +22,7 @@ from fedkd.distillation.workshop import Workshop
 from fedkd.losses.self_distillation import be_your_own_teacher_losses
 from fedkd.objectives import PENULTIMATE, layer_shapes, logits_from_probabilities, tapped, vectors
 from fedkd.objectives.taps import resolved_layer
+from fedkd.objectives.terms import LayerName
 from fedkd.randomness import seeded_torch
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
 from fedkd.targets import mean_probability
@@ -31,7 +32,7 @@ class BeYourOwnTeacherSettings(SoftenedSettings):
     """Settings under ``method:`` when ``name: be_your_own_teacher``."""
 
     name: Literal["be_your_own_teacher"] = "be_your_own_teacher"
-    layers: tuple[str, ...] = Field(
+    layers: tuple[LayerName, ...] = Field(
         (),
         description="layers of the student that get a classifier, shallow ones first; none: the "
         "end of every block of layers but the last one",
@@ -117,6 +118,13 @@ class BranchLogits(nn.Module):
         features, logits = zip(*branches, strict=True)
         return torch.stack(features), torch.stack(logits)
 
+    def forward(
+        self, inputs: Float[Tensor, "rows channels height width"]
+    ) -> Float[Tensor, "rows classes"]:
+        """Return the student's logits."""
+        logits: Tensor = self.student(inputs)
+        return logits
+
 
 class Branch(nn.Module):
     """One of the branches as a model of its own."""
@@ -191,6 +199,8 @@ class _Branches(Group[BeYourOwnTeacherSettings]):
     ) -> None:
         super().__init__(workshop, settings, [network.student], ["student"])
         self.network = network
+        # The best weights of the student are kept with those of the classifiers of that time.
+        self.judged = [network]
         self.parts["classifiers"] = network.classifiers
 
     def exchanges(self, progress: float) -> bool:

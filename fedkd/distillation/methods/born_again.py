@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from fedkd.distillation.combining import Combination
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import Ensemble
 from fedkd.distillation.teachers import Teacher
 from fedkd.distillation.workshop import Workshop, labels_only

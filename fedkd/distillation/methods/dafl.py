@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedkd.distillation.feeding import early_stopping, validated
 from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.teachers import Teacher
 from fedkd.distillation.workshop import Workshop
 from fedkd.losses.data_free import dafl_generator_losses
@@ -23,7 +23,6 @@ from fedkd.models import ImageShape
 from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.objectives import PENULTIMATE, Objective, View, tapped, vectors
 from fedkd.objectives.taps import last_linear
-from fedkd.objectives.terms import SoftenedTerm
 from fedkd.randomness import Purpose, seeded_torch, torch_generator, torch_seed_for
 from fedkd.training.objectives import total
 
@@ -177,9 +176,6 @@ class _DataFreeFit:
             rows=0,
             seed=torch_seed_for(seed, Purpose.DISTILL, 0, 1),
         )
-        self._softened = next(
-            (b.term for b in self._bound.terms.values() if isinstance(b.term, SoftenedTerm)), None
-        )
 
     def run(self) -> None:
         workshop, settings, student = self._workshop, self._settings, self._student
@@ -266,7 +262,7 @@ class _DataFreeFit:
         images = self.generator(noise.to(rows.device))
         each = torch.stack([member(images) for member in self._teacher.members])
         made = dafl_generator_losses(each[0], vectors(embeddings[PENULTIMATE]))
-        temperature = 1.0 if self._softened is None else self._softened.temperature.at(progress)
+        temperature = self._bound.target_temperature(progress)
         view = View(
             logits=self._student(images.detach()),
             teacher_logits=self._teacher.combine(each.detach(), temperature=temperature),
@@ -289,8 +285,8 @@ class _DataFreeFit:
         self._student.train()
         for name, bound in self._bound.terms.items():
             row[f"weight/{name}"] = bound.term.weight.at(progress)
-            if isinstance(bound.term, SoftenedTerm):
-                row[f"temperature/{name}"] = bound.term.temperature.at(progress)
+        for name, temperature in self._bound.temperatures(progress).items():
+            row[f"temperature/{name}"] = temperature
         return row
 
 

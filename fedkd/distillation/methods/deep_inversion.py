@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.methods.dafl import check_no_rows
 from fedkd.distillation.workshop import Workshop
 from fedkd.losses.data_free import batch_norm_losses, inversion_losses

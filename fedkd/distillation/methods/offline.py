@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.workshop import Workshop
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
     GroupStep,
@@ -44,6 +44,7 @@ from fedkd.losses.online import (
     update_mean_teacher,
 )
 from fedkd.objectives import PENULTIMATE, layer_shapes, tapped, vectors
+from fedkd.objectives.terms import LayerName
 from fedkd.randomness import seeded_torch
 from fedkd.schedules import (
     ConstantSchedule,
@@ -65,7 +66,7 @@ class ONESettings(SoftenedSettings):
 
     name: Literal["one"] = "one"
     branches: int = Field(3, ge=2, description="ends of the network, the student's among them")
-    split: str | None = Field(
+    split: LayerName | None = Field(
         None,
         description="first layer that every branch has for itself, a child of the student's model; "
         "none: its last layer with weights",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedkd.distillation.feeding import transfer_batches
 from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.methods.base import Distilled, Method, MethodSettings
+from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
     GroupStep,

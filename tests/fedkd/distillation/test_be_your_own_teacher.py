@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fedkd.distillation.methods import METHODS
 from fedkd.distillation.methods.be_your_own_teacher import (
     BeYourOwnTeacher,
     BeYourOwnTeacherSettings,
@@ -13,6 +14,7 @@ from fedkd.distillation.methods.be_your_own_teacher import (
 )
 from fedkd.distillation.workshop import labels_only
 from fedkd.models import ModelSettings
+from fedkd.training.early_stopping import EarlyStopping
 
 DEEP = ModelSettings(name="mlp", options={"hidden": [8, 8, 8]})
 CNN = ModelSettings(name="cnn", options={"channels": [4, 6], "norm": "batch"})
@@ -138,3 +140,24 @@ def test_layers_may_be_named_and_must_exist(workshop):
     assert "classifier on 1" in run(workshop(model=DEEP, epochs=0), layers=("1",)).others
     with pytest.raises(ValueError, match="the student has no layer 'conv9'; it has"):
         run(workshop(), layers=("conv9",))
+
+
+def test_the_classifiers_of_the_best_epoch_are_kept_with_the_student(workshop, monkeypatch):
+    kept = []
+    update = EarlyStopping.update
+
+    def noted(self, value, module, *, step):
+        best = update(self, value, module, step=step)
+        if best:
+            kept.append({name: t.clone() for name, t in module.state_dict().items()})
+        return best
+
+    monkeypatch.setattr(EarlyStopping, "update", noted)
+    shop = workshop(epochs=8, early_stopping={"patience": 2}, optimizer={"name": "adam", "lr": 0.3})
+    method = METHODS["be_your_own_teacher"]
+    done = method(method.Settings(name="be_your_own_teacher")).run(shop)
+    history = shop.histories["student"]
+    assert history.best_epoch < len(history.epochs)
+    after = done.others["ensemble"].network.state_dict()
+    assert any(name.startswith("classifiers") for name in kept[-1])
+    assert all(torch.equal(tensor, after[name]) for name, tensor in kept[-1].items())

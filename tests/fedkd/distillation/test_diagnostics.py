@@ -16,6 +16,7 @@ from fedkd.distillation.figures import draw
 from fedkd.distillation.peers import Ensemble
 from fedkd.distillation.probes import DiagnosticsSettings, TargetEntropy, spread_ids
 from fedkd.distillation.running import Distillation, distill
+from fedkd.distillation.scores import open_predictions
 from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.teachers import Teacher
 from fedkd.metrics import agreement_matrix, linear_cka
@@ -53,6 +54,7 @@ def finished(rows, models, teacher, **changes):
     return Distillation(
         settings=settings(**changes),
         rows=rows,
+        predictions=open_predictions(rows),
         models=models,
         scores={},
         costs={},
@@ -418,3 +420,19 @@ def test_a_method_without_a_teacher_is_diagnosed_by_its_peers(toy_rows):
 def test_noise_must_be_positive():
     with pytest.raises(ValidationError, match=r"diagnostics.noise must be > 0.*got -0.1"):
         DiagnosticsSettings(noise=(0.1, -0.1))
+
+
+@pytest.mark.parametrize("diverges", ["student", "teacher"])
+def test_models_that_diverged_are_left_out(toy_rows, diverges):
+    settings = DistillSettings.model_validate(
+        {"training": {"epochs": 1}, "teacher": {"models": "mlp", "training": {"epochs": 1}}}
+    )
+    finished = distill(settings, rows=toy_rows())
+    with torch.no_grad():
+        next(finished.models[diverges].parameters()).fill_(float("nan"))
+    # What the models said before is no longer what they say.
+    finished = dataclasses.replace(finished, predictions=open_predictions(finished.rows))
+    tables = diagnose(finished)
+    assert list(tables["models"]) == [name for name in finished.models if name != diverges]
+    assert (tables["target"] is None) == (diverges == "teacher")
+    assert draw(tables)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedkd.distillation.combining import Combination
+from fedkd.distillation.selection import Selection
 from fedkd.distillation.teachers import Teacher, TeacherCache
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
@@ -258,3 +259,75 @@ def test_mixed_images_have_mixed_targets(workshop, trained_teacher, toy_rows, vi
     assert history.epochs[-1]["loss/kd"] < history.epochs[0]["loss/kd"]
     accuracy = (student(rows.test_inputs).argmax(-1) == rows.test_labels).double().mean()
     assert accuracy > 0.6
+
+
+def ensemble(trained_teacher, **combination):
+    small = ModelSettings(name="mlp", options={"hidden": [5]})
+    members = trained_teacher(ModelSettings(name="mlp"), small).members
+    return Teacher(list(members), Combination(**combination))
+
+
+def test_a_step_in_which_no_term_is_in_force_changes_nothing(workshop, trained_teacher):
+    late = {"kind": "step", "values": [0, 1], "milestones": [0.7]}
+    shop = workshop(objective={"kd": {"weight": late}})
+    _, history = distilled(shop, trained_teacher())
+    assert ["loss/kd" in row for row in history.epochs] == [False, False, True]
+
+
+def test_a_threshold_sees_the_target_without_temperature(workshop, trained_teacher):
+    teacher = ensemble(trained_teacher, average="era", era_temperature=0.5)
+    kept = []
+    for temperature in (1, 4):
+        shop = dataclasses.replace(
+            workshop(objective={"kd": {"temperature": temperature}}),
+            selection=Selection(confidence_threshold=0.75),
+        )
+        kept.append(distilled(shop, teacher)[1].epochs[0]["targets/kept"])
+    assert kept[0] == kept[1] < 0.5
+
+
+def test_an_ensembles_target_is_made_for_the_temperature_that_is_learned(
+    workshop, trained_teacher, monkeypatch
+):
+    asked = []
+    combine = Teacher.combine
+
+    def noted(self, logits, **options):
+        asked.append(options["temperature"])
+        return combine(self, logits, **options)
+
+    monkeypatch.setattr(Teacher, "combine", noted)
+    shop = workshop(objective={"kd": {"learned": True}}, epochs=1)
+    _, history = distilled(shop, ensemble(trained_teacher))
+    assert asked[0] == pytest.approx(15.62, abs=0.01)
+    assert history.epochs[0]["temperature/kd"] > 15
+
+
+def test_an_ensembles_target_for_terms_of_two_temperatures_is_refused(workshop, trained_teacher):
+    table = {"kd": {"temperature": 4}, "prob_mse": {"temperature": 1}}
+    with pytest.raises(ValueError, match=r"objective.kd and objective.prob_mse have different"):
+        distilled(workshop(objective=table), ensemble(trained_teacher))
+    distilled(workshop(objective=table), ensemble(trained_teacher, average="logit"))
+    distilled(workshop(objective=table), trained_teacher())
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher_view"),
+    [({"dkd": 1}, "same"), ({"crd": 1}, "same"), ({"hint": 1}, "clean")],
+)
+def test_mixed_rows_have_no_label_no_id_and_no_features_of_one_row(
+    workshop, trained_teacher, toy_rows, objective, teacher_view
+):
+    augmentation = {"mixup": 1.0, "teacher_view": teacher_view}
+    shop = workshop(rows=toy_rows(labelled=48), objective=objective, augmentation=augmentation)
+    with pytest.raises(ValueError, match=r"goes by single rows, which training.augmentation.mixup"):
+        distilled(shop, trained_teacher())
+
+
+def test_targets_that_no_term_follows_are_refused(workshop, trained_teacher):
+    table = {"ce": 1, "rkd_distance": {"on": "logits"}}
+    shop = dataclasses.replace(
+        workshop(objective=table), selection=Selection(confidence_threshold=0.9)
+    )
+    with pytest.raises(ValueError, match=r"objective.rkd_distance compares rows with each other"):
+        distilled(shop, trained_teacher())

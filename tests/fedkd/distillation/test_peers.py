@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -293,3 +295,8 @@ def test_peers_of_other_architectures_are_named_one_by_one(workshop):
     assert left.others["peer 2"][1].out_features == 5
     with pytest.raises(ValueError, match=r"one model for each peer besides the student \(2\), got"):
         run(shop, "dml", peers=3, models=(wide,))
+
+
+def test_the_module_can_be_imported_first():
+    command = [sys.executable, "-c", "import fedkd.distillation.peers"]
+    subprocess.run(command, check=True)

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from fedkd.distillation.combining import Combination
-from fedkd.distillation.scores import score, target_logits, teacher_on_training_rows, training_ids
+from fedkd.distillation.scores import (
+    open_predictions,
+    score,
+    teacher_on_training_rows,
+    training_ids,
+)
 from fedkd.distillation.teachers import Teacher
 
 LOG3 = math.log(3.0)
@@ -114,11 +119,43 @@ def test_many_training_rows_are_sampled_evenly_and_by_id(known_rows, monkeypatch
     assert ids["labelled"].tolist() == [0, 1]
     assert ids["unlabelled"].tolist() == [2, 4]
     teacher = Teacher([Says()], Combination())
-    assert target_logits(teacher, known_rows, ids["unlabelled"]).argmax(1).tolist() == [2, 1]
+    assert teacher_on_training_rows(teacher, known_rows)["unlabelled"].argmax(1).tolist() == [2, 1]
 
 
 def test_a_target_that_goes_by_labels_gets_those_of_its_rows(known_rows):
     by_labels = Teacher([Says(), Says(shift=1)], Combination(by="labels"))
-    ids = torch.tensor([5, 0, 4])
     # The first teacher is right on every transfer row and the second on none.
-    assert target_logits(by_labels, known_rows, ids).argmax(1).tolist() == [2, 0, 1]
+    taught = teacher_on_training_rows(by_labels, known_rows)
+    assert np.concatenate(list(taught.values())).argmax(1).tolist() == known_rows.labels.tolist()
+
+
+def test_a_model_is_asked_once_for_a_set_of_rows(known_rows):
+    class Counting(Says):
+        asked = 0
+
+        def forward(self, inputs):
+            Counting.asked += 1
+            return super().forward(inputs)
+
+    predictions, model = open_predictions(known_rows), Counting()
+    teacher = Teacher([model], Combination())
+    taught = teacher_on_training_rows(teacher, known_rows, predictions)
+    one = score(model, known_rows, None, taught, predictions)
+    asked = Counting.asked
+    assert score(model, known_rows, None, taught, predictions) == one
+    assert Counting.asked == asked == 4  # test, validation, labelled and unlabelled rows
+    assert score(model, known_rows, None, taught) == one
+
+
+def test_a_model_that_diverged_has_scores_that_are_no_numbers(known_rows):
+    class Diverged(Says):
+        def forward(self, inputs):
+            return super().forward(inputs) * float("nan")
+
+    found = score(Diverged(), known_rows, np.zeros((4, 3), np.float32))
+    assert all(math.isnan(found[name]) for name in ("accuracy", "ece", "agreement"))
+    sound = score(Says(), known_rows, np.zeros((4, 3), np.float32))
+    assert set(found) <= set(sound)
+    told = score(Says(), known_rows, np.full((4, 3), np.nan, np.float32))
+    assert told["accuracy"] == 0.75
+    assert math.isnan(told["agreement"])

@@ -123,3 +123,10 @@ def test_the_grid_changes_temperatures_and_the_first_softened_weight_only() -> N
 def test_an_objective_without_a_temperature_is_named() -> None:
     with pytest.raises(ValueError, match=r"needs a term with a temperature .* got ce, mse"):
         searched_term(Objective.model_validate({"ce": 1, "mse": 1}))
+
+
+def test_a_search_that_would_change_nothing_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="method 'dml' has its own"):
+        search(make(method="dml"))
+    with pytest.raises(ValueError, match=r"objective\.kd learns its own"):
+        search(make(objective={"ce": 1, "kd": {"learned": True}}))

@@ -13,7 +13,6 @@ from fedkd.losses.data_free import (
     InversionLosses,
     batch_norm_loss,
     batch_norm_losses,
-    competition_loss,
     dafl_generator_losses,
     inversion_losses,
     total_variation,
@@ -250,34 +249,6 @@ def test_a_few_steps_bring_images_closer_to_what_the_teacher_saw():
     assert totals[-1] < 0.5 * totals[0]
 
 
-# --- competition ------------------------------------------------------------------------------
-
-
-def test_competition_is_highest_where_student_and_teacher_agree():
-    leaf = LOGITS.clone().requires_grad_()
-    agreed = competition_loss(leaf, LOGITS)
-    (gradient,) = torch.autograd.grad(agreed, leaf)
-    assert agreed.item() == pytest.approx(1.0, abs=1e-14)
-    assert gradient.abs().max() < 1e-14
-    assert competition_loss(draw(5, 4, seed=9), LOGITS).item() < 1 - 1e-3
-    opposed = 500 * torch.eye(2, dtype=torch.float64)
-    assert competition_loss(opposed, opposed.flip(0)).item() == pytest.approx(1 - math.log(2))
-
-
-def test_competition_matches_its_definition_and_moves_both_sides():
-    student, other = draw(5, 4, seed=9).requires_grad_(), LOGITS.clone().requires_grad_()
-    p, q = torch.softmax(student.detach() / 3, 1), torch.softmax(LOGITS / 3, 1)
-    middle = (p + q) / 2
-    js = 0.5 * ((p * (p / middle).log()).sum(1) + (q * (q / middle).log()).sum(1))
-    loss = competition_loss(student, other)
-    torch.testing.assert_close(loss.detach(), 1 - js.mean())
-    assert torch.autograd.gradcheck(competition_loss, (student, other))
-    loss.backward()
-    assert student.grad is not None
-    assert other.grad is not None
-    assert min(student.grad.norm().item(), other.grad.norm().item()) > 1e-3
-
-
 # --- numbers at the edge ----------------------------------------------------------------------
 
 
@@ -286,7 +257,6 @@ def test_half_precision_gives_float32_losses(half: torch.dtype):
     statistics = torch.zeros(3)
     logits, features, images = LOGITS.to(half), FEATURES.to(half), IMAGES.to(half)
     pairs = [
-        (competition_loss(logits, logits.flip(0)), competition_loss(LOGITS, LOGITS.flip(0))),
         (total_variation(images), total_variation(IMAGES)),
         (
             batch_norm_loss(images, statistics, statistics),
@@ -308,7 +278,6 @@ def test_a_stack_gives_what_each_gives():
     statistics = torch.ones(3, dtype=torch.float64)
     for loss, stack in (
         (lambda z: dafl_generator_losses(z, FEATURES).total(), logits),
-        (lambda z: competition_loss(z, LOGITS), logits),
         (total_variation, images),
         (lambda x: batch_norm_loss(x, statistics, statistics), images),
     ):

@@ -12,7 +12,6 @@ from fedkd.losses.feature import (
     attention_transfer,
     cosine_feature_loss,
     hint_loss,
-    pool_to_vectors,
 )
 
 # Batch, channels, height and width all differ.
@@ -96,13 +95,6 @@ def test_maps_of_another_size_are_pooled_to_the_smaller(mode: str, teacher_size:
         F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size), mode=mode
     )
     torch.testing.assert_close(attention_transfer(student, teacher, mode=mode), expected)
-
-
-def test_pooling_to_vectors_averages_over_whatever_space_there_is():
-    vectors = random_maps(2, 3)
-    assert torch.equal(pool_to_vectors(vectors), vectors)
-    torch.testing.assert_close(pool_to_vectors(random_maps(2, 3, 5)), random_maps(2, 3, 5).mean(2))
-    torch.testing.assert_close(pool_to_vectors(STUDENT), STUDENT.mean(dim=(2, 3)))
 
 
 # --- gradients ------------------------------------------------------------------------------

@@ -138,3 +138,30 @@ def test_a_learned_temperature_is_a_part_and_climbs_where_the_student_descends()
     with torch.no_grad():
         theta -= 1e-2 * downhill / abs(downhill)
     assert objective.losses(view(1.0))["kd"].item() > late.item()
+
+
+@pytest.mark.parametrize("name", ["a.b", "a/b", "keys", "type"])
+def test_a_name_that_no_module_or_column_can_have_is_refused(name):
+    with pytest.raises(ValidationError, match=r"a name in objective must be"):
+        Objective.model_validate({name: {"kind": "kd"}})
+
+
+def test_layers_may_be_numbers_as_yaml_reads_them():
+    for layers, pairs in (({3: 6}, (("3", "6"),)), ([3], (("3", "3"),))):
+        objective = Objective.model_validate({"hint": {"layers": layers}})
+        assert objective.terms["hint"].layer_pairs() == pairs
+
+
+def test_a_learned_temperature_leaves_no_say_to_the_teachers_own():
+    with pytest.raises(ValidationError, match="teacher_temperature has no say with learned"):
+        Objective.model_validate({"kd": {"learned": True, "teacher_temperature": 2}})
+
+
+def test_temperatures_in_force_are_the_learned_ones_and_those_of_the_teacher():
+    learned = bound({"kd": {"learned": True}})
+    assert learned.temperatures(0.5) == pytest.approx({"kd": 15.62}, abs=0.01)
+    assert learned.target_temperature(0.5) == pytest.approx(15.62, abs=0.01)
+    apart = bound({"mse": 1, "kd": {"temperature": 4, "teacher_temperature": 2}})
+    assert apart.temperatures(0.0) == {"kd": 4.0}
+    assert apart.target_temperature(0.0) == 2.0
+    assert bound({"mse": 1}).target_temperature(0.0) == 1.0
