@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ class _Fit:
         dropout = connect_dropout(student)
         keys = torch.from_numpy(step_keys(seed, steps)) if dropout is not None else None
         teacher_model = None if self._teacher is None else self._teacher.first
-        sums: dict[str, Tensor] = {}
+        constant_rate = training.optimizer.constant
+        noted: dict[str, list[Tensor]] = {}
         with (
             seeded_torch(seed),
             self._bound.tapping(student, teacher_model if self._taps else None) as features,
@@ -166,28 +168,28 @@ class _Fit:
             self._bound.parts.train()
             for step, (transfer, labelled) in enumerate(batches):
                 progress = step / max(steps - 1, 1)
-                if not training.optimizer.constant:
+                if not constant_rate:
                     optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
                 if dropout is not None and keys is not None:
                     dropout.begin(keys[step])
-                losses = self._losses(transfer, labelled, features, progress, sums)
+                losses = self._losses(transfer, labelled, features, progress, noted)
                 # Schedules may leave no term in force, and then there is nothing to learn.
                 if losses:
                     optimizer.zero_grad(set_to_none=True)
                     total(losses).backward()
                     optimizer.step()
                 for name, loss in losses.items():
-                    value = loss.detach()
-                    sums[name] = sums[name] + value if name in sums else value
+                    # Kept as they are: to add up numbers here would hold up every step.
+                    noted.setdefault(name, []).append(loss.detach())
                 if (step + 1) % per_epoch == 0:
                     epoch = (step + 1) // per_epoch
                     if dropout is not None:
                         dropout.end()
-                    row = self._epoch_row(epoch, sums, per_epoch, progress)
+                    row = self._epoch_row(epoch, noted, per_epoch, progress)
                     row["learning_rate"] = optimizer.param_groups[0]["lr"]
                     if self._teaches and self._lesson.compares_gradients:
                         row |= self._gradients(features, progress)
-                    sums = {}
+                    noted = {}
                     history.epochs.append(row)
                     self._watch({"epochs": training.epochs, **row})
                     if stopping is not None:
@@ -221,7 +223,7 @@ class _Fit:
         labelled: Int[Tensor, " labelled"] | None,
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         progress: float,
-        sums: dict[str, Tensor],
+        noted: dict[str, list[Tensor]],
     ) -> dict[str, Float[Tensor, ""]]:
         rows, student = self._rows, self._student
         if not self._teaches:
@@ -243,15 +245,12 @@ class _Fit:
             self._target_entropy.add(view.teacher_logits, temperature=temperature)
         if self._selector is not None:
             # It looks at the target without temperature.
-            weights, noted = self._selector.weights(view._replace(teacher_logits=target(1.0)))
+            weights, shares = self._selector.weights(view._replace(teacher_logits=target(1.0)))
             view = view._replace(weights=weights)
-            for name, value in noted.items():
-                value = torch.as_tensor(value)
-                key = f"targets/{name}"
-                sums[key] = sums[key] + value if key in sums else value
+            for name, share in shares.items():
+                noted.setdefault(f"targets/{name}", []).append(torch.as_tensor(share))
         for name, value in self._bound.notes(view).items():
-            key = f"notes/{name}"
-            sums[key] = sums[key] + value if key in sums else value
+            noted.setdefault(f"notes/{name}", []).append(value)
         return self._bound.losses(view)
 
     def _view(
@@ -272,7 +271,7 @@ class _Fit:
         labels: Tensor | None
         if labelled is None:
             logits = labelled_logits = student(views.student)
-            labels, mix = rows.labels[transfer], views.mix
+            labels, mix = rows.labels.index_select(0, transfer), views.mix
         elif len(labelled):
             inputs, mix = row_views.own(labelled)
             both = student(torch.cat([views.student, inputs]))
@@ -281,14 +280,15 @@ class _Fit:
         else:
             logits = student(views.student)
             labelled_logits = labels = mix = None
-        target = self._taught(transfer, labels_known, views)
+        known_labels = labels if labels_known else None
+        target = self._taught(transfer, known_labels, views)
         view = View(
             labelled_logits=labelled_logits,
             labels=labels,
             mix=mix,
             logits=logits,
             teacher_logits=target(temperature),
-            transfer_labels=rows.labels[transfer] if labels_known else None,
+            transfer_labels=known_labels,
             features={name: tensor[:num_transfer] for name, tensor in features[0].items()},
             teacher_features=features[1],
             rows=transfer,
@@ -328,7 +328,9 @@ class _Fit:
         view, _ = self._view(row_views, transfer, labelled, features, progress, temperature)
         return gradients_beside_labels(self._bound, view, self._student)
 
-    def _taught(self, transfer: Int[Tensor, " rows"], labels_known: bool, views: Views) -> Target:
+    def _taught(
+        self, transfer: Int[Tensor, " rows"], labels: Int[Tensor, " rows"] | None, views: Views
+    ) -> Target:
         """Ask the teacher, and return what makes its target for a temperature."""
         teacher = self._teacher
         if teacher is None:
@@ -337,25 +339,18 @@ class _Fit:
             each = self._cache.logits(transfer)
         else:
             each = teacher.member_logits(views.teacher)
-        labels = self._rows.labels[transfer] if labels_known else None
         tasks = None if self._row_tasks is None else self._row_tasks[transfer]
 
-        def target(temperature: float) -> Float[Tensor, "rows classes"]:
-            logits = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
-            if views.mix is None or views.teacher_is_mixed:
-                return logits
-            mixed = views.targets(soften(logits, temperature=temperature))
-            return logits_from_probabilities(mixed, temperature=temperature)
-
-        return target
+        # Not a function in here: its annotations would be made anew in every step.
+        return partial(_target, teacher, each, labels, tasks, views)
 
     def _epoch_row(
-        self, epoch: int, sums: Mapping[str, Tensor], steps: int, progress: float
+        self, epoch: int, noted: Mapping[str, Sequence[Tensor]], steps: int, progress: float
     ) -> EpochRow:
         row: EpochRow = {"epoch": epoch}
-        for name, value in sums.items():
+        for name, values in noted.items():
             plain = name if name.startswith(("targets/", "notes/")) else f"loss/{name}"
-            row[plain] = float(value) / steps
+            row[plain] = float(torch.stack(tuple(values)).sum()) / steps
         entropy = self._target_entropy.take()
         if entropy is not None:
             row["targets/entropy"] = entropy
@@ -365,6 +360,22 @@ class _Fit:
         for name, temperature in self._bound.temperatures(progress).items():
             row[f"temperature/{name}"] = temperature
         return row
+
+
+def _target(
+    teacher: Teacher,
+    each: Float[Tensor, "teachers rows classes"],
+    labels: Int[Tensor, " rows"] | None,
+    tasks: Int[Tensor, " rows"] | None,
+    views: Views,
+    temperature: float,
+) -> Float[Tensor, "rows classes"]:
+    """Make the target of a batch for a temperature."""
+    logits = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
+    if views.mix is None or views.teacher_is_mixed:
+        return logits
+    mixed = views.targets(soften(logits, temperature=temperature))
+    return logits_from_probabilities(mixed, temperature=temperature)
 
 
 def check_needs(lesson: Lesson) -> None:

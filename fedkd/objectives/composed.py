@@ -144,6 +144,15 @@ class BoundObjective:
             {name: bound.modules for name, bound in terms.items() if len(bound.modules)}
         )
         self._parts = {name: Parts.of(bound.modules) for name, bound in terms.items()}
+        self._softened = next(
+            ((name, b.term) for name, b in terms.items() if isinstance(b.term, SoftenedTerm)), None
+        )
+        self._noting = [
+            # What a term tells besides its loss, it tells of what it trains.
+            name
+            for name, bound in terms.items()
+            if len(bound.modules)
+        ]
         self.student_layers = _layers(bound.pairs for bound in terms.values())
         self.teacher_layers = _layers(
             tuple(pair[::-1] for pair in bound.pairs) for bound in terms.values()
@@ -176,17 +185,19 @@ class BoundObjective:
             losses[name] = loss if weight == 1 else weight * loss
         return losses
 
-    @torch.no_grad()
     def notes(self, view: View) -> dict[str, Float[Tensor, ""]]:
         """Return what terms tell about a step besides their losses, as ``<term>/<what>``.
 
         Asked before `losses`, it says what was in force when the step began.
         """
-        return {
-            f"{name}/{what}": value
-            for name, bound in self.terms.items()
-            for what, value in bound.term.notes(view, self._parts[name]).items()
-        }
+        if not self._noting:
+            return {}
+        with torch.no_grad():
+            return {
+                f"{name}/{what}": value
+                for name in self._noting
+                for what, value in self.terms[name].term.notes(view, self._parts[name]).items()
+            }
 
     def temperatures(self, progress: float) -> dict[str, float]:
         """Return the temperature in force of every term that has one, learned ones included."""
@@ -201,10 +212,10 @@ class BoundObjective:
 
         An ensemble's target is made for one temperature.
         """
-        for name, bound in self.terms.items():
-            if isinstance(bound.term, SoftenedTerm):
-                return bound.term.target_temperature_at(progress, self._parts[name])
-        return 1.0
+        if self._softened is None:
+            return 1.0
+        name, term = self._softened
+        return term.target_temperature_at(progress, self._parts[name])
 
     @contextmanager
     def tapping(

@@ -21,6 +21,9 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
 
 def at_least_float32(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Widen half precision: logarithms and sums of float16 are too coarse for a loss."""
+    if values.dtype is torch.float32:
+        # Nearly always, and every loss asks for every tensor.
+        return values
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

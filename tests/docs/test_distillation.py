@@ -12,7 +12,9 @@ from sim.cli import app
 from sim.settings import load_distill_settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
-SECTIONS = re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]
+SECTIONS = [
+    part for part in re.split(r"^### ", PAGE, flags=re.MULTILINE) if re.match(r"D\d+ ", part)
+]
 COMMANDS = [
     (section.split()[0], line)
     for section in SECTIONS
