@@ -75,6 +75,23 @@ class RowViews:
         return views.student, views.mix
 
 
+class StepNotes:
+    """What the steps of an epoch put out, kept as it is: adding up would hold up every step."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Keep a number of this step, or one number a model."""
+        self._values.setdefault(name, []).append(value.detach())
+
+    def take(self) -> dict[str, Tensor]:
+        """Return everything since the last time, by name, steps first."""
+        taken = {name: torch.stack(values) for name, values in self._values.items()}
+        self._values.clear()
+        return taken
+
+
 def validated(model: nn.Module, rows: Rows) -> dict[str, float]:
     """Return ``validation_accuracy`` and ``validation_loss`` (nats) of a model as it is now."""
     logits = predict_logits(model, rows.validation_inputs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedkd.data.augmentation import AugmentationSettings, Views
 from fedkd.distillation.feeding import (
     RowViews,
+    StepNotes,
     early_stopping,
     own_batches,
     transfer_batches,
@@ -159,7 +160,7 @@ class _Fit:
         keys = torch.from_numpy(step_keys(seed, steps)) if dropout is not None else None
         teacher_model = None if self._teacher is None else self._teacher.first
         constant_rate = training.optimizer.constant
-        noted: dict[str, list[Tensor]] = {}
+        noted = StepNotes()
         with (
             seeded_torch(seed),
             self._bound.tapping(student, teacher_model if self._taps else None) as features,
@@ -179,17 +180,15 @@ class _Fit:
                     total(losses).backward()
                     optimizer.step()
                 for name, loss in losses.items():
-                    # Kept as they are: to add up numbers here would hold up every step.
-                    noted.setdefault(name, []).append(loss.detach())
+                    noted.add(name, loss)
                 if (step + 1) % per_epoch == 0:
                     epoch = (step + 1) // per_epoch
                     if dropout is not None:
                         dropout.end()
-                    row = self._epoch_row(epoch, noted, per_epoch, progress)
+                    row = self._epoch_row(epoch, noted.take(), per_epoch, progress)
                     row["learning_rate"] = optimizer.param_groups[0]["lr"]
                     if self._teaches and self._lesson.compares_gradients:
                         row |= self._gradients(features, progress)
-                    noted = {}
                     history.epochs.append(row)
                     self._watch({"epochs": training.epochs, **row})
                     if stopping is not None:
@@ -223,7 +222,7 @@ class _Fit:
         labelled: Int[Tensor, " labelled"] | None,
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         progress: float,
-        noted: dict[str, list[Tensor]],
+        noted: StepNotes,
     ) -> dict[str, Float[Tensor, ""]]:
         rows, student = self._rows, self._student
         if not self._teaches:
@@ -248,9 +247,9 @@ class _Fit:
             weights, shares = self._selector.weights(view._replace(teacher_logits=target(1.0)))
             view = view._replace(weights=weights)
             for name, share in shares.items():
-                noted.setdefault(f"targets/{name}", []).append(torch.as_tensor(share))
+                noted.add(f"targets/{name}", torch.as_tensor(share))
         for name, value in self._bound.notes(view).items():
-            noted.setdefault(f"notes/{name}", []).append(value)
+            noted.add(f"notes/{name}", value)
         return self._bound.losses(view)
 
     def _view(
@@ -345,12 +344,12 @@ class _Fit:
         return partial(_target, teacher, each, labels, tasks, views)
 
     def _epoch_row(
-        self, epoch: int, noted: Mapping[str, Sequence[Tensor]], steps: int, progress: float
+        self, epoch: int, noted: Mapping[str, Tensor], steps: int, progress: float
     ) -> EpochRow:
         row: EpochRow = {"epoch": epoch}
         for name, values in noted.items():
             plain = name if name.startswith(("targets/", "notes/")) else f"loss/{name}"
-            row[plain] = float(torch.stack(tuple(values)).sum()) / steps
+            row[plain] = float(values.sum()) / steps
         entropy = self._target_entropy.take()
         if entropy is not None:
             row["targets/entropy"] = entropy

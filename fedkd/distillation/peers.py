@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedkd.data.augmentation import Mix
 from fedkd.distillation.feeding import (
     RowViews,
+    StepNotes,
     early_stopping,
     own_batches,
     transfer_batches,
@@ -341,7 +342,7 @@ class _GroupFit:
         seed = torch_seed_for(self._workshop.seed, Purpose.DISTILL, *self._key, 2)
         dropouts = [connect_dropout(model) for model in group.models]
         keys = torch.from_numpy(step_keys(seed, steps))
-        sums: dict[str, Tensor] = {}
+        notes = StepNotes()
         with seeded_torch(seed), group.tapping():
             for step in range(steps):
                 if step % per_epoch == 0:
@@ -363,11 +364,10 @@ class _GroupFit:
                 noted = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
                 noted |= {f"targets/{name}": value for name, value in group.noted.items()}
                 for name, value in noted.items():
-                    sums[name] = sums[name] + value if name in sums else value
+                    notes.add(name, value)
                 if (step + 1) % per_epoch == 0:
                     _end(dropouts)
-                    self._judge((step + 1) // per_epoch, sums, per_epoch, progress)
-                    sums = {}
+                    self._judge((step + 1) // per_epoch, notes.take(), per_epoch, progress)
                     if all(judge.stopped for judge in self._judges):
                         break
         self._finish()
@@ -438,15 +438,16 @@ class _GroupFit:
             seen.append(drawn[stream, id(rows)])
         return seen
 
-    def _judge(self, epoch: int, sums: Mapping[str, Tensor], steps: int, progress: float) -> None:
+    def _judge(self, epoch: int, noted: Mapping[str, Tensor], steps: int, progress: float) -> None:
         """Validate every model, write down its epoch, and keep what is best so far."""
         group, training = self._group, self._training
         for number, (name, model, judge) in enumerate(
             zip(group.names, group.judged, self._judges, strict=True)
         ):
             row: EpochRow = {"epoch": epoch}
-            for term, value in sums.items():
-                row[term] = float(value[number] if value.ndim else value) / steps
+            for term, values in noted.items():
+                own = values[:, number].contiguous() if values.ndim > 1 else values
+                row[term] = float(own.sum()) / steps
             row |= validated(model, self._rows)
             row["learning_rate"] = training.optimizer.learning_rate(progress)
             row["weight/ce"] = group.settings.ce_weight.at(progress)

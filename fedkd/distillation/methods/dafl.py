@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkd.distillation.feeding import early_stopping, validated
+from fedkd.distillation.feeding import StepNotes, early_stopping, validated
 from fedkd.distillation.fitting import EpochRow, FitHistory
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.teachers import Teacher
@@ -192,7 +192,7 @@ class _DataFreeFit:
         of_generator = torch.optim.Adam(self.generator.parameters(), lr=settings.generator_lr)
         stopping, watched = early_stopping(training)
         dropout, keys = connect_dropout(student), torch.from_numpy(step_keys(seed, steps))
-        sums: dict[str, Tensor] = {}
+        noted = StepNotes()
         with (
             seeded_torch(seed),
             tapped(self._teacher.first, [PENULTIMATE]) as embeddings,
@@ -214,14 +214,12 @@ class _DataFreeFit:
                 of_generator.step()
                 optimizer.step()
                 for name, loss in losses.items():
-                    value = loss.detach()
-                    sums[name] = sums[name] + value if name in sums else value
+                    noted.add(name, loss)
                 if (step + 1) % per_epoch == 0:
                     if dropout is not None:
                         dropout.end()
-                    row = self._epoch_row((step + 1) // per_epoch, sums, progress)
+                    row = self._epoch_row((step + 1) // per_epoch, noted.take(), progress)
                     row["learning_rate"] = optimizer.param_groups[0]["lr"]
-                    sums = {}
                     history.epochs.append(row)
                     workshop.observe("student", {"epochs": training.epochs, **row})
                     if stopping is not None:
@@ -277,10 +275,10 @@ class _DataFreeFit:
             "information_entropy": settings.information_entropy_weight * made.information_entropy,
         }
 
-    def _epoch_row(self, epoch: int, sums: Mapping[str, Tensor], progress: float) -> EpochRow:
+    def _epoch_row(self, epoch: int, noted: Mapping[str, Tensor], progress: float) -> EpochRow:
         row: EpochRow = {"epoch": epoch}
-        for name, value in sums.items():
-            row[f"loss/{name}"] = float(value) / self._settings.steps_per_epoch
+        for name, values in noted.items():
+            row[f"loss/{name}"] = float(values.sum()) / self._settings.steps_per_epoch
         row |= validated(self._student, self._workshop.rows)
         self._student.train()
         for name, bound in self._bound.terms.items():
