@@ -3,6 +3,7 @@
 from fedkd.data.federated import FederatedData, build_federated_data
 from fedkd.data.overview import plot_split, split_table
 from fedkd.data.settings import DataSettings, PartitionSettings, PublicSettings
+from fedkd.data.sources import source_files
 
 __all__ = [
     "DataSettings",
@@ -11,5 +12,6 @@ __all__ = [
     "PublicSettings",
     "build_federated_data",
     "plot_split",
+    "source_files",
     "split_table",
 ]

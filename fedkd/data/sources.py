@@ -67,6 +67,25 @@ def open_source(settings: DataSettings) -> Source:
     return hugging_face_dataset(settings)
 
 
+def source_files(settings: DataSettings) -> tuple[Path, ...]:
+    """List the files that ``settings.source`` is read from: who digests them knows the data.
+
+    Returns:
+        Training files, then test files, each in the order in which they are read; for the name of
+        a Hugging Face dataset the files in the cache of ``datasets``; none for ``digits``, which
+        is part of scikit-learn.
+
+    Raises:
+        ValueError: if the source cannot be found; says what would work.
+    """
+    if settings.source == "digits":
+        return ()
+    folder = Path(settings.source).expanduser()
+    if folder.is_dir() or _can_only_be_a_path(settings.source):
+        return (*_training_files(folder, settings), *_parquet_files(folder, "test"))
+    return hugging_face_files(settings)
+
+
 def _can_only_be_a_path(source: str) -> bool:
     return source.startswith((".", "~", "/")) or "\\" in source or source.count("/") > 1
 
@@ -108,19 +127,7 @@ def digits() -> Source:
 
 def parquet_folder(folder: Path, settings: DataSettings) -> Source:
     """Open ``train*.parquet`` and, if there, ``test*.parquet`` of a folder or its ``data/``."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"data.source {settings.source!r} is not an existing folder; known: 'digits', a "
-            "folder with train-*.parquet, or a Hugging Face dataset name"
-        )
-    train_files = _parquet_files(folder, "train")
-    if not train_files:
-        found = sorted(path.name for path in folder.iterdir())
-        raise ValueError(
-            f"data.source {settings.source!r} must hold train-*.parquet (and may hold "
-            f"test-*.parquet), got {', '.join(found[:8]) or 'an empty folder'}"
-        )
-    train = ParquetSplit(train_files, settings)
+    train = ParquetSplit(_training_files(folder, settings), settings)
     test_files = _parquet_files(folder, "test")
     test = ParquetSplit(test_files, settings) if test_files else None
     return _checked_source(
@@ -130,6 +137,22 @@ def parquet_folder(folder: Path, settings: DataSettings) -> Source:
         train=LabelledImages(train.labels(), train.read),
         test=LabelledImages(test.labels(), test.read) if test else None,
     )
+
+
+def _training_files(folder: Path, settings: DataSettings) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(
+            f"data.source {settings.source!r} is not an existing folder; known: 'digits', a "
+            "folder with train-*.parquet, or a Hugging Face dataset name"
+        )
+    files = _parquet_files(folder, "train")
+    if not files:
+        found = sorted(path.name for path in folder.iterdir())
+        raise ValueError(
+            f"data.source {settings.source!r} must hold train-*.parquet (and may hold "
+            f"test-*.parquet), got {', '.join(found[:8]) or 'an empty folder'}"
+        )
+    return files
 
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:
@@ -263,6 +286,19 @@ def hugging_face_dataset(settings: DataSettings, cache_folder: Path | None = Non
     test = _hugging_face_split(splits["test"], settings)[0] if "test" in splits else None
     name = settings.source if settings.config is None else f"{settings.source}/{settings.config}"
     return _checked_source(settings, name=name, class_names=class_names, train=train, test=test)
+
+
+def hugging_face_files(
+    settings: DataSettings, cache_folder: Path | None = None
+) -> tuple[Path, ...]:
+    """List the cached files of a Hugging Face dataset; see `hugging_face_dataset`."""
+    splits = _load_dataset(settings, cache_folder)
+    return tuple(
+        Path(file["filename"])
+        for name in ("train", "test")
+        if name in splits
+        for file in splits[name].cache_files
+    )
 
 
 def _load_dataset(settings: DataSettings, cache_folder: Path | None) -> "DatasetDict":

@@ -6,7 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedkd.data import DataSettings
-from fedkd.data.sources import hugging_face_dataset, open_source
+from fedkd.data.sources import (
+    hugging_face_dataset,
+    hugging_face_files,
+    open_source,
+    source_files,
+)
 
 
 def opened(folder, **table):
@@ -154,6 +159,28 @@ def test_settings_that_a_source_does_not_know_are_refused(numbered_folder):
         opened(numbered_folder, config="small")
     with pytest.raises(ValueError, match=r"data\.label_column does not apply to .*'digits'"):
         open_source(DataSettings(label_column="target"))
+
+
+def test_the_files_of_a_source_are_listed_in_the_order_they_are_read(numbered_folder):
+    (numbered_folder / "readme.txt").touch()
+    names = [path.name for path in source_files(DataSettings(source=str(numbered_folder)))]
+    assert names == [
+        "train-00000-of-00003.parquet",
+        "train-00001-of-00003.parquet",
+        "train-00002-of-00003.parquet",
+        "test-00000-of-00001.parquet",
+    ]
+    assert source_files(DataSettings()) == ()
+    with pytest.raises(ValueError, match=r"data\.source '\./nowhere' is not an existing folder"):
+        source_files(DataSettings(source="./nowhere"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_files_of_a_hugging_face_dataset_are_those_in_its_cache(numbered_folder, tmp_path):
+    settings = DataSettings(source=str(numbered_folder))
+    files = hugging_face_files(settings, tmp_path / "cache")
+    assert len(files) == 2
+    assert all(path.is_file() and path.is_relative_to(tmp_path / "cache") for path in files)
 
 
 @pytest.fixture
