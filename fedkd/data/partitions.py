@@ -1,20 +1,22 @@
-"""Deal the private rows to the clients, with the partitioners of flwr-datasets."""
+"""Deal the private rows to the clients.
 
-import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+The four ways are those of flwr-datasets, row for row: a seed gives the parts that its partitioners
+give. They stand here in NumPy because importing it takes seconds (datasets, seaborn, pandas), and
+what it would do here is cut one array of labels.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int64
 
 from fedkd.data.settings import PartitionSettings
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
-
 # Dirichlet and pathological shares are random, so another draw may satisfy ``min_rows`` where the
 # first did not. Few enough that settings which cannot work fail within seconds.
 MAX_DRAWS = 20
+
+Rows = Int64[np.ndarray, "_"]
 
 
 def partition_rows(
@@ -45,14 +47,15 @@ def partition_rows(
         shard: McMahan et al., 2017. https://arxiv.org/abs/1602.05629
     """
     _check_feasible(labels, settings, num_clients)
-    make_partitioner = _partitioner_factory(settings, num_clients)
-    # The partitioners cut classes into consecutive pieces, so the order decides who gets which row.
+    # Classes are cut into consecutive pieces, so the order decides who gets which row.
     order = rng.permutation(len(labels))
 
     sizes_are_random = settings.kind in ("dirichlet", "pathological")
     sizes: list[int] = []
     for _ in range(MAX_DRAWS if sizes_are_random else 1):
-        parts = _deal(labels[order], make_partitioner(int(rng.integers(2**31))))
+        parts = _deal(
+            labels[order], settings, num_clients, np.random.default_rng(int(rng.integers(2**31)))
+        )
         sizes = [len(part) for part in parts]
         if min(sizes) >= settings.min_rows:
             return tuple(np.sort(order[part]) for part in parts)
@@ -88,71 +91,94 @@ def _check_feasible(
         )
 
 
-def _partitioner_factory(
-    settings: PartitionSettings, num_clients: int
-) -> "Callable[[int], Partitioner]":
-    # Imported late: it takes seconds, and reading settings should not.
-    from flwr_datasets.partitioner import (
-        DirichletPartitioner,
-        IidPartitioner,
-        PathologicalPartitioner,
-        ShardPartitioner,
-    )
-
-    def make(seed: int) -> "Partitioner":
-        if settings.kind == "iid":
-            return IidPartitioner(num_clients)
-        if settings.kind == "dirichlet":
-            # Its own check of the least size redraws and then fails without naming anybody, so it
-            # is switched off (0) and done above.
-            return DirichletPartitioner(
-                num_clients, "label", settings.alpha, min_partition_size=0, shuffle=False, seed=seed
-            )
-        if settings.kind == "pathological":
-            return PathologicalPartitioner(
-                num_clients,
-                "label",
-                settings.classes_per_client,
-                class_assignment_mode="first-deterministic",
-                shuffle=False,
-                seed=seed,
-            )
-        return ShardPartitioner(
-            num_clients,
-            "label",
-            num_shards_per_partition=settings.shards_per_client,
-            shuffle=False,
-            seed=seed,
-        )
-
-    return make
-
-
 def _deal(
-    labels: Int64[np.ndarray, "rows"], partitioner: "Partitioner"
-) -> list[Int64[np.ndarray, "_"]]:
-    """Run one partitioner over labels and row ids alone, so that no image is touched."""
-    from datasets import Dataset
+    labels: Int64[np.ndarray, "rows"],
+    settings: PartitionSettings,
+    num_clients: int,
+    rng: np.random.Generator,
+) -> Sequence[Rows]:
+    match settings.kind:
+        case "iid":
+            return np.array_split(np.arange(len(labels)), num_clients)
+        case "dirichlet":
+            return dirichlet_parts(labels, num_clients, alpha=settings.alpha, rng=rng)
+        case "pathological":
+            return pathological_parts(
+                labels, num_clients, classes_per_client=settings.classes_per_client, rng=rng
+            )
+        case "shard":
+            return shard_parts(
+                labels, num_clients, shards_per_client=settings.shards_per_client, rng=rng
+            )
 
-    with warnings.catch_warnings():
-        # Unheld classes are documented here and shown in the split table; the rest is about the
-        # library's own use of pyarrow.
-        warnings.simplefilter("ignore")
-        partitioner.dataset = Dataset.from_dict({"row": np.arange(len(labels)), "label": labels})
-        try:
-            parts = [
-                partitioner.load_partition(client) for client in range(partitioner.num_partitions)
-            ]
-        except ValueError as error:
-            # What is left after our own checks: a class with fewer rows than clients to hold it.
+
+def dirichlet_parts(
+    labels: Int64[np.ndarray, "rows"], num_clients: int, *, alpha: float, rng: np.random.Generator
+) -> Sequence[Rows]:
+    """Cut the rows of each class into consecutive pieces with shares from Dirichlet(alpha)."""
+    pieces: list[list[Rows]] = [[] for _ in range(num_clients)]
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        shares = rng.dirichlet(np.full(num_clients, alpha))
+        ends = (np.cumsum(shares) * len(rows)).astype(int)[:-1]
+        for part, piece in zip(pieces, np.split(rows, ends), strict=True):
+            part.append(piece)
+    return [np.concatenate(part) for part in pieces]
+
+
+def pathological_parts(
+    labels: Int64[np.ndarray, "rows"],
+    num_clients: int,
+    *,
+    classes_per_client: int,
+    rng: np.random.Generator,
+) -> Sequence[Rows]:
+    """Give each client its classes, the first in turn and the others by lot, in equal pieces.
+
+    Raises:
+        ValueError: if a class has fewer rows than clients to hold it.
+    """
+    classes = np.unique(labels)
+    held: list[list[int]] = []
+    for client in range(num_clients):
+        own = [int(classes[client % len(classes)])]
+        while len(own) < classes_per_client:
+            drawn = int(rng.choice(classes, size=1)[0])
+            if drawn not in own:
+                own.append(drawn)
+        held.append(own)
+
+    pieces: list[list[Rows]] = [[] for _ in range(num_clients)]
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        holders = [client for client, own in enumerate(held) if label in own]
+        if len(holders) > len(rows):
             raise ValueError(
-                f"data.partition cannot be dealt: {error} Use fewer clients, fewer "
+                f"data.partition cannot be dealt: {len(holders)} clients are to hold class "
+                f"{label}, which has {len(rows)} private rows. Use fewer clients, fewer "
                 "data.partition.classes_per_client, or more private rows"
-            ) from error
-        return [
-            np.asarray(part.with_format("numpy")["row"][:], dtype=np.int64).reshape(-1)
-            for part in parts
-        ]
+            )
+        if holders:
+            for client, piece in zip(holders, np.array_split(rows, len(holders)), strict=True):
+                pieces[client].append(piece)
+    return [np.concatenate(part) for part in pieces]
+
+
+def shard_parts(
+    labels: Int64[np.ndarray, "rows"],
+    num_clients: int,
+    *,
+    shards_per_client: int,
+    rng: np.random.Generator,
+) -> Sequence[Rows]:
+    """Sort the rows by class, cut them into equal shards and deal these by lot."""
+    in_order = np.argsort(labels, kind="stable")
+    needed = num_clients * shards_per_client
+    size = len(labels) // needed
+    # More shards than needed fit where the remainder is long; the lot decides among them all.
+    drawn = rng.permutation(len(labels) // size)[:needed]
+    shards = in_order[: len(labels) // size * size].reshape(-1, size)
+    return list(shards[drawn].reshape(num_clients, -1))
 
 
 def _too_small(sizes: list[int], settings: PartitionSettings) -> str:

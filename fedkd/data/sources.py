@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,17 +110,27 @@ def digits() -> Source:
     Source:
         Alpaydin and Kaynak, 1998, UCI repository, test part. https://doi.org/10.24432/C50P49
     """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = (bunch.images[:, None] / 16).astype(np.float32)  # stored as 0..16
+    # One row an image: its 64 pixels from 0 to 16, then its class.
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    pixels = (table[:, :-1].reshape(-1, 1, 8, 8) / 16).astype(np.float32)
 
     def read(rows: np.ndarray) -> Pixels:
         chosen: np.ndarray = pixels[rows]
         return chosen
 
-    labels = bunch.target.astype(np.int64)
+    labels = table[:, -1].astype(np.int64)
     return Source("digits", tuple(map(str, range(10))), LabelledImages(labels, read), test=None)
+
+
+def _digits_file() -> Path:
+    """Find scikit-learn's own copy without importing it: that takes a second and pandas."""
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ValueError(
+            "data.source 'digits' is read from scikit-learn, which is not installed: "
+            "pip install scikit-learn, or name another source"
+        )
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
 # --- a folder of Parquet files ----------------------------------------------------------------

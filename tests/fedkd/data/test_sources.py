@@ -7,6 +7,7 @@ import pytest
 
 from fedkd.data import DataSettings
 from fedkd.data.sources import (
+    digits,
     hugging_face_dataset,
     hugging_face_files,
     open_source,
@@ -16,6 +17,23 @@ from fedkd.data.sources import (
 
 def opened(folder, **table):
     return open_source(DataSettings(source=str(folder), **table))
+
+
+def test_digits_are_those_of_scikit_learn_bit_for_bit():
+    from sklearn.datasets import load_digits
+
+    ours, theirs = digits(), load_digits()
+    assert ours.train.labels.dtype == np.int64
+    np.testing.assert_array_equal(ours.train.labels, theirs.target)
+    np.testing.assert_array_equal(
+        ours.train.read(np.arange(1797)), (theirs.images[:, None] / 16).astype(np.float32)
+    )
+
+
+def test_digits_without_scikit_learn_are_refused_in_words(monkeypatch):
+    monkeypatch.setattr("fedkd.data.sources.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"data\.source 'digits' .*pip install scikit-learn"):
+        digits()
 
 
 def test_digits_are_1797_grey_8x8_images_scaled_to_one():
