@@ -45,20 +45,21 @@ class WeightedMean:
         if not weight > 0:
             raise ValueError(f"weight must be > 0, got {weight}")
         for name, array in arrays.items():
-            term = weight * array.astype(np.float64)
+            # Of an array without dimensions NumPy's products are scalars, which torch refuses.
+            term = np.asarray(weight * array.astype(np.float64))
             self._sums[name] = self._sums[name] + term if name in self._sums else term
             self._dtypes[name] = array.dtype
         self._weight += weight
 
     def mean(self) -> Arrays:
-        """Return the mean in the models' own types; counters are rounded."""
-        means = {name: total / self._weight for name, total in self._sums.items()}
-        return {
-            name: (np.rint(mean) if self._dtypes[name].kind in "iu" else mean).astype(
-                self._dtypes[name]
-            )
-            for name, mean in means.items()
-        }
+        """Return the mean in the models' own types; counters and flags are rounded."""
+        means: Arrays = {}
+        for name, total in self._sums.items():
+            mean = np.asarray(total / self._weight)
+            if self._dtypes[name].kind in "iub":
+                mean = np.rint(mean)
+            means[name] = np.asarray(mean, self._dtypes[name])
+        return means
 
 
 class FedAvg(DistillationStrategy[FedAvgSettings]):

@@ -45,6 +45,23 @@ def test_counters_are_rounded_and_stay_counters():
     assert mean.mean()["weight"].dtype == np.float32
 
 
+def test_the_mean_of_arrays_without_dimensions_has_none_either():
+    mean = WeightedMean()
+    for scale, counter, flag in ((1.0, 3, True), (4.0, 6, True), (4.0, 9, False)):
+        arrays = {"scale": np.float32(scale), "counter": np.int64(counter), "flag": np.bool_(flag)}
+        mean.add({name: np.asarray(value) for name, value in arrays.items()}, 1)
+    means = mean.mean()
+    assert {name: (type(a), a.shape, a.item()) for name, a in means.items()} == {
+        "scale": (np.ndarray, (), 3.0),
+        "counter": (np.ndarray, (), 6),
+        # True for the majority, and not for whatever is more than nothing.
+        "flag": (np.ndarray, (), True),
+    }
+    assert means["flag"].dtype == bool
+    mean.add({"scale": means["scale"], "counter": means["counter"], "flag": np.array(False)}, 9)
+    assert not mean.mean()["flag"]
+
+
 def test_one_model_is_its_own_mean_bit_for_bit():
     weights = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     mean = WeightedMean()
@@ -176,9 +193,14 @@ def test_with_a_single_client_and_an_optimizer_without_memory_it_is_local_traini
     assert len(digests) == 1
 
 
-def test_batch_norm_counters_travel_like_everything_else(tiny_settings, tiny_data, simulate):
+@pytest.mark.parametrize("vectorize", ["loop", "vmap"])
+def test_batch_norm_counters_travel_like_everything_else(
+    vectorize, tiny_settings, tiny_data, simulate
+):
     batch_norm = {"name": "cnn", "options": {"channels": [4], "norm": "batch"}}
-    run = simulate(tiny_settings("fedavg", clients={"models": [batch_norm]}), tiny_data())
+    engine = {"backend": "inline", "vectorize": vectorize}
+    settings = tiny_settings("fedavg", clients={"models": [batch_norm]}, engine=engine)
+    run = simulate(settings, tiny_data())
     assert run.events == []
     # Batches of 8: 12, 13, 9 and 17 rows are 2, 2, 1 and 2 steps. The weighted mean, 1.82, is
     # rounded to 2; so the third round starts from 2, then from 4.

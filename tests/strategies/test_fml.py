@@ -202,6 +202,16 @@ def test_memes_are_averaged_by_hand(home, weighting, expected):
     }
 
 
+def test_a_meme_with_batch_norm_goes_through_every_round(tiny_settings, tiny_data, simulate):
+    meme = {"name": "cnn", "options": {"channels": [4], "norm": "batch"}}
+    engine = {"backend": "inline", "vectorize": "loop"}
+    settings = tiny_settings("fml", options={"meme": meme}, engine=engine)
+    run = simulate(settings, tiny_data())
+    assert run.events == []
+    # 12, 13, 9 and 17 rows in batches of 8 are 2, 2, 1 and 2 steps; their mean is rounded to 2.
+    assert run.loop._strategy.server_model().weights()["1.num_batches_tracked"] == 6
+
+
 def test_without_uploads_the_global_meme_stays(home, same_knowledge):
     strategy, server, _ = home()
     before = strategy.prepare(server).shared
