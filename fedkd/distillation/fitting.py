@@ -176,7 +176,7 @@ class _Fit:
                 losses = self._losses(transfer, labelled, features, progress, noted)
                 # Schedules may leave no term in force, and then there is nothing to learn.
                 if losses:
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                     total(losses).backward()
                     optimizer.step()
                 for name, loss in losses.items():

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import torch
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -125,7 +124,7 @@ def _choices(field: FieldInfo) -> dict[str, Any]:
 
 def _optimizer(name: str) -> Entry:
     settings = OptimizerSettings.model_validate({"name": name})
-    kind = type(settings.build([torch.nn.Parameter(torch.zeros(1))])).__name__
+    kind = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}[name]
     defaults = _plain_numbers(settings.model_dump(mode="json", exclude={"name"}))
     if name not in ("sgd", "rmsprop"):
         del defaults["momentum"]

@@ -356,7 +356,7 @@ class _GroupFit:
                 _begin(dropouts, keys[step])
                 losses = self._losses(step, progress)
                 for optimizer in optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                 torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
                 for optimizer in optimizers:
                     optimizer.step()

@@ -175,7 +175,7 @@ class LoopCohort(Cohort):
                 outputs[name] = Outputs.split(logits, num_private, features.get(name, NO_FEATURES))
             losses = losses_of(outputs, batch)
             for slot in learning:
-                slot.optimizer.zero_grad(set_to_none=True)
+                slot.optimizer.zero_grad()
             total(losses).backward()
             for slot in learning:
                 slot.optimizer.step()

@@ -37,9 +37,7 @@ class Slot:
         self.module = module.to(device)
         self.dropout = connect_dropout(self.module)
         self._parameters = dict(self.module.named_parameters())
-        # Parts may have buffers only, and torch makes no optimizer of nothing.
-        nothing = nn.Parameter(torch.empty(0))
-        self.optimizer = optimizer.build(list(self._parameters.values()) or [nothing])
+        self.optimizer = optimizer.build(self._parameters.values())
         self._tensors: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in self.module.state_dict().items()
         }

@@ -22,13 +22,10 @@ from torch.func import functional_call
 from fedkd.models.dropout import connect_dropout
 from fedkd.randomness import seeded_torch
 from fedkd.training.cohort import as_tensor, check_weights
-from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.optimizers import FUSED, OptimizerSettings
 from fedkd.training.state import Arrays, ModelState, copy_to_numpy
 
 TableT = TypeVar("TableT", np.ndarray, Tensor)
-
-FUSED = ("sgd", "adam", "adamw")
-"""Optimizers that torch can apply in one pass over memory."""
 
 
 class VmapUnsupportedError(ValueError):
@@ -381,7 +378,7 @@ class StackedOptimizer:
                 tables.append({"params": [], "lr": settings.learning_rate(0.0)})
                 self._steps.append(group.steps)
             tables[-1]["params"].extend(group.parameters.values())
-        self._optimizer = settings.build(tables, fused=settings.name in FUSED)
+        self._optimizer = settings.build(tables, fused=True)
         for group in self._groups:
             self._lend_slots(group)
 

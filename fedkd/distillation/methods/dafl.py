@@ -25,6 +25,7 @@ from fedkd.objectives import PENULTIMATE, Objective, View, tapped, vectors
 from fedkd.objectives.taps import last_linear
 from fedkd.randomness import Purpose, seeded_torch, torch_generator, torch_seed_for
 from fedkd.training.objectives import total
+from fedkd.training.optimizers import OptimizerSettings
 
 GENERATOR = 10
 """Key of the generator's first weights and of what it starts from in every step."""
@@ -189,7 +190,9 @@ class _DataFreeFit:
         optimizer = training.optimizer.build(
             [*student.parameters(), *self._bound.parts.parameters()]
         )
-        of_generator = torch.optim.Adam(self.generator.parameters(), lr=settings.generator_lr)
+        of_generator = OptimizerSettings(name="adam", lr=settings.generator_lr).build(
+            self.generator.parameters()
+        )
         stopping, watched = early_stopping(training)
         dropout, keys = connect_dropout(student), torch.from_numpy(step_keys(seed, steps))
         noted = StepNotes()
@@ -207,8 +210,8 @@ class _DataFreeFit:
                 if dropout is not None:
                     dropout.begin(keys[step])
                 losses = self._losses(embeddings, features, progress)
-                optimizer.zero_grad(set_to_none=True)
-                of_generator.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
+                of_generator.zero_grad()
                 # The student's images are constants: one pass gives each side its own gradient.
                 total(losses).backward()
                 of_generator.step()

@@ -18,6 +18,7 @@ from fedkd.distillation.workshop import Workshop
 from fedkd.losses.data_free import batch_norm_losses, inversion_losses
 from fedkd.models import ImageShape, uses_batch_norm
 from fedkd.randomness import Purpose, torch_generator, torch_seed_for
+from fedkd.training.optimizers import OptimizerSettings
 
 INVERSION = 11
 """Key of the noise, the classes and the jitter of the images."""
@@ -96,7 +97,7 @@ def invert(
     """
     start = torch.randn(len(labels), *shape, generator=generator)
     images = start.to(labels.device).requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=settings.lr)
+    optimizer = OptimizerSettings(name="adam", lr=settings.lr).build([images])
     rolls = torch.randint(
         -settings.jitter, settings.jitter + 1, (settings.iterations, 2), generator=generator
     ).tolist()
@@ -119,7 +120,7 @@ def invert(
                     value,
                     {name: float(part.detach()) for name, part in parts._asdict().items()},
                 )
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     assert best is not None  # noqa: S101

@@ -142,7 +142,7 @@ def train_head(workshop: Workshop, teacher: Teacher, epochs: int) -> SelfSupervi
         if not training.optimizer.constant:
             optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
         loss = contrastive_view_loss(head(embeddings[:, batch]))
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         sums = sums + loss.detach()
