@@ -175,7 +175,7 @@ class RoundLoop:
                 federation["server_accuracy"] = server["accuracy"]
         entropies = [
             target_entropy(knowledge.probabilities())
-            for knowledge in broadcast
+            for knowledge in broadcast.received(range(self._settings.clients.count))
             if isinstance(knowledge, Predictions)
         ]
         federation = {
@@ -310,8 +310,14 @@ class RoundLoop:
         if model is None:
             return None
         scores = model.predict(as_tensor(self._data.test_inputs))
-        validation = model.predict(as_tensor(self._data.validation_inputs)).argmax(-1)
-        return {"round": plan.round, "scope": "server", **judge(self._data, scores, validation)}
+        validation = model.predict(as_tensor(self._data.validation_inputs))
+        try:
+            judged = judge(self._data, scores, validation)
+        except ValueError as error:
+            reason = f"the server's model: {error}"
+            self.tell({"round": plan.round, "event": "evaluation failed", "reason": reason})
+            return None
+        return {"round": plan.round, "scope": "server", **judged}
 
     # -- telling ---------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 A piece of knowledge knows its kind and its bytes, and turns into Flower records and back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,8 +90,13 @@ class Broadcast:
             return self.by_architecture.get(self.architectures[client], self.shared)
         return self.shared
 
+    def received(self, clients: Iterable[int]) -> list[Knowledge]:
+        """Return what any of these clients receives; a piece that several receive stands once."""
+        pieces = (self.to(client) for client in clients)
+        return list({id(piece): piece for piece in pieces if piece is not None}.values())
+
     def __iter__(self) -> Iterator[Knowledge]:
-        """Iterate over everything that any client receives."""
+        """Iterate over all pieces, also those that nobody receives."""
         pieces = (*self.personal.values(), *self.by_architecture.values(), self.shared)
         for knowledge in pieces:
             if knowledge is not None:

@@ -45,3 +45,16 @@ def predict_logits(
     finally:
         for module, training in modes:
             module.training = training
+
+
+def finite(logits: Float[Tensor, "rows classes"], whose: str) -> Float[Tensor, "rows classes"]:
+    """Return logits that somebody learns from.
+
+    Raises:
+        ValueError: naming ``whose`` they are, if one is NaN or infinite: it has no
+            probabilities to teach.
+    """
+    wrong = int((~torch.isfinite(logits).all(dim=-1)).sum())
+    if wrong:
+        raise ValueError(f"{whose} predicts NaN or infinity for {wrong} of {len(logits)} rows")
+    return logits

@@ -152,7 +152,7 @@ def open_workshop(settings: DistillSettings, rows: Rows, observe: Observer = _no
         objective=settings.objective,
         selection=settings.targets,
         seed=settings.seed,
-        observe=observe,
+        observer=observe,
         compares_gradients=settings.diagnostics.gradients,
     )
     if not METHODS[settings.method.name].needs_teacher:

@@ -4,16 +4,17 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedkd.distillation.finishing import finish_student
+from fedkd.distillation.method import Method
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.peers import GroupSettings
 from fedkd.distillation.predicting import predict_logits
 from fedkd.distillation.rows import Rows, load_rows
 from fedkd.distillation.running import choose_device, open_workshop
 from fedkd.distillation.settings import DistillSettings
-from fedkd.distillation.workshop import Observer
+from fedkd.distillation.workshop import DivergedError, Observer, Workshop
 from fedkd.losses.response import hard_label_loss
 from fedkd.objectives import Objective
 from fedkd.objectives.basic import HardLabels, SoftTargets
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
     """What a trial's student is worth on the validation rows.
 
     Attributes:
-        accuracy: in [0, 1].
+        accuracy: in [0, 1]; NaN for a student that diverged.
         loss: cross-entropy in nats.
     """
 
@@ -140,25 +141,38 @@ def search(
                 # A copy: whatever a method does to its teacher, the next cell has a fresh one.
                 teacher=copy.deepcopy(workshop.teacher),
                 objective=objectives[trial.temperature, trial.weight],
-                observe=watcher,
+                observer=watcher,
                 histories={},
             )
-            tried = method.run(bench)
-            finish_student(tried.student, bench)
-            logits = predict_logits(tried.student, rows.validation_inputs)
-            right = (logits.argmax(-1) == rows.validation_labels).double().mean()
-            loss = hard_label_loss(logits, rows.validation_labels)
-            outcomes[trial] = Outcome(float(right), float(loss))
+            outcomes[trial] = _tried(method, bench)
             if finished is not None:
                 finished(trial, outcomes[trial])
     cells = [_cell(temperature, weight, seeds, outcomes) for temperature, weight in objectives]
     best = min(cells, key=_rank)
+    if not math.isfinite(best.accuracy):
+        raise DivergedError(
+            "the student diverged in every cell of the search: a smaller training.optimizer.lr "
+            "or training.optimizer.warm_up may help"
+        )
     return SearchResult(
         cells=tuple(cells),
         best=best,
         objective=objectives[best.temperature, best.weight],
         validation_rows=validation_rows,
     )
+
+
+def _tried(method: Method[Any], bench: Workshop) -> Outcome:
+    """Train a student and judge it on the validation rows; one that diverged comes last."""
+    try:
+        tried = method.run(bench)
+        finish_student(tried.student, bench)
+    except DivergedError:
+        return Outcome(accuracy=math.nan, loss=math.nan)
+    rows = bench.rows
+    logits = predict_logits(tried.student, rows.validation_inputs)
+    right = (logits.argmax(-1) == rows.validation_labels).double().mean()
+    return Outcome(float(right), float(hard_label_loss(logits, rows.validation_labels)))
 
 
 def tried_objective(objective: Objective, *, temperature: float, weight: float) -> Objective:
@@ -222,7 +236,8 @@ def _cell(
 
 
 def _rank(cell: Cell) -> tuple[float, float]:
-    return -cell.accuracy, cell.loss if math.isfinite(cell.loss) else math.inf
+    accuracy = cell.accuracy if math.isfinite(cell.accuracy) else -math.inf
+    return -accuracy, cell.loss if math.isfinite(cell.loss) else math.inf
 
 
 def _nobody(_name: str, _row: object) -> None:

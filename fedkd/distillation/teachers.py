@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedkd.distillation.combining import Combination, combined_logits
-from fedkd.distillation.predicting import predict_logits
+from fedkd.distillation.predicting import finite, predict_logits
 from fedkd.distillation.tasks import routed_logits
 
 
@@ -159,7 +159,9 @@ class TeacherCache:
     def __init__(
         self, teacher: Teacher, inputs: Float[Tensor, "rows channels height width"]
     ) -> None:
-        self._logits = torch.stack([predict_logits(member, inputs) for member in teacher.members])
+        self._logits = torch.stack(
+            [finite(predict_logits(member, inputs), "the teacher") for member in teacher.members]
+        )
 
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "teachers batch classes"]:
         """Return every model's logits for these row ids."""

@@ -1,5 +1,6 @@
 """The workshop: what a method needs to build, train and name models."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,11 @@ from fedkd.randomness import Purpose, torch_seed_for
 Observer = Callable[[str, Mapping[str, Any]], None]
 """Is told after every epoch of every fit: the model's name, and the epoch's row."""
 
+
+class DivergedError(ValueError):
+    """A training whose loss is no number any more; the text names the model and the loss."""
+
+
 MASKS = 6
 """Last part of the key of a random choice of weights; a fit's own draws have lower ones."""
 
@@ -37,7 +43,7 @@ class Workshop:
         objective: what a student minimises.
         selection: which transfer rows count.
         seed: of the run.
-        observe: told after every epoch.
+        observer: told after every epoch.
         compares_gradients: whether students that are taught compare their terms' gradients.
         histories: of every fit so far, by the model's name.
         notes: what is to be told about the run's models, such as what a student inherited.
@@ -50,7 +56,7 @@ class Workshop:
     objective: Objective
     selection: Selection
     seed: int
-    observe: Observer
+    observer: Observer
     compares_gradients: bool = False
     histories: dict[str, FitHistory] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -146,6 +152,22 @@ class Workshop:
         )
         self.histories[name] = fit(student, lesson, lambda row: self.observe(name, row))
         return self.histories[name]
+
+    def observe(self, name: str, row: Mapping[str, Any]) -> None:
+        """Tell what an epoch of a model measured; a method calls it after every epoch.
+
+        Raises:
+            DivergedError: if a loss of that epoch is NaN or infinite: what follows is no training.
+        """
+        self.observer(name, row)
+        for key, value in row.items():
+            if key.startswith("loss/") and not math.isfinite(value):
+                of_teacher = name.startswith("teacher")
+                setting = f"{'teacher.' if of_teacher else ''}training.optimizer.lr"
+                raise DivergedError(
+                    f"{name} diverged: {key} is {value} in epoch {row['epoch']}; "
+                    f"a smaller {setting} or training.optimizer.warm_up may help"
+                )
 
     def taught_by(self, teacher: Teacher) -> "Workshop":
         """Return the same workshop with a teacher."""

@@ -660,10 +660,12 @@ def cosine_similarity(
     """Cosine of the angle between two rows, in [-1, 1].
 
     A row of zeros has no direction: its cosine is 0, without gradient, where the library
-    function divides by 1e-8 and hands back a gradient of that size.
+    function divides by 1e-8 and hands back a gradient of that size. A row with NaN has a cosine
+    of NaN.
     """
     norms = torch.linalg.vector_norm(first, dim=-1) * torch.linalg.vector_norm(second, dim=-1)
-    defined = norms > 0
+    # Not `> 0`, which NaN fails: it would be taken for a row of zeros.
+    defined = norms != 0
     cosines = (first * second).sum(dim=-1) / torch.where(defined, norms, torch.ones_like(norms))
     return torch.where(defined, cosines, torch.zeros_like(cosines))
 
@@ -772,8 +774,9 @@ def _centred(
     centred = (values - mean) * weights.sqrt()
     size = torch.linalg.vector_norm(values * weights.sqrt(), dim=-1, keepdim=True)
     rounding = 8 * torch.finfo(values.dtype).eps * size
-    varies = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) > rounding
-    return torch.where(varies, centred, torch.zeros_like(centred))
+    # Not `> rounding`, which NaN fails: it would be taken for a constant row.
+    constant = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) <= rounding
+    return torch.where(constant, torch.zeros_like(centred), centred)
 
 
 def _spread(

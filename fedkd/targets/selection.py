@@ -38,7 +38,8 @@ def confidence_mask(
     if not threshold >= 0:
         raise ValueError(f"confidence threshold must be >= 0, got {threshold}")
     row_confidence = confidence(target)
-    return (row_confidence >= threshold).to(row_confidence.dtype)
+    # A row of NaN stays, so that the loss shows it.
+    return (~(row_confidence < threshold)).to(row_confidence.dtype)
 
 
 def entropy(probabilities: Float[Tensor, "rows classes"]) -> Float[Tensor, "rows"]:
@@ -179,7 +180,11 @@ def _check_share(share: float, name: str) -> None:
 
 
 def _with_fixed_sum(weights: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
-    """Scale weights >= 0 to sum to the number of rows; all 1 where every weight is 0."""
+    """Scale weights >= 0 to sum to the number of rows; all 1 where every weight is 0.
+
+    One weight that is NaN makes all of them NaN.
+    """
     total = weights.sum()
-    scaled = weights * (len(weights) / torch.where(total > 0, total, torch.ones_like(total)))
-    return torch.where(total > 0, scaled, torch.ones_like(scaled))
+    nothing = total == 0
+    scaled = weights * (len(weights) / torch.where(nothing, torch.ones_like(total), total))
+    return torch.where(nothing, torch.ones_like(scaled), scaled)

@@ -1,6 +1,7 @@
 """`search`: a grid of temperatures and weights, judged on validation rows, kept cell by cell."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class Search:
         return table
 
     def _text(self, cell: Cell) -> Text:
+        if not math.isfinite(cell.accuracy):
+            return Text("diverged  ")
         text = f"{100 * cell.accuracy:.1f} / {cell.loss:.3f}"
         if cell == self.result.best:
             return Text(f"{text} *", style="bold")
@@ -168,7 +171,8 @@ def read_trials(path: Path) -> dict[Trial, Outcome]:
         return {}
     return {
         Trial(row["temperature"], row["weight"], row["seed"]): Outcome(
-            row["accuracy"], float("nan") if row["loss"] is None else row["loss"]
+            # What is not finite is written as null.
+            *(math.nan if row[name] is None else row[name] for name in ("accuracy", "loss"))
         )
         for row in rows
     }

@@ -274,11 +274,11 @@ class ClientRuntime:
         cohort = self._cohort(call, states)
         self._strategy.before_evaluation(cohort, received)
         test_logits = cohort.predict(self._test_inputs)
-        validation = cohort.predict(self._validation_inputs).argmax(-1)
+        validation_logits = cohort.predict(self._validation_inputs)
         replies = []
         for position, client in enumerate(call.clients):
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
-            metrics = judge(self._data, test_logits[position], validation[position], mix)
+            metrics = judge(self._data, test_logits[position], validation_logits[position], mix)
             probabilities = None
             if self._strategy.uploads == "predictions":
                 probabilities = F.softmax(torch.from_numpy(test_logits[position]), -1).numpy()
@@ -289,7 +289,7 @@ class ClientRuntime:
 def judge(
     data: FederatedData,
     test_scores: np.ndarray,
-    validation_classes: np.ndarray,
+    validation_scores: np.ndarray,
     label_mix: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Return accuracy and recall on the test split, and accuracy on the validation split.
@@ -297,15 +297,23 @@ def judge(
     Args:
         data: the run's data.
         test_scores: logits or probabilities ``[test_rows, classes]``.
-        validation_classes: predicted classes of the validation rows.
+        validation_scores: the same ``[validation_rows, classes]``.
         label_mix: a client's share of each class, for its accuracy under that mix.
+
+    Raises:
+        ValueError: if a score is NaN: the largest of a row would be the first that is none.
     """
+    for split, scores in (("test", test_scores), ("validation", validation_scores)):
+        if np.isnan(scores).any():
+            raise ValueError(f"the model predicts NaN for rows of the {split} split")
     counts = confusion_counts(data.test_labels, test_scores.argmax(-1), data.num_classes)
     metrics = {
         "accuracy": accuracy(counts),
         "macro_recall": macro_recall(counts),
         "worst_class_recall": worst_class_recall(counts),
-        "validation_accuracy": float((validation_classes == data.validation_labels).mean()),
+        "validation_accuracy": float(
+            (validation_scores.argmax(-1) == data.validation_labels).mean()
+        ),
     }
     if label_mix is not None:
         metrics["personal_accuracy"] = personal_accuracy(counts, label_mix)

@@ -5,12 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedkd.metrics.diversity import target_entropy
 from sim.engine.grid import FIRST_NODE_ID, Outcome
 from sim.engine.inline import InlineGrid
+from sim.engine.runtime import judge
 from sim.history import History, selected_round, summary
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop, node_ids
 from strategies.knowledge import Parameters, Predictions
+from strategies.server import ServerModel
 
 # -- replies that are left out -----------------------------------------------------------------
 
@@ -334,6 +337,51 @@ def test_rows_of_a_round(tiny_settings, tiny_data, simulate):
     for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
         assert last[name] == pytest.approx(np.mean([row[name] for row in of_clients]))
     assert last["worst_accuracy"] == min(row["accuracy"] for row in of_clients)
+
+
+def test_the_entropy_of_targets_is_that_of_those_which_somebody_receives(
+    tiny_settings, tiny_data, simulate, listening_grid
+):
+    settings, data = tiny_settings(rounds=2), tiny_data()
+    grid = listening_grid(settings, data)
+    run = simulate(settings, data, grid)
+    # Every client of dml receives a mean of its own, so the mean of all is for nobody.
+    received = grid.sent["train"][1].values()
+    expected = np.mean([target_entropy(knowledge.probabilities()) for knowledge in received])
+    assert run.history.federation[0]["target_entropy"] == pytest.approx(expected, abs=1e-12)
+    shared = run.loop.boundary.broadcast.shared
+    last = list(run.loop.boundary.broadcast.received(range(4)))
+    assert shared is not None
+    assert all(knowledge is not shared for knowledge in last)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_scores_that_are_no_numbers_have_no_accuracy(tiny_data, split):
+    data = tiny_data()
+    scores = {
+        "test": np.zeros((len(data.test_labels), 3)),
+        "validation": np.zeros((len(data.validation_labels), 3)),
+    }
+    judge(data, scores["test"], scores["validation"])
+    scores[split][1, 2] = np.nan
+    with pytest.raises(ValueError, match=f"NaN for rows of the {split} split"):
+        judge(data, scores["test"], scores["validation"])
+
+
+def test_a_server_whose_model_predicts_no_numbers_is_named_and_not_judged(
+    tiny_settings, tiny_data, simulate, monkeypatch
+):
+    options = {"direction": "clients_to_server"}
+    monkeypatch.setattr(
+        ServerModel, "predict", lambda self, inputs: np.full((len(inputs), 3), np.nan)
+    )
+    run = simulate(tiny_settings("one_way", options=options, rounds=1), tiny_data())
+    (event,) = run.events
+    assert event["event"] == "evaluation failed"
+    assert (
+        event["reason"] == "the server's model: the model predicts NaN for rows of the test split"
+    )
+    assert "server_accuracy" not in run.history.federation[0]
 
 
 def test_bytes_of_a_round_are_those_of_its_messages(tiny_settings, tiny_data, simulate):

@@ -80,7 +80,7 @@ def workshop(toy_rows):
             ),
             selection=Selection(),
             seed=seed,
-            observe=lambda name, row: None,
+            observer=lambda name, row: None,
         )
 
     return make

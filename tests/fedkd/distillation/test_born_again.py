@@ -74,7 +74,7 @@ def test_every_generation_has_a_history(workshop):
 def test_an_objective_that_does_not_fit_is_refused_before_generation_0_trains(workshop):
     told = []
     shop = dataclasses.replace(
-        workshop(objective={"ce": 1, "dkd": 1}), observe=lambda name, row: told.append(name)
+        workshop(objective={"ce": 1, "dkd": 1}), observer=lambda name, row: told.append(name)
     )
     with pytest.raises(ValueError, match=r"objective.dkd needs the labels of all transfer rows"):
         BornAgain(BornAgainSettings()).check(shop)

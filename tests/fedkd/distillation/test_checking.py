@@ -66,3 +66,41 @@ def test_weights_that_fit_pass_and_others_are_named(tmp_path: Path) -> None:
 def test_too_many_labelled_rows_are_refused_with_the_number_there_is() -> None:
     with pytest.raises(ValueError, match=r"data\.private_rows must be at most \d+, got 5000"):
         checked(data={"private_rows": 5000, "public": {"size": 40}})
+
+
+def spoilt_weights(name: str, value: float | torch.dtype) -> dict[str, torch.Tensor]:
+    """Return an mlp's weights, one number of a tensor replaced, or the tensor cast."""
+    from fedkd.models import ModelSettings, build_model
+
+    model = build_model(ModelSettings(name="mlp"), input_shape=(1, 8, 8), num_classes=10, seed=0)
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    if isinstance(value, torch.dtype):
+        weights[name] = weights[name].to(value)
+    else:
+        weights[name].view(-1)[3] = value
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        (float("nan"), "holds NaN or infinity"),
+        (float("inf"), "holds NaN or infinity"),
+        (torch.int8, "holds int8, the model's float32"),
+        (torch.bool, "holds bool, the model's float32"),
+        (torch.float16, "holds float16, the model's float32"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_weights_that_are_no_numbers_of_the_model_are_refused_by_tensor(
+    who: str, value: float | torch.dtype, complaint: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "spoilt.safetensors"
+    weights = spoilt_weights("1.weight", value)
+    save_file(weights, path)
+    model = "models" if who == "teacher" else "model"
+    with pytest.raises(ValueError, match=rf"^{who}\.weights: .*: 1\.weight {complaint}"):
+        checked(**{who: {model: "mlp", "weights": str(path)}})

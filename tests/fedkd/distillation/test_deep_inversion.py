@@ -124,7 +124,7 @@ def test_every_batch_of_images_is_recorded_and_somebody_is_told(workshop, traine
     told = []
     shop = dataclasses.replace(
         workshop(teacher=trained_teacher(BATCH_NORM)),
-        observe=lambda name, row: told.append((name, row["epoch"], row["epochs"])),
+        observer=lambda name, row: told.append((name, row["epoch"], row["epochs"])),
     )
     run(shop)
     assert told[:2] == [("inverted images", 1, 2), ("inverted images", 2, 2)]

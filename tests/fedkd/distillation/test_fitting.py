@@ -179,7 +179,7 @@ def test_early_stopping_goes_back_to_the_best_weights(workshop, trained_teacher)
             optimizer={"lr": 0.05},
             early_stopping={"patience": 2, "mode": "min"},
         ),
-        observe=lambda name, row: seen.append(dict(row)),
+        observer=lambda name, row: seen.append(dict(row)),
     )
     student, history = distilled(shop, trained_teacher())
     losses = [row["validation_loss"] for row in seen]

@@ -155,7 +155,7 @@ def test_what_they_tell_each_other_changes_the_student(workshop, name):
 def test_every_model_has_a_history_and_somebody_is_told(workshop, name):
     told = []
     shop = dataclasses.replace(
-        workshop(), observe=lambda who, row: told.append((who, row["epoch"]))
+        workshop(), observer=lambda who, row: told.append((who, row["epoch"]))
     )
     left = run(shop, name)
     names = {"student", *left.others} - {"ensemble"}

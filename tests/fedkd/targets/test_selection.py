@@ -154,3 +154,17 @@ def test_all_of_them_work_under_vmap():
     ):
         expected = torch.stack([rule(each) for each in values])
         torch.testing.assert_close(torch.func.vmap(rule)(values), expected)
+
+
+@pytest.mark.parametrize("weigh", [confidence_weights, certainty_weights, difficulty_weights])
+def test_one_number_that_is_none_makes_all_weights_none(weigh):
+    target = TARGET.clone()
+    target[1, 1] = math.nan
+    weights = weigh(target[:, 1]) if weigh is difficulty_weights else weigh(target)
+    assert weights.isnan().all()
+
+
+def test_a_row_that_is_no_number_is_kept_for_the_loss_to_show():
+    target = TARGET.clone()
+    target[2] = math.nan
+    assert confidence_mask(target, 0.6).tolist() == [1, 1, 1, 0]
