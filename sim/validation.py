@@ -9,6 +9,7 @@ nobody gains weight by claiming them.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,9 @@ LARGEST_SCORE = 1e4
 LARGEST_PARAMETER = 1e8
 """Weights and statistics beyond this are refused: one of them ruins every client's model."""
 
+LARGEST_METRIC = 2.0**53
+"""Metrics beyond this are refused: no loss is as large, and no count is exact any more."""
+
 MOST_METRICS = 64
 """Numbers that a reply may report."""
 
@@ -48,7 +52,7 @@ ACCURACIES = (
     "worst_class_recall",
     "validation_accuracy",
 )
-"""What every evaluation reports, in [0, 1]."""
+"""What every evaluation reports, in [0, 1]; nothing that a client measures in training."""
 
 FEWEST_ROWS = 4
 """Rows that have to look like distributions before they are taken for some."""
@@ -59,10 +63,23 @@ SUM_TOLERANCE = 1e-3
 HEADER_BYTES = 4096
 """Room for an array's own header beside its numbers."""
 
+MAGIC_BYTES = np.lib.format.MAGIC_LEN
+"""What an ``.npy`` file begins with: its name and its version."""
+
 LONGEST_REASON = 300
 """Letters of a reason that go into the record; a reply may have put any text into it."""
 
 FLOAT32 = np.dtype(np.float32)
+
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>=|]?[A-Za-z?]\d{0,9})', 'fortran_order': (?:True|False), "
+    rb"'shape': \((|\d{1,18},|\d{1,18}(?:, \d{1,18})+)\), \} *\n"
+)
+"""What every NumPy writes before an array's numbers: type and shape, and nothing to be evaluated.
+
+NumPy itself hands what is no such text to Python's parser and tokenizer, whose errors and whose
+appetite for memory are no concern of a server.
+"""
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and type of each array by name."""
@@ -149,15 +166,14 @@ def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
     Raises:
         RejectedReplyError: if it cannot be used, with the reason in one short line.
     """
-    # A reply of our own grid was never turned into bytes; there is nothing to look at before.
-    reason = None if is_unencoded(content) else bad_record(content, expected)
-    if reason is not None:
-        raise RejectedReplyError(reason)
     knowledge = None
     try:
-        reply = read_reply(content)
-        knowledge = reply.knowledge
-        reason = bad_reply(reply, expected)
+        # A reply of our own grid was never turned into bytes; there is nothing to look at before.
+        reason = None if is_unencoded(content) else bad_record(content, expected)
+        if reason is None:
+            reply = read_reply(content)
+            knowledge = reply.knowledge
+            reason = bad_reply(reply, expected)
     except Exception as error:
         # Whatever the bytes of others make a reader raise is the sender's fault.
         reason = f"unreadable reply: {type(error).__name__}: {error}"
@@ -167,8 +183,9 @@ def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
 
 
 def shortened(reason: str) -> str:
-    """Return a reason as one line of bounded length."""
+    """Return a reason as one line of bounded length, without codes that a terminal obeys."""
     line = " ".join(reason.split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
 
 
@@ -179,7 +196,7 @@ def bad_record(content: RecordDict, expected: Expected) -> str | None:
     """Return why a message's content is not worth decoding, or None."""
     layouts = expected.arrays
     reason = (
-        _bad_kind(content, expected)
+        _bad_settings(content, expected)
         or _bad_names("records of arrays", content.array_records.keys(), layouts.keys())
         or _bad_names("records of metrics", content.metric_records.keys(), {"metrics"})
         or _bad_metric_types(content.metric_records["metrics"])
@@ -189,18 +206,27 @@ def bad_record(content: RecordDict, expected: Expected) -> str | None:
     return reason
 
 
-def _bad_kind(content: RecordDict, expected: Expected) -> str | None:
-    """Look at what the message says it carries."""
+def _bad_settings(content: RecordDict, expected: Expected) -> str | None:
+    """Look at what the message says of itself: which round it answers, what it carries."""
     configs = content.config_records
     unknown = configs.keys() - {"plan", "knowledge"}
     if unknown:
         return f"unexpected records of settings: {sorted(unknown)[:3]}"
+    if "plan" in configs:
+        reason = _bad_round(configs["plan"].get("round"), expected.round)
+        if reason is not None:
+            return reason
     if "knowledge" not in configs:
         return (
             None if expected.uploads == "nothing" else f"expected {expected.uploads}, got nothing"
         )
-    kind = configs["knowledge"].get("kind")
-    return _bad_upload_kind(kind, expected.uploads)
+    told = configs["knowledge"]
+    kind = told.get("kind")
+    temperature = told.get("temperature")
+    reason = _bad_upload_kind(kind, expected.uploads)
+    if reason is None and kind != "parameters" and type(temperature) not in (int, float):
+        reason = f"the temperature is {temperature!r}, expected a number"
+    return reason
 
 
 def _bad_upload_kind(kind: object, uploads: UploadKind) -> str | None:
@@ -249,12 +275,17 @@ def _bad_declaration(
         return f"{subject}serialization {array.stype!r}, expected 'numpy.ndarray'"
     try:
         declared = tuple(array.shape), np.dtype(array.dtype)
-        encoded = _encoded_layout(array.data)
-    except (ValueError, TypeError, SyntaxError, EOFError) as error:
+        *encoded, start = _encoded_layout(array.data)
+    except Exception as error:
         return f"{subject}bytes that are no array: {error}"
-    if declared != encoded:
-        return f"{subject}layout {declared} by its label and {encoded} by its bytes"
-    return _bad_layout(subject, *encoded, shape, dtype)
+    if declared != tuple(encoded):
+        return f"{subject}layout {declared} by its label and {tuple(encoded)} by its bytes"
+    reason = _bad_layout(subject, *declared, shape, dtype)
+    room = math.prod(shape) * dtype.itemsize
+    if reason is None and len(array.data) - start != room:
+        # Numbers that begin elsewhere are others, whatever the header says.
+        reason = f"{subject}{len(array.data) - start} bytes of numbers, expected {room}"
+    return reason
 
 
 @lru_cache(maxsize=1024)
@@ -266,18 +297,19 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return stream.getvalue()
 
 
-def _encoded_layout(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type in the header of an ``.npy`` file, without making room for them."""
-    stream = BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
+def _encoded_layout(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Return shape and type by the header of an ``.npy`` file, and where its numbers begin."""
+    version = np.lib.format.read_magic(BytesIO(data[:MAGIC_BYTES]))
+    size = {(1, 0): 2, (2, 0): 4}.get(version)
+    if size is None:
         raise ValueError(f"version {version} of the .npy format is not known here")
-    shape, _, dtype = read(stream)
-    return shape, dtype
+    length = MAGIC_BYTES + size
+    start = length + int.from_bytes(data[MAGIC_BYTES:length], "little")
+    header = NPY_HEADER.fullmatch(data[length : min(start, length + HEADER_BYTES)])
+    if header is None or start > len(data):
+        raise ValueError("the header is not one that NumPy writes")
+    shape = tuple(int(size) for size in header[2].split(b",") if size)
+    return shape, np.dtype(header[1].decode("ascii")), start
 
 
 # -- after decoding --------------------------------------------------------------------------
@@ -294,10 +326,11 @@ def bad_reply(reply: ClientReply, expected: Expected) -> str | None:
     )
 
 
-def _bad_round(answered: int | None, asked: int) -> str | None:
-    if answered == asked:
+def _bad_round(answered: object, asked: int) -> str | None:
+    # Neither "2" nor 2.7 nor True is a round.
+    if type(answered) is int and answered == asked:
         return None
-    said = "does not say which round" if answered is None else f"is to round {answered}"
+    said = "does not say which round" if answered is None else f"is to round {answered!r}"
     return f"the reply {said}, expected round {asked}"
 
 
@@ -309,6 +342,8 @@ def _bad_metrics(metrics: Mapping[str, float], *, judged: bool) -> str | None:
             return f"metric {name!r} has a name that records use themselves"
         if len(name) > LONGEST_NAME:
             return f"metric {name[:20]!r}... has a name of {len(name)} letters"
+        if not judged and name in ACCURACIES:
+            return f"metric {name!r} is for evaluations, and this is a reply to training"
         if judged and name in ACCURACIES:
             # A client none of whose classes occurs in the test split has no accuracy of its own.
             no_number = name == "personal_accuracy" and math.isnan(value)
@@ -316,6 +351,8 @@ def _bad_metrics(metrics: Mapping[str, float], *, judged: bool) -> str | None:
                 return f"metric {name!r} is {value:g}, expected a number in [0, 1]"
         elif not math.isfinite(value):
             return f"metric {name!r} is {value:g}, expected a finite number"
+        elif abs(value) > LARGEST_METRIC:
+            return f"metric {name!r} is {value:g}, expected at most {LARGEST_METRIC:g}"
         elif not judged and value < SLIGHTLY_NEGATIVE:
             return f"metric {name!r} is {value:g}, expected a number >= 0"
     missing = [name for name in ACCURACIES if name not in metrics] if judged else []

@@ -350,6 +350,11 @@ def test_an_answer_to_another_round_is_named(sent, expected, answered, named):
         ({"client": 7.0}, "metric 'client' has a name that records use themselves"),
         ({"x" * 200: 1.0}, "metric 'xxxxxxxxxxxxxxxxxxxx'... has a name of 200 letters"),
         ({f"loss {i}": 0.0 for i in range(65)}, "65 metrics, expected at most 64"),
+        ({"ce": 1e300}, "metric 'ce' is 1e+300, expected at most 9.0072e+15"),
+        (
+            {"validation_accuracy": 0.5},
+            "metric 'validation_accuracy' is for evaluations, and this is a reply to training",
+        ),
     ],
 )
 def test_bad_metrics_are_named(metrics, named):
@@ -382,6 +387,7 @@ def test_metrics_that_are_text_come_in_a_record_of_another_kind_and_are_named(va
         ({"macro_recall": -0.1}, "metric 'macro_recall' is -0.1, expected a number in [0, 1]"),
         ({"accuracy": math.nan}, "metric 'accuracy' is nan, expected a number in [0, 1]"),
         ({"worst_class_recall": None}, "metric 'worst_class_recall' is missing"),
+        ({"more": -1e300}, "metric 'more' is -1e+300, expected at most 9.0072e+15"),
     ],
 )
 def test_a_judgement_that_cannot_be_is_named(change, named):
@@ -510,8 +516,14 @@ def npy(shape, dtype="<f4", numbers=b""):
         ({"data": b"\x80\x04\x95pickle"}, "bytes that are no array"),
         ({"data": b"\x93NUMPY\x07\x00" + b" " * 100}, "version (7, 0) of the .npy format"),
         ({"data": npy((6, 3))[:-10] + b"\n"}, "bytes that are no array"),
-        ({"data": npy((6, 3))}, "unreadable reply"),
-        ({"data": npy((6, 3), numbers=b"\0" * 60)}, "unreadable reply"),
+        ({"data": npy((6, 3))}, "'values' has 0 bytes of numbers, expected 72"),
+        ({"data": npy((6, 3), numbers=b"\0" * 60)}, "'values' has 60 bytes of numbers"),
+        ({"data": npy((6, 3), numbers=b"\0" * 73)}, "'values' has 73 bytes of numbers"),
+        # Text that is Python, or nearly: nothing of it is evaluated.
+        ({"data": npy((6, 3)).replace(b"(6, 3)", b"(6,*3)")}, "not one that NumPy writes"),
+        ({"data": npy((6, 3)).replace(b"(6, 3)", b"(6, 3_")}, "not one that NumPy writes"),
+        ({"data": npy((6, 3)).replace(b"'<f4'", b"'<f\0'")}, "not one that NumPy writes"),
+        ({"data": npy((6, 3)).replace(b"'<f4'", b"[[[[[")}, "not one that NumPy writes"),
         # A header that asks for four terabytes.
         ({"data": npy((10**6, 10**6)), "shape": (10**6, 10**6)}, "expected (6, 3)"),
         ({"data": npy((10**6, 10**6))}, "by its label and"),
@@ -544,10 +556,80 @@ def test_a_reason_is_one_short_line():
     assert "\n" not in named
 
 
-def test_a_round_that_is_no_number_is_named():
+def raw(content, name="values"):
+    """Return the bytes of an array in a message."""
+    return arrays_of(content)[name].data
+
+
+@pytest.mark.parametrize("name", ["rows", "values"])
+def test_no_byte_of_a_header_gets_past_the_reader(name):
+    good = read_valid_reply(reply_content(reply(predictions())), TRAINED).knowledge
+    header = len(raw(reply_content(reply(predictions())), name)) - getattr(good, name).nbytes
+    passed = 0
+    for place in range(header):
+        for value in (0, 1, 10, 32, 39, 40, 41, 44, 57, 92, 123, 255):
+            content = reply_content(reply(predictions()))
+            data = bytearray(raw(content, name))
+            data[place] = value
+            arrays_of(content)[name].data = bytes(data)
+            try:
+                read = read_valid_reply(content, TRAINED).knowledge
+            except RejectedReplyError:
+                continue
+            passed += 1
+            # The byte is the same as before, or says the same.
+            assert read.values.tobytes() == good.values.tobytes()
+            assert read.rows.tobytes() == good.rows.tobytes()
+    assert passed < header + 12
+
+
+def test_numbers_that_begin_elsewhere_than_they_should_are_named():
     content = reply_content(reply(predictions()))
-    content["plan"] = ConfigRecord({"round": "two"})
-    assert record_reason(content).startswith("unreadable reply: ValueError: ")
+    data = bytearray(raw(content))
+    # The header ends four bytes later, after the first number.
+    data[8:10] = (int.from_bytes(data[8:10], "little") + 4).to_bytes(2, "little")
+    data[131:132], data[127:128] = b"\n", b" "
+    data[128:131] = b"   "
+    arrays_of(content)["values"].data = bytes(data)
+    assert record_reason(content) == "'values' has 68 bytes of numbers, expected 72"
+
+
+def test_what_any_reader_raises_is_the_sender_s_fault(monkeypatch):
+    import tokenize
+
+    def stumble(content):
+        raise tokenize.TokenError("EOF in multi-line statement", (1, 0))
+
+    monkeypatch.setattr("sim.validation.read_reply", stumble)
+    content = reply_content(reply(predictions()))
+    content["metrics"]["ce"] = 0.5  # no longer the object that was never encoded
+    assert record_reason(content).startswith("unreadable reply: TokenError: ")
+    monkeypatch.setattr("sim.validation.bad_record", lambda *_: stumble(None))
+    assert record_reason(content).startswith("unreadable reply: TokenError: ")
+
+
+@pytest.mark.parametrize("round", ["two", "2", 2.0, True, [2]])
+def test_a_round_that_is_no_whole_number_is_named(round):
+    content = reply_content(reply(predictions()))
+    content["plan"] = ConfigRecord({"round": round})
+    assert record_reason(content) == f"the reply is to round {round!r}, expected round 2"
+
+
+@pytest.mark.parametrize("temperature", ["1", True, b"1", [1.0]])
+def test_a_temperature_that_is_no_number_is_named(temperature):
+    content = reply_content(reply(predictions()))
+    content["knowledge"]["temperature"] = temperature
+    assert record_reason(content) == f"the temperature is {temperature!r}, expected a number"
+
+
+def test_a_reason_holds_no_code_that_a_terminal_obeys():
+    content = reply_content(reply(predictions()))
+    content["\x1b[2J\x07\u202e"] = ConfigRecord({})
+    assert record_reason(content) == r"unexpected records of settings: ['\x1b[2J\x07\u202e']"
+    content = reply_content(reply(predictions()))
+    arrays_of(content)["values"].stype = "\x1b[31m"
+    named = record_reason(content)
+    assert named.isprintable()
 
 
 def test_a_rejection_tells_what_was_carried_where_it_could_be_read():
