@@ -1,6 +1,7 @@
 """A round's replies as the aggregator sees them: validated uploads, one after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
@@ -8,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from fedkd.metrics.diversity import VoteCounter
 from sim.observers import Row
 from sim.settings import EngineSettings
-from sim.validation import Expected, RejectedReplyError, read_valid_reply
+from sim.validation import Expected, RejectedReplyError, valid_answer
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.plan import RoundPlan
 
@@ -17,7 +18,53 @@ Ask = Callable[[Sequence[int], int], Iterator[tuple[int, Message]]]
 
 
 class QuorumError(RuntimeError):
-    """Too few clients gave a usable answer to a round."""
+    """Too few clients gave a usable answer to a round, or too few could be judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """How many of those who are asked have to answer, and what is done where fewer do.
+
+    Attributes:
+        round: 1-based.
+        asked: how many clients.
+        what: what a client is counted for, such as ``gave a usable answer``.
+        engine: says how many, and what to do below.
+    """
+
+    round: int
+    asked: int
+    what: str
+    engine: EngineSettings
+
+    def attempts(self) -> range:
+        """Return the numbers of the attempts: who fails is asked so often."""
+        retried = self.engine.below_quorum == "retry"
+        return range(1, 2 + (self.engine.round_retries if retried else 0))
+
+    def is_reached(self, count: int) -> bool:
+        """Tell whether so many are enough."""
+        return count >= self.engine.quorum * self.asked
+
+    def retry(self, count: int, attempt: int) -> Row:
+        """Return the event of asking the others again."""
+        return {
+            "round": self.round,
+            "event": "round retried",
+            "attempt": attempt,
+            "reason": f"{count} of {self.asked} clients {self.what}; "
+            f"asking {self.asked - count} again",
+        }
+
+    def error(self, count: int, reasons: Mapping[int, str]) -> QuorumError:
+        """Return the error of a count below the quorum, with the first clients' reasons."""
+        told = "; ".join(
+            f"client {client}: {_last_line(reason)}" for client, reason in list(reasons.items())[:3]
+        )
+        return QuorumError(
+            f"round {self.round}: {count} of {self.asked} clients {self.what}, "
+            f"engine.quorum = {self.engine.quorum:g} asks for more ({told or 'no answer'})"
+        )
 
 
 class Replies:
@@ -55,7 +102,7 @@ class Replies:
         self._broadcast = broadcast
         self._expected = expected
         self._num_examples = num_examples
-        self._engine = engine
+        self._quorum = Quorum(plan.round, len(clients), "gave a usable answer", engine)
         self._event = event
         self._votes: VoteCounter | None = None
         self._uploads = self._all_uploads(ask)
@@ -87,23 +134,14 @@ class Replies:
 
     def _all_uploads(self, ask: Ask) -> Iterator[ClientUpload]:
         clients = self._clients
-        attempts = 1 + (self._engine.round_retries if self._engine.below_quorum == "retry" else 0)
-        for attempt in range(1, attempts + 1):
+        for attempt in self._quorum.attempts():
             if attempt > 1:
-                self._tell_of_retry(clients, attempt)
+                self._event(self._quorum.retry(self.valid, attempt))
             yield from self._read(ask(clients, attempt))
-            if self.valid >= self._engine.quorum * len(self._clients):
+            if self._quorum.is_reached(self.valid):
                 return
             clients = [client for client in clients if client not in self.metrics]
-        reasons = "; ".join(
-            f"client {client}: {_last_line(reason)}"
-            for client, reason in list(self.rejected.items())[:3]
-        )
-        raise QuorumError(
-            f"round {self._plan.round}: {self.valid} of {len(self._clients)} clients gave a usable "
-            f"answer, engine.quorum = {self._engine.quorum:g} asks for more "
-            f"({reasons or 'no answer'})"
-        )
+        raise self._quorum.error(self.valid, self.rejected)
 
     def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[ClientUpload]:
         for client, message in messages:
@@ -111,18 +149,12 @@ class Replies:
             unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
             if received is not None and not unreached:
                 self._count(client, "down", received)
-            if message.has_error():
-                self._reject(client, message.error.reason or "unknown error")
-                continue
-            if client in self.metrics:
-                self._reject(client, f"a second reply to round {self._plan.round}")
-                continue
             try:
-                reply = read_valid_reply(message.content, self._expected(client))
+                reply = valid_answer(message, self._expected(client), again=client in self.metrics)
             except RejectedReplyError as error:
                 if error.knowledge is not None:
                     self._count(client, "up", error.knowledge)
-                self._reject(client, str(error))
+                self._reject(client, error.told)
                 continue
             self.metrics[client] = reply.metrics
             self.rejected.pop(client, None)
@@ -146,17 +178,6 @@ class Replies:
                 "client": client,
                 "event": "rejected",
                 "reason": reason,
-            }
-        )
-
-    def _tell_of_retry(self, clients: Sequence[int], attempt: int) -> None:
-        self._event(
-            {
-                "round": self._plan.round,
-                "event": "round retried",
-                "attempt": attempt,
-                "reason": f"{self.valid} of {len(self._clients)} clients gave a usable answer; "
-                f"asking {len(clients)} again",
             }
         )
 

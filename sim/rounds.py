@@ -26,9 +26,9 @@ from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judg
 from sim.history import History
 from sim.interruption import uninterrupted
 from sim.observers import Observer, Row
-from sim.replies import QuorumError, Replies
+from sim.replies import Quorum, QuorumError, Replies
 from sim.settings import Settings
-from sim.validation import Expected, Layout, RejectedReplyError, read_valid_reply
+from sim.validation import Expected, Layout, RejectedReplyError, valid_answer
 from strategies.knowledge import Broadcast, Predictions
 from strategies.memory import Memory
 from strategies.plan import RoundPlan
@@ -194,6 +194,8 @@ class RoundLoop:
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
+        if plan.round == self._settings.rounds:
+            self._check_that_anybody_was_judged(federation)
         rows = [federation, *_client_rows(plan, replies.metrics, evaluated)]
         if server is not None:
             rows.append(server)
@@ -278,19 +280,33 @@ class RoundLoop:
         ensemble = StreamingMean()
         test_rows = len(self._data.test_labels)
         expected = Expected.evaluation(plan, self._strategy.uploads, test_rows)
-        for client, message in self._ask("evaluate", plan, clients, broadcast):
-            if message.has_error():
-                self._client_event(plan, client, "evaluation failed", message.error.reason or "")
-                continue
-            try:
-                reply = read_valid_reply(message.content, expected)
-            except RejectedReplyError as error:
-                self._client_event(plan, client, "evaluation failed", str(error))
-                continue
-            rows[client] = reply.metrics
-            if reply.test_probabilities is not None:
-                ensemble.add(reply.test_probabilities)
-        self._pass_events_on()
+        quorum = Quorum(plan.round, len(clients), "could be judged", self._settings.engine)
+        failed: dict[int, str] = {}
+        waiting = list(clients)
+        for attempt in quorum.attempts():
+            if attempt > 1:
+                self.tell(quorum.retry(len(rows), attempt))
+            for client, message in self._ask("evaluate", plan, waiting, broadcast, attempt):
+                try:
+                    reply = valid_answer(message, expected, again=client in rows)
+                except RejectedReplyError as error:
+                    failed[client] = error.told
+                    self._client_event(plan, client, "evaluation failed", error.told)
+                    continue
+                rows[client] = reply.metrics
+                if reply.test_probabilities is not None:
+                    ensemble.add(reply.test_probabilities)
+            self._pass_events_on()
+            waiting = [client for client in clients if client not in rows]
+            if quorum.is_reached(len(rows)):
+                break
+        else:
+            too_few = quorum.error(len(rows), failed)
+            if self._settings.engine.below_quorum != "skip":
+                raise too_few
+            event = "evaluation skipped"
+            self.tell({"round": plan.round, "event": event, "reason": str(too_few)})
+            return {}, {}
         federation: Row = {}
         for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
             values = [row[name] for row in rows.values()]
@@ -303,6 +319,14 @@ class RoundLoop:
             counts = confusion_counts(self._data.test_labels, classes, self._data.num_classes)
             federation["ensemble_accuracy"] = accuracy(counts)
         return rows, federation
+
+    def _check_that_anybody_was_judged(self, federation: Row) -> None:
+        """Refuse to end a run that says nothing about any client's model."""
+        if not any("accuracy" in row for row in (*self.history.federation, federation)):
+            raise QuorumError(
+                f"round {federation['round']}: no client could be judged in any round; "
+                "the events say why"
+            )
 
     def _evaluate_server(self, plan: RoundPlan) -> Row | None:
         """Judge the server's model, where there is one."""

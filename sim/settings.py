@@ -122,7 +122,10 @@ class EngineSettings(_Section):
         2, ge=0, description="how often clients whose worker died are tried again, then excluded"
     )
     quorum: float = Field(
-        0.5, ge=0, le=1, description="fraction of a round's replies that a round needs"
+        0.5,
+        ge=0,
+        le=1,
+        description="fraction of the clients asked that must answer, in training and in judging",
     )
     below_quorum: Literal["retry", "skip", "abort"] = Field(
         "retry",

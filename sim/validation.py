@@ -16,7 +16,7 @@ from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedkd.training import Arrays
 from sim.engine.messages import ClientReply, is_unencoded, read_reply
@@ -66,6 +66,9 @@ HEADER_BYTES = 4096
 MAGIC_BYTES = np.lib.format.MAGIC_LEN
 """What an ``.npy`` file begins with: its name and its version."""
 
+LONGEST_TRACEBACK = 10_000
+"""Letters of a client's traceback that go into the record."""
+
 LONGEST_REASON = 300
 """Letters of a reason that go into the record; a reply may have put any text into it."""
 
@@ -86,15 +89,19 @@ Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class RejectedReplyError(ValueError):
-    """A reply that cannot be used; the text is the reason.
+    """A reply that cannot be used; the text is the reason, in one short line.
 
     Attributes:
         knowledge: what it carried, where that much of it could be read.
+        told: what belongs into the record: the reason, or the whole traceback of a client's own.
     """
 
-    def __init__(self, reason: str, knowledge: Knowledge | None = None) -> None:
+    def __init__(
+        self, reason: str, knowledge: Knowledge | None = None, *, traceback: str | None = None
+    ) -> None:
         super().__init__(shortened(reason))
         self.knowledge = knowledge
+        self.told = str(self) if traceback is None else traceback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +167,27 @@ class Expected:
         return records
 
 
+def valid_answer(message: Message, expected: Expected, *, again: bool) -> ClientReply:
+    """Return the reply that a message carries.
+
+    Args:
+        message: a client's, or the runtime's error in the place of it.
+        expected: what was asked for.
+        again: whether the client gave a usable answer already.
+
+    Raises:
+        RejectedReplyError: if there is none that can be used, with the reason.
+    """
+    if message.has_error():
+        text = message.error.reason or "unknown error"
+        # A traceback ends with what matters.
+        traceback = _without_codes(text[-LONGEST_TRACEBACK:])
+        raise RejectedReplyError(text[-LONGEST_REASON:], traceback=traceback)
+    if again:
+        raise RejectedReplyError(f"a second reply to round {expected.round}")
+    return read_valid_reply(message.content, expected)
+
+
 def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
     """Return the reply in a message's content.
 
@@ -184,9 +212,13 @@ def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
 
 def shortened(reason: str) -> str:
     """Return a reason as one line of bounded length, without codes that a terminal obeys."""
-    line = " ".join(reason.split())
-    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    line = _without_codes(" ".join(reason.split()))
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
+
+
+def _without_codes(text: str) -> str:
+    """Return a text without what a terminal would obey; its lines stay."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 # -- before decoding -------------------------------------------------------------------------

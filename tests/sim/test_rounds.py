@@ -100,6 +100,74 @@ def test_a_client_that_cannot_be_judged_is_named_and_left_out_of_the_mean(
     assert run.history.federation[0]["accuracy"] == pytest.approx(np.mean(accuracies))
 
 
+def never_judged(clients=None, attempts=None):
+    return {"kind": "crash", "phases": ["evaluate"], "clients": clients, "attempts": attempts}
+
+
+def test_a_run_in_which_too_few_can_be_judged_ends_as_one_in_which_too_few_train(
+    tiny_settings, tiny_data, simulate
+):
+    settings = tiny_settings(rounds=2, faults=[never_judged([0, 1, 3])])
+    with pytest.raises(QuorumError) as raised:
+        simulate(settings, tiny_data())
+    assert str(raised.value).startswith(
+        "round 1: 1 of 4 clients could be judged, engine.quorum = 0.5 asks for more (client 0: "
+    )
+    assert "\n" not in str(raised.value)
+
+
+def test_who_could_not_be_judged_is_asked_again_and_nothing_else_is_different(
+    tiny_settings, tiny_data, simulate
+):
+    calm = simulate(tiny_settings(rounds=2), tiny_data())
+    run = simulate(tiny_settings(rounds=2, faults=[never_judged([0, 1, 3], 1)]), tiny_data())
+    assert run.digest == calm.digest
+    names = ("accuracy", "worst_accuracy", "validation_accuracy")
+    for row, calm_row in zip(run.history.federation, calm.history.federation, strict=True):
+        assert [row[name] for name in names] == [calm_row[name] for name in names]
+        assert row["ensemble_accuracy"] == pytest.approx(calm_row["ensemble_accuracy"])
+    kinds = [event["event"] for event in run.events]
+    assert kinds == ["evaluation failed"] * 3 + ["round retried"] + ["evaluation failed"] * 3 + [
+        "round retried"
+    ]
+
+
+def test_a_judgement_below_the_quorum_may_be_left_out_but_not_every_one(
+    tiny_settings, tiny_data, simulate
+):
+    engine = {"backend": "inline", "below_quorum": "skip"}
+    rule = {**never_judged(), "rounds": [1]}
+    run = simulate(tiny_settings(rounds=2, engine=engine, faults=[rule]), tiny_data())
+    assert ["accuracy" in row for row in run.history.federation] == [False, True]
+    assert run.events[-1]["event"] == "evaluation skipped"
+    with pytest.raises(QuorumError, match="no client could be judged in any round"):
+        simulate(tiny_settings(rounds=2, engine=engine, faults=[never_judged()]), tiny_data())
+    none_needed = {**engine, "quorum": 0.0}
+    with pytest.raises(QuorumError, match="no client could be judged in any round"):
+        simulate(tiny_settings(rounds=2, engine=none_needed, faults=[never_judged()]), tiny_data())
+
+
+def test_a_second_judgement_of_one_client_is_named_and_counts_for_nothing(
+    tiny_settings, tiny_data, simulate, listening_grid
+):
+    class Twice(listening_grid):
+        def send_and_receive(self, messages, *, timeout=None):
+            for reply in super().send_and_receive(messages):
+                yield reply
+                if reply.metadata.message_type == "evaluate" and reply.metadata.src_node_id == 4:
+                    yield reply
+
+    settings, data = tiny_settings(rounds=1), tiny_data()
+    run = simulate(settings, data, Twice(settings, data))
+    (event,) = run.events
+    assert (event["client"], event["reason"]) == (2, "a second reply to round 1")
+    calm = simulate(settings, data)
+    judged = {key: row["accuracy"] for key, row in run.history.clients.items()}
+    assert judged == {key: row["accuracy"] for key, row in calm.history.clients.items()}
+    ensemble = "ensemble_accuracy"
+    assert run.history.federation[0][ensemble] == calm.history.federation[0][ensemble]
+
+
 # -- quorum ------------------------------------------------------------------------------------
 
 

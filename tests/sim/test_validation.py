@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +19,12 @@ from sim.validation import (
     LARGEST_PARAMETER,
     LARGEST_SCORE,
     LONGEST_REASON,
+    LONGEST_TRACEBACK,
     Expected,
     RejectedReplyError,
     bad_reply,
     read_valid_reply,
+    valid_answer,
 )
 from strategies.knowledge import Parameters, Predictions, to_array_record
 from strategies.plan import Federation
@@ -637,6 +639,17 @@ def test_a_rejection_tells_what_was_carried_where_it_could_be_read():
         with pytest.raises(RejectedReplyError) as raised:
             read_valid_reply(reply_content(reply(predictions(values=values))), TRAINED)
         assert (raised.value.knowledge is not None) is known
+
+
+def test_an_error_in_the_place_of_a_reply_is_kept_within_bounds():
+    asked = Message(RecordDict(), 2, "train")
+    text = "Traceback\n" + "x" * 10**6 + "\n\x1b[2JOSError: gone"
+    with pytest.raises(RejectedReplyError) as raised:
+        valid_answer(Message(Error(1, text), reply_to=asked), TRAINED, again=False)
+    assert str(raised.value).endswith("OSError: gone")
+    assert len(str(raised.value)) <= LONGEST_REASON
+    assert len(raised.value.told) <= LONGEST_TRACEBACK
+    assert raised.value.told.endswith("\n?[2JOSError: gone")
 
 
 def test_looking_at_a_large_payload_makes_no_table_of_its_size():
