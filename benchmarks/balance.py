@@ -32,7 +32,8 @@ from fedkd.randomness import Purpose, generator_for, seeded_torch
 from fedkd.training import weights_digest
 from sim.engine.grid import FIRST_NODE_ID, reply_message
 from sim.engine.ray_grid import RayGrid
-from sim.engine.session import RaySession, available_cpus
+from sim.engine.resources import available_cpus
+from sim.engine.session import RaySession
 from sim.observers import Observer
 from sim.rounds import RoundLoop
 from sim.running import open_grid

@@ -51,7 +51,7 @@ from fedkd.data import FederatedData, build_federated_data
 from fedkd.models import ModelSettings, build_model
 from fedkd.randomness import Purpose, generator_for
 from fedkd.training import MODEL, Arrays, Passes, initial_model_seed
-from sim.engine.session import available_cpus
+from sim.engine.resources import available_cpus
 from sim.observers import Observer, Row
 from sim.rounds import RoundLoop
 from sim.running import open_grid

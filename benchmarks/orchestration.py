@@ -169,7 +169,8 @@ def flower_phases(options: argparse.Namespace) -> list[float]:
 
 def our_phases(options: argparse.Namespace) -> list[float]:
     from sim.engine.ray_grid import RayGrid
-    from sim.engine.session import RaySession, available_cpus
+    from sim.engine.resources import available_cpus
+    from sim.engine.session import RaySession
     from sim.settings import settings_from_table
 
     settings = settings_from_table(

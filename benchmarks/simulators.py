@@ -336,7 +336,7 @@ class Clock:
 
 def fedkd_side(task: Task) -> Measured:
     from fedkd.data import FederatedData
-    from sim.engine.session import available_cpus
+    from sim.engine.resources import available_cpus
     from sim.rounds import RoundLoop
     from sim.running import open_grid
     from sim.settings import settings_from_table

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fedkd.distillation.search import Trial
     from fedkd.distillation.settings import DistillSettings
+    from sim.observers import Row
     from sim.running import RunResult
     from sim.settings import Settings
 
@@ -49,6 +50,9 @@ ConfigAndOverrides = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+WithReport = Annotated[
+    bool, typer.Option("--report", help="Draw the report, as fedkd report does later.")
+]
 
 
 def _print_version(wanted: bool | None) -> None:
@@ -83,6 +87,7 @@ def run(
         Path | None,
         typer.Option(metavar="RUN", help="Go on with the run of this folder, bit for bit."),
     ] = None,
+    with_report: WithReport = False,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
@@ -98,8 +103,7 @@ def run(
     """
     settings = _settings(arguments) if resume is None else _settings_to_resume(resume, arguments)
     from sim.progress import ProgressObserver, progress_bars
-    from sim.records import is_finished, storing, to_json
-    from sim.reports import load_run, write_report
+    from sim.records import is_finished, to_json
     from sim.running import run as run_federation
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
@@ -109,14 +113,14 @@ def run(
         result = run_federation(
             settings, resume=resume, observers=[ProgressObserver(bars, settings.strategy.name)]
         )
-    with storing(result.folder):
-        record = load_run(result.folder)
-        report = write_report({record.arm: [record]}, result.folder, title=settings.name)
+    row = result.to_row()
+    if with_report:
+        row["report"] = str(_report_on(result.folder))
     if json:
-        typer.echo(to_json({**result.to_row(), "report": str(report)}))
+        typer.echo(to_json(row))
     elif not quiet:
         _console().print(_run_table(result))
-        typer.echo(f"run    {result.folder}\nreport {report}")
+        _say_where(result.folder, row)
 
 
 @app.command()
@@ -184,6 +188,7 @@ def distill(
         int | None,
         typer.Option(min=1, help="Paired repetitions: seed, seed + 1, ...; of the search, too."),
     ] = None,
+    with_report: WithReport = False,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
@@ -215,8 +220,8 @@ def distill(
         settings = settings.model_copy(update={"seeds": seeds})
     from sim.distilling.running import distill as distill_once
     from sim.distilling.studying import repeat
-    from sim.records import storing, to_json
-    from sim.reports.distillation import distill_table, load_distillation, write_distill_report
+    from sim.records import to_json
+    from sim.reports.distillation import distill_table, load_distillation
 
     if settings.seeds > 1:
         with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
@@ -229,14 +234,14 @@ def distill(
         return
     with bars, _stoppable(partial_in="what was measured until then is in {folder}"):
         result = distill_once(settings, observe=FitProgress(bars))
-    with storing(result.folder, goes_on=f"fedkd report {result.folder}"):
-        record = load_distillation(result.folder)
-        report = write_distill_report([record], result.folder, title=settings.name)
+    row = dict(result.row)
+    if with_report:
+        row["report"] = str(_report_on(result.folder))
     if json:
-        typer.echo(to_json({**result.row, "report": str(report)}))
+        typer.echo(to_json(row))
     elif not quiet:
-        _console().print(distill_table([record]))
-        typer.echo(f"run    {result.folder}\nreport {report}")
+        _console().print(distill_table([load_distillation(result.folder)]))
+        _say_where(result.folder, row)
 
 
 @app.command()
@@ -280,6 +285,10 @@ def report(
     - `fedkd report runs/distill/20260101-120000-1a2b3c` : a distillation
     - `fedkd report runs/a/20260101-120000-1a2b3c runs/b/20260101-120500-4d5e6f --output both`
     """
+    typer.echo(f"report {_write_report(runs, output)}")
+
+
+def _write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     from sim.reports import report as write_report_on
     from sim.reports.distillation import is_distillation, report_distillations
     from sim.settings import SettingsError
@@ -291,7 +300,21 @@ def report(
             "is a distillation"
         )
     write = report_distillations if distillations else write_report_on
-    typer.echo(f"report {write(runs, output)}")
+    return write(runs, output)
+
+
+def _report_on(folder: Path) -> Path:
+    """Draw the report of a run that has just ended; where it cannot, say how to do it later."""
+    from sim.records import storing
+
+    with storing(folder, goes_on=f"fedkd report {folder}"):
+        return _write_report([folder])
+
+
+def _say_where(folder: Path, row: "Row") -> None:
+    """Name the run's folder, and its report or what would draw it."""
+    drawn = f"report {row['report']}" if "report" in row else f"draw   fedkd report {folder}"
+    typer.echo(f"run    {folder}\n{drawn}")
 
 
 def _console() -> Console:

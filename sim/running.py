@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
 from fedkd.models import build_model, uses_batch_norm
 from fedkd.training import initial_model_seed, weights_digest
 from sim.engine.grid import CohortGrid, StatesLostError
 from sim.engine.inline import InlineGrid
-from sim.engine.ray_grid import RayGrid
+from sim.engine.resources import check_engine
 from sim.engine.runtime import build_strategy, federation_of
-from sim.engine.session import RaySession, check_engine
 from sim.history import History, summary
 from sim.identity import check_same_run
 from sim.interruption import Interruption, interruptible
@@ -31,8 +30,11 @@ from sim.records import (
 )
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop
-from sim.settings import Settings, SettingsError, load_settings
+from sim.settings import EngineSettings, Settings, SettingsError, load_settings
 from strategies.base import DistillationStrategy, StrategySettings
+
+if TYPE_CHECKING:
+    from sim.engine.session import RaySession
 
 MOST_RETURNS = 3
 """How often in a row a run goes back because states are lost before it gives up; a round that was
@@ -140,15 +142,24 @@ def _check_stacking(strategy: DistillationStrategy[StrategySettings], data: Fede
             )
 
 
+def open_session(engine: EngineSettings) -> "RaySession":
+    """Start or join Ray; it takes a second to import, which a run in this process need not do."""
+    from sim.engine.session import RaySession
+
+    return RaySession(engine)
+
+
 @contextmanager
 def open_grid(
-    settings: Settings, data: FederatedData, session: RaySession | None = None
+    settings: Settings, data: FederatedData, session: "RaySession | None" = None
 ) -> Iterator[CohortGrid[Any]]:
     """Open the grid that the settings ask for; a given Ray session is used and left open."""
     if settings.engine.backend == "inline":
         yield InlineGrid(settings, data)
         return
-    own = RaySession(settings.engine) if session is None else None
+    own = open_session(settings.engine) if session is None else None
+    from sim.engine.ray_grid import RayGrid  # imported late, as in `open_session`
+
     try:
         grid = RayGrid(session or own, settings, data)  # type: ignore[arg-type]
         try:
@@ -166,7 +177,7 @@ def run(
     folder: Path | None = None,
     resume: Path | None = None,
     observers: Sequence[Observer] = (),
-    session: RaySession | None = None,
+    session: "RaySession | None" = None,
 ) -> RunResult:
     """Run a federation, or go on with one that was stopped.
 

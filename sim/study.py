@@ -3,17 +3,20 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sim.engine.session import RaySession, check_engine
+from sim.engine.resources import check_engine
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
 from sim.records import SETTINGS_FILE, is_finished, make_folder, to_json, write_text
 from sim.reports import load_run, summary_rows, write_report
 from sim.reports.runs import STUDY_FILE, RunRecord
-from sim.running import load_data, run
+from sim.running import load_data, open_session, run
 from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table
 from strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from sim.engine.session import RaySession
 
 DEFAULT_ARMS = ("local", "one_way", "fedmd", "dml", "fedavg")
 
@@ -158,7 +161,7 @@ def _run_all(
     try:
         for arm, settings, folder in runs:
             if settings.engine.backend == "ray" and session is None:
-                session = RaySession(settings.engine)
+                session = open_session(settings.engine)
             make_folder(settings.output, folder)
             begun = (folder / SETTINGS_FILE).is_file()
             run(

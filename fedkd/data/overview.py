@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from scipy.special import entr
 
 from fedkd.data.federated import FederatedData
 
@@ -38,6 +37,8 @@ def split_table(data: FederatedData) -> list[dict[str, int | float]]:
 
 def label_entropy(counts: Int64[np.ndarray, "clients classes"]) -> Float64[np.ndarray, "clients"]:
     """Return the entropy of each client's class shares in nats; 0 for a client without rows."""
+    from scipy.special import entr  # imported late: no run needs it
+
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     entropies: np.ndarray = entr(shares).sum(axis=1)
     return entropies

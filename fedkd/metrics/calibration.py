@@ -7,7 +7,6 @@ errors would not. NaN without rows.
 
 import numpy as np
 from jaxtyping import Float, Integer
-from scipy.optimize import brentq
 
 from fedkd.metrics.arrays import Array, as_classes, as_float64, as_probabilities, log_softmax
 
@@ -216,6 +215,8 @@ def fit_temperature(logits: Float[Array, "rows classes"], labels: Integer[Array,
         return HIGHEST_TEMPERATURE
     if slope(1 / LOWEST_TEMPERATURE) <= 0:
         return LOWEST_TEMPERATURE
+    from scipy.optimize import brentq  # imported late: half a second, and few ask for this
+
     inverse = brentq(slope, 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE, xtol=1e-12)
     return 1 / float(inverse)
 

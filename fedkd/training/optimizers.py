@@ -64,9 +64,13 @@ class OptimizerSettings(BaseModel):
             parameters: parameters, or groups of them: ``params``, and ``lr`` where it differs.
             fused: update in one pass over memory where torch can; the last bits may differ.
         """
-        kind = {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[self.name]
-        optimizer: Optimizer = kind(parameters, self, fused=fused)
-        return optimizer
+        match self.name:
+            case "sgd":
+                return SGD(parameters, self, fused=fused)
+            case "adam" | "adamw":
+                return Adam(parameters, self, fused=fused)
+            case "rmsprop":
+                return RMSprop(parameters, self, fused=fused)
 
     @property
     def constant(self) -> bool:

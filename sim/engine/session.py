@@ -7,7 +7,6 @@ nothing that matters: clients' states come in with a call and go out with its re
 import gc
 import logging
 import math
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ray._private import ray_constants
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
 from sim.engine.messages import ClientReply, CohortCall
+from sim.engine.resources import available_cpus, check_engine
 from sim.engine.runtime import ClientRuntime
 from sim.settings import EngineSettings, SettingsError, settings_from_table
 from strategies.knowledge import Knowledge
@@ -121,42 +121,6 @@ def _warm_up() -> None:
 
 def _device() -> torch.device:
     return torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-
-
-def available_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def check_engine(engine: EngineSettings) -> None:
-    """Refuse, before Ray starts, resources that this machine does not have.
-
-    What a cluster has is known to the cluster only, so with ``engine.address`` Ray decides.
-
-    Raises:
-        SettingsError: names the setting and what there is.
-    """
-    if engine.address is not None:
-        return
-    cpus = available_cpus()
-    if engine.backend == "ray" and engine.cpus_per_worker > cpus:
-        raise SettingsError(
-            f"engine.cpus_per_worker must be at most the {cpus} CPUs of this machine, "
-            f"got {engine.cpus_per_worker:g}"
-        )
-    gpus = torch.cuda.device_count()
-    if engine.gpus_per_worker > gpus:
-        raise SettingsError(
-            f"engine.gpus_per_worker must be at most the {gpus} GPUs that PyTorch sees here, "
-            f"got {engine.gpus_per_worker:g}"
-        )
-    if engine.gpus_per_worker and engine.backend == "inline":
-        raise SettingsError(
-            f"engine.gpus_per_worker needs engine.backend: ray, got {engine.gpus_per_worker:g} "
-            "with inline"
-        )
 
 
 class RaySession:

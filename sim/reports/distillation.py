@@ -22,8 +22,6 @@ from sim.records import (
     read_rows,
     write_text,
 )
-from sim.reports.distillation_figures import draw_distillation
-from sim.reports.figures import to_png
 from sim.reports.html import (
     FIGURES_FOLDER,
     REPORT_FILE,
@@ -226,6 +224,10 @@ def write_distill_report(runs: Sequence[DistillRecord], folder: Path, *, title: 
     Raises:
         SettingsError: if there is no run, or the folder cannot be written.
     """
+    # matplotlib takes a second, and whoever reads or lists runs draws nothing.
+    from sim.reports.distillation_figures import draw_distillation
+    from sim.reports.figures import to_png
+
     if not runs:
         raise SettingsError("a report needs at least one run, got none")
     drawn = draw_distillation(

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from sim.records import SETTINGS_FILE, make_folder, write_text
-from sim.reports.figures import FIGURES, draw_figures, to_png
 from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,
@@ -67,6 +64,9 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
         SettingsError: if there is no run, an arm has two runs with one seed, or the folder cannot
             be written.
     """
+    # matplotlib takes a second, and whoever reads or lists runs draws nothing.
+    from sim.reports.figures import FIGURES, draw_figures, to_png
+
     runs = {arm: tuple(of_arm) for arm, of_arm in runs.items() if of_arm}
     if not runs:
         raise SettingsError("a report needs at least one run, got none")
@@ -276,6 +276,8 @@ class Table:
 
 def template(name: str) -> Any:
     """Return one of the pages beside this file, to be rendered; texts are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

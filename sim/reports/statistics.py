@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from sim.reports.runs import RunRecord, number
 from sim.settings import SettingsError
@@ -126,6 +125,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def _half_width(values: Sequence[float]) -> float:
+    from scipy import stats  # imported late: a single run has no interval and need not wait for it
+
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
@@ -162,6 +163,8 @@ def paired_difference(first: Sequence[float], other: Sequence[float]) -> Differe
     if np.ptp(differences) <= rounding:
         p_value = 1.0 if abs(mean) <= rounding else None
         return Difference(mean, mean, mean, p_value, len(differences))
+    from scipy import stats
+
     half = _half_width(differences.tolist())
     p = float(stats.ttest_rel(two, one).pvalue)
     return Difference(mean, mean - half, mean + half, p, len(differences))

@@ -109,15 +109,29 @@ def test_an_unwritable_output_is_named(fedkd: Fedkd, tmp_path: Path) -> None:
     assert "output" in err
 
 
-def test_run_prints_a_table_and_leaves_a_report(
+def test_run_prints_a_table_and_draws_nothing_unless_asked(
     fedkd: Fedkd, tmp_path: Path, small_words: Words
 ) -> None:
     code, out, err = fedkd("run", *small_words, f"output={tmp_path}")
     assert (code, err) == (0, "")
     assert "mean client accuracy" in out
-    report = Path(out.split("report ")[1].strip().replace("\n", ""))
-    assert report.name == "report.html"
-    assert report.is_file()
+    (folder,) = tmp_path.glob("*/*")
+    assert f"run    {folder}\ndraw   fedkd report {folder}\n" in out
+    assert not (folder / "report.html").exists()
+    assert not (folder / "figures").exists()
+
+
+def test_run_leaves_a_report_where_asked(fedkd: Fedkd, tmp_path: Path, small_words: Words) -> None:
+    _, out, _ = fedkd("run", *small_words, f"output={tmp_path}", "--json")
+    folder = Path(json.loads(out)["folder"])
+    # A finished run is only drawn.
+    code, out, _ = fedkd("run", "--resume", str(folder), "--report")
+    assert code == 0
+    assert f"report {folder / 'report.html'}\n" in out
+    assert (folder / "report.html").is_file()
+    assert (folder / "figures" / "accuracy_by_round.png").is_file()
+    _, out, _ = fedkd("run", "--resume", str(folder), "--report", "--json")
+    assert json.loads(out)["report"] == str(folder / "report.html")
 
 
 def test_json_is_one_object_and_nothing_else(

@@ -89,7 +89,7 @@ def without_watch(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_leaves_a_folder_that_tells_everything(fedkd: Fedkd, tmp_path: Path) -> None:
-    code, out, err = fedkd("distill", *SMALL, f"output={tmp_path}")
+    code, out, err = fedkd("distill", *SMALL, f"output={tmp_path}", "--report")
     assert (code, err) == (0, "")
     (folder,) = tmp_path.glob("distill/*")
     assert f"run    {folder}" in out

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import ray
 
-from sim.engine.session import RaySession, available_cpus, check_engine
+from sim.engine.resources import available_cpus, check_engine
+from sim.engine.session import RaySession
 from sim.running import open_grid, run
 from sim.settings import EngineSettings, Settings, SettingsError
 
