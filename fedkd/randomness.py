@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     FAULTS = 10
     DISTILL = 11
     AUGMENT = 12
+    TRAIN_PUBLIC = 13
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

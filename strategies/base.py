@@ -55,6 +55,15 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
         self.settings = settings
         self.federation = federation
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether nothing that is exchanged reaches what is judged of a client, in any round.
+
+        Such clients are trained by the backend that trains them in `local`, whatever else the
+        algorithm could do, and have its bits. Decides only how clients are trained.
+        """
+        return False
+
     def composed(self) -> ComposedObjective | None:
         """Return what clients minimise where it is made of terms.
 

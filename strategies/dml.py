@@ -26,6 +26,7 @@ from strategies.taught import (
     check_public_labels,
     composed_of,
     learn,
+    never_taught,
     rows_of_step,
 )
 
@@ -54,9 +55,14 @@ class DML(DistillationStrategy[DMLSettings]):
         super().__init__(settings, federation)
         check_public_labels(settings, federation)
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether what is received never counts."""
+        return never_taught(self.settings, self.federation)
+
     def composed(self) -> ComposedObjective | None:
         """The terms of ``strategy.objective``, where it is set."""
-        return composed_of(self.settings)
+        return composed_of(self.settings, self.federation)
 
     def rows_of_step(self, private_rows: int) -> int:
         """Private and public rows go through the model together."""

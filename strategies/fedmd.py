@@ -62,6 +62,12 @@ class FedMD(DistillationStrategy[FedMDSettings]):
     uploads = "predictions"
     needs_public = True
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether clients neither digest nor begin on the public set."""
+        transfers = self.federation.public_labelled and self.settings.transfer_epochs
+        return not (self.settings.digest_epochs or transfers)
+
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
     ) -> Sequence[Knowledge]:
@@ -70,7 +76,7 @@ class FedMD(DistillationStrategy[FedMDSettings]):
         if plan.round == 1 and plan.federation.public_labelled and settings.transfer_epochs:
             lesson = plan.labelled_public(epochs=settings.transfer_epochs)
             cohort.fit(supervised_public, public=lesson)
-        if isinstance(received, Predictions):
+        if isinstance(received, Predictions) and settings.digest_epochs:
             cohort.fit(self._digest, public=plan.public(received, epochs=settings.digest_epochs))
         cohort.fit(supervised, private=plan.local)
         return upload_logits(cohort, plan.public_rows)

@@ -71,19 +71,27 @@ class FML(DistillationStrategy[FMLSettings]):
         """A private model and a meme."""
         return {PRIVATE: self.federation.models[client], MEME: self.settings.meme}
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether a private model never learns from its meme; the meme may from it."""
+        terms = self.settings.objective.terms.values()
+        return all(self.federation.never(t.weight) for t in terms if t.needs != ("labels",))
+
     def composed(self) -> ComposedObjective:
         """Both models' objectives, each with the other model as its teacher."""
         return self._mutual(0.0)
 
     def _mutual(self, progress: float) -> ComposedObjective:
-        settings = self.settings
+        settings, in_force = self.settings, self.federation.in_force
         return ComposedObjective(
             learners={
                 PRIVATE: Learner(
-                    objective=settings.objective, teacher=MEME, setting="strategy.objective"
+                    objective=in_force(settings.objective),
+                    teacher=MEME,
+                    setting="strategy.objective",
                 ),
                 MEME: Learner(
-                    objective=settings.meme_objective,
+                    objective=in_force(settings.meme_objective),
                     teacher=PRIVATE,
                     setting="strategy.meme_objective",
                 ),

@@ -41,6 +41,7 @@ from strategies.taught import (
     knowledge_of,
     learn,
     lesson_of,
+    never_taught,
     rows_of_step,
 )
 
@@ -88,9 +89,15 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         self._model: ServerModel | None = None
         self._taught = False
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether what is received never counts."""
+        one_sided = self.settings.direction == "clients_to_server"
+        return one_sided or never_taught(self.settings, self.federation)
+
     def composed(self) -> ComposedObjective | None:
         """The terms of ``strategy.objective``, where it is set."""
-        return composed_of(self.settings)
+        return composed_of(self.settings, self.federation)
 
     def rows_of_step(self, private_rows: int) -> int:
         """Private and public rows go through the model together."""

@@ -1,12 +1,14 @@
 """What a round is, known to both sides without a message: pure functions of the settings."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from fedkd.models import ModelSettings
+from fedkd.objectives import Objective
 from fedkd.randomness import Purpose, generator_for
+from fedkd.schedules import NonNegativeSchedule
 from fedkd.training import Passes, PublicLesson
 from strategies.knowledge import Predictions
 
@@ -44,9 +46,33 @@ class Federation:
         """A key for each client's architecture; clients with equal keys can exchange weights."""
         return tuple(model.key for model in self.models)
 
+    def never(self, weight: NonNegativeSchedule) -> bool:
+        """Return whether a weight is 0 in every round."""
+        return _never(weight, self.rounds)
+
+    def in_force(self, objective: Objective) -> Objective:
+        """Return the terms that have a weight in some round; all of them where none has.
+
+        A term that never counts is not computed, so it decides nothing about how clients train.
+        """
+        terms = {name: t for name, t in objective.terms.items() if not self.never(t.weight)}
+        if len(terms) in (0, len(objective.terms)):
+            return objective
+        return Objective.model_validate(terms)
+
     def plan(self, round: int) -> "RoundPlan":
         """Return what round ``round`` (1-based) is: pure, so both sides agree without a message."""
         return RoundPlan(self, round)
+
+
+@lru_cache(maxsize=256)
+def _never(weight: NonNegativeSchedule, rounds: int) -> bool:
+    return all(weight.at(progress_of(round, rounds)) == 0 for round in range(1, rounds + 1))
+
+
+def progress_of(round: int, rounds: int) -> float:
+    """Return 0 for the first round and 1 for the last."""
+    return (round - 1) / max(rounds - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ class RoundPlan:
     @property
     def progress(self) -> float:
         """0 in the first round, 1 in the last: where schedules are read."""
-        return (self.round - 1) / max(self.federation.rounds - 1, 1)
+        return progress_of(self.round, self.federation.rounds)
 
     @property
     def local(self) -> Passes:

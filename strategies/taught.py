@@ -98,11 +98,19 @@ def check_public_labels(settings: TaughtSettings, federation: Federation) -> Non
         )
 
 
-def composed_of(settings: TaughtSettings) -> ComposedObjective | None:
+def composed_of(settings: TaughtSettings, federation: Federation) -> ComposedObjective | None:
     """Return ``strategy.objective`` as what a client minimises; None where it is not set."""
     if settings.objective is None:
         return None
-    return ComposedObjective(learners={MODEL: _learner(settings.objective)})
+    return ComposedObjective(learners={MODEL: _learner(federation.in_force(settings.objective))})
+
+
+def never_taught(settings: TaughtSettings, federation: Federation) -> bool:
+    """Return whether what clients receive has no weight in any round."""
+    if settings.objective is None:
+        return federation.never(settings.kd_weight)
+    terms = _knowledge_terms(settings.objective)
+    return all(federation.never(term.weight) for term in terms.values())
 
 
 def lesson_of(
@@ -149,14 +157,15 @@ def learn(
     learning alone; so it is with an objective whose other terms have weight 0.
     """
     if settings.objective is not None:
-        _learn_terms(cohort, received, plan, settings, settings.objective)
+        objective = plan.federation.in_force(settings.objective)
+        _learn_terms(cohort, received, plan, settings, objective)
         return
     ce_weight = settings.ce_weight.at(plan.progress)
     kd_weight = settings.kd_weight.at(plan.progress)
     if not isinstance(received, Predictions) or kd_weight == 0:
         cohort.fit(partial(supervised, weight=ce_weight), private=plan.local)
         return
-    objective = partial(
+    both = partial(
         distilled,
         temperature=received.temperature,
         targets_are_logits=received.kind != "mean_probability",
@@ -165,7 +174,7 @@ def learn(
         scale_by_t2=settings.scale_by_t2,
         confidence_threshold=settings.confidence_threshold,
     )
-    cohort.fit(objective, private=plan.local, public=_public(received, plan, settings))
+    cohort.fit(both, private=plan.local, public=_public(received, plan, settings))
 
 
 def _learn_terms(

@@ -1,12 +1,42 @@
 """Which rows a member's fit takes in each step: cut before the first one."""
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from fedkd.randomness import generator_for
+from fedkd.randomness import Purpose, generator_for
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import Member, PublicLesson, Streams
+
+
+class FitKey(NamedTuple):
+    """What tells a fit's streams from those of a call's other fits."""
+
+    purpose: Purpose
+    number: int
+
+
+class FitKeys:
+    """Hands out the keys of a call's fits.
+
+    A client's fits on public rows alone are counted for themselves: an algorithm that has one
+    takes the same private batches as one that does without.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._purpose = streams.purpose
+        self._fits: Counter[Purpose] = Counter()
+
+    def next(self, *, private: bool) -> FitKey:
+        """Return the key of the next fit; ``private``: whether it takes private rows."""
+        purpose = self._purpose
+        if purpose is Purpose.TRAIN and not private:
+            purpose = Purpose.TRAIN_PUBLIC
+        key = FitKey(purpose, self._fits[purpose])
+        self._fits[purpose] += 1
+        return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +58,12 @@ class Feed:
         cls,
         member: Member,
         streams: Streams,
-        fit: int,
+        fit: FitKey,
         private: Passes | None,
         public: PublicLesson | None,
     ) -> "tuple[int, Feed]":
         """Return a fit's seed for torch and its batches: the same in every backend."""
-        rng = generator_for(streams.seed, streams.purpose, *streams.key(member, fit))
+        rng = generator_for(streams.seed, fit.purpose, *streams.key(member, fit.number))
         return int(rng.integers(2**62)), cls.cut(member, private, public, rng)
 
     @classmethod

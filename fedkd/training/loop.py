@@ -28,7 +28,7 @@ from fedkd.training.cohort import (
     named_models,
     public_inputs,
 )
-from fedkd.training.feeds import Feed
+from fedkd.training.feeds import Feed, FitKey, FitKeys
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
     Batch,
@@ -73,7 +73,7 @@ class LoopCohort(Cohort):
         self._optimizer_settings = optimizer
         self._data = data
         self._streams = streams
-        self._fits = 0
+        self._fit_keys = FitKeys(streams)
         self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
         self._pool = pool
         self._models = named_models(model)
@@ -96,11 +96,11 @@ class LoopCohort(Cohort):
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
     ) -> None:
-        self._fits += 1
+        key = self._fit_keys.next(private=private is not None)
         if not isinstance(objective, ComposedObjective):
             names = tuple(models) if models is not None else (self._first,)
             for position in range(len(self._members)):
-                self._fit_member(position, names, _on_outputs(objective), private, public)
+                self._fit_member(key, position, names, _on_outputs(objective), private, public)
             return
         if objective.idle:
             return
@@ -118,12 +118,13 @@ class LoopCohort(Cohort):
                     for name, layers in bound.layers.items()
                     if layers
                 }
-                self._fit_member(position, names, losses_of, private, public, features, parts)
+                self._fit_member(key, position, names, losses_of, private, public, features, parts)
             if parts is not None:
                 self._parts[position] = with_parts(self._parts[position], parts.state())
 
     def _fit_member(
         self,
+        key: FitKey,
         position: int,
         names: Sequence[str],
         losses_of: StepLosses,
@@ -133,9 +134,7 @@ class LoopCohort(Cohort):
         parts: Slot | None = None,
     ) -> None:
         """Train one member's models, and the parts in a slot."""
-        seed, feed = Feed.drawn(
-            self._members[position], self._streams, self._fits - 1, private, public
-        )
+        seed, feed = Feed.drawn(self._members[position], self._streams, key, private, public)
         slots = {name: self._slots[name][position] for name in names}
         steps = _Steps(self._data, feed, public, position)
         # A model of one's own may call functions that draw from torch's global generators.

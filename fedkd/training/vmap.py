@@ -38,7 +38,7 @@ from fedkd.training.cohort import (
     named_models,
     public_inputs,
 )
-from fedkd.training.feeds import Feed
+from fedkd.training.feeds import Feed, FitKey, FitKeys
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, JointObjective, Objective, Outputs, total
 from fedkd.training.optimizers import OptimizerSettings
@@ -81,7 +81,7 @@ class VmapCohort(Cohort):
         self._data = data
         self._device = data.train_inputs.device
         self._streams = streams
-        self._fits = 0
+        self._fit_keys = FitKeys(streams)
         self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
         self._pool = pool
         self._models = named_models(model)
@@ -103,12 +103,12 @@ class VmapCohort(Cohort):
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
     ) -> None:
-        self._fits += 1
+        key = self._fit_keys.next(private=private is not None)
         if not isinstance(objective, ComposedObjective):
             names = tuple(models) if models is not None else (self._first,)
             stacks = {name: self._stacks[name] for name in names}
             step = _Step(stacks, _on_outputs(objective))
-            self._fit_stacks(step, self._steps(names, private, public))
+            self._fit_stacks(step, self._steps(key, names, private, public))
             return
         if objective.idle:
             return
@@ -116,7 +116,7 @@ class VmapCohort(Cohort):
         bound = self._pool.bound(objective, self._models)
         if bound.stacking.obstacle:
             raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
-        steps = self._steps(names, private, public)
+        steps = self._steps(key, names, private, public)
         if steps.padded and bound.stacking.mixes_rows:
             raise VmapUnsupportedError(
                 f"{bound.stacking.mixes_rows} compares the rows of a batch with each other and "
@@ -149,11 +149,15 @@ class VmapCohort(Cohort):
         return Stack.of(skeleton, states, self._device)
 
     def _steps(
-        self, names: Sequence[str], private: Passes | None, public: PublicLesson | None
+        self,
+        key: FitKey,
+        names: Sequence[str],
+        private: Passes | None,
+        public: PublicLesson | None,
     ) -> "_StackedSteps":
         feeds, seeds = [], []
         for member in self._members:
-            seed, feed = Feed.drawn(member, self._streams, self._fits - 1, private, public)
+            seed, feed = Feed.drawn(member, self._streams, key, private, public)
             seeds.append(seed)
             feeds.append(feed)
         has_dropout = any(self._stacks[name].skeleton.dropout for name in names)

@@ -88,14 +88,22 @@ class CohortCutter:
             case "measure" if model.key in self._measured:
                 return self._measured[model.key]
             case _:
+                strategy = self._strategy
+                private_rows = int(self._rows[members].mean())
+                # Who learns from nobody is to be compared with `local`, bit for bit.
+                alone = strategy.learns_alone
                 return choose_backend(
-                    self._strategy.architecture(members[0]),
+                    model if alone else strategy.architecture(members[0]),
                     input_shape=self._input_shape,
                     num_classes=self._num_classes,
                     members=len(members),
-                    batch_rows=self._strategy.rows_of_step(int(self._rows[members].mean())),
+                    batch_rows=(
+                        self._settings.clients.batch_size
+                        if alone
+                        else strategy.rows_of_step(private_rows)
+                    ),
                     device="cuda" if self._engine.gpus_per_worker else "cpu",
-                    objective=self._strategy.composed(),
+                    objective=None if alone else strategy.composed(),
                 )
 
     def _model(self, client: int) -> ModelSettings:
