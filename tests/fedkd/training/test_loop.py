@@ -97,8 +97,11 @@ def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
     optimizer = settings(network.parameters())
     own = torch.arange(12) + 12 * client
     with torch.random.fork_rng():
-        for number, (private, public) in enumerate(fits):
-            rng = generator_for(seed, Purpose.TRAIN, 1, client, number)
+        for position, (private, public) in enumerate(fits):
+            # Fits on public rows alone have streams, and numbers, of their own.
+            purpose = Purpose.TRAIN if private else Purpose.TRAIN_PUBLIC
+            number = sum(bool(before) == bool(private) for before, _ in fits[:position])
+            rng = generator_for(seed, purpose, 1, client, number)
             fit_seed = int(rng.integers(2**62))
             torch.manual_seed(fit_seed)
             own_batches = private.batches(12, rng) if private else None
@@ -140,7 +143,7 @@ FITS = {
     "private rows": [(PRIVATE, None)],
     "public rows": [(None, lesson(epochs=3))],
     "both in one step": [(PRIVATE, lesson())],
-    "digest, then revisit": [(None, lesson()), (PRIVATE, None)],
+    "digest, then revisit": [(None, lesson()), (PRIVATE, None), (None, lesson(seed=1))],
 }
 
 
