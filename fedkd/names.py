@@ -1,4 +1,4 @@
-"""Names that become the names of files and folders."""
+"""Names that become the names of files and folders, and names as they are shown to people."""
 
 import re
 
@@ -21,3 +21,19 @@ def check_name(name: str, what: str) -> str:
             f"got {name!r}"
         )
     return name
+
+
+def printable(text: str) -> str:
+    r"""Return a text that moves no cursor and hides nothing: ``\x1b[2J`` for an escape code.
+
+    What comes from files and modules (names of classes, reasons of errors) may hold control
+    characters, line ends and marks that turn the direction of writing; each is shown as its escape.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in _HARMLESS else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
+_HARMLESS = frozenset("\u200c\u200d\u00a0\u3000")
+"""Spaces and joiners that Python escapes and languages need."""

@@ -8,15 +8,14 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from sim.interruption import Interruption, interruptible
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from fedkd.distillation.search import Trial
     from fedkd.distillation.settings import DistillSettings
     from sim.observers import Row
+    from sim.reports.terminal import FittedTable
     from sim.running import RunResult
     from sim.settings import Settings
 
@@ -52,6 +52,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tabl
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 WithReport = Annotated[
     bool, typer.Option("--report", help="Draw the report, as fedkd report does later.")
+]
+Wide = Annotated[
+    bool, typer.Option("--wide", help="All columns of tables, however narrow the terminal is.")
 ]
 
 
@@ -89,6 +92,7 @@ def run(
     ] = None,
     with_report: WithReport = False,
     quiet: Quiet = False,
+    wide: Wide = False,
     json: AsJson = False,
 ) -> None:
     """Run one federation and leave a run folder.
@@ -119,7 +123,7 @@ def run(
     if json:
         typer.echo(to_json(row))
     elif not quiet:
-        _console().print(_run_table(result))
+        _print(_run_table(result), wide=wide)
         _say_where(result.folder, row)
 
 
@@ -128,15 +132,21 @@ def compare(
     arguments: ConfigAndOverrides = None,
     arms: Annotated[
         str | None,
+        typer.Option(help="Which arms, separated by commas: names from study.arms, or strategies."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
         typer.Option(
-            help="Which arms, separated by commas: names from study.arms, or strategies. "
-            "The first is what the others are compared with."
+            metavar="ARM",
+            help="The arm that the others are compared with; study.baseline by default, or the "
+            "first.",
         ),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Paired seeds; study.seeds by default.")
     ] = None,
     quiet: Quiet = False,
+    wide: Wide = False,
     json: AsJson = False,
 ) -> None:
     """Run arms x paired seeds and print a table with intervals and paired tests.
@@ -147,11 +157,12 @@ def compare(
     - `fedkd compare conf/quickstart.yaml`
     - `fedkd compare conf/quickstart.yaml --arms local,dml --seeds 10`
     - `fedkd compare --arms local,fedmd,dml rounds=10`
+    - `fedkd compare conf/quickstart.yaml --baseline local`
     """
     settings = _settings(arguments)
     from sim.progress import ProgressObserver, progress_bars
     from sim.records import to_json
-    from sim.reports import summary_table
+    from sim.reports import summary_table, verdicts
     from sim.study import compare as compare_arms
 
     bars = progress_bars(Console(stderr=True), quiet=quiet or json)
@@ -162,13 +173,16 @@ def compare(
             settings,
             arms=[name.strip() for name in arms.split(",")] if arms else None,
             seeds=seeds,
+            baseline=baseline,
             observer_of=lambda arm, seed: [ProgressObserver(bars, f"{arm} seed {seed}")],
         )
     if json:
         typer.echo(to_json(study.to_row()))
     elif not quiet:
-        _console().print(summary_table(study.runs))
+        _print(summary_table(study.runs, study.baseline), wide=wide)
         typer.echo(f"report {study.report}")
+        # Last, because it is what the study was for.
+        _print_words("", *verdicts(study.runs, study.baseline))
 
 
 @app.command()
@@ -190,6 +204,7 @@ def distill(
     ] = None,
     with_report: WithReport = False,
     quiet: Quiet = False,
+    wide: Wide = False,
     json: AsJson = False,
 ) -> None:
     """Train or load a teacher, distil a student, and compare it with its undistilled twin.
@@ -214,14 +229,14 @@ def distill(
     settings = load_distill_settings(config, overrides)
     bars = progress_bars(Console(stderr=True), quiet=quiet or json, unit="epochs")
     if search:
-        _search(settings, seeds, bars, quiet=quiet, json=json)
+        _search(settings, seeds, bars, quiet=quiet, wide=wide, json=json)
         return
     if seeds is not None:
         settings = settings.model_copy(update={"seeds": seeds})
     from sim.distilling.running import distill as distill_once
     from sim.distilling.studying import repeat
     from sim.records import to_json
-    from sim.reports.distillation import distill_table, load_distillation
+    from sim.reports.distillation import distill_remarks, distill_table, load_distillation
 
     if settings.seeds > 1:
         with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
@@ -229,7 +244,8 @@ def distill(
         if json:
             typer.echo(to_json(study.to_row()))
         elif not quiet:
-            _console().print(distill_table(study.runs))
+            _print(distill_table(study.runs), wide=wide)
+            _print_words(*distill_remarks(study.runs))
             typer.echo(f"runs   {study.folder}\nreport {study.report}")
         return
     with bars, _stoppable(partial_in="what was measured until then is in {folder}"):
@@ -240,7 +256,7 @@ def distill(
     if json:
         typer.echo(to_json(row))
     elif not quiet:
-        _console().print(distill_table([load_distillation(result.folder)]))
+        _print(distill_table([load_distillation(result.folder)]), wide=wide)
         _say_where(result.folder, row)
 
 
@@ -250,6 +266,7 @@ def data(
     figure: Annotated[
         Path | None, typer.Option(help="Where to draw it; by default OUTPUT/NAME/split.png.")
     ] = None,
+    wide: Wide = False,
     json: AsJson = False,
 ) -> None:
     """Show how the rows are split: a table, and a figure.
@@ -267,7 +284,7 @@ def data(
     if json:
         typer.echo(to_json(shown.to_row()))
         return
-    _console().print(shown.table())
+    _print(shown.table(), wide=wide)
     typer.echo(f"figure {shown.figure}")
 
 
@@ -277,6 +294,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report; by default beside the runs.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="ARM", help="The arm that the others are compared with."),
+    ] = None,
 ) -> None:
     """Write report.html and its figures for runs or studies, grouped by arm.
 
@@ -285,10 +306,12 @@ def report(
     - `fedkd report runs/distill/20260101-120000-1a2b3c` : a distillation
     - `fedkd report runs/a/20260101-120000-1a2b3c runs/b/20260101-120500-4d5e6f --output both`
     """
-    typer.echo(f"report {_write_report(runs, output)}")
+    typer.echo(f"report {_write_report(runs, output, baseline)}")
 
 
-def _write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
+def _write_report(
+    runs: Sequence[Path], output: Path | None = None, baseline: str | None = None
+) -> Path:
     from sim.reports import report as write_report_on
     from sim.reports.distillation import is_distillation, report_distillations
     from sim.settings import SettingsError
@@ -299,8 +322,13 @@ def _write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
             f"a report is on federations or on distillations, got both: {str(distillations[0])!r} "
             "is a distillation"
         )
-    write = report_distillations if distillations else write_report_on
-    return write(runs, output)
+    if not distillations:
+        return write_report_on(runs, output, baseline=baseline)
+    if baseline is not None:
+        raise SettingsError(
+            "--baseline is for federations: a distillation is compared with its undistilled twin"
+        )
+    return report_distillations(runs, output)
 
 
 def _report_on(folder: Path) -> Path:
@@ -317,10 +345,22 @@ def _say_where(folder: Path, row: "Row") -> None:
     typer.echo(f"run    {folder}\n{drawn}")
 
 
-def _console() -> Console:
-    """Return where tables go; a file or a pipe has no width of its own, and should not cut them."""
+def _print(table: "FittedTable", *, wide: bool) -> None:
+    """Print the columns that the terminal has room for, or all of them.
+
+    A file or a pipe has no width of its own: it gets all, unless COLUMNS says how wide it is.
+    """
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    if wide or not (console.is_terminal or "COLUMNS" in os.environ):
+        console = Console(width=max(table.natural_width, console.width))
+    console.print(table)
+
+
+def _print_words(*sentences: str) -> None:
+    """Print sentences, broken between words where a terminal has a width."""
+    console = Console(highlight=False)
+    for sentence in sentences:
+        console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _settings(arguments: Sequence[str] | None) -> "Settings":
@@ -346,7 +386,13 @@ def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
 
 
 def _search(
-    settings: "DistillSettings", seeds: int | None, bars: "Progress", *, quiet: bool, json: bool
+    settings: "DistillSettings",
+    seeds: int | None,
+    bars: "Progress",
+    *,
+    quiet: bool,
+    wide: bool,
+    json: bool,
 ) -> None:
     from sim.distilling.searching import search
     from sim.progress import FitProgress
@@ -365,7 +411,8 @@ def _search(
     if json:
         typer.echo(to_json(found.to_row()))
     elif not quiet:
-        _console().print(found.table())
+        _print(found.table(), wide=wide)
+        _print_words(found.remark())
         typer.echo(f"search {found.folder}\nbest   {' '.join(found.words)}")
         given = [word for word in sys.argv[1:] if word != "--search"]
         typer.echo(f"use it: {shlex.join(['fedkd', *given, *found.words])}")
@@ -383,13 +430,14 @@ def _list_components(arguments: Sequence[str] | None, *, json: bool) -> None:
         rows = {name: [each._asdict() for each in of_name] for name, of_name in sections.items()}
         typer.echo(to_json(rows))
         return
+    width = min(100, Console().width) if sys.stdout.isatty() else 100
     for number, (name, entries) in enumerate(sections.items()):
         typer.secho(("\n" if number else "") + name, bold=True)
         for entry in entries:
             typer.secho(f"  {entry.name}", bold=True)
             for line in entry.lines():
                 typer.echo(
-                    textwrap.fill(line, 100, initial_indent=" " * 6, subsequent_indent=" " * 8)
+                    textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 8)
                 )
 
 
@@ -404,14 +452,13 @@ def _settings_to_resume(folder: Path, arguments: Sequence[str] | None) -> "Setti
     return settings_of_run(folder, words)
 
 
-def _run_table(result: "RunResult") -> Table:
+def _run_table(result: "RunResult") -> "FittedTable":
     """Two columns of what a run ended with."""
+    from sim.reports.runs import number
+    from sim.reports.terminal import NOTHING, Column, FittedTable
+
     row = result.to_row()
     last, selected = row["last"], row["selected"]
-    table = Table(title=f"{row['name']}: {row['strategy']}, seed {row['seed']}")
-    table.add_column("test split")
-    table.add_column(f"last round ({last.get('round')})", justify="right")
-    table.add_column(f"best by validation ({selected.get('round')})", justify="right")
     names = {
         "accuracy": "mean client accuracy",
         "worst_accuracy": "worst client accuracy",
@@ -420,14 +467,26 @@ def _run_table(result: "RunResult") -> Table:
         "ensemble_accuracy": "ensemble accuracy",
         "server_accuracy": "server model accuracy",
     }
-    for key, name in names.items():
-        if key in last:
-            table.add_row(name, f"{100 * last[key]:.1f} %", f"{100 * selected[key]:.1f} %")
+    shown = [key for key in names if key in last]
+
+    def column(title: str, of_round: Mapping[str, Any], rank: int) -> Column:
+        values = [number(of_round, key) for key in shown]
+        cells = [NOTHING if value is None else f"{100 * value:.1f} %" for value in values]
+        return Column(title=f"{title} ({of_round.get('round', NOTHING)})", cells=cells, rank=rank)
+
     clients = max(len(row["clients"]), 1)
-    sent = f"{sum(row['bytes_up']) / clients / 1e3:.1f}"
-    received = f"{sum(row['bytes_down']) / clients / 1e3:.1f}"
-    table.caption = f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s"
-    return table
+    sent = f"{sum(row['bytes_up']) / clients / 1e3:,.1f}"
+    received = f"{sum(row['bytes_down']) / clients / 1e3:,.1f}"
+    return FittedTable(
+        label="test split",
+        labels=[names[key] for key in shown],
+        columns=[
+            column("last round", last, 1),
+            column("best by validation", selected, 2),
+        ],
+        title=f"{row['name']}: {row['strategy']}, seed {row['seed']}",
+        caption=f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s",
+    )
 
 
 class _StoppedError(Exception):

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fedkd.data.overview import plot_split, split_table
 from sim.observers import Row
 from sim.records import make_folder
+from sim.reports.terminal import Column, FittedTable
 from sim.running import load_data
 from sim.settings import Settings, SettingsError
 
@@ -37,17 +36,35 @@ class DataOverview:
             "figure": str(self.figure),
         }
 
-    def table(self) -> Table:
-        """Return the table for a terminal."""
+    def table(self) -> FittedTable:
+        """Return the table for a terminal: classes that find no room are named below it."""
         sizes = ", ".join(f"{count} {name}" for name, count in self.sizes.items())
-        table = Table(title=f"{self.source}: {sizes}")
-        for name in self.rows[0]:
-            table.add_column(name.removeprefix("class "), justify="right")
-        for row in self.rows:
-            table.add_row(
-                *(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values())
-            )
-        return table
+        label, *names = self.rows[0]
+        return FittedTable(
+            label=label,
+            labels=[str(row[label]) for row in self.rows],
+            columns=[
+                Column(
+                    title=_short(name.removeprefix("class ").replace("_", " ")),
+                    cells=[_text(row[name]) for row in self.rows],
+                    rank=rank,
+                )
+                for rank, name in enumerate(names)
+            ],
+            title=f"{self.source}: {sizes}",
+        )
+
+
+MOST_LETTERS = 30
+"""Of the name of a class in a terminal; a longer one would make the head of the table the table."""
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+
+
+def _text(cell: int | float) -> str:
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 
 def data(settings: Settings | None = None, *, figure: Path | None = None) -> DataOverview:

@@ -170,6 +170,9 @@ class StudySettings(_Section):
         description="by name, the settings in which an arm differs; a strategy replaces the whole",
     )
     seeds: int = Field(3, ge=1, description="paired seeds: seed, seed + 1, ...")
+    baseline: str | None = Field(
+        None, description="the arm that the others are compared with; none: the first"
+    )
 
     @field_validator("arms")
     @classmethod

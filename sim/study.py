@@ -9,7 +9,7 @@ from sim.engine.resources import check_engine
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
 from sim.records import SETTINGS_FILE, is_finished, make_folder, to_json, write_text
-from sim.reports import load_run, summary_rows, write_report
+from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
 from sim.reports.runs import STUDY_FILE, RunRecord
 from sim.running import load_data, open_session, run
 from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table
@@ -28,19 +28,24 @@ class StudyResult:
     Attributes:
         folder: holds the arms' runs, ``study.json``, ``report.html`` and ``figures/``.
         report: path of the report.
-        runs: the runs of each arm, by seed; the first arm is what the others are compared with.
+        runs: the runs of each arm, by seed.
+        baseline: the arm that the others are compared with.
     """
 
     folder: Path
     report: Path
     runs: Mapping[str, Sequence[RunRecord]]
+    baseline: str
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
         return {
             "folder": str(self.folder),
             "report": str(self.report),
-            "arms": summary_rows(self.runs),
+            "baseline": self.baseline,
+            "arms": summary_rows(self.runs, self.baseline),
+            "pairs": pair_rows(self.runs),
+            "verdicts": list(verdicts(self.runs, self.baseline)),
             "weights_sha256": {
                 arm: [record.result.get("weights_sha256") for record in records]
                 for arm, records in self.runs.items()
@@ -81,11 +86,38 @@ def arm_settings(base: Settings, arms: Sequence[str] | None = None) -> dict[str,
     return resolved
 
 
+def baseline_arm(
+    settings: Settings, arms: Mapping[str, object], baseline: str | None = None
+) -> str:
+    """Return the arm that the others are compared with.
+
+    Args:
+        settings: ``study.baseline`` counts where none is asked for and it is among the arms.
+        arms: that are compared, in their order; the first is the default.
+        baseline: the arm asked for.
+
+    Raises:
+        SettingsError: if it is none of the arms; or if ``study.baseline`` names no arm at all.
+    """
+    wanted = baseline if baseline is not None else settings.study.baseline
+    if wanted is None or wanted in arms:
+        return wanted or next(iter(arms))
+    left_out = baseline is None and (wanted in settings.study.arms or wanted in STRATEGIES)
+    if left_out:
+        # The file's question is about arms that this study is not.
+        return next(iter(arms))
+    key = "study.baseline" if baseline is None else "baseline"
+    raise SettingsError(
+        f"{key} must be one of the arms ({', '.join(arms)}), got {wanted!r}{nearest(wanted, arms)}"
+    )
+
+
 def compare(
     settings: Settings | None = None,
     *,
     arms: Sequence[str] | None = None,
     seeds: int | None = None,
+    baseline: str | None = None,
     observer_of: Callable[[str, int], Sequence[Observer]] | None = None,
 ) -> StudyResult:
     """Run every arm with every seed and report on them.
@@ -95,8 +127,10 @@ def compare(
 
     Args:
         settings: common settings and ``study``.
-        arms: which arms, in the order of the table; the first is the reference.
+        arms: which arms, in the order of the table.
         seeds: how many seeds, from ``settings.seed`` on; ``study.seeds`` by default.
+        baseline: the arm that the others are compared with; ``study.baseline`` by default, where it
+            is one of the arms, and else the first.
         observer_of: returns who is told about the run of an arm and a seed; called for runs
             that are started, not for those that are finished already.
 
@@ -112,6 +146,7 @@ def compare(
     if count < 1:
         raise SettingsError(f"seeds must be >= 1, got {count}")
     by_arm = arm_settings(settings, arms)
+    baseline = baseline_arm(settings, by_arm, baseline)
     check_engine(settings.engine)
     folder = make_folder(settings.output, settings.output / settings.name)
     plan = {
@@ -133,6 +168,7 @@ def compare(
     _run_all(unfinished, observer_of)
     table = {
         "name": settings.name,
+        "baseline": baseline,
         "arms": {
             arm: [str(run_folder.relative_to(folder)) for run_folder in of_arm]
             for arm, of_arm in folders.items()
@@ -142,8 +178,8 @@ def compare(
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
-    report = write_report(runs, folder, title=settings.name)
-    return StudyResult(folder=folder, report=report, runs=runs)
+    report = write_report(runs, folder, title=settings.name, baseline=baseline)
+    return StudyResult(folder=folder, report=report, runs=runs, baseline=baseline)
 
 
 def _run_all(

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from fedkd.distillation.search import Cell, Outcome, SearchResult, Trial, searched_term
 from fedkd.distillation.search import search as search_grid
 from fedkd.distillation.settings import DistillSettings
@@ -23,6 +20,7 @@ from sim.interruption import Interruption, interruptible
 from sim.observers import Row
 from sim.records import make_folder, storing, to_json, write_text
 from sim.reports.distillation import SEARCH_FILE
+from sim.reports.terminal import Column, FittedTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +57,78 @@ class Search:
         return {
             "folder": str(self.folder),
             "validation_rows": self.result.validation_rows,
+            "resolution": self.resolution,
+            "as_good": self.as_good,
             "cells": [_cell_row(cell) for cell in self.result.cells],
             "best": _cell_row(self.result.best),
             "words": list(self.words),
         }
 
-    def table(self) -> Table:
+    @property
+    def resolution(self) -> float:
+        """The smallest difference in accuracy that the validation rows of one seed can show."""
+        return 1 / self.result.validation_rows
+
+    @property
+    def as_good(self) -> int:
+        """How many other cells are within one validation row of the best."""
+        best = self.result.best
+        edge = best.accuracy - self.resolution * (1 + 1e-9)
+        return sum(cell is not best and cell.accuracy >= edge for cell in self.result.cells)
+
+    def remark(self) -> str:
+        """Say how many rows chose, and how finely they can."""
+        rows, seeds = self.result.validation_rows, self.settings.search.seeds
+        text = (
+            f"chosen by {rows} validation rows{f' a seed, {seeds} seeds' if seeds > 1 else ''}: "
+            f"one row is {100 * self.resolution:.1f} points of accuracy; {self.as_good} of the "
+            f"{len(self.result.cells) - 1} other cells lie within one row of the best"
+        )
+        if self.as_good:
+            text += (
+                ", so that the choice is little more than chance; a larger "
+                "data.validation_fraction or search.seeds decides between them"
+            )
+        return text
+
+    def table(self) -> FittedTable:
         """Return the grid for a terminal: a row a temperature, a column a weight."""
-        seeds = self.settings.search.seeds
+        search = self.settings.search
         name = searched_term(self.settings.objective)
-        table = Table(
+        by_place = {(cell.temperature, cell.weight): cell for cell in self.result.cells}
+        columns = {
+            weight: [by_place[temperature, weight] for temperature in search.temperatures]
+            for weight in search.weights
+        }
+        # Where room is short, the weights with the best cells stay.
+        order = sorted(columns, key=lambda weight: max(map(self._rank, columns[weight])))[::-1]
+        return FittedTable(
+            label="temperature",
+            labels=[f"{temperature:g}" for temperature in search.temperatures],
+            columns=[
+                Column(
+                    title=f"{weight:g}",
+                    cells=[self._text(cell) for cell in cells],
+                    rank=order.index(weight),
+                    emphasized=[row for row, cell in enumerate(cells) if cell is self.result.best],
+                )
+                for weight, cells in columns.items()
+            ],
             title=f"validation accuracy (%) / loss (nats) on {self.result.validation_rows} rows"
-            + (f", mean over {seeds} seeds" if seeds > 1 else ""),
+            + (f", mean over {search.seeds} seeds" if search.seeds > 1 else "")
+            + f"; one row is {100 * self.resolution:.1f} points",
             caption=f"columns: weight of {name}, cross-entropy has the rest up to 1; "
             "* highest accuracy, of equals the lowest loss",
-            title_justify="left",
-            title_style="",
-            caption_justify="left",
-            box=None,
-            header_style="bold",
         )
-        table.add_column("temperature", justify="right")
-        for weight in self.settings.search.weights:
-            table.add_column(f"{weight:g}", justify="right")
-        for temperature in self.settings.search.temperatures:
-            cells = [cell for cell in self.result.cells if cell.temperature == temperature]
-            table.add_row(f"{temperature:g}", *(self._text(cell) for cell in cells))
-        return table
 
-    def _text(self, cell: Cell) -> Text:
+    def _rank(self, cell: Cell) -> tuple[bool, float]:
+        return cell is self.result.best, cell.accuracy if math.isfinite(cell.accuracy) else -1.0
+
+    def _text(self, cell: Cell) -> str:
         if not math.isfinite(cell.accuracy):
-            return Text("diverged  ")
-        text = f"{100 * cell.accuracy:.1f} / {cell.loss:.3f}"
-        if cell == self.result.best:
-            return Text(f"{text} *", style="bold")
-        return Text(f"{text}  ")
+            return "diverged  "
+        mark = " *" if cell is self.result.best else "  "
+        return f"{100 * cell.accuracy:.1f} / {cell.loss:.3f}{mark}"
 
 
 def search(

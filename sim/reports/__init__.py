@@ -2,14 +2,17 @@
 
 from sim.reports.html import report, write_report
 from sim.reports.runs import RunRecord, load_run, load_study
-from sim.reports.tables import summary_rows, summary_table
+from sim.reports.tables import pair_rows, summary_rows, summary_table
+from sim.reports.verdicts import verdicts
 
 __all__ = [
     "RunRecord",
     "load_run",
     "load_study",
+    "pair_rows",
     "report",
     "summary_rows",
     "summary_table",
+    "verdicts",
     "write_report",
 ]

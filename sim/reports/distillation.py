@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from rich.table import Table as TerminalTable
-from rich.text import Text
 
 from sim.observers import Row
 from sim.records import (
@@ -35,8 +34,18 @@ from sim.reports.html import (
     write_bytes,
 )
 from sim.reports.runs import STUDY_FILE, number
-from sim.reports.statistics import Difference, Estimate, difference_by_seed, estimate
-from sim.reports.tables import NOTHING, p_text
+from sim.reports.statistics import (
+    SHARES,
+    Bounds,
+    Difference,
+    Estimate,
+    difference_by_seed,
+    estimate,
+)
+from sim.reports.tables import FEW, p_text, points
+from sim.reports.terminal import NOTHING, FittedTable
+from sim.reports.terminal import Column as TerminalColumn
+from sim.reports.verdicts import few_seeds
 from sim.settings import SettingsError
 
 DISTILLATIONS = "distillations"
@@ -94,29 +103,36 @@ class Column:
         factor: from what is stored to what is shown.
         decimals: shown.
         varies: whether it differs from seed to seed, and so has an interval.
+        rank: columns of lower rank find room on a narrow terminal first.
     """
 
     title: str
     factor: int | float = 1
     decimals: int = 1
     varies: bool = True
+    rank: int = 1
+
+    @property
+    def bounds(self) -> Bounds:
+        """The smallest and the largest value that is possible."""
+        return SHARES if self.factor == 100 else (0.0, math.inf)
 
 
 COLUMNS: Mapping[str, Column] = MappingProxyType(
     {
         "accuracy": Column("accuracy (%)", 100),
-        "macro_recall": Column("macro recall (%)", 100),
-        "worst_class_recall": Column("worst class (%)", 100),
-        "ece": Column("ECE (%)", 100),
-        "agreement": Column("agreement (%)", 100),
-        "kl_to_teacher": Column("KL (nats)", 1, 3),
-        "agreement_with_student": Column("as float (%)", 100),
-        "sparsity": Column("zeros (%)", 100, varies=False),
-        "parameters": Column("parameters", 1, 0, varies=False),
-        "flops": Column("MFLOPs", 1e-6, 3, varies=False),
-        "size_bytes": Column("bytes", 1, 0, varies=False),
-        "latency_1": Column("ms (1 row)", 1e3, 3, varies=False),
-        "latency_64": Column("ms (64 rows)", 1e3, 3, varies=False),
+        "macro_recall": Column("macro recall (%)", 100, rank=6),
+        "worst_class_recall": Column("worst class (%)", 100, rank=7),
+        "ece": Column("ECE (%)", 100, rank=5),
+        "agreement": Column("agreement (%)", 100, rank=2),
+        "kl_to_teacher": Column("KL (nats)", 1, 3, rank=4),
+        "agreement_with_student": Column("as float (%)", 100, rank=3),
+        "sparsity": Column("zeros (%)", 100, varies=False, rank=8),
+        "parameters": Column("parameters", 1, 0, varies=False, rank=9),
+        "flops": Column("MFLOPs", 1e-6, 3, varies=False, rank=10),
+        "size_bytes": Column("bytes", 1, 0, varies=False, rank=11),
+        "latency_1": Column("ms (1 row)", 1e3, 3, varies=False, rank=12),
+        "latency_64": Column("ms (64 rows)", 1e3, 3, varies=False, rank=13),
     }
 )
 """What is shown of every model: key of its row in ``result.json``, and how."""
@@ -258,6 +274,7 @@ def write_distill_report(runs: Sequence[DistillRecord], folder: Path, *, title: 
         run_table=_run_table(runs, folder),
         versions=versions_of(run.environment for run in runs),
         many_seeds=len(runs) > 1,
+        few=FEW,
         nothing=NOTHING,
     )
     make_folder(folder, folder)
@@ -279,7 +296,12 @@ def estimates(runs: Sequence[DistillRecord], model: str) -> dict[str, Estimate]:
     """Average what the runs measured of a model, by key of `COLUMNS`."""
     found = {
         key: estimate(
-            [value for run in runs if (value := number(run.models.get(model, {}), key)) is not None]
+            [
+                value
+                for run in runs
+                if (value := number(run.models.get(model, {}), key)) is not None
+            ],
+            COLUMNS[key].bounds if key in COLUMNS else (0.0, math.inf),
         )
         for key in (*COLUMNS, "nll")
     }
@@ -323,6 +345,8 @@ def distill_rows(runs: Sequence[DistillRecord]) -> dict[str, Any]:
                 "low": value.low,
                 "high": value.high,
                 "p_value": value.p_value,
+                "p_sign_flip": value.p_sign_flip,
+                "ahead": value.ahead,
                 "pairs": value.n,
             }
             for key, value in differences(runs).items()
@@ -334,51 +358,54 @@ def cell(column: Column, value: Estimate | None, *, intervals: bool) -> str:
     """Write a number as its column shows it, with half of its interval where it has one."""
     if value is None:
         return NOTHING
-    text = f"{column.factor * value.mean:,.{column.decimals}f}"
-    half = value.half_width
-    if not intervals or half is None or not column.varies:
+
+    def shown(number: float) -> str:
+        return f"{column.factor * number:,.{column.decimals}f}"
+
+    text = shown(value.mean)
+    if not intervals or value.low is None or value.high is None or not column.varies:
         return text
-    return f"{text} ±{column.factor * half:,.{column.decimals}f}"
+    half = value.half_width
+    interval = f"[{shown(value.low)}, {shown(value.high)}]" if half is None else f"±{shown(half)}"
+    return f"{text} {interval}{FEW if value.few else ''}"
 
 
-def distill_table(runs: Sequence[DistillRecord]) -> TerminalTable:
+def distill_table(runs: Sequence[DistillRecord]) -> FittedTable:
     """Return the table of models for the terminal; columns that no model fills are left out."""
     by_model = {model: estimates(runs, model) for model in model_names(runs)}
-    shown = [key for key in COLUMNS if any(key in found for found in by_model.values())]
     several = len(runs) > 1
-    table = TerminalTable(
+    return FittedTable(
+        label="model",
+        labels=list(by_model),
+        columns=[
+            TerminalColumn(
+                title=column.title,
+                cells=[
+                    cell(column, found.get(key), intervals=several) for found in by_model.values()
+                ],
+                rank=column.rank,
+            )
+            for key, column in COLUMNS.items()
+        ],
         title="test split"
         + (f"; mean over {len(runs)} seeds ± 95 % t-interval" if several else ""),
-        title_justify="left",
-        title_style="",
         caption=_caption(runs),
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
     )
-    table.add_column("model", overflow="fold", min_width=7)
-    for key in shown:
-        table.add_column(Text(COLUMNS[key].title.replace(" ", "\n")), justify="right", no_wrap=True)
-    for model, found in by_model.items():
-        cells = [cell(COLUMNS[key], found.get(key), intervals=several) for key in shown]
-        table.add_row(Text(model), *cells)
-    return table
 
 
-def _points(value: float) -> str:
-    """Write a difference of shares in percentage points."""
-    # Adding 0 turns -0.0, which would read as a loss, into 0.0.
-    return f"{round(100 * value, 1) + 0.0:+.1f}"
+def distill_remarks(runs: Sequence[DistillRecord]) -> tuple[str, ...]:
+    """Say what so few seeds cannot show, where they are few."""
+    return few_seeds(list(differences(runs).values()))
 
 
 def _caption(runs: Sequence[DistillRecord]) -> str:
     parts = []
     for key, value in differences(runs).items():
-        text = _points(value.mean)
+        text = points(value.mean)
         if value.low is not None and value.high is not None:
-            text += f" [{_points(value.low)}, {_points(value.high)}], p {p_text(value)}"
+            few = FEW if value.few else ""
+            text += f" [{points(value.low)}, {points(value.high)}]{few}, p "
+            text += p_text(value.p_value, few=value.few)
         parts.append(f"{COMPARED[key]} {text}")
     return f"student - twin, points: {'; '.join(parts)}" if parts else ""
 
@@ -407,13 +434,23 @@ def _model_table(runs: Sequence[DistillRecord]) -> Table:
 def _difference_table(runs: Sequence[DistillRecord]) -> Table | None:
     rows = []
     for key, value in differences(runs).items():
+        few = FEW if value.few else ""
         interval = (
             NOTHING
             if value.low is None or value.high is None
-            else f"{_points(value.low)} to {_points(value.high)}"
+            else f"{points(value.low)} to {points(value.high)}{few}"
         )
-        rows.append([COMPARED[key], _points(value.mean), interval, p_text(value), str(value.n)])
-    header = ["measure", "student - twin (points)", "95 % interval", "p", "pairs"]
+        rows.append(
+            [
+                COMPARED[key],
+                points(value.mean),
+                interval,
+                p_text(value.p_value, few=value.few),
+                p_text(value.p_sign_flip),
+                str(value.n),
+            ]
+        )
+    header = ["measure", "student - twin (points)", "95 % interval", "p", "p (sign-flip)", "pairs"]
     return Table(header, rows) if rows else None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkd.names import printable
 from sim.records import SETTINGS_FILE, make_folder, write_text
 from sim.reports.runs import (
     STUDY_FILE,
@@ -16,16 +17,23 @@ from sim.reports.runs import (
     load_study,
     model_label,
     number,
+    study_baseline,
 )
 from sim.reports.statistics import (
     ACCURACIES,
     ArmSummary,
     At,
+    Difference,
+    baseline_of,
     compare_arms,
+    compare_pairs,
+    corrected,
     counted,
     summarize,
 )
-from sim.reports.tables import NOTHING, kilobytes, p_text, percent
+from sim.reports.tables import FEW, kilobytes, p_text, percent, points
+from sim.reports.terminal import NOTHING
+from sim.reports.verdicts import verdicts
 from sim.settings import SettingsError
 
 REPORT_FILE = "report.html"
@@ -52,17 +60,24 @@ _NOT_COMPARED = ("name", "output", "seed", "study")
 _NO_NUMBERS = ("engine",)
 
 
-def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title: str) -> Path:
+def write_report(
+    runs: Mapping[str, Sequence[RunRecord]],
+    folder: Path,
+    *,
+    title: str,
+    baseline: str | None = None,
+) -> Path:
     """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
 
     Args:
-        runs: of each arm, one a seed; the first arm is what the others are compared with.
+        runs: of each arm, one a seed.
         folder: is made if it does not exist; an older report in it is replaced.
         title: the heading.
+        baseline: the arm that the others are compared with; the first by default.
 
     Raises:
-        SettingsError: if there is no run, an arm has two runs with one seed, or the folder cannot
-            be written.
+        SettingsError: if there is no run, an arm has two runs with one seed, the baseline is none
+            of the arms, or the folder cannot be written.
     """
     # matplotlib takes a second, and whoever reads or lists runs draws nothing.
     from sim.reports.figures import FIGURES, draw_figures, to_png
@@ -77,7 +92,9 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
         title=title,
         overview=_overview(summaries, runs),
         summary=_summary_table(summaries),
-        differences=_difference_table(runs),
+        verdicts=verdicts(runs, baseline),
+        differences=_difference_table(runs, baseline),
+        pairs=_pair_table(runs),
         figures=[
             Image(name, ALT_TEXTS[name], base64.b64encode(image).decode())
             for name, image in images.items()
@@ -89,6 +106,7 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
         run_table=_run_table(runs, folder),
         versions=versions_of(run.environment for of_arm in runs.values() for run in of_arm),
         many_seeds=any(len(summary.seeds) > 1 for summary in summaries),
+        few=FEW,
         nothing=NOTHING,
     )
     make_folder(folder, folder)
@@ -103,7 +121,9 @@ def write_report(runs: Mapping[str, Sequence[RunRecord]], folder: Path, *, title
     return folder / REPORT_FILE
 
 
-def report(paths: Sequence[Path], output: Path | None = None) -> Path:
+def report(
+    paths: Sequence[Path], output: Path | None = None, *, baseline: str | None = None
+) -> Path:
     """Report on run folders and study folders together.
 
     Runs are grouped by arm. Runs that would share an arm but differ in settings that change
@@ -113,6 +133,8 @@ def report(paths: Sequence[Path], output: Path | None = None) -> Path:
         paths: in the order of the arms.
         output: where the report goes; by default the path itself if there is one, else
             ``report/`` in the folder that all paths have in common.
+        baseline: the arm that the others are compared with; by default that of the only study
+            among the paths, or else the first arm.
 
     Returns:
         The path of the report.
@@ -143,7 +165,11 @@ def report(paths: Sequence[Path], output: Path | None = None) -> Path:
         parents = [str(path.resolve().parent) for path in unique]
         output = Path(os.path.commonpath(parents)) / "report"
     names = list(dict.fromkeys(str(record.settings.get("name", "")) for record in records))
-    return write_report(group_by_arm(records), output, title=", ".join(filter(None, names)))
+    arms = group_by_arm(records)
+    if baseline is None and len(unique) == 1:
+        of_study = study_baseline(unique[0])
+        baseline = of_study if of_study in arms else None
+    return write_report(arms, output, title=", ".join(filter(None, names)), baseline=baseline)
 
 
 def group_by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -277,6 +303,7 @@ class Table:
 def template(name: str) -> Any:
     """Return one of the pages beside this file, to be rendered; texts are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -284,6 +311,10 @@ def template(name: str) -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # Autoescape leaves control characters as they are.
+        finalize=lambda value: (
+            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
     )
     return environment.get_template(name)
 
@@ -336,24 +367,65 @@ def _span(rounds: Sequence[int | None]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _difference_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
+def _difference_table(
+    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None
+) -> Table | None:
     if len(runs) < 2:
         return None
     rows = []
     for key, at, title in COMPARED:
-        for arm, difference in compare_arms(runs, key, at).items():
-            if difference is None:
-                rows.append([title, arm, NOTHING, NOTHING, NOTHING, "0"])
-                continue
-            interval = (
-                NOTHING
-                if difference.low is None or difference.high is None
-                else f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-            )
-            mean = percent(difference, signed=True).split(" ")[0]
-            rows.append([title, arm, mean, interval, p_text(difference), str(difference.n)])
-    header = ["accuracy", "arm", "difference (points)", "95 % interval", "p", "pairs"]
-    return Table(header, rows, left=2, title=next(iter(runs)))
+        differences = compare_arms(runs, key, at, baseline)
+        p_holm = corrected(differences)
+        rows += [
+            [title, arm, *_difference_cells(difference, p_holm[arm])]
+            for arm, difference in differences.items()
+        ]
+    header = ["accuracy", "arm", *DIFFERENCE_HEADER]
+    return Table(header, rows, left=2, title=baseline_of(runs, baseline))
+
+
+def _pair_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
+    """Compare every arm with every other; two arms have one pair, which stands above already."""
+    if len(runs) < 3:
+        return None
+    differences = compare_pairs(runs, "accuracy", "last")
+    p_holm = corrected(differences)
+    rows = [
+        [other, first, *_difference_cells(difference, p_holm[first, other])]
+        for (first, other), difference in differences.items()
+    ]
+    return Table(["arm", "minus", *DIFFERENCE_HEADER], rows, left=2)
+
+
+DIFFERENCE_HEADER = (
+    "difference (points)",
+    "95 % interval",
+    "p",
+    "p (Holm)",
+    "p (sign-flip)",
+    "ahead",
+    "pairs",
+)
+
+
+def _difference_cells(difference: Difference | None, p_holm: float | None) -> list[str]:
+    if difference is None:
+        return [*[NOTHING] * 6, "0"]
+    few = difference.few
+    interval = (
+        NOTHING
+        if difference.low is None or difference.high is None
+        else f"{points(difference.low)} to {points(difference.high)}{FEW if few else ''}"
+    )
+    return [
+        points(difference.mean),
+        interval,
+        p_text(difference.p_value, few=few),
+        p_text(p_holm, few=few),
+        p_text(difference.p_sign_flip),
+        str(difference.ahead),
+        str(difference.n),
+    ]
 
 
 def _client_table(arm: str, runs: Sequence[RunRecord]) -> Table:

@@ -206,6 +206,12 @@ def load_study(folder: Path) -> dict[str, list[RunRecord]]:
     return runs
 
 
+def study_baseline(folder: Path) -> str | None:
+    """Return the arm that a study compares its others with, where its file names one."""
+    baseline = _read_json(folder, STUDY_FILE).get("baseline")
+    return baseline if isinstance(baseline, str) else None
+
+
 def _study_arm(folder: Path) -> str | None:
     """Return the arm under which the study two folders up lists this run."""
     study = folder.resolve().parent.parent

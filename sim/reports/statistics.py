@@ -2,22 +2,36 @@
 
 A seed fixes the data split and the initial weights for every arm, so runs of one seed are pairs
 and their difference says more than the difference of two means. Intervals are two-sided 95 %
-t-intervals over seeds: they cover what another seed would change, not another data set.
+t-intervals over seeds: they cover what another seed would change, not another data set. Where they
+would leave what is possible (a share is in [0, 1]) they are cut off there and say so.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from sim.reports.runs import RunRecord, number
-from sim.settings import SettingsError
+from sim.settings import SettingsError, nearest
 
 CONFIDENCE = 0.95
+
+ENOUGH_SEEDS = 6
+"""With fewer pairs no test that assumes nothing can reach p < 0.05: signs alone reach 2 / 2**n."""
+
+MOST_FLIPPED = 20
+"""Up to so many pairs all flips of signs are counted; there are 2**n."""
+
+Bounds = tuple[float, float]
+ANYTHING: Bounds = (-math.inf, math.inf)
+SHARES: Bounds = (0.0, 1.0)
+SHARE_DIFFERENCES: Bounds = (-1.0, 1.0)
+
+Key = TypeVar("Key")
 
 ACCURACIES: Mapping[str, str] = MappingProxyType(
     {
@@ -41,19 +55,26 @@ class Estimate:
 
     Attributes:
         mean: over ``n`` seeds.
-        low, high: ends of the 95 % t-interval; None for one seed.
+        low, high: ends of the 95 % t-interval, cut off at what is possible; None for one seed.
         n: how many seeds had a value.
+        clipped: whether the interval was cut off, and is therefore not centred on the mean.
     """
 
     mean: float
     low: float | None
     high: float | None
     n: int
+    clipped: bool = False
 
     @property
     def half_width(self) -> float | None:
-        """Distance from the mean to either end of the interval."""
-        return None if self.high is None else self.high - self.mean
+        """Distance from the mean to either end of the interval; None where they differ."""
+        return None if self.high is None or self.clipped else self.high - self.mean
+
+    @property
+    def few(self) -> bool:
+        """Whether its interval rests on few seeds, see `ENOUGH_SEEDS`."""
+        return self.n < ENOUGH_SEEDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +83,12 @@ class Difference:
 
     Attributes:
         mean: positive where the other is larger.
-        low, high: ends of the 95 % t-interval; None for one pair.
+        low, high: ends of the 95 % t-interval, cut off at what is possible; None for one pair.
         p_value: of the two-sided paired t-test, not corrected for the number of comparisons;
             None for one pair, or where all pairs differ by the same amount other than 0.
         n: pairs.
+        clipped: whether the interval was cut off, and is therefore not centred on the mean.
+        pairs: other - first of each pair.
     """
 
     mean: float
@@ -73,11 +96,28 @@ class Difference:
     high: float | None
     p_value: float | None
     n: int
+    clipped: bool = False
+    pairs: tuple[float, ...] = ()
 
     @property
     def half_width(self) -> float | None:
-        """Distance from the mean to either end of the interval."""
-        return None if self.high is None else self.high - self.mean
+        """Distance from the mean to either end of the interval; None where they differ."""
+        return None if self.high is None or self.clipped else self.high - self.mean
+
+    @property
+    def few(self) -> bool:
+        """Whether interval and test rest on few pairs, see `ENOUGH_SEEDS`."""
+        return self.n < ENOUGH_SEEDS
+
+    @property
+    def ahead(self) -> int:
+        """In how many pairs the other is larger."""
+        return sum(difference > 0 for difference in self.pairs)
+
+    @property
+    def p_sign_flip(self) -> float | None:
+        """The p-value of the exact sign-flip test; None beyond `MOST_FLIPPED` pairs."""
+        return sign_flip_p(self.pairs) if 1 < len(self.pairs) <= MOST_FLIPPED else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,28 +150,45 @@ class ArmSummary:
     seconds: Estimate | None
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float], bounds: Bounds = ANYTHING) -> Estimate | None:
     """Return the mean with its 95 % t-interval, or None without values.
 
     Equal values have an interval of width 0.
+
+    Args:
+        values: one a seed.
+        bounds: the smallest and the largest value that is possible; the interval ends there.
     """
     if not values:
         return None
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Estimate(mean, None, None, 1)
-    half = _half_width(values)
-    return Estimate(mean, mean - half, mean + half, len(values))
+    low, high, clipped = _interval(mean, _half_width(values), bounds)
+    return Estimate(mean, low, high, len(values), clipped)
 
 
 def _half_width(values: Sequence[float]) -> float:
-    from scipy import stats  # imported late: a single run has no interval and need not wait for it
+    from scipy import special  # imported late: a single run has no interval
 
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    return quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    quantile = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return quantile * _standard_error(values)
 
 
-def paired_difference(first: Sequence[float], other: Sequence[float]) -> Difference:
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _interval(mean: float, half: float, bounds: Bounds) -> tuple[float, float, bool]:
+    low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
+    # Rounding may carry a mean of exactly 1 over the edge; nothing is lost there.
+    clipped = low - (mean - half) > 1e-12 or (mean + half) - high > 1e-12
+    return low, high, clipped
+
+
+def paired_difference(
+    first: Sequence[float], other: Sequence[float], bounds: Bounds = ANYTHING
+) -> Difference:
     """Compare two arms over the seeds that both have: other - first.
 
     Where all pairs differ by the same amount (up to rounding) the t statistic is 0/0 or
@@ -141,6 +198,7 @@ def paired_difference(first: Sequence[float], other: Sequence[float]) -> Differe
     Args:
         first: one finite value a seed.
         other: the same of the other arm, in the same order of seeds.
+        bounds: the smallest and the largest difference that is possible; the interval ends there.
 
     Raises:
         ValueError: if the lengths differ, there is no pair, or a value is not finite.
@@ -155,27 +213,79 @@ def paired_difference(first: Sequence[float], other: Sequence[float]) -> Differe
     one, two = np.asarray(first, np.float64), np.asarray(other, np.float64)
     if not (np.isfinite(one).all() and np.isfinite(two).all()):
         raise ValueError(f"values must be finite, got {list(first)} and {list(other)}")
-    differences = two - one
-    mean = math.fsum(differences) / len(differences)
-    if len(differences) == 1:
-        return Difference(mean, None, None, None, 1)
+    differences = tuple((two - one).tolist())
+    mean, count = math.fsum(differences) / len(differences), len(differences)
+    if count == 1:
+        return Difference(mean, None, None, None, 1, pairs=differences)
     rounding = 1e-12 * max(np.abs(one).max(), np.abs(two).max())
-    if np.ptp(differences) <= rounding:
+    if max(differences) - min(differences) <= rounding:
         p_value = 1.0 if abs(mean) <= rounding else None
-        return Difference(mean, mean, mean, p_value, len(differences))
-    from scipy import stats
+        return Difference(mean, mean, mean, p_value, count, pairs=differences)
+    low, high, clipped = _interval(mean, _half_width(differences), bounds)
+    from scipy import special
 
-    half = _half_width(differences.tolist())
-    p = float(stats.ttest_rel(two, one).pvalue)
-    return Difference(mean, mean - half, mean + half, p, len(differences))
+    # The two tails beyond t; scipy.stats has the same numbers and takes a second to load.
+    p = 2 * float(special.stdtr(count - 1, -abs(mean) / _standard_error(differences)))
+    return Difference(mean, low, high, p, count, clipped, differences)
 
 
-def difference_by_seed(first: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """Pair two arms by seed; None if they share no seed."""
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of the exact sign-flip test of paired differences.
+
+    If arms did not differ, each difference could as well have had the other sign. Of all 2**n
+    choices of signs this is the share whose mean is at least as far from 0 as the one seen. Nothing
+    is assumed of how differences are distributed; with n pairs it is 2 / 2**n at least.
+
+    Raises:
+        ValueError: without differences, or with more than can be counted.
+
+    Source:
+        Fisher, 1935, The Design of Experiments, section 21.
+    """
+    if not 0 < len(differences) <= MOST_FLIPPED:
+        raise ValueError(f"need 1 to {MOST_FLIPPED} differences, got {len(differences)}")
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    seen = abs(math.fsum(differences))
+    rounding = 1e-9 * float(np.abs(differences).sum())
+    return float((np.abs(sums) >= seen - rounding).mean())
+
+
+def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
+    """Correct p-values of several comparisons, so that one false finding among all is as rare.
+
+    Comparisons that have no p-value stay without and do not count.
+
+    Source:
+        Holm, 1979, A simple sequentially rejective multiple test procedure.
+    """
+    known = {key: p for key, p in p_values.items() if p is not None}
+    result: dict[Key, float | None] = dict.fromkeys(p_values)
+    largest = 0.0
+    for rank, key in enumerate(sorted(known, key=lambda key: known[key])):
+        largest = max(largest, min(1.0, (len(known) - rank) * known[key]))
+        result[key] = largest
+    return result
+
+
+def corrected(differences: Mapping[Key, Difference | None]) -> dict[Key, float | None]:
+    """Return Holm's p-values of comparisons that belong together."""
+    return holm(
+        {key: None if value is None else value.p_value for key, value in differences.items()}
+    )
+
+
+def difference_by_seed(
+    first: Mapping[int, float], other: Mapping[int, float], bounds: Bounds = SHARE_DIFFERENCES
+) -> Difference | None:
+    """Pair two arms by seed, by default of shares; None if they share no seed."""
     shared = sorted(first.keys() & other.keys())
     if not shared:
         return None
-    return paired_difference([first[seed] for seed in shared], [other[seed] for seed in shared])
+    return paired_difference(
+        [first[seed] for seed in shared], [other[seed] for seed in shared], bounds
+    )
 
 
 def counted(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -208,19 +318,60 @@ def values_by_seed(runs: Sequence[RunRecord], key: str, at: At) -> dict[int, flo
 
 
 def compare_arms(
-    runs: Mapping[str, Sequence[RunRecord]], key: str, at: At
+    runs: Mapping[str, Sequence[RunRecord]], key: str, at: At, baseline: str | None = None
 ) -> dict[str, Difference | None]:
-    """Compare each arm but the first with the first; None where there is nothing to pair.
+    """Compare each arm with the baseline, by default the first; None where nothing can be paired.
 
     An arm that has interrupted runs only is compared with nothing: it stopped at another round.
     """
-    runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
-    names = list(runs)
-    values = {
+    values = _values_by_arm(runs, key, at)
+    reference = baseline_of(values, baseline)
+    return {
+        arm: difference_by_seed(values[reference], of_arm)
+        for arm, of_arm in values.items()
+        if arm != reference
+    }
+
+
+def compare_pairs(
+    runs: Mapping[str, Sequence[RunRecord]], key: str, at: At
+) -> dict[tuple[str, str], Difference | None]:
+    """Compare every arm with every other: by (first, other), other - first."""
+    values = _values_by_arm(runs, key, at)
+    return {
+        (first, other): difference_by_seed(values[first], values[other])
+        for first, other in combinations(values, 2)
+    }
+
+
+def baseline_of(arms: Mapping[str, object], baseline: str | None) -> str:
+    """Return the arm that the others are compared with; ``""`` where there are no arms.
+
+    Args:
+        arms: in their order; the first is the default.
+        baseline: the arm asked for.
+
+    Raises:
+        SettingsError: if the arm asked for is not there.
+    """
+    if baseline is None:
+        return next(iter(arms), "")
+    if baseline not in arms:
+        raise SettingsError(
+            f"the baseline must be one of the arms ({', '.join(arms)}), got {baseline!r}"
+            + nearest(baseline, arms)
+        )
+    return baseline
+
+
+def _values_by_arm(
+    runs: Mapping[str, Sequence[RunRecord]], key: str, at: At
+) -> dict[str, dict[int, float]]:
+    return {
         arm: values_by_seed(of_arm, key, at) if _is_finished(of_arm) else {}
         for arm, of_arm in runs.items()
+        if of_arm
     }
-    return {arm: difference_by_seed(values[names[0]], values[arm]) for arm in names[1:]}
 
 
 def _is_finished(runs: Sequence[RunRecord]) -> bool:
@@ -232,7 +383,10 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
     chosen = counted(runs)
 
     def accuracies(at: At) -> dict[str, Estimate]:
-        found = {key: estimate(list(values_by_seed(runs, key, at).values())) for key in ACCURACIES}
+        found = {
+            key: estimate(list(values_by_seed(runs, key, at).values()), SHARES)
+            for key in ACCURACIES
+        }
         return {key: value for key, value in found.items() if value is not None}
 
     return ArmSummary(

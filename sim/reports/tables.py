@@ -3,32 +3,53 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
     ACCURACIES,
     ArmSummary,
     Difference,
     Estimate,
+    baseline_of,
     compare_arms,
+    compare_pairs,
+    corrected,
     summarize,
 )
+from sim.reports.terminal import NOTHING, Column, FittedTable
 
-NOTHING = "–"  # noqa: RUF001
-"""Stands where an arm has no such number."""
+FEW = "*"
+"""Marks intervals and p-values that rest on few seeds."""
 
 
 def percent(value: Estimate | Difference | None, *, signed: bool = False) -> str:
-    """Write a share as percent with the half width of its interval: ``91.3 ±0.4``."""
+    """Write a share as percent with the half width of its interval: ``91.3 ±0.4``.
+
+    An interval that is cut off at what is possible has two ends instead, ``91.3 [80.2, 100]``; one
+    that rests on few seeds is marked, ``91.3 ±0.4*``.
+    """
     if value is None:
         return NOTHING
-    # Adding 0 turns -0.0, which would read as a loss, into 0.0.
-    mean = round(100 * value.mean, 1) + 0.0
-    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    text = points(value.mean, signed=signed)
+    if value.low is None or value.high is None:
+        return text
     half = value.half_width
-    return text if half is None else f"{text} ±{100 * half:.1f}"
+    interval = (
+        f"[{_end(value.low, signed=signed)}, {_end(value.high, signed=signed)}]"
+        if half is None
+        else f"±{100 * half:.1f}"
+    )
+    return f"{text} {interval}{FEW if value.few else ''}"
+
+
+def points(share: float, *, signed: bool = True) -> str:
+    """Write a share, or a difference of shares, in percentage points."""
+    # Adding 0 turns -0.0, which would read as a loss, into 0.0.
+    value = round(100 * share, 1) + 0.0
+    return f"{value:+.1f}" if signed else f"{value:.1f}"
+
+
+def _end(share: float, *, signed: bool) -> str:
+    return points(share, signed=signed).removesuffix(".0")
 
 
 def kilobytes(value: Estimate | None) -> str:
@@ -36,104 +57,151 @@ def kilobytes(value: Estimate | None) -> str:
     return NOTHING if value is None else f"{value.mean / 1e3:,.1f}"
 
 
-def p_text(difference: Difference | None) -> str:
-    """Write a p-value as reports do."""
-    if difference is None or difference.p_value is None:
+def p_text(p_value: float | None, *, few: bool = False) -> str:
+    """Write a p-value as reports do, marked where it rests on few seeds."""
+    if p_value is None:
         return NOTHING
-    return "<0.001" if difference.p_value < 0.001 else f"{difference.p_value:.3f}"
+    return ("<0.001" if p_value < 0.001 else f"{p_value:.3f}") + (FEW if few else "")
 
 
-def summary_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table:
+def summary_table(
+    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None = None
+) -> FittedTable:
     """Return one line an arm for the terminal: the last round, and accuracy at the selected one.
 
-    Columns that no arm fills are left out, so that the table fits on 100 to 120 columns.
+    Args:
+        runs: of each arm, one a seed.
+        baseline: the arm that the others are compared with; the first by default.
+
+    Raises:
+        SettingsError: if the baseline is none of the arms.
     """
     summaries = _summaries(runs)
-    differences = compare_arms(runs, "accuracy", "last")
-    first = summaries[0].arm if summaries else ""
-    rows = [_cells(summary, differences, first) for summary in summaries]
-    table = Table(
-        title="test split, % at the last round; mean over seeds ± 95 % t-interval",
-        title_justify="left",
-        title_style="",
-        caption=_caption(summaries),
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-    )
-    headers = list(rows[0]) if rows else ["arm"]
-    shown = [
-        header
-        for header in headers
-        if header == "arm" or any(row[header] not in (NOTHING, "") for row in rows)
+    reference = baseline_of({summary.arm: None for summary in summaries}, baseline)
+    differences = compare_arms(runs, "accuracy", "last", baseline)
+    p_holm = corrected(differences)
+
+    def column(title: str, rank: int, cells: Sequence[str], needs: str = "") -> Column:
+        return Column(title=title, cells=cells, rank=rank, needs=needs)
+
+    def against(text: str, arm: str) -> str:
+        return "" if arm == reference else text
+
+    arms = [summary.arm for summary in summaries]
+    few = {arm: value is not None and value.few for arm, value in differences.items()}
+    minus = f"minus {reference}"
+    several = sum(p is not None for p in p_holm.values()) > 1
+    columns = [
+        column("mean client", 1, [percent(summary.last.get("accuracy")) for summary in summaries]),
+        column(
+            "at best valid.",
+            7,
+            [percent(_mean_only(summary.selected.get("accuracy"))) for summary in summaries],
+        ),
+        *(
+            column(
+                title,
+                _RANKS[key],
+                [percent(_mean_only(summary.last.get(key))) for summary in summaries],
+            )
+            for key, title in ACCURACIES.items()
+            if key != "accuracy"
+        ),
+        column("kB up", 6, [kilobytes(summary.bytes_up) for summary in summaries]),
+        column("kB down", 6, [kilobytes(summary.bytes_down) for summary in summaries]),
+        column(
+            "s",
+            11,
+            [
+                NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}"
+                for summary in summaries
+            ],
+        ),
+        column(
+            minus, 2, [against(percent(differences.get(arm), signed=True), arm) for arm in arms]
+        ),
+        column(
+            "p",
+            3,
+            [
+                against(p_text(_p_value(differences.get(arm)), few=few.get(arm, False)), arm)
+                for arm in arms
+            ],
+            needs=minus,
+        ),
     ]
-    for header in shown:
-        left = header == "arm"
-        table.add_column(
-            Text(header),
-            justify="left" if left else "right",
-            overflow="fold",
-            no_wrap=not left,
-            min_width=8 if left else None,
-        )
-    for row in rows:
-        # Text: a name such as [red] is no markup.
-        table.add_row(*(Text(row[header]) for header in shown))
-    return table
+    if several:
+        cells = [against(p_text(p_holm.get(arm), few=few.get(arm, False)), arm) for arm in arms]
+        columns.append(column("p (Holm)", 4, cells, needs="p"))
+    return FittedTable(
+        label="arm",
+        labels=[
+            summary.arm + ("" if summary.finished else " (interrupted)") for summary in summaries
+        ],
+        columns=columns,
+        title="test split, % at the last round; mean over seeds ± 95 % t-interval",
+        caption=_caption(summaries, several=several),
+    )
 
 
-def _cells(
-    summary: ArmSummary, differences: Mapping[str, Difference | None], first: str
-) -> dict[str, str]:
-    difference = differences.get(summary.arm)
-    marks = "" if summary.finished else " (interrupted)"
-    last = {
-        title.replace(" ", "\n", 1): percent(_mean_only(summary.last.get(key)))
-        for key, title in ACCURACIES.items()
-        if key != "accuracy"
-    }
-    return {
-        "arm": summary.arm + marks,
-        "mean\nclient": percent(summary.last.get("accuracy")),
-        "at best\nvalid.": percent(_mean_only(summary.selected.get("accuracy"))),
-        **last,
-        "kB\nup": kilobytes(summary.bytes_up),
-        "kB\ndown": kilobytes(summary.bytes_down),
-        "s": NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}",
-        "minus\nfirst arm": "" if summary.arm == first else percent(difference, signed=True),
-        "p": "" if summary.arm == first else p_text(difference),
-    }
+_RANKS = {
+    "worst_accuracy": 5,
+    "server_accuracy": 8,
+    "ensemble_accuracy": 9,
+    "personal_accuracy": 10,
+    "macro_recall": 12,
+}
+
+
+def _p_value(difference: Difference | None) -> float | None:
+    return None if difference is None else difference.p_value
 
 
 def _mean_only(value: Estimate | None) -> Estimate | None:
     return None if value is None else Estimate(value.mean, None, None, value.n)
 
 
-def _caption(summaries: Sequence[ArmSummary]) -> str:
+def _caption(summaries: Sequence[ArmSummary], *, several: bool) -> str:
     seeds = {summary.seeds for summary in summaries}
+    count = len(next(iter(seeds))) if len(seeds) == 1 else 0
     parts = [
-        f"{len(next(iter(seeds)))} seed(s)" if len(seeds) == 1 else "seeds differ between arms",
+        (f"{count} seed{'s' * (count != 1)}" if count else "seeds differ between arms")
+        + (f", {FEW} few: see docs/runs.md" if _marked(summaries) else ""),
         "kB per client over the run; s: seconds of the rounds, without start-up",
     ]
     if len(summaries) > 1:
-        parts.append("differences to the first arm are paired by seed, p of the paired t-test")
+        parts.append(
+            "differences are paired by seed, p of the paired t-test"
+            + (", (Holm) corrected for the number of comparisons" if several else "")
+        )
     left_out = sum(summary.left_out for summary in summaries)
     if left_out:
         parts.append(f"{left_out} interrupted run(s) left out")
     return "; ".join(parts)
 
 
-def summary_rows(runs: Mapping[str, Sequence[RunRecord]]) -> list[dict[str, Any]]:
+def _marked(summaries: Sequence[ArmSummary]) -> bool:
+    return any(
+        value.few and value.low is not None
+        for summary in summaries
+        for value in summary.last.values()
+    )
+
+
+def summary_rows(
+    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None = None
+) -> list[dict[str, Any]]:
     """Return one flat row an arm, plain values, None where there is nothing.
 
     Accuracies are in [0, 1]. ``<key>`` is the mean over seeds at the last round, ``<key>_low``
-    and ``<key>_high`` its 95 % t-interval; ``<key>_selected...`` the same at the round with the
-    best validation accuracy; ``difference...`` is mean client accuracy at the last round minus
-    the first arm's, paired by seed.
+    and ``<key>_high`` its 95 % t-interval, cut off at 0 and 1; ``<key>_selected...`` the same at
+    the round with the best validation accuracy; ``difference...`` is mean client accuracy at the
+    last round minus the baseline's (by default the first arm), paired by seed.
+    ``difference_p_holm`` is corrected for all rows, ``difference_p_sign_flip`` that of the exact
+    sign-flip test.
     """
-    differences = compare_arms(runs, "accuracy", "last")
+    differences = compare_arms(runs, "accuracy", "last", baseline)
+    p_holm = corrected(differences)
     rows = []
     for summary in _summaries(runs):
         row: dict[str, Any] = {
@@ -151,11 +219,37 @@ def summary_rows(runs: Mapping[str, Sequence[RunRecord]]) -> list[dict[str, Any]
         row.update(_flat("bytes_down_per_client", summary.bytes_down))
         row.update(_flat("seconds", summary.seconds))
         difference = differences.get(summary.arm)
-        row.update(_flat("difference", difference))
-        row["difference_p_value"] = None if difference is None else difference.p_value
-        row["difference_pairs"] = 0 if difference is None else difference.n
+        row.update(_difference_row("difference", difference, p_holm.get(summary.arm)))
         rows.append(row)
     return rows
+
+
+def pair_rows(runs: Mapping[str, Sequence[RunRecord]]) -> list[dict[str, Any]]:
+    """Return one flat row for every pair of arms: mean client accuracy at the last round.
+
+    ``difference`` is ``other`` minus ``first``; ``difference_p_holm`` is corrected for all pairs.
+    """
+    differences = compare_pairs(runs, "accuracy", "last")
+    p_holm = corrected(differences)
+    return [
+        {
+            "first": first,
+            "other": other,
+            **_difference_row("difference", value, p_holm[first, other]),
+        }
+        for (first, other), value in differences.items()
+    ]
+
+
+def _difference_row(key: str, value: Difference | None, p_holm: float | None) -> dict[str, Any]:
+    return {
+        **_flat(key, value),
+        f"{key}_p_value": _p_value(value),
+        f"{key}_p_holm": p_holm,
+        f"{key}_p_sign_flip": None if value is None else value.p_sign_flip,
+        f"{key}_ahead": 0 if value is None else value.ahead,
+        f"{key}_pairs": 0 if value is None else value.n,
+    }
 
 
 def _flat(key: str, value: Estimate | Difference | None) -> dict[str, float | None]:

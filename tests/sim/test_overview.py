@@ -13,7 +13,7 @@ def test_the_overview_counts_every_row_once(small: Callable[..., Settings]) -> N
     assert (shown.sizes["public"], shown.sizes["test"]) == (60, 100)
     assert shown.figure.name == "split.png"
     assert shown.figure.is_file()
-    assert len(shown.table().rows) == 4
+    assert len(shown.table().labels) == 4
 
 
 def test_a_figure_that_cannot_be_written_is_named(

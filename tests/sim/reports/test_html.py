@@ -67,7 +67,7 @@ def test_the_report_says_what_was_measured(make_run, tmp_path):
         "6 runs: 2 arms, 3 seeds (0, 1, 2)",
         "51.0 ±2.5",
         "Differences to local",
-        "+11.0 +8.5 to +13.5 0.003 3",
+        "+11.0 +8.5 to +13.5* 0.003* 0.003* 0.250 3 3",
         "strategy.name local dml",
         "strategy.temperature.start – 4.0",  # noqa: RUF001
         "clients.count 2",
@@ -100,6 +100,40 @@ def test_names_cannot_smuggle_html(make_run, tmp_path):
     assert "script" not in page.tags
     assert page.text.count(evil) >= 4
     assert "&lt;script&gt;" in path.read_text(encoding="utf-8")
+
+
+def test_names_of_files_move_no_cursor_of_who_reads_the_page(make_run, tmp_path):
+    run = make_run(settings={"data": {"source": "a\x1b[2J\u202eb"}})
+    path = write_report({"dml": [run]}, tmp_path, title="x\x07")
+    text = path.read_text(encoding="utf-8")
+    assert r"a\x1b[2J\u202eb" in text
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+
+
+def test_every_pair_is_compared_and_the_baseline_answered(make_run, tmp_path):
+    runs = {**study(make_run), "local-again": [make_run(seed=s) for s in range(3)]}
+    page = page_of(write_report(runs, tmp_path, title="t", baseline="dml"))
+    assert "Differences to dml" in page.text
+    # 0.51 - 0.62, and p 0.003 doubled.
+    assert "local -11.0 -13.5 to -8.5* 0.003* 0.005* 0.250 0 3" in page.text
+    assert "local falls behind dml by 11.0 points" in page.text
+    assert "Every pair arm minus" in page.text
+    assert "dml local +11.0" in page.text
+    assert "local-again local +9.0" in page.text
+    assert "local-again dml -2.0" in page.text
+    page = page_of(write_report(study(make_run), tmp_path, title="t"))
+    assert "Every pair" not in page.text
+
+
+def test_a_study_s_report_is_written_again_with_its_baseline(tmp_path, run_folder):
+    folder = make_study(tmp_path / "study", run_folder)
+    study_file = folder / "study.json"
+    table = json.loads(study_file.read_text())
+    study_file.write_text(json.dumps({**table, "baseline": "treated"}))
+    assert "Differences to treated" in page_of(report([folder])).text
+    assert "Differences to control" in page_of(report([folder], baseline="control")).text
+    with pytest.raises(SettingsError, match="must be one of the arms"):
+        report([folder], baseline="contro")
 
 
 def test_one_run_is_reported_without_comparison(make_run, tmp_path):
@@ -148,8 +182,8 @@ def test_seeds_that_only_one_arm_has_are_not_paired(make_run, tmp_path):
     }
     page = page_of(write_report(runs, tmp_path, title="t"))
     # Seeds 1 and 2: +10 and +20 points.
-    assert "mean client, last round b +15.0 -48.5 to +78.5 0.205 2" in page.text
-    assert "mean client, last round c – – – 0" in page.text  # noqa: RUF001
+    assert "mean client, last round b +15.0 -48.5 to +78.5* 0.205* 0.205* 0.500 2 2" in page.text
+    assert "mean client, last round c – – – – – – 0" in page.text  # noqa: RUF001
 
 
 def test_a_new_report_replaces_an_older_one_whole(make_run, tmp_path):

@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from sim.reports.statistics import (
     Difference,
     Estimate,
     compare_arms,
+    compare_pairs,
     difference_by_seed,
     estimate,
+    holm,
     paired_difference,
+    sign_flip_p,
     summarize,
     values_by_seed,
 )
@@ -81,7 +85,7 @@ def test_pairing_sees_what_the_spread_over_seeds_hides():
 
 
 def test_one_pair_has_a_difference_but_no_interval():
-    assert paired_difference([0.5], [0.75]) == Difference(0.25, None, None, None, 1)
+    assert paired_difference([0.5], [0.75]) == Difference(0.25, None, None, None, 1, pairs=(0.25,))
 
 
 def test_no_spread_warns_about_nothing_and_claims_no_certainty():
@@ -89,7 +93,8 @@ def test_no_spread_warns_about_nothing_and_claims_no_certainty():
     found = paired_difference([0.1, 0.2], [0.3, 0.4])
     assert found.p_value is None
     assert found.low == found.high == found.mean == pytest.approx(0.2)
-    assert paired_difference([0.1, 0.2], [0.1, 0.2]) == Difference(0.0, 0.0, 0.0, 1.0, 2)
+    same = Difference(0.0, 0.0, 0.0, 1.0, 2, pairs=(0.0, 0.0))
+    assert paired_difference([0.1, 0.2], [0.1, 0.2]) == same
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,95 @@ def test_no_spread_warns_about_nothing_and_claims_no_certainty():
 def test_values_that_are_no_pairs_are_refused(first, other, text):
     with pytest.raises(ValueError, match=text):
         paired_difference(first, other)
+
+
+def test_an_interval_ends_where_values_cannot_be():
+    # Two seeds, 0.45 and 0.55: mean 0.5, half width 12.7062 * 0.0707107 / sqrt(2) = 0.63531.
+    found = estimate([0.45, 0.55], (0.0, 1.0))
+    assert (found.low, found.high, found.clipped, found.half_width) == (0.0, 1.0, True, None)
+    assert estimate([0.45, 0.55]).high == pytest.approx(0.5 + 0.63531, abs=1e-5)
+    inside = estimate([0.49, 0.51], (0.0, 1.0))
+    assert (inside.clipped, inside.half_width) == (False, pytest.approx(0.127062, abs=1e-6))
+    assert not estimate([1.0, 1.0], (0.0, 1.0)).clipped
+    gap = paired_difference([0.1, 0.1], [0.2, 0.9], (-1.0, 1.0))
+    assert (gap.low, gap.high, gap.clipped) == (-1.0, 1.0, True)
+
+
+def test_few_seeds_are_those_whose_signs_cannot_reach_five_percent():
+    assert [estimate([0.1 * n for n in range(count)]).few for count in (2, 5, 6)] == [
+        True,
+        True,
+        False,
+    ]
+    assert sign_flip_p([1.0] * 5) > 0.05 > sign_flip_p([1.0] * 6)
+
+
+def test_sign_flips_match_values_counted_by_hand():
+    # Of the eight sums of +-1 +-2 +-4 only +7 and -7 are as far from 0 as 7.
+    assert sign_flip_p([1.0, 2.0, 4.0]) == 2 / 8
+    # 1 + 2 - 4 = -1: all eight are at least as far.
+    assert sign_flip_p([1.0, 2.0, -4.0]) == 1.0
+    # Two flips of equal size: +-1 +-1 is 2 or -2 in two of four cases.
+    assert sign_flip_p([1.0, 1.0]) == 2 / 4
+    assert sign_flip_p([0.0, 0.0]) == 1.0
+    # 0.1 + 0.2 and 0.3 are the same but for rounding: +-(0.1 + 0.2 + 0.3) and nothing else.
+    assert sign_flip_p([0.1, 0.2, 0.3]) == 2 / 8
+    with pytest.raises(ValueError, match="need 1 to 20 differences, got 21"):
+        sign_flip_p([1.0] * 21)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=7))
+def test_sign_flips_agree_with_scipy(differences):
+    expected = stats.permutation_test(
+        (np.asarray(differences),),
+        lambda values, axis: np.mean(values, axis=axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=True,
+    )
+    # Scipy counts ties up to rounding of its own; where none are near, both count the same.
+    sums = [
+        sum(sign * value for sign, value in zip(signs, differences, strict=True))
+        for signs in product((-1, 1), repeat=len(differences))
+    ]
+    distances = [abs(abs(total) - abs(sum(differences))) for total in sums]
+    if all(distance < 1e-15 or distance > 1e-6 for distance in distances):
+        assert sign_flip_p(differences) == pytest.approx(expected.pvalue)
+
+
+def test_holm_matches_hand_computed_values():
+    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04, none below the last.
+    found = holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.02, "e": None})
+    assert found == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06, "e": None})
+    assert list(found) == ["a", "b", "c", "d", "e"]
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+@given(st.dictionaries(st.integers(0, 9), st.floats(0, 1), min_size=1))
+def test_holm_is_between_no_correction_and_bonferroni_s(p_values):
+    for key, corrected in holm(p_values).items():
+        assert p_values[key] <= corrected <= min(1.0, len(p_values) * p_values[key])
+        assert len(p_values) > 1 or corrected == p_values[key]
+
+
+def test_arms_are_compared_with_the_baseline_and_each_with_each(make_run):
+    runs = {
+        arm: [make_run(seed=seed, accuracies=(base + seed / 100,)) for seed in range(2)]
+        for arm, base in {"a": 0.5, "b": 0.6, "c": 0.8}.items()
+    }
+    assert {
+        arm: round(value.mean, 6)
+        for arm, value in compare_arms(runs, "accuracy", "last", "b").items()
+    } == {"a": -0.1, "c": 0.2}
+    pairs = compare_pairs(runs, "accuracy", "last")
+    assert {pair: round(value.mean, 6) for pair, value in pairs.items()} == {
+        ("a", "b"): 0.1,
+        ("a", "c"): 0.3,
+        ("b", "c"): 0.2,
+    }
+    with pytest.raises(SettingsError, match=r"one of the arms \(a, b, c\), got 'bb'.*mean 'b'"):
+        compare_arms(runs, "accuracy", "last", "bb")
 
 
 def test_only_shared_seeds_are_paired():

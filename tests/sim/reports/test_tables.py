@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from sim.reports import summary_rows, summary_table
+from sim.reports import pair_rows, summary_rows, summary_table
 from sim.reports.statistics import Difference, Estimate
 from sim.reports.tables import p_text, percent
 
@@ -37,6 +37,38 @@ def test_the_full_table_fits_a_terminal(make_run, width):
         assert cell in text
 
 
+def test_the_baseline_is_what_others_are_compared_with(make_run):
+    runs = {**study(make_run), "third": [make_run(seed=s, accuracies=(0.9,)) for s in range(3)]}
+    first, other, third = summary_rows(runs, "dml-with-a-cold-start")
+    assert first["difference"] == pytest.approx(-0.11)
+    assert other["difference"] is None
+    smaller, larger = third["difference_p_value"], first["difference_p_value"]
+    assert smaller < larger < 2 * smaller
+    assert third["difference_p_holm"] == first["difference_p_holm"] == pytest.approx(2 * smaller)
+    assert (third["difference_ahead"], third["difference_p_sign_flip"]) == (3, 0.25)
+    pairs = pair_rows(runs)
+    assert [(pair["first"], pair["other"]) for pair in pairs] == [
+        ("local", "dml-with-a-cold-start"),
+        ("local", "third"),
+        ("dml-with-a-cold-start", "third"),
+    ]
+    assert pairs[0]["difference"] == pytest.approx(0.11)
+    assert json.loads(json.dumps(pairs, allow_nan=False)) == pairs
+
+
+def test_few_seeds_are_marked_and_many_are_not(make_run):
+    def runs(count):
+        return {
+            name: [make_run(seed=s, accuracies=(base + s * s * step,)) for s in range(count)]
+            for name, base, step in (("a", 0.3, 0.001), ("b", 0.6, 0.002))
+        }
+
+    few, enough = printed(runs(2), 140), printed(runs(6), 140)
+    assert few.count("*") == 3 + 1 + 1  # two means, a difference; a p; and what it means
+    assert "*" not in enough
+    assert "6 seeds" in enough
+
+
 def test_one_run_has_no_comparison_and_no_interval(make_run):
     text = printed({"dml": [make_run()]}, 100)
     assert "60.0" in text
@@ -58,7 +90,7 @@ def test_interrupted_runs_are_marked(make_run):
 
 
 def test_no_runs_make_an_empty_table():
-    assert summary_table({}).row_count == 0
+    assert summary_table({}).labels == []
     assert summary_rows({"dml": []}) == []
 
 
@@ -79,7 +111,12 @@ def test_rows_are_plain_values_with_none_for_what_is_missing(make_run):
 
 def test_texts_of_numbers():
     assert percent(Estimate(0.9126, None, None, 1)) == "91.3"
-    assert percent(Estimate(0.9126, 0.9026, 0.9226, 3)) == "91.3 ±1.0"
+    assert percent(Estimate(0.9126, 0.9026, 0.9226, 3)) == "91.3 ±1.0*"
+    assert percent(Estimate(0.9126, 0.9026, 0.9226, 6)) == "91.3 ±1.0"
+    assert percent(Estimate(0.9126, 0.7526, 1.0, 2, clipped=True)) == "91.3 [75.3, 100]*"
+    gap = Difference(-0.25, -1.0, 0.5, 0.2, 6, clipped=True)
+    assert percent(gap, signed=True) == "-25.0 [-100, +50]"
     assert percent(Difference(-1e-5, None, None, None, 1), signed=True) == "+0.0"
-    assert p_text(Difference(0.1, 0.1, 0.1, 0.0004, 9)) == "<0.001"
-    assert p_text(Difference(0.1, 0.1, 0.1, None, 9)) == "–"  # noqa: RUF001
+    assert p_text(0.0004) == "<0.001"
+    assert p_text(0.0123, few=True) == "0.012*"
+    assert p_text(None, few=True) == "–"  # noqa: RUF001
