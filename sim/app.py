@@ -1,41 +1,62 @@
 """The Flower `ServerApp` and `ClientApp`: the same federation in Flower's own runtimes.
 
-``flwr run .`` reads the settings from ``[tool.flwr.app.config]``: ``config`` names a YAML file
-(or is empty) and ``overrides`` holds ``key=value`` settings separated by spaces. The clients are
-Flower's supernodes, so their number comes from the runtime and not from ``clients.count``.
-A client's state lives in its `Context`; results go to a run folder, as everywhere.
+``flwr run .`` hands over ``[tool.flwr.app.config]``: ``config`` names a YAML file (or is empty) and
+``overrides`` holds ``key=value`` settings as words of a shell. The server resolves them and sends
+them along with every message. A client's state lives in its node's `Context`; results go to a
+run folder, as everywhere.
 """
 
+import json
 import logging
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.data import FederatedData
 from fedkd.training import ClientState
-from sim.engine.messages import CohortCall, Phase, read_instruction, reply_content
+from sim.engine.flower import end_without_traceback
+from sim.engine.messages import (
+    CohortCall,
+    Introduction,
+    Phase,
+    introduction_content,
+    read_assignment,
+    read_instruction,
+    reply_content,
+    say_state_was_lost,
+)
+from sim.engine.nodes import NodesError, versions
 from sim.engine.runtime import ClientRuntime
+from sim.identity import data_digest
 from sim.observers import Observer, Row
-from sim.records import RunFolder, new_run_folder
-from sim.rounds import RoundLoop, registered_nodes
+from sim.records import FolderBusyError, RunFolder, StorageError, new_run_folder
+from sim.replies import QuorumError
+from sim.rounds import RoundLoop
 from sim.running import load_data, run_result
-from sim.settings import Settings, load_settings
+from sim.settings import Settings, SettingsError, load_settings, settings_from_table
 from strategies.knowledge import from_array_record, to_array_record
 
 server_app = ServerApp()
 client_app = ClientApp()
 
 STATE = "state"
+TRAINED = "trained"
+"""Beside a client's state: the round in which it trained last."""
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""What ``flwr run .`` took along: on every machine the files of the folder that it was given."""
 
 _LOG = logging.getLogger("flwr")
 """Flower's own log, which ``flwr run . --stream`` shows."""
 
 
 class _RoundLog(Observer):
-    """One line a round in Flower's log."""
+    """One line a round, and one an event, in Flower's log."""
 
     def __init__(self, settings: Settings) -> None:
         self._rounds = settings.rounds
@@ -44,22 +65,58 @@ class _RoundLog(Observer):
         row = rows[0]
         _LOG.info("round %d/%d: accuracy %s", row["round"], self._rounds, row.get("accuracy"))
 
+    def event(self, row: Row) -> None:
+        about = f", client {row['client']}" if "client" in row else ""
+        _LOG.warning("round %d%s: %s: %s", row["round"], about, row["event"], row.get("reason"))
+
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds on the nodes that the runtime has."""
-    settings, data = _load(_words(context), len(registered_nodes(grid)))
+    try:
+        _run(grid, context)
+    except (SettingsError, NodesError, QuorumError, StorageError, FolderBusyError):
+        end_without_traceback()
+        raise
+
+
+def _run(grid: Grid, context: Context) -> None:
+    settings = read_settings(context)
+    data = load_data(settings)
     folder = new_run_folder(settings.output, settings.name)
+    status = "failed"
     with RunFolder(folder, settings) as recorder:
+        _LOG.info("run folder: %s", folder.resolve())
         loop = RoundLoop(grid, settings, data, [recorder, _RoundLog(settings)])
-        loop.run()
-        recorder.result(run_result(settings, folder, loop.history).to_row())
-    _LOG.info("run folder: %s", folder.resolve())
+        try:
+            loop.run()
+            status = "finished"
+        finally:
+            recorder.result(run_result(settings, folder, loop.history, status=status).to_row())
+
+
+def read_settings(context: Context) -> Settings:
+    """Return the settings that a run was given.
+
+    Raises:
+        SettingsError: names the setting that cannot work.
+    """
+    config = str(context.run_config.get("config", ""))
+    overrides = str(context.run_config.get("overrides", ""))
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise SettingsError(
+            f"overrides are words as in a shell, key=value separated by spaces: {error} in "
+            f"{overrides!r}"
+        ) from None
+    # An absolute path stays what it is.
+    return load_settings(PROJECT / config if config else None, words)
 
 
 @client_app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which partition this node is."""
+    """Say which client this node is, and what it has."""
     return _answer("query", message, context)
 
 
@@ -76,33 +133,60 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(phase: Phase, message: Message, context: Context) -> Message:
-    client = int(context.node_config["partition-id"])
-    count = int(context.node_config["num-partitions"])
-    runtime = _runtime(_words(context), count)
-    record = context.state.array_records.get(STATE)
+    assignment = read_assignment(message.content)
+    try:
+        client = _number(context, "partition-id")
+        count = _number(context, "num-partitions")
+        runtime, digest = _runtime(assignment.settings)
+    except SettingsError as error:
+        return _refusal(message, str(error))
+    if phase == "query":
+        introduction = Introduction(client, count, digest, versions())
+        return Message(introduction_content(introduction), reply_to=message)
+    trained = context.state.config_records.get(TRAINED, ConfigRecord({"round": 0}))["round"]
+    lost = int(trained) < assignment.trained  # type: ignore[arg-type]
+    if lost and runtime.settings.nodes.restarted == "refuse":
+        return _refusal(
+            message,
+            f"its node was restarted and no longer has the state of round {assignment.trained} "
+            "(nodes.restarted: refuse)",
+        )
+    record = None if lost else context.state.array_records.get(STATE)
     state = None if record is None else ClientState.from_arrays(from_array_record(record))
     told = read_instruction(message.content)
     call = CohortCall(phase, told.round, (client,), attempt=told.attempt)
-    replies, states = runtime.run(call, told.knowledge, [state])
-    if states:
-        context.state[STATE] = to_array_record(states[0].to_arrays())
-    return Message(reply_content(replies[0]), reply_to=message)
+    served = runtime.serve(call, [told.knowledge], [state])
+    (answer,) = served.answers
+    if isinstance(answer, str):
+        return _refusal(message, answer)
+    if client in served.states:
+        context.state[STATE] = to_array_record(served.states[client].to_arrays())
+        context.state[TRAINED] = ConfigRecord({"round": told.round})
+    content = reply_content(answer)
+    if lost:
+        say_state_was_lost(content)
+    return Message(content, reply_to=message)
 
 
-def _words(context: Context) -> tuple[str, ...]:
-    """Return the settings' file, then the overrides, as words."""
-    config = str(context.run_config.get("config", ""))
-    return config, *str(context.run_config.get("overrides", "")).split()
+def _refusal(message: Message, reason: str) -> Message:
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
-# A node's process serves message after message: load once, not every time.
+def _number(context: Context, key: str) -> int:
+    """Return one of the numbers that say which client a node is."""
+    value = context.node_config.get(key)
+    if type(value) is not int:
+        raise SettingsError(
+            f"each node needs --node-config 'partition-id=K num-partitions=N' with whole numbers, "
+            f"got {key}={value!r}"
+        )
+    return value
+
+
+# A node's process may serve message after message: load once, not every time.
 @lru_cache(maxsize=1)
-def _load(words: tuple[str, ...], count: int) -> tuple[Settings, FederatedData]:
-    config, *overrides = words
-    settings = load_settings(config or None, [*overrides, f"clients.count={count}"])
-    return settings, load_data(settings)
-
-
-@lru_cache(maxsize=1)
-def _runtime(words: tuple[str, ...], count: int) -> ClientRuntime:
-    return ClientRuntime(*_load(words, count))
+def _runtime(settings: str) -> tuple[ClientRuntime, str]:
+    """Return what serves this node's client, and the digest of the data that it has."""
+    parsed = settings_from_table(json.loads(settings))
+    data = load_data(parsed)
+    return ClientRuntime(parsed, data), data_digest(data)

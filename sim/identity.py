@@ -11,7 +11,7 @@ from fedkd.data import FederatedData
 from fedkd.distillation.settings import DistillSettings
 from sim.settings import Settings, SettingsError
 
-HARMLESS = ("name", "output", "study", "checkpoints", "search")
+HARMLESS = ("name", "output", "study", "checkpoints", "search", "nodes")
 """Sections that say where results go and how they are kept, not what they are."""
 
 HARMLESS_ENGINE = (

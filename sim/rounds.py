@@ -20,8 +20,9 @@ from fedkd.metrics.diversity import target_entropy
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
 from fedkd.training import as_tensor
-from sim.engine.grid import CohortGrid
-from sim.engine.messages import instruction, read_reply
+from sim.engine.grid import FIRST_NODE_ID, CohortGrid
+from sim.engine.messages import Phase, instruction
+from sim.engine.nodes import Nodes
 from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
 from sim.history import History
 from sim.interruption import uninterrupted
@@ -67,6 +68,9 @@ class RoundLoop:
         self._settings = settings
         self._data = data
         self._observers = observers
+        self._nodes = (
+            None if isinstance(grid, CohortGrid) else Nodes(grid, settings, data, self.tell)
+        )
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
         self._server = Server(
@@ -79,10 +83,6 @@ class RoundLoop:
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
-
-    @cached_property
-    def _node_of(self) -> Mapping[int, int]:
-        return node_ids(self._grid, self._settings.clients.count)
 
     def start(self) -> None:
         """Stand before the first round."""
@@ -111,8 +111,6 @@ class RoundLoop:
             QuorumError: too few clients gave a usable answer.
             StatesLostError: clients' states are gone; `go_back` or `start`, then run again.
         """
-        # Asks the nodes of other runtimes who they are, before anything else is asked of them.
-        _ = self._node_of
         if not self._observers_know:
             self._observers_know = True
             for observer in self._observers:
@@ -139,9 +137,11 @@ class RoundLoop:
         return self.boundary
 
     def _round(self, before: Boundary) -> None:
-        started = time.perf_counter()
         plan = self._federation.plan(before.round + 1)
         clients = self._strategy.participants(plan)
+        if self._nodes is not None:
+            self._nodes.begin(plan.round, clients)
+        started = time.perf_counter()
         replies = Replies(
             plan=plan,
             clients=clients,
@@ -226,30 +226,27 @@ class RoundLoop:
 
     def _ask(
         self,
-        phase: str,
+        phase: Phase,
         plan: RoundPlan,
         clients: Iterable[int],
         broadcast: Broadcast,
         attempt: int = 1,
     ) -> Iterator[tuple[int, Message]]:
         """Send one message a client and yield (client, reply) in client order."""
+        pieces = [(client, broadcast.to(client)) for client in clients]
+        if self._nodes is not None:
+            yield from self._nodes.ask(phase, plan.round, attempt, pieces)
+            return
         contents: dict[int, RecordDict] = {}
-        client_of = {}
         messages = []
-        for client in clients:
-            knowledge = broadcast.to(client)
+        for client, knowledge in pieces:
             # Clients that receive one object share one record: it is encoded and sent once.
             if id(knowledge) not in contents:
                 contents[id(knowledge)] = instruction(plan.round, knowledge, attempt)
-            node = self._node_of[client]
-            client_of[node] = client
+            node = FIRST_NODE_ID + client
             messages.append(Message(contents[id(knowledge)], node, phase, group_id=str(plan.round)))
-        replies = self._grid.send_and_receive(messages)
-        if not isinstance(self._grid, CohortGrid):
-            # Other runtimes answer in any order; floating-point sums depend on it.
-            replies = sorted(replies, key=lambda reply: client_of[reply.metadata.src_node_id])
-        for reply in replies:
-            yield client_of[reply.metadata.src_node_id], reply
+        for reply in self._grid.send_and_receive(messages):
+            yield reply.metadata.src_node_id - FIRST_NODE_ID, reply
 
     # -- judging ---------------------------------------------------------------------------
 
@@ -393,38 +390,3 @@ def _client_rows(
             **trained.get(client, {}),
             **judged.get(client, {}),
         }
-
-
-def registered_nodes(grid: Grid) -> list[int]:
-    """Return the nodes' ids, once their number has stopped growing; runtimes register them late."""
-    nodes = sorted(grid.get_node_ids())
-    for _ in range(300):
-        time.sleep(0.2)
-        before, nodes = nodes, sorted(grid.get_node_ids())
-        if nodes and nodes == before:
-            break
-    return nodes
-
-
-def node_ids(grid: Grid, count: int) -> dict[int, int]:
-    """Return the node id of each partition, asking the nodes where the grid does not know.
-
-    Raises:
-        ValueError: if the grid's nodes are not the partitions 0 to count - 1.
-    """
-    if isinstance(grid, CohortGrid):
-        return grid.partitions()
-    nodes = registered_nodes(grid)
-    messages = [Message(instruction(0, None), node, "query") for node in nodes]
-    found: dict[int, int] = {}
-    for reply in grid.send_and_receive(messages):
-        if reply.has_error():
-            raise ValueError(f"a node does not answer: {reply.error.reason}")
-        partition = int(read_reply(reply.content).metrics["partition"])
-        found[partition] = reply.metadata.src_node_id
-    if sorted(found) != list(range(count)):
-        raise ValueError(
-            f"clients.count is {count}, but the runtime has {len(nodes)} nodes with partition ids "
-            f"{sorted(found)}"
-        )
-    return found

@@ -134,6 +134,23 @@ class EngineSettings(_Section):
     round_retries: int = Field(1, ge=1, description="how often a round below the quorum is asked")
 
 
+class NodesSettings(_Section):
+    """Clients that are nodes of Flower's own runtimes (``nodes``); ``fedkd run`` has none."""
+
+    wait_s: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long to wait for nodes that are not there: before round 1 for all "
+        "clients', before a later round only while fewer than a quorum's are there",
+    )
+    restarted: Literal["accept", "refuse"] = Field(
+        "accept",
+        description="a node that was restarted has lost its client's state; accept: the client "
+        "starts anew from the weights that the seed gives; refuse: it is not heard again",
+    )
+
+
 class EvaluationSettings(_Section):
     """When models are judged (``evaluation``)."""
 
@@ -203,6 +220,7 @@ class Settings(_Section):
     strategy: StrategyField = Field(STRATEGIES["dml"].Settings(name="dml"))
     exchange: ExchangeSettings = ExchangeSettings()
     engine: EngineSettings = EngineSettings()
+    nodes: NodesSettings = NodesSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     faults: tuple[FaultRule, ...] = Field((), description="faults to inject, a list of rules")

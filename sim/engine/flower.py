@@ -5,6 +5,7 @@ Flower 1.41 lets only its own runtimes create messages: a `Message` needs the pr
 names, `tests/sim/engine/test_flower.py` fails first.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "LazyRecords",
     "Run",
     "empty_run",
+    "end_without_traceback",
     "identify_process",
     "set_message_id",
 ]
@@ -42,12 +44,23 @@ def set_message_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
+def end_without_traceback() -> None:
+    """Let Flower's log show of what ends a ServerApp only the line that a user can act upon.
+
+    Flower logs every exception with its traceback; this process serves one run and ends with it.
+    """
+    sys.tracebacklimit = 0
+
+
 class LazyRecords(RecordDict):
     """Records that are made when somebody looks at them.
 
     Between a server and clients that share a process nobody does: they hand each other the
     object that the records stand for. To everybody else this is the `RecordDict` of the message.
     """
+
+    # Flower writes the qualified name of a class on the wire, and reads back those it knows.
+    __qualname__ = RecordDict.__qualname__
 
     def __init__(self, original: object, encode: Callable[[], RecordDict]) -> None:
         super().__init__()

@@ -209,10 +209,6 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         """Return the node id of every registered client, by partition id."""
         return range(FIRST_NODE_ID, FIRST_NODE_ID + self._settings.clients.count)
 
-    def partitions(self) -> dict[int, int]:
-        """Return the node id of each partition; known here, so nobody has to be asked."""
-        return dict(enumerate(self.get_node_ids()))
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; `pull_messages` carries them out."""
         return [self._register(message) for message in messages]

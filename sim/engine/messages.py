@@ -1,8 +1,9 @@
 """What the server and a client say to each other, and how it travels in Flower messages."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
@@ -93,6 +94,94 @@ def read_instruction(content: RecordDict) -> Instruction:
         return told
     plan = content.config_records["plan"]
     return Instruction(int(plan["round"]), read_knowledge(content), int(plan.get("attempt", 1)))  # type: ignore[arg-type]
+
+
+# -- what is said besides where a client is a node of its own ---------------------------------
+
+_NODE = "node"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a node is told besides the instruction; it may have been started a moment ago.
+
+    Attributes:
+        settings: of the run, as JSON. A node has no file of settings of its own.
+        trained: the last round in which this client's training came back; 0 if none did.
+    """
+
+    settings: str
+    trained: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a node says of itself before it is asked for anything.
+
+    Attributes:
+        partition: its client.
+        partitions: how many clients it takes the run to have.
+        data: digest of what it has loaded.
+        versions: of the packages that decide bits.
+    """
+
+    partition: int
+    partitions: int
+    data: str
+    versions: str
+
+
+def knowledge_records(knowledge: Knowledge | None) -> RecordDict:
+    """Return the part of an instruction that clients which receive the same can share."""
+    records = RecordDict()
+    write_knowledge(records, knowledge)
+    return records
+
+
+def node_instruction(
+    round: int, attempt: int, received: Mapping[str, Any], assignment: Assignment
+) -> RecordDict:
+    """Return the content of a message to a node; `read_instruction` reads its first half."""
+    plan = ConfigRecord({"round": round, "attempt": attempt})
+    return RecordDict({"plan": plan, _NODE: ConfigRecord(asdict(assignment)), **received})
+
+
+def read_assignment(content: RecordDict) -> Assignment:
+    """Return what a message tells a node besides the instruction."""
+    record = content.config_records[_NODE]
+    return Assignment(str(record["settings"]), int(record["trained"]))  # type: ignore[arg-type]
+
+
+def introduction_content(introduction: Introduction) -> RecordDict:
+    """Return the content of a node's first reply."""
+    return RecordDict({_NODE: ConfigRecord(asdict(introduction))})
+
+
+def read_introduction(content: RecordDict) -> Introduction:
+    """Return what a node says of itself.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    try:
+        return Introduction(**content.config_records[_NODE])  # type: ignore[arg-type]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"it introduces itself in words that are not known here: {error}"
+        ) from None
+
+
+def say_state_was_lost(content: RecordDict) -> None:
+    """Add to a reply that the node no longer had the state that the server counted on."""
+    content[_NODE] = ConfigRecord({"state_lost": True})
+
+
+def take_word_of_lost_state(content: RecordDict) -> bool:
+    """Take out of a reply, and return, whether its node no longer had the client's state."""
+    if _NODE not in content.config_records:
+        return False
+    del content[_NODE]
+    return True
 
 
 def reply_content(reply: ClientReply) -> RecordDict:

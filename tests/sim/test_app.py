@@ -1,41 +1,73 @@
-"""The same federation in Flower's own runtimes."""
+"""The same federation in Flower's own runtimes, over a grid that stands for them."""
 
+import itertools
 import json
-import os
 import random
-import subprocess
+import shlex
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from sim import app
-from sim.engine.flower import Run, empty_run, identify_process
+from sim.engine.flower import Run, empty_run, identify_process, set_message_id
+from sim.engine.nodes import NodesError
 from sim.records import read_rows
+from sim.replies import QuorumError
 from sim.running import run
-from sim.settings import Settings, load_settings
-
-ROOT = Path(__file__).resolve().parents[2]
+from sim.settings import Settings, SettingsError, load_settings
 
 
-class ForeignGrid(Grid):
-    """Stands for Flower's runtime: odd node ids, replies in any order, one client a message."""
+def over_the_wire(message: Message) -> Message:
+    """Return what arrives where a message was sent to."""
+    objects = get_all_nested_objects(message)
+    identity = message.object_id
+    contents = {name: each.deflate() for name, each in objects.items()}
+    arrived = inflate_object_from_contents(identity, contents)
+    assert isinstance(arrived, Message)
+    set_message_id(arrived, message.metadata.message_id)
+    return arrived
 
-    def __init__(self, config: dict[str, str], count: int) -> None:
+
+@dataclass
+class Node:
+    """A SuperNode: what it was started with, and what its client left there."""
+
+    id: int
+    config: dict[str, Any]
+    state: RecordDict = field(default_factory=RecordDict)
+
+
+class Runtime(Grid):
+    """Stands for Flower's runtime: odd node ids, replies in any order, errors in its own name.
+
+    ``happens(phase, round, partition, node)`` is asked before a node gets a message: ``"dies"``
+    takes the node away for good, ``"sleeps"`` for this message, ``"restarts"`` empties its state.
+    """
+
+    def __init__(self, partitions: Iterable[int], count: int) -> None:
         identify_process(1)
-        self.contexts = {
-            1000 + 37 * (count - partition): Context(
-                run_id=1,
-                node_id=1000 + 37 * (count - partition),
-                node_config={"partition-id": partition, "num-partitions": count},
-                state=RecordDict(),
-                run_config=dict(config),
-            )
-            for partition in range(count)
-        }
+        self._ids = itertools.count(1)
+        self._node_ids = itertools.count(1000, 37)
+        self._waiting: dict[str, Message] = {}
+        self.nodes: dict[int, Node] = {}
+        self.happens: Callable[[str, int, int], str] = lambda *_: ""
+        self.asked: list[tuple[str, int, int]] = []
+        for partition in partitions:
+            self.join(partition, count)
+
+    def join(self, partition: object, count: int) -> Node:
+        node = Node(next(self._node_ids), {"partition-id": partition, "num-partitions": count})
+        self.nodes[node.id] = node
+        return node
 
     def set_run(self, run: Run) -> None: ...
 
@@ -46,79 +78,410 @@ class ForeignGrid(Grid):
     def create_message(self, *_: object, **__: object) -> Message:
         raise NotImplementedError
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
-
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        replies = [
-            app.client_app(message, self.contexts[message.metadata.dst_node_id])
-            for message in messages
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            set_message_id(message, f"message {next(self._ids)}")
+            if message.metadata.dst_node_id in self.nodes:
+                self._waiting[message.metadata.message_id] = message
+        return [
+            m.metadata.message_id if m.metadata.message_id in self._waiting else ""
+            for m in messages
         ]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = [self._reply(self._waiting.pop(each)) for each in list(message_ids)]
         random.shuffle(replies)
-        return replies
+        return [over_the_wire(reply) for reply in replies]
+
+    def _reply(self, message: Message) -> Message:
+        message = over_the_wire(message)
+        node = self.nodes.get(message.metadata.dst_node_id)
+        if node is None:
+            return self._error(message, ErrorCode.NODE_UNAVAILABLE)
+        phase, round = message.metadata.message_type, int(message.metadata.group_id or 0)
+        partition = node.config["partition-id"]
+        self.asked.append((phase, round, partition))
+        match self.happens(phase, round, partition):
+            case "dies":
+                del self.nodes[node.id]
+                return self._error(message, ErrorCode.NODE_UNAVAILABLE)
+            case "sleeps":
+                return self._error(message, ErrorCode.MESSAGE_UNAVAILABLE)
+            case "restarts":
+                node.state = RecordDict()
+        context = Context(1, node.id, dict(node.config), node.state, {})
+        reply = app.client_app(message, context)
+        node.state = context.state
+        return reply
+
+    def _error(self, message: Message, code: int) -> Message:
+        reply = Message(Error(code, "as the SuperLink says it"), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = 1
+        return reply
+
+
+@pytest.fixture
+def words(small_words: tuple[str, ...], tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Write settings as ``flwr run --run-config`` hands them over."""
+
+    def config(*more: str) -> dict[str, str]:
+        given = [*small_words, "nodes.wait_s=0.3", f"output={tmp_path / 'flower'}", *more]
+        return {"config": "", "overrides": shlex.join(given)}
+
+    return config
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run the ServerApp, and return what is in the run's folder."""
+    monkeypatch.setattr(sys, "tracebacklimit", None, raising=False)
+
+    def run_app(grid: Runtime, config: dict[str, str]) -> dict[str, Any]:
+        app.server_app(grid, Context(1, 1, {}, RecordDict(), dict(config)))
+        return left_behind(tmp_path)
+
+    return run_app
+
+
+def left_behind(tmp_path: Path) -> dict[str, Any]:
+    (folder,) = (tmp_path / "flower" / "default").iterdir()
+    return {
+        "folder": folder,
+        "metrics": [timeless(row) for row in read_rows(folder / "metrics.jsonl")],
+        "exchange": read_rows(folder / "exchange.jsonl"),
+        "events": read_rows(folder / "events.jsonl"),
+        "result": json.loads((folder / "result.json").read_text()),
+    }
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if "seconds" not in key}
+
+
+def of_run(settings: Settings) -> dict[str, Any]:
+    """Return what `fedkd run` leaves behind."""
+    folder = run(settings).folder
+    return {
+        "metrics": [timeless(row) for row in read_rows(folder / "metrics.jsonl")],
+        "exchange": read_rows(folder / "exchange.jsonl"),
+        "events": read_rows(folder / "events.jsonl"),
+    }
+
+
+def kinds(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(row["round"], row.get("client"), row["event"]) for row in events]
+
+
+# -- the same numbers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["dml", "fedavg"])
 def test_flower_s_runtimes_compute_what_fedkd_run_computes(
-    small: Callable[..., Settings], tmp_path: Path, small_words: tuple[str, ...], strategy: str
+    small: Callable[..., Settings], words: Any, serve: Any, strategy: str
 ) -> None:
-    ours = run(small(f"strategy.name={strategy}"))
-    words = [*small_words, f"strategy.name={strategy}", f"output={tmp_path / 'flower'}"]
-    config = {"config": "", "overrides": " ".join(word.replace(" ", "") for word in words)}
-    grid = ForeignGrid(config, ours.settings.clients.count)
-    context = Context(1, 1, {}, RecordDict(), dict(config))
-    app.server_app(grid, context)
-    (folder,) = (tmp_path / "flower" / "default").iterdir()
-    theirs = [row for row in read_rows(folder / "metrics.jsonl") if row["scope"] == "federation"]
-    timeless = [
-        {key: value for key, value in row.items() if "seconds" not in key} for row in theirs
-    ]
-    assert timeless == [
-        {key: value for key, value in row.items() if "seconds" not in key}
-        for row in ours.history.federation
-    ]
+    ours = of_run(small(f"strategy.name={strategy}"))
+    theirs = serve(Runtime(range(4), 4), words(f"strategy.name={strategy}"))
+    assert {key: theirs[key] for key in ours} == ours
+    assert theirs["result"]["status"] == "finished"
 
 
-def test_the_number_of_clients_is_the_runtime_s(
-    tmp_path: Path, small_words: tuple[str, ...]
+def test_planned_faults_strike_nodes_as_they_strike_workers(
+    small: Callable[..., Settings], words: Any, serve: Any
 ) -> None:
-    config = {"config": "", "overrides": " ".join([*small_words, f"output={tmp_path}"])}
-    app.server_app(ForeignGrid(config, 3), Context(1, 1, {}, RecordDict(), dict(config)))
-    (folder,) = (tmp_path / "default").iterdir()
-    assert load_settings(folder / "settings.yaml").clients.count == 3
+    faults = (
+        "faults=[{kind: crash, clients: [1], rounds: [1]}, {kind: dropout, clients: [2]}, "
+        "{kind: bad_reply, clients: [3], rounds: [2]}]"
+    )
+    ours = of_run(small(faults, "engine.quorum=0"))
+    theirs = serve(Runtime(range(4), 4), words(faults, "engine.quorum=0"))
+    assert theirs["metrics"] == ours["metrics"]
+    assert theirs["exchange"] == ours["exchange"]
+    assert kinds(theirs["events"]) == kinds(ours["events"])
 
 
-@pytest.mark.slow
-def test_flwr_run_completes_two_rounds_from_the_project_s_root(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(tmp_path / "home"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+# -- nodes that are not there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_node_that_is_lost_in_training_is_a_lost_client_and_the_round_goes_on(
+    small: Callable[..., Settings], words: Any, serve: Any, how: str
+) -> None:
+    crash = (
+        "faults=[{kind: crash, clients: [2], rounds: [2], phases: [train, evaluate], "
+        "attempts: null}]"
+    )
+    ours = of_run(small(crash))
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, round, partition: (
+        how if (phase, round, partition) == ("train", 2, 2) else ""
+    )
+    theirs = serve(grid, words())
+    assert theirs["metrics"] == ours["metrics"]
+    assert theirs["exchange"] == ours["exchange"]
+    assert kinds(theirs["events"]) == [(2, 2, "rejected"), (2, 2, "evaluation failed")]
+    reason = {"dies": "its node is gone", "sleeps": "no answer within engine.deadline_s = 3600"}
+    assert reason[how] in theirs["events"][0]["reason"]
+    assert theirs["result"]["status"] == "finished"
+
+
+def test_an_absent_node_is_named_and_changes_nobody_s_split(words: Any, serve: Any) -> None:
+    whole = serve_apart(serve, Runtime(range(4), 4), words(), "whole")
+    part = serve_apart(serve, Runtime([0, 1, 3], 4), words(), "part")
+    assert load_settings(part["folder"] / "settings.yaml").clients.count == 4
+    assert kinds(part["events"])[:1] == [(1, 2, "absent")]
+    assert "partition-id is 2" in part["events"][0]["reason"]
+    # In round 1 nobody has heard of anybody: who is there computes what it would have.
+    first = {
+        name: {
+            row["client"]: row["accuracy"]
+            for row in rows["metrics"]
+            if row["scope"] == "client" and row["round"] == 1
+        }
+        for name, rows in (("whole", whole), ("part", part))
     }
-    overrides = f"rounds=2 output={tmp_path / 'runs'}"
-    try:
-        done = subprocess.run(
-            ["flwr", "run", ".", "--stream", "--run-config", f'overrides="{overrides}"'],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+    assert first["part"] == {key: value for key, value in first["whole"].items() if key != 2}
+
+
+def serve_apart(serve: Any, grid: Runtime, config: dict[str, str], name: str) -> dict[str, Any]:
+    """Run the ServerApp into a folder of its own."""
+    at = config["overrides"].index("output=")
+    end = config["overrides"].find(" ", at)
+    output = config["overrides"][at : end if end > 0 else None].removeprefix("output=")
+    serve(grid, config)
+    (folder,) = (Path(output) / "default").iterdir()
+    moved = folder.parents[2] / name
+    folder.rename(moved)
+    return {
+        "folder": moved,
+        "metrics": read_rows(moved / "metrics.jsonl"),
+        "events": read_rows(moved / "events.jsonl"),
+    }
+
+
+def test_a_late_node_is_asked_from_the_round_after_it_came(words: Any, serve: Any) -> None:
+    grid = Runtime([0, 1, 3], 4)
+
+    def happens(phase: str, round: int, partition: int) -> str:
+        if (phase, round, partition) == ("train", 1, 3):
+            grid.join(2, 4)
+        return ""
+
+    grid.happens = happens
+    left = serve(grid, words("rounds=3"))
+    assert kinds(left["events"]) == [
+        (1, 2, "absent"),
+        (1, 2, "rejected"),
+        (1, 2, "evaluation failed"),
+        (2, 2, "joined"),
+    ]
+    assert [row["replies"] for row in left["metrics"] if row["scope"] == "federation"] == [3, 4, 4]
+
+
+def test_a_node_that_was_slow_for_a_round_is_asked_again(words: Any, serve: Any) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, round, partition: (
+        "sleeps" if (phase, round, partition) == ("train", 1, 0) else ""
+    )
+    left = serve(grid, words("rounds=3"))
+    assert (2, 0, "joined") in kinds(left["events"])
+    assert [row["replies"] for row in left["metrics"] if row["scope"] == "federation"] == [3, 4, 4]
+
+
+def test_a_round_below_the_quorum_waits_for_nodes(words: Any, serve: Any) -> None:
+    grid = Runtime(range(4), 4)
+
+    def happens(phase: str, round: int, partition: int) -> str:
+        if (phase, round) != ("train", 2) or grid.asked.count(("train", 2, partition)) > 1:
+            return ""
+        if partition:
+            grid.join(partition, 4)
+            return "dies"
+        return ""
+
+    grid.happens = happens
+    left = serve(grid, words("nodes.wait_s=20"))
+    assert left["result"]["status"] == "finished"
+    assert "round retried" in [row["event"] for row in left["events"]]
+    # They are other nodes: what their clients had learnt in round 1 is gone.
+    lost = {row["client"] for row in left["events"] if row["event"] == "state lost"}
+    assert len(lost) >= 2
+
+
+def test_no_quorum_ends_the_run_with_the_reasons(words: Any, serve: Any, tmp_path: Path) -> None:
+    grid = Runtime([1], 4)
+    with pytest.raises(QuorumError, match="client 0: it has no node now"):
+        serve(grid, words())
+    assert left_behind(tmp_path)["result"]["status"] == "failed"
+    # Flower's log shows the line and no traceback.
+    assert sys.tracebacklimit == 0
+
+
+def test_a_runtime_without_nodes_is_refused_in_one_line(words: Any, serve: Any) -> None:
+    with pytest.raises(NodesError, match=r"no node came within nodes\.wait_s = 0\.3 seconds"):
+        serve(Runtime([], 4), words())
+
+
+# -- nodes that lost what they had -------------------------------------------------------------
+
+
+def restarting(phase: str, round: int, partition: int) -> str:
+    return "restarts" if (phase, round, partition) == ("train", 2, 1) else ""
+
+
+def test_a_restarted_node_starts_anew_and_is_named(words: Any, serve: Any) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = restarting
+    left = serve(grid, words())
+    (event,) = left["events"]
+    assert (event["round"], event["client"], event["event"]) == (2, 1, "state lost")
+    assert "the state of round 1" in event["reason"]
+    assert left["metrics"][-4 - 1]["replies"] == 4
+
+
+def test_a_restarted_node_is_refused_where_the_settings_say_so(words: Any, serve: Any) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = restarting
+    left = serve(grid, words("nodes.restarted=refuse", "rounds=3"))
+    assert kinds(left["events"]) == [
+        (2, 1, "rejected"),
+        (2, 1, "evaluation failed"),
+        (3, 1, "rejected"),
+        (3, 1, "evaluation failed"),
+    ]
+    assert "nodes.restarted: refuse" in left["events"][0]["reason"]
+
+
+# -- nodes that cannot be a client -------------------------------------------------------------
+
+
+def test_a_node_that_cuts_the_data_otherwise_is_refused_by_name(words: Any, serve: Any) -> None:
+    grid = Runtime([0, 1, 2], 4)
+    other = grid.join(3, 5)
+    left = serve(grid, words())
+    assert kinds(left["events"])[:2] == [(1, None, "node refused"), (1, 3, "absent")]
+    reason = left["events"][0]["reason"]
+    assert str(other.id) in reason
+    assert "num-partitions=5" in reason
+    assert "clients.count is 4" in reason
+
+
+def test_a_runtime_of_another_size_is_refused_at_once(words: Any, serve: Any) -> None:
+    with pytest.raises(NodesError, match=r"clients.count is 4.*--num-supernodes 4"):
+        serve(Runtime(range(2), 2), words("nodes.wait_s=600"))
+
+
+@pytest.mark.parametrize(
+    ("config", "words_of_it"),
+    [
+        ({"partition-id": 3}, "num-partitions=None"),
+        ({"partition-id": "3", "num-partitions": 4}, "partition-id='3'"),
+        ({"partition-id": 7, "num-partitions": 4}, "partition-id must be 0 to 3"),
+    ],
+)
+def test_a_node_that_does_not_say_which_client_it_is_is_refused(
+    words: Any, serve: Any, config: dict[str, Any], words_of_it: str
+) -> None:
+    grid = Runtime([0, 1, 2], 4)
+    grid.join(3, 4).config = config
+    left = serve(grid, words())
+    (event,) = [row for row in left["events"] if row["event"] == "node refused"]
+    assert words_of_it in event["reason"]
+    assert "Traceback" not in event["reason"]
+
+
+def test_a_second_node_for_a_client_is_named_and_takes_over_when_the_first_is_gone(
+    words: Any, serve: Any
+) -> None:
+    grid = Runtime(range(4), 4)
+    second = grid.join(2, 4)
+    first = min(node for node, each in grid.nodes.items() if each.config["partition-id"] == 2)
+    grid.happens = lambda phase, round, partition: (
+        "dies" if (phase, round, partition) == ("train", 1, 2) and first in grid.nodes else ""
+    )
+    left = serve(grid, words("rounds=3"))
+    named = [row for row in left["events"] if row["event"] == "second node"]
+    assert [row["client"] for row in named] == [2]
+    assert (2, 2, "joined") in kinds(left["events"])
+    assert len({first, second.id} & set(grid.nodes)) == 1
+
+
+def test_a_node_with_other_data_is_refused(
+    words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter(["other"])
+    honest = app.data_digest
+    app._runtime.cache_clear()
+    monkeypatch.setattr(app, "data_digest", lambda data: next(digests, None) or honest(data))
+    monkeypatch.setattr(app, "_runtime", app._runtime.__wrapped__)
+    left = serve(Runtime(range(4), 4), words("rounds=1"))
+    (event,) = [row for row in left["events"] if row["event"] == "node refused"]
+    assert "its data is not what the server has" in event["reason"]
+
+
+def test_other_versions_of_packages_are_told(
+    words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "versions", lambda: "torch 1.0")
+    left = serve(Runtime(range(4), 4), words("rounds=1"))
+    assert [row["event"] for row in left["events"]] == ["other versions"] * 4
+    assert "has torch 1.0, the server has fedkd" in left["events"][0]["reason"]
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+def context(config: str = "", overrides: str = "") -> Context:
+    return Context(1, 1, {}, RecordDict(), {"config": config, "overrides": overrides})
+
+
+def test_overrides_are_words_of_a_shell() -> None:
+    settings = app.read_settings(
+        context(
+            overrides="name='my run' data.partition='{kind: dirichlet, alpha: 0.3}'".replace(
+                "my run", "my_run"
+            )
         )
-    finally:
-        # The local SuperLink outlives the command that started it.
-        subprocess.run(["pkill", "-f", str(tmp_path / "home")], check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = (tmp_path / "runs").glob("*/*/result.json")
-    assert json.loads(result.read_text())["rounds"] == 2
+    )
+    assert settings.name == "my_run"
+    assert settings.data.partition.alpha == 0.3
+
+
+def test_an_open_quote_is_one_line() -> None:
+    with pytest.raises(SettingsError, match='No closing quotation in "name=\'x"'):
+        app.read_settings(context(overrides="name='x"))
+
+
+def test_a_file_of_settings_is_that_of_the_project_wherever_the_server_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app.read_settings(context("conf/quickstart.yaml")).name == "quickstart"
+
+
+def test_a_file_that_only_the_server_has_is_enough(
+    tmp_path: Path, words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "only_here.yaml"
+    file.write_text("rounds: 1\nclients: {optimizer: {lr: 0.123}}\n")
+    config = words()
+    config["overrides"] = config["overrides"].replace("rounds=2 ", "")
+    config["config"] = str(file)
+    grid = Runtime(range(4), 4)
+
+    def happens(phase: str, *_: object) -> str:
+        # The file is gone before any node could look at it.
+        file.unlink(missing_ok=True)
+        return ""
+
+    grid.happens = happens
+    left = serve(grid, config)
+    assert left["result"]["rounds"] == 1
+    assert left["events"] == []

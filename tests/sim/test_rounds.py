@@ -11,7 +11,7 @@ from sim.engine.inline import InlineGrid
 from sim.engine.runtime import judge
 from sim.history import History, selected_round, summary
 from sim.replies import QuorumError
-from sim.rounds import RoundLoop, node_ids
+from sim.rounds import RoundLoop
 from strategies.knowledge import Parameters, Predictions
 from strategies.server import ServerModel
 
@@ -495,11 +495,6 @@ def test_ensemble_is_the_mean_of_the_clients_probabilities(
     classes = np.mean(np.stack(tables).astype(np.float64), axis=0).argmax(-1)
     expected = (classes == data.test_labels).mean()
     assert run.history.federation[-1]["ensemble_accuracy"] == pytest.approx(expected)
-
-
-def test_the_inline_grid_s_nodes_are_the_partitions(tiny_settings, tiny_data, listening_grid):
-    grid = listening_grid(tiny_settings(), tiny_data())
-    assert node_ids(grid, 4) == {0: 2, 1: 3, 2: 4, 3: 5}
 
 
 # -- selection ---------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
 """Fails loudly when an upgrade of Flower moves the non-public names that we lean on."""
 
+import io
+import logging
 import pickle
+import sys
 from typing import Any
 
 import flwr
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from sim.engine import flower
 
@@ -88,3 +93,32 @@ def test_records_leave_the_process_as_ordinary_ones() -> None:
     copied = pickle.loads(pickle.dumps(lazy))  # noqa: S301
     assert type(copied) is RecordDict
     assert copied == plain
+
+
+def test_lazy_records_arrive_over_the_wire_as_ordinary_ones() -> None:
+    flower.identify_process(7)
+    lazy, plain = lazy_and_plain()
+    message = Message(lazy, 3, "train")
+    objects = get_all_nested_objects(message)
+    contents = {name: each.deflate() for name, each in objects.items()}
+    arrived = inflate_object_from_contents(message.object_id, contents)
+    assert isinstance(arrived, Message)
+    assert type(arrived.content) is RecordDict
+    assert arrived.content == plain
+
+
+def test_who_ends_a_run_is_shown_without_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "tracebacklimit", None, raising=False)
+    shown = io.StringIO()
+    handler = logging.StreamHandler(shown)
+    log = logging.getLogger("test of tracebacks")
+    log.addHandler(handler)
+    flower.end_without_traceback()
+    try:
+        raise ValueError("clients.count must be >= 1")
+    except ValueError as error:
+        log.error("ServerApp raised an exception", exc_info=error)
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "ServerApp raised an exception"
+    assert lines[-1] == "ValueError: clients.count must be >= 1"
+    assert not any("File" in line for line in lines)
