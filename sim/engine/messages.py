@@ -163,12 +163,13 @@ def read_introduction(content: RecordDict) -> Introduction:
     Raises:
         ValueError: it says something else.
     """
-    try:
-        return Introduction(**content.config_records[_NODE])  # type: ignore[arg-type]
-    except (KeyError, TypeError) as error:
+    said = dict(content.config_records.get(_NODE, {}))
+    expected = {"partition": int, "partitions": int, "data": str, "versions": str}
+    if {key: type(value) for key, value in said.items()} != expected:
         raise ValueError(
-            f"it introduces itself in words that are not known here: {error}"
-        ) from None
+            f"it introduces itself as {str(said)[:200]}, which is not a node of this version"
+        )
+    return Introduction(**said)  # type: ignore[arg-type]
 
 
 def say_state_was_lost(content: RecordDict) -> None:

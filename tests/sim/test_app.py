@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -424,6 +424,25 @@ def test_a_node_with_other_data_is_refused(
     left = serve(Runtime(range(4), 4), words("rounds=1"))
     (event,) = [row for row in left["events"] if row["event"] == "node refused"]
     assert "its data is not what the server has" in event["reason"]
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"partition": "3", "partitions": 4, "data": "", "versions": ""}, {"round": 1}]
+)
+def test_a_node_that_introduces_itself_in_other_words_is_refused(
+    words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]
+) -> None:
+    content = app.introduction_content
+    monkeypatch.setattr(
+        app,
+        "introduction_content",
+        lambda words: (
+            RecordDict({"node": ConfigRecord(said)}) if words.partition == 3 else content(words)
+        ),
+    )
+    left = serve(Runtime(range(4), 4), words("rounds=1"))
+    assert kinds(left["events"])[:2] == [(1, None, "node refused"), (1, 3, "absent")]
+    assert "it introduces itself as" in left["events"][0]["reason"]
 
 
 def test_other_versions_of_packages_are_told(
