@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkd.data.overview import plot_split, split_table
+from fedkd.data.overview import plot_split, shortened, split_table
 from sim.observers import Row
 from sim.records import make_folder
 from sim.reports.terminal import Column, FittedTable
 from sim.running import load_data
 from sim.settings import Settings, SettingsError
+
+FIGURE_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +22,14 @@ class DataOverview:
         rows: a row for each client: rows, classes held, label entropy in nats, rows per class.
         sizes: rows of the private, public, validation and test sets.
         figure: where the figure was written.
+        notes: what was left aside, and which rows repeat.
     """
 
     source: str
     rows: list[dict[str, Any]]
     sizes: dict[str, int]
     figure: Path
+    notes: tuple[str, ...] = ()
 
     def to_row(self) -> Row:
         """Return the overview as plain values."""
@@ -34,6 +38,7 @@ class DataOverview:
             "sizes": self.sizes,
             "clients": self.rows,
             "figure": str(self.figure),
+            "notes": list(self.notes),
         }
 
     def table(self) -> FittedTable:
@@ -45,7 +50,7 @@ class DataOverview:
             labels=[str(row[label]) for row in self.rows],
             columns=[
                 Column(
-                    title=_short(name.removeprefix("class ").replace("_", " ")),
+                    title=shortened(name.removeprefix("class ").replace("_", " "), MOST_LETTERS),
                     cells=[_text(row[name]) for row in self.rows],
                     rank=rank,
                 )
@@ -57,10 +62,6 @@ class DataOverview:
 
 MOST_LETTERS = 30
 """Of the name of a class in a terminal; a longer one would make the head of the table the table."""
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
 
 
 def _text(cell: int | float) -> str:
@@ -78,6 +79,8 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
         SettingsError: names the setting that cannot work.
     """
     settings = settings or Settings()
+    if figure is not None:
+        _check_figure(figure)
     loaded = load_data(settings)
     if figure is None:
         figure = make_folder(settings.output, settings.output / settings.name) / "split.png"
@@ -95,4 +98,20 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
             "test": len(loaded.test_labels),
         },
         figure=figure,
+        notes=loaded.notes,
     )
+
+
+def _check_figure(figure: Path) -> None:
+    """Refuse what is no picture file, before the data are loaded.
+
+    Without a known ending the figure would silently go to another file than the one named.
+    """
+    if figure.is_dir() or figure.suffix.lower() not in FIGURE_ENDINGS:
+        what = "the folder " if figure.is_dir() else ""
+        raise SettingsError(
+            f"figure: must be a file such as split.png, got {what}{str(figure)!r}; known endings: "
+            f"{', '.join(FIGURE_ENDINGS)}"
+        )
+    if figure.exists() and not figure.is_file():
+        raise SettingsError(f"figure: {str(figure)!r} is not a regular file")

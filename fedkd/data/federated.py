@@ -1,7 +1,9 @@
 """The data of one run: private rows per client, a public set, validation and test sets."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source
 from fedkd.data.splits import RowSplit, split_rows
 from fedkd.randomness import Purpose, generator_for
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -39,6 +43,8 @@ class FederatedData:
     validation_labels: Int64[np.ndarray, "validation_rows"]
     test_inputs: Float32[np.ndarray, "test_rows channels height width"]
     test_labels: Int64[np.ndarray, "test_rows"]
+    notes: tuple[str, ...] = ()
+    """Sentences on what a reader of results should know: what was left aside, which rows repeat."""
 
     @property
     def num_classes(self) -> int:
@@ -129,6 +135,9 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         rng=generator_for(seed, Purpose.PARTITION),
     )
     inputs, test_inputs = _read_pixels(source, split, settings)
+    notes = (*source.notes, *_repetitions(inputs, test_inputs, split, settings))
+    for note in notes:
+        _tell(note)
     mean, std = _channel_statistics(inputs)
     for pixels in (inputs, test_inputs):  # in place: they may fill much of the memory
         pixels -= mean[:, None, None]
@@ -150,6 +159,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         client_rows=client_rows,
         test_inputs=test_inputs,
         test_labels=(source.train.labels if test_labels is None else test_labels)[split.test],
+        notes=notes,
     )
 
 
@@ -165,15 +175,53 @@ def _read_pixels(
         train_pixels = source.train.read(train_rows)
         test_pixels = (source.test or source.train).read(split.test)
     except ValueError as error:
+        if str(error).startswith("data."):
+            raise
         raise ValueError(f"data.source {settings.source!r}: {error}") from error
     train_pixels, test_pixels = match_channels(train_pixels, test_pixels)
     if train_pixels.shape[1:] != test_pixels.shape[1:]:
         raise ValueError(
             f"data.source {settings.source!r}: training and test images must have one height x "
             f"width, got {'x'.join(map(str, train_pixels.shape[2:]))} and "
-            f"{'x'.join(map(str, test_pixels.shape[2:]))}: resize them first"
+            f"{'x'.join(map(str, test_pixels.shape[2:]))}: give one with data.resize, such as "
+            f"data.resize={min(train_pixels.shape[2], test_pixels.shape[2])}"
         )
     return train_pixels, test_pixels
+
+
+@cache
+def _tell(note: str) -> None:
+    """Log a note once in a process: a study loads the same data for every run."""
+    log.warning(note)
+
+
+def _repetitions(
+    inputs: Float32[np.ndarray, "train_rows channels height width"],
+    test_inputs: Float32[np.ndarray, "test_rows channels height width"],
+    split: RowSplit,
+    settings: DataSettings,
+) -> list[str]:
+    """Say which rows to learn or choose from show the very picture of a row they are judged on."""
+    # Hashes of the pixels, so that no second copy of them is in memory.
+    public, validation, private = np.split(
+        np.array([hash(row.tobytes()) for row in inputs], dtype=np.int64),
+        np.cumsum([len(split.public), len(split.validation)]),
+    )
+    test = np.array([hash(row.tobytes()) for row in test_inputs], dtype=np.int64)
+    notes = []
+    for name, rows, other, held_out in (
+        ("private", private, "test", test),
+        ("public", public, "test", test),
+        ("private", private, "validation", validation),
+        ("validation", validation, "test", test),
+    ):
+        count = int(np.isin(rows, held_out).sum())
+        if count:
+            notes.append(
+                f"data.source {settings.source!r}: {count} of {len(rows)} {name} rows show the "
+                f"same picture as a {other} row"
+            )
+    return notes
 
 
 def _channel_statistics(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # Beyond this many cells numbers inside the heat map would be too small to read.
 MOST_NUMBERED_CELLS = 240
 
+LONGEST_NAME = 24
+
 
 def split_table(data: FederatedData) -> list[dict[str, int | float]]:
     """One row per client, ready to print.
@@ -60,11 +62,19 @@ def plot_split(data: FederatedData) -> "Figure":
     _draw_cells(cells, counts, data.class_names)
     _draw_totals(totals, counts.sum(axis=1))
     figure.colorbar(cells.images[0], ax=totals, label="rows of this class", fraction=0.2)
-    title = f"{data.name}: {counts.sum():,} private rows on {data.num_clients} clients"
+    title = (
+        f"{shortened(data.name, 60)}: {counts.sum():,} private rows on {data.num_clients} clients"
+    )
     if data.num_unassigned_rows:
         title += f" ({data.num_unassigned_rows:,} unassigned)"
-    figure.suptitle(title, fontsize="medium", fontweight="bold")
+    # A name such as a$b is no formula.
+    figure.suptitle(title, fontsize="medium", fontweight="bold", parse_math=False)
     return figure
+
+
+def shortened(name: str, longest: int) -> str:
+    """Return a name, or its beginning where it is longer."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def _draw_cells(
@@ -82,7 +92,8 @@ def _draw_cells(
         names_are_long = max(map(len, class_names)) > 3
         axes.set_xticks(
             range(num_classes),
-            class_names,
+            [shortened(name, LONGEST_NAME) for name in class_names],
+            parse_math=False,
             rotation=40 if names_are_long else 0,
             ha="right" if names_are_long else "center",
         )

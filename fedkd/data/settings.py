@@ -1,10 +1,28 @@
 """Settings under ``data:``: where the images come from and who gets which rows."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PartitionKind = Literal["iid", "dirichlet", "pathological", "shard"]
+
+
+LONGEST_SIDE = 1024
+
+
+def _both_sides(value: object) -> object:
+    """Turn ``32`` and ``[32, 48]`` into a height and a width."""
+    sides = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or not all(type(s) is int and 1 <= s <= LONGEST_SIDE for s in sides):
+        raise ValueError(
+            f"must be a whole number of pixels from 1 to {LONGEST_SIDE}, such as 32, or a height "
+            f"and a width, such as [32, 48], got {value!r}"
+        )
+    return tuple(sides)
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_both_sides)]
+"""Height and width in pixels; one number stands for both."""
 
 
 class PublicSettings(BaseModel):
@@ -60,18 +78,23 @@ class DataSettings(BaseModel):
         default="digits",
         min_length=1,
         description=(
-            "'digits' (1797 grey 8x8 images, ships with scikit-learn), a folder of Parquet files "
-            "in the Hugging Face image layout, or the name of a Hugging Face dataset"
+            "'digits' (1797 grey 8x8 images, ships with scikit-learn); a Parquet file, a folder of "
+            "them, of pictures or from save_to_disk; or the name of a Hugging Face dataset"
         ),
     )
     config: str | None = Field(
         default=None, description="configuration (subset) of a Hugging Face dataset name"
     )
     image_column: str | None = Field(
-        default=None, description="none: the first column that holds images"
+        default=None, description="none: image, img, or the only column that holds pictures"
     )
     label_column: str | None = Field(
         default=None, description="none: the first of label, labels, fine_label"
+    )
+    resize: Size | None = Field(
+        default=None,
+        description="height and width that all pictures are brought to, as in 32 or [32, 48]; "
+        "none: they have one size already",
     )
     test_fraction: float = Field(
         default=0.2,

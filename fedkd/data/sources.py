@@ -1,32 +1,29 @@
 """Where images come from: labels are read at once, pixels only for the rows that are used.
 
-Three sources: scikit-learn's digits, a folder of Parquet files, a Hugging Face dataset by name.
-Parquet files are read with pyarrow itself: ``datasets.load_dataset("parquet", ...)`` would copy
-them into a cache and report its use to a server, even for a local folder.
+scikit-learn's digits; Parquet files, folders of pictures and what ``save_to_disk`` wrote; a Hugging
+Face dataset by name.
 """
 
-import json
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
-from fedkd.data.images import Pixels, open_image, stack_images
+from fedkd.data.hugging_face import hugging_face_files, hugging_face_tables
+from fedkd.data.image_folders import PictureFolder
+from fedkd.data.images import Pixels, resize_pixels
+from fedkd.data.labels import LabelColumn, common_classes, has_labels
+from fedkd.data.layouts import Layout, find_layout
 from fedkd.data.settings import DataSettings
+from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
+from fedkd.names import printable
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset, DatasetDict
-
-LABEL_COLUMNS = ("label", "labels", "fine_label")
-IMAGE_COLUMNS = ("image", "img")
+Read = Callable[[np.ndarray], Pixels]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,69 +31,94 @@ class LabelledImages:
     """One split of a source."""
 
     labels: Int64[np.ndarray, "rows"]
-    read: Callable[[np.ndarray], Pixels]
+    read: Read
     """Row ids -> their pixels in [0, 1], in the order of the ids."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """An opened ``data.source``; ``test`` is ``None`` where it has no test split."""
+    """An opened ``data.source``; ``test`` is ``None`` where it has no test split.
+
+    ``notes`` are sentences on what was left aside.
+    """
 
     name: str
     class_names: tuple[str, ...]
     train: LabelledImages
     test: LabelledImages | None
+    notes: tuple[str, ...] = field(default=())
 
 
 def open_source(settings: DataSettings) -> Source:
     """Find ``settings.source`` and read its labels.
 
-    ``digits`` is scikit-learn's; an existing folder, or text that can only be a path (it starts
-    with ``.``, ``~`` or a separator, or has more than one ``/``), is a Parquet folder; anything
-    else is the name of a Hugging Face dataset, such as ``ylecun/mnist``.
+    ``digits`` is scikit-learn's; what exists as a folder or file, or text that can only be a path
+    (it starts with ``.``, ``~`` or a separator, ends with ``.parquet``, or has more than one
+    ``/``), is read from there; anything else is the name of a Hugging Face dataset, such as
+    ``ylecun/mnist``.
 
     Raises:
         ValueError: if the source, its columns or its labels cannot be used; says what would work.
     """
     if settings.source == "digits":
         _reject(settings, "config", "image_column", "label_column")
-        return digits()
-    folder = Path(settings.source).expanduser()
-    if folder.is_dir() or _can_only_be_a_path(settings.source):
-        _reject(settings, "config")
-        return parquet_folder(folder, settings)
-    return hugging_face_dataset(settings)
+        return _resized(digits(), settings)
+    path = _local_path(settings)
+    if path is None:
+        return hugging_face_dataset(settings)
+    _reject(settings, "config")
+    layout = find_layout(path, settings.source)
+    name = printable(path.resolve().name)
+    if layout.kind == "pictures":
+        _reject(settings, "image_column", "label_column")
+        return _picture_folder(layout, path, name, settings)
+    return _local_tables(layout, name, settings)
 
 
 def source_files(settings: DataSettings) -> tuple[Path, ...]:
     """List the files that ``settings.source`` is read from: who digests them knows the data.
 
     Returns:
-        Training files, then test files, each in the order in which they are read; for the name of
-        a Hugging Face dataset the files in the cache of ``datasets``; none for ``digits``, which
-        is part of scikit-learn.
+        Files that describe the others, then training files, then test files, each in the order in
+        which they are read; for the name of a Hugging Face dataset the files in the cache of
+        ``datasets``; none for ``digits``, which is part of scikit-learn.
 
     Raises:
         ValueError: if the source cannot be found; says what would work.
     """
     if settings.source == "digits":
         return ()
-    folder = Path(settings.source).expanduser()
-    if folder.is_dir() or _can_only_be_a_path(settings.source):
-        return (*_training_files(folder, settings), *_parquet_files(folder, "test"))
-    return hugging_face_files(settings)
+    path = _local_path(settings)
+    return (
+        hugging_face_files(settings) if path is None else find_layout(path, settings.source).files
+    )
 
 
-def _can_only_be_a_path(source: str) -> bool:
-    return source.startswith((".", "~", "/")) or "\\" in source or source.count("/") > 1
+def _local_path(settings: DataSettings) -> Path | None:
+    """Return where the source is on this machine; ``None`` for a name of the hub."""
+    source = settings.source
+    if "\0" in source:
+        raise ValueError(f"data.source must be a path or a name, got {source!r}")
+    try:
+        path = Path(source).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long; no such user
+        raise ValueError(f"data.source {source!r} cannot be looked up: {error}") from error
+    only_a_path = (
+        source.startswith((".", "~", "/"))
+        or source.lower().endswith(".parquet")
+        or "\\" in source
+        or source.count("/") > 1
+    )
+    return path if exists or only_a_path else None
 
 
 def _reject(settings: DataSettings, *fields: str) -> None:
-    for field in fields:
-        value = getattr(settings, field)
+    for name in fields:
+        value = getattr(settings, name)
         if value is not None:
             raise ValueError(
-                f"data.{field} does not apply to data.source {settings.source!r}, got {value!r}: "
+                f"data.{name} does not apply to data.source {settings.source!r}, got {value!r}: "
                 "leave it out"
             )
 
@@ -133,149 +155,40 @@ def _digits_file() -> Path:
     return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
-# --- a folder of Parquet files ----------------------------------------------------------------
+def _resized(source: Source, settings: DataSettings) -> Source:
+    size, read = settings.resize, source.train.read
+    if size is None:
+        return source
+    train = LabelledImages(source.train.labels, lambda rows: resize_pixels(read(rows), size))
+    return Source(source.name, source.class_names, train, source.test)
 
 
-def parquet_folder(folder: Path, settings: DataSettings) -> Source:
-    """Open ``train*.parquet`` and, if there, ``test*.parquet`` of a folder or its ``data/``."""
-    train = ParquetSplit(_training_files(folder, settings), settings)
-    test_files = _parquet_files(folder, "test")
-    test = ParquetSplit(test_files, settings) if test_files else None
-    return _checked_source(
-        settings,
-        name=folder.resolve().name,
-        class_names=train.class_names,
-        train=LabelledImages(train.labels(), train.read),
-        test=LabelledImages(test.labels(), test.read) if test else None,
-    )
+# --- files and folders ------------------------------------------------------------------------
 
 
-def _training_files(folder: Path, settings: DataSettings) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(
-            f"data.source {settings.source!r} is not an existing folder; known: 'digits', a "
-            "folder with train-*.parquet, or a Hugging Face dataset name"
-        )
-    files = _parquet_files(folder, "train")
-    if not files:
-        found = sorted(path.name for path in folder.iterdir())
-        raise ValueError(
-            f"data.source {settings.source!r} must hold train-*.parquet (and may hold "
-            f"test-*.parquet), got {', '.join(found[:8]) or 'an empty folder'}"
-        )
-    return files
+def _picture_folder(layout: Layout, root: Path, name: str, settings: DataSettings) -> Source:
+    splits, reads = {}, {}
+    with _naming(settings):
+        for split, files, depth in layout.splits():
+            folder = PictureFolder(files, root, depth=depth, resize=settings.resize)
+            splits[split], reads[split] = [folder.labels()], folder.read
+        classes = f"the folders of data.source {settings.source!r}"
+        return _labelled(name, splits, reads, classes, layout.left_aside, settings)
 
 
-def _parquet_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split in the order of their names, which number the shards."""
-    return sorted(folder.glob(f"{split}*.parquet")) or sorted(
-        (folder / "data").glob(f"{split}*.parquet")
-    )
+def _local_tables(layout: Layout, name: str, settings: DataSettings) -> Source:
+    with _naming(settings):
+        tables = {
+            split: [_open_table(path, layout) for path in files]
+            for split, files, _ in layout.splits()
+        }
+        return _tables(tables, name, settings, left_aside=layout.left_aside)
 
 
-class ParquetSplit:
-    """The files of one split, in order, as if they were one table."""
-
-    def __init__(self, files: Sequence[Path], settings: DataSettings) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            self._files = [pq.ParquetFile(path) for path in files]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"data.source {settings.source!r} holds a file that is not Parquet: {error}"
-            ) from error
-        schema = self._files[0].schema_arrow
-        for path, file in zip(files, self._files, strict=True):
-            if not file.schema_arrow.equals(schema):
-                raise ValueError(
-                    f"data.source {settings.source!r}: {path.name} and {files[0].name} must have "
-                    "the same columns"
-                )
-        features = _hugging_face_features(schema)
-        images = [name for name in schema.names if _kind(features, name) == "Image"]
-        images += [name for name in IMAGE_COLUMNS if name in schema.names]
-        self._image_column = _choose_column(
-            settings, "image_column", candidates=images, known=schema.names
-        )
-        self._label_column = _choose_column(
-            settings, "label_column", candidates=LABEL_COLUMNS, known=schema.names
-        )
-        self._source = settings.source
-        self.class_names = _class_names(features.get(self._label_column))
-
-    def labels(self) -> Int64[np.ndarray, "rows"]:
-        """Read the label column."""
-        import pyarrow as pa
-
-        tables = [file.read(columns=[self._label_column]) for file in self._files]
-        column = pa.concat_tables(tables)[self._label_column]
-        if column.null_count or not pa.types.is_integer(column.type):
-            nulls = f" with {column.null_count} empty cells" if column.null_count else ""
-            raise ValueError(
-                f"data.label_column {self._label_column!r} of data.source {self._source!r} must "
-                f"hold whole numbers, got {column.type}{nulls}"
-            )
-        labels: np.ndarray = column.to_numpy().astype(np.int64)
-        return labels
-
-    def read(
-        self, rows: Int64[np.ndarray, "rows"]
-    ) -> Float32[np.ndarray, "rows channels height width"]:
-        """Decode the images of ``rows``, which need not be sorted."""
-        in_file_order = np.argsort(rows, kind="stable")
-        pixels = stack_images(map(open_image, self._encoded(rows[in_file_order])))
-        return pixels[np.argsort(in_file_order)]
-
-    def _encoded(self, sorted_rows: Int64[np.ndarray, "rows"]) -> Iterator[bytes]:
-        """Yield encoded images; one row group is in memory at a time."""
-        start = 0
-        for file in self._files:
-            for group in range(file.num_row_groups):
-                stop = start + file.metadata.row_group(group).num_rows
-                first, last = np.searchsorted(sorted_rows, (start, stop))
-                if first < last:
-                    table = file.read_row_group(group, columns=[self._image_column])
-                    column = table[self._image_column].take(sorted_rows[first:last] - start)
-                    yield from self._cells(column)
-                start = stop
-
-    def _cells(self, column: "pa.ChunkedArray") -> Iterator[bytes]:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-            column = pc.struct_field(column, "bytes")
-        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-            raise ValueError(
-                f"data.image_column {self._image_column!r} of data.source {self._source!r} must "
-                f"hold encoded images (a struct with 'bytes'), got {column.type}"
-            )
-        if column.null_count:
-            raise ValueError(
-                f"data.image_column {self._image_column!r} of data.source {self._source!r} has "
-                f"{column.null_count} rows without 'bytes': the images must be inside the file"
-            )
-        for cell in column:
-            yield cell.as_py()
-
-
-def _hugging_face_features(schema: "pa.Schema") -> Mapping[str, Any]:
-    """What ``datasets`` notes about the columns of a file it wrote; empty for other files."""
-    note = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(note).get("info", {}).get("features", {}) if note else {}
-    return features if isinstance(features, dict) else {}
-
-
-def _kind(features: Mapping[str, Any], column: str) -> str | None:
-    feature = features.get(column)
-    return feature.get("_type") if isinstance(feature, dict) else None
-
-
-def _class_names(feature: object) -> tuple[str, ...] | None:
-    names = feature.get("names") if isinstance(feature, dict) else None
-    return tuple(map(str, names)) if names else None
+def _open_table(path: Path, layout: Layout) -> Table:
+    if layout.kind == "parquet":
+        return ParquetTable(path)
+    return ArrowTable.from_file(path, saved_features(path.parent / "dataset_info.json"))
 
 
 # --- a Hugging Face dataset by name -----------------------------------------------------------
@@ -288,143 +201,79 @@ def hugging_face_dataset(settings: DataSettings, cache_folder: Path | None = Non
         settings: ``source`` and ``config`` as ``datasets.load_dataset`` takes them.
         cache_folder: where the dataset is kept; ``None``: where ``datasets`` keeps all of them.
     """
-    splits = _load_dataset(settings, cache_folder)
+    splits = hugging_face_tables(settings, cache_folder)
     if "train" not in splits:
         raise ValueError(
             f"data.source {settings.source!r} must have a split 'train', got {', '.join(splits)}"
         )
-    train, class_names = _hugging_face_split(splits["train"], settings)
-    test = _hugging_face_split(splits["test"], settings)[0] if "test" in splits else None
     name = settings.source if settings.config is None else f"{settings.source}/{settings.config}"
-    return _checked_source(settings, name=name, class_names=class_names, train=train, test=test)
+    used = {split: [splits[split]] for split in ("train", "test") if split in splits}
+    left_aside = tuple(sorted(set(splits) - set(used)))
+    with _naming(settings):
+        # `datasets` keeps pictures that it downloaded as files where they are.
+        return _tables(used, name, settings, left_aside=left_aside, paths_are_pictures=True)
 
 
-def hugging_face_files(
-    settings: DataSettings, cache_folder: Path | None = None
-) -> tuple[Path, ...]:
-    """List the cached files of a Hugging Face dataset; see `hugging_face_dataset`."""
-    splits = _load_dataset(settings, cache_folder)
-    return tuple(
-        Path(file["filename"])
-        for name in ("train", "test")
-        if name in splits
-        for file in splits[name].cache_files
-    )
+# --- for all ----------------------------------------------------------------------------------
 
 
-def _load_dataset(settings: DataSettings, cache_folder: Path | None) -> "DatasetDict":
-    import datasets
+def _tables(
+    tables: Mapping[str, Sequence[Table]],
+    name: str,
+    settings: DataSettings,
+    *,
+    left_aside: Sequence[str],
+    paths_are_pictures: bool = False,
+) -> Source:
+    splits = {
+        split: TableSplit(of_split, settings, paths_are_pictures=paths_are_pictures)
+        for split, of_split in tables.items()
+    }
+    image_column, label_column = splits["train"].choose_columns()
+    labels = {split: of_split.labels(label_column) for split, of_split in splits.items()}
+    reads: dict[str, Read] = {
+        split: partial(of_split.read, image_column) for split, of_split in splits.items()
+    }
+    classes = f"data.label_column {label_column!r} of data.source {settings.source!r}"
+    return _labelled(name, labels, reads, classes, left_aside, settings)
 
-    try:
-        with _quietly():
-            return datasets.load_dataset(
-                settings.source,
-                settings.config,
-                cache_dir=None if cache_folder is None else os.fspath(cache_folder),
-            )
-    except Exception as error:  # network, hub, builders and files each raise types of their own
-        raise ValueError(
-            f"data.source {settings.source!r} (data.config {settings.config!r}) is neither an "
-            f"existing folder nor a Hugging Face dataset that could be loaded: {error}. Check the "
-            "name and the network, or use 'digits' or a folder with train-*.parquet"
-        ) from error
+
+def _labelled(
+    name: str,
+    labels: Mapping[str, Sequence[LabelColumn]],
+    reads: Mapping[str, Read],
+    classes: str,
+    left_aside: Sequence[str],
+    settings: DataSettings,
+) -> Source:
+    """Number the classes of all splits alike, and leave a test split without labels aside."""
+    notes = []
+    if left_aside:
+        shown = ", ".join(left_aside[:6])
+        more = f" and {len(left_aside) - 6} more" if len(left_aside) > 6 else ""
+        notes.append(f"data.source {settings.source!r}: not read: {shown}{more}")
+    if not any(len(column.numbers) for column in labels["train"]):
+        raise ValueError(f"data.source {settings.source!r} has no rows in split 'train'")
+    if "test" in labels and not has_labels(labels["test"]):
+        labels = {"train": labels["train"]}
+        notes.append(
+            f"data.source {settings.source!r}: the split 'test' has no labels (empty or -1) and is "
+            f"left aside; {settings.test_fraction:.0%} of the training rows are for testing "
+            "(data.test_fraction)"
+        )
+    found = common_classes(labels, classes)
+    splits = {
+        split: LabelledImages(numbers, reads[split]) for split, numbers in found.numbers.items()
+    }
+    return Source(name, found.names, splits["train"], splits.get("test"), tuple(notes))
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep ``datasets`` from reporting each load to a download counter, and from chatting."""
-    from datasets import config
-
-    before = config.HF_UPDATE_DOWNLOAD_COUNTS
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    # The hub client logs each retry; the error that follows says what matters in one line.
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+def _naming(settings: DataSettings) -> Iterator[None]:
+    """Begin errors from inside the block with the setting that they are about."""
     try:
         yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = before
-        log.setLevel(level)
-
-
-def _hugging_face_split(
-    split: "Dataset", settings: DataSettings
-) -> tuple[LabelledImages, tuple[str, ...] | None]:
-    from datasets import ClassLabel, Image, Value
-
-    features = split.features
-    image_column = _choose_column(
-        settings,
-        "image_column",
-        candidates=[name for name, feature in features.items() if isinstance(feature, Image)],
-        known=list(features),
-    )
-    if not isinstance(features[image_column], Image):
-        raise ValueError(
-            f"data.image_column {image_column!r} of data.source {settings.source!r} must hold "
-            f"images, got {features[image_column]}"
-        )
-    label_column = _choose_column(
-        settings, "label_column", candidates=LABEL_COLUMNS, known=list(features)
-    )
-    feature = features[label_column]
-    if not isinstance(feature, ClassLabel) and not (
-        isinstance(feature, Value) and "int" in feature.dtype
-    ):
-        raise ValueError(
-            f"data.label_column {label_column!r} of data.source {settings.source!r} must hold "
-            f"whole numbers, got {feature}"
-        )
-    labels = np.asarray(split.with_format("numpy")[label_column][:], dtype=np.int64)
-
-    def read(rows: np.ndarray) -> Pixels:
-        return stack_images(example[image_column] for example in split.select(rows))
-
-    class_names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    return LabelledImages(labels, read), class_names
-
-
-# --- for both ---------------------------------------------------------------------------------
-
-
-def _choose_column(
-    settings: DataSettings, field: str, *, candidates: Sequence[str], known: Sequence[str]
-) -> str:
-    """Take the column that the setting names, else the first candidate that exists."""
-    asked = getattr(settings, field)
-    present = [name for name in ([asked] if asked is not None else candidates) if name in known]
-    if not present:
-        raise ValueError(
-            f"data.{field} must name a column of data.source {settings.source!r}, got {asked!r}; "
-            f"known: {', '.join(known)}"
-        )
-    return present[0]
-
-
-def _checked_source(
-    settings: DataSettings,
-    *,
-    name: str,
-    class_names: tuple[str, ...] | None,
-    train: LabelledImages,
-    test: LabelledImages | None,
-) -> Source:
-    """Make sure that the labels are class numbers; without names, classes are called by number."""
-    splits = {"train": train} if test is None else {"train": train, "test": test}
-    for split, images in splits.items():
-        if len(images.labels) == 0:
-            raise ValueError(f"data.source {settings.source!r} has no rows in split {split!r}")
-    if class_names is None:
-        num_classes = 1 + int(max(images.labels.max() for images in splits.values()))
-        # Numbers that are no class numbers (years, ids) would make for a very wide output layer.
-        num_classes = min(num_classes, len(train.labels))
-        class_names = tuple(map(str, range(num_classes)))
-    for split, images in splits.items():
-        lowest, highest = int(images.labels.min()), int(images.labels.max())
-        if lowest < 0 or highest >= len(class_names):
-            raise ValueError(
-                f"data.label_column of data.source {settings.source!r} must hold class numbers "
-                f"from 0 to {len(class_names) - 1}, got {lowest} to {highest} in split {split!r}"
-            )
-    return Source(name, class_names, train, test)
+    except ValueError as error:
+        if str(error).startswith(("data.", "the folders of data.")):
+            raise
+        raise ValueError(f"data.source {settings.source!r}: {error}") from error

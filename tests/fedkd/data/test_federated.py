@@ -164,11 +164,11 @@ def test_an_unknown_client_is_refused(client):
 def test_only_the_rows_in_use_are_decoded(numbered_folder, monkeypatch):
     decoded = []
 
-    def count(encoded):
+    def count(encoded, **how):
         decoded.append(encoded)
-        return open_image(encoded)
+        return open_image(encoded, **how)
 
-    monkeypatch.setattr("fedkd.data.sources.open_image", count)
+    monkeypatch.setattr("fedkd.data.tables.open_image", count)
     data = build(
         2,
         source=str(numbered_folder),
@@ -197,7 +197,9 @@ def test_images_of_unequal_size_are_refused_by_the_name_of_the_source(
 ):
     uneven = [*numbered(39), np.zeros((5, 5), np.uint8)]
     write_pictures(tmp_path, "train", uneven, np.arange(40) % 2)
-    with pytest.raises(ValueError, match=r"data\.source .*one height x width, got 3x2, 5x5"):
+    with pytest.raises(
+        ValueError, match=r"data\.source .*one height x width, got 5x5 .*data\.resize"
+    ):
         build(2, source=str(tmp_path), public={"size": 4}, partition={"kind": "iid"})
 
 
@@ -206,6 +208,36 @@ def test_test_images_of_another_size_are_refused(tmp_path, write_pictures, numbe
     write_pictures(tmp_path, "test", [np.zeros((5, 5), np.uint8)] * 2, [0, 1])
     with pytest.raises(ValueError, match=r"data\.source .*got 3x2 and 5x5"):
         build(2, source=str(tmp_path), public={"size": 4}, partition={"kind": "iid"})
+
+
+def test_pictures_of_any_size_are_brought_to_one(tmp_path, write_pictures, numbered):
+    write_pictures(tmp_path, "train", [*numbered(39), np.zeros((50, 7), np.uint8)], [0, 1] * 20)
+    write_pictures(tmp_path, "test", [np.zeros((5, 9), np.uint8)] * 2, [0, 1])
+    settings = {"source": str(tmp_path), "public": {"size": 4}, "partition": {"kind": "iid"}}
+    data = build(2, resize=[4, 6], **settings)
+    assert data.input_shape == (1, 4, 6)
+    assert data.test_inputs.shape == (2, 1, 4, 6)
+    assert build(resize=16).input_shape == (1, 16, 16)  # digits, too
+
+
+def test_rows_that_show_a_picture_of_another_set_are_counted_and_told(
+    tmp_path, write_pictures, numbered, caplog
+):
+    write_pictures(tmp_path, "train", numbered(40), np.arange(40) % 2, picture_format="PNG")
+    # The same pictures in another encoding: what counts is what they show.
+    again = [*numbered(40)[:7], *numbered(3, start=900)]
+    write_pictures(tmp_path, "test", again, np.arange(10) % 2, picture_format="BMP")
+    data = build(2, source=str(tmp_path), public={"size": 4}, partition={"kind": "iid"})
+    told = {note.split(": ", 1)[1] for note in data.notes}
+    counts = [int(note.split()[0]) for note in told]
+    assert sum(counts) == 7
+    assert all(note.endswith("show the same picture as a test row") for note in told)
+    assert set(caplog.messages) == set(data.notes)
+
+
+def test_digits_have_nothing_to_tell(caplog):
+    assert build().notes == ()
+    assert not caplog.messages
 
 
 def test_an_impossible_partition_is_refused_before_any_picture_is_decoded(

@@ -23,6 +23,13 @@ def test_defaults_are_the_embedded_digits():
         {"partition": {"min_rows": 0}},
         {"public": {"size": -1}},
         {"public": {"labeled": True}},
+        {"resize": 0},
+        {"resize": 1025},
+        {"resize": True},
+        {"resize": 8.0},
+        {"resize": [8]},
+        {"resize": [8, 8, 8]},
+        {"resize": [8, "x"]},
         {"test_fraction": 0.0},
         {"test_fraction": 1.0},
         {"validation_fraction": 1.0},
@@ -36,6 +43,11 @@ def test_defaults_are_the_embedded_digits():
 def test_values_out_of_range_and_unknown_keys_are_refused(table):
     with pytest.raises(ValidationError):
         DataSettings.model_validate(table)
+
+
+def test_one_number_stands_for_both_sides():
+    assert DataSettings(resize=32).resize == (32, 32)
+    assert DataSettings(resize=[32, 48]).resize == (32, 48)
 
 
 def test_settings_cannot_change_after_validation():

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fedkd.data import DataSettings
 from fedkd.data.sources import (
@@ -92,12 +93,12 @@ def test_columns_can_be_named(tmp_path, write_pictures, numbered):
     )
     source = opened(tmp_path, image_column="scan", label_column="finding")
     assert source.train.read(np.array([2])).shape == (1, 1, 3, 2)
-    with pytest.raises(ValueError, match=r"data\.image_column .*known: scan, finding"):
+    with pytest.raises(ValueError, match=r"data\.label_column must .*known: scan, finding"):
         opened(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.label_column .*known: scan, finding"):
-        opened(tmp_path, image_column="scan")
-    with pytest.raises(ValueError, match=r"got 'picture'; known: scan, finding"):
+    with pytest.raises(ValueError, match=r"data\.image_column .*'picture'; known: scan, finding"):
         opened(tmp_path, image_column="picture", label_column="finding")
+    with pytest.raises(ValueError, match=r"data\.image_column 'finding': holds tabular data"):
+        opened(tmp_path, image_column="finding")
 
 
 @pytest.mark.parametrize("missing", ["./nowhere", "~/no/where", "/no/where", "a/b/c"])
@@ -106,70 +107,70 @@ def test_a_path_that_does_not_exist_is_refused_without_asking_a_network(missing)
         opened(missing)
 
 
-def test_a_folder_without_parquet_files_is_refused_with_what_it_holds(tmp_path):
-    with pytest.raises(ValueError, match=r"train-\*\.parquet.*an empty folder"):
-        opened(tmp_path)
-    (tmp_path / "cat.png").touch()
-    with pytest.raises(ValueError, match=r"train-\*\.parquet.*got cat\.png"):
-        opened(tmp_path)
-
-
 def test_a_file_that_is_not_parquet_is_refused(tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(b"no columns here")
-    with pytest.raises(ValueError, match=r"data\.source .*not Parquet"):
+    with pytest.raises(ValueError, match=r"data\.source .*train-0\.parquet cannot be read"):
         opened(tmp_path)
 
 
 def test_files_with_different_columns_are_refused(tmp_path, write_pictures, numbered):
-    write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1])
-    pq.write_table(pa.table({"label": [0]}), tmp_path / "train-9.parquet")
-    with pytest.raises(ValueError, match=r"train-9\.parquet and train-0.*same columns"):
+    write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1], files=2)
+    other = tmp_path / "train-00001-of-00002.parquet"
+    pq.write_table(pa.table({"label": [0]}), other)
+    with pytest.raises(ValueError, match=r"train-00001.* and train-00000.* have the same columns"):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("labels", "class_names", "range_named"),
-    [
-        ([0, 1, -1, 1], None, "from 0 to 1, got -1 to 1"),
-        ([0, 1, 2, 1], ("cat", "dog"), "from 0 to 1, got 0 to 2"),
-        ([0, 1, 2024, 1], None, "from 0 to 3, got 0 to 2024"),
-    ],
-)
-def test_labels_that_are_no_class_numbers_are_refused(
-    tmp_path, write_pictures, numbered, labels, class_names, range_named
+def test_numbers_of_a_split_that_names_classes_in_another_order_mean_the_same(
+    tmp_path, write_pictures, numbered
 ):
-    write_pictures(tmp_path, "train", numbered(4), labels, class_names=class_names)
-    with pytest.raises(ValueError, match=f"data.label_column .*{range_named}"):
-        opened(tmp_path)
+    write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1], class_names=("ant", "bee"))
+    write_pictures(tmp_path, "test", numbered(3), [0, 0, 1], class_names=("bee", "ant"))
+    source = opened(tmp_path)
+    assert source.class_names == ("ant", "bee")
+    np.testing.assert_array_equal(source.test.labels, [1, 1, 0])
 
 
-def test_test_labels_are_checked_too(tmp_path, write_pictures, numbered):
+@pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
+def test_a_test_split_without_labels_is_left_aside_and_told(
+    tmp_path, write_pictures, numbered, labels
+):
     write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1])
-    write_pictures(tmp_path, "test", numbered(2), [-1, -1])
-    with pytest.raises(ValueError, match="got -1 to -1 in split 'test'"):
+    write_pictures(tmp_path, "test", numbered(2), labels)
+    write_pictures(tmp_path, "validation", numbered(2), [0, 1])
+    source = opened(tmp_path)
+    assert source.test is None
+    assert [note.split(": ", 1)[1] for note in source.notes] == [
+        "not read: validation",
+        "the split 'test' has no labels (empty or -1) and is left aside; 20% of the training rows "
+        "are for testing (data.test_fraction)",
+    ]
+
+
+def test_a_test_split_without_a_label_column_is_left_aside(tmp_path, write_pictures, numbered):
+    write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1])
+    write_pictures(tmp_path, "test", numbered(2), [0, 1], label_column="id", class_names=None)
+    assert opened(tmp_path).test is None
+
+
+def test_a_row_without_a_class_is_named_by_file_and_row(tmp_path, write_pictures, numbered):
+    write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1])
+    write_pictures(tmp_path, "test", numbered(3), [0, -1, 1])
+    with pytest.raises(
+        ValueError,
+        match=r"data\.label_column 'label' of data\.source .*got no label .*test-00000.*, row 1",
+    ):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("labels", [["a", "b"], [0.5, 1.0], [0, None]])
-def test_labels_that_are_no_whole_numbers_are_refused(tmp_path, labels):
-    pq.write_table(pa.table({"image": [b"", b""], "label": labels}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"data\.label_column 'label' .*whole numbers"):
-        opened(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("cells", "complaint"),
-    [
-        ([{"path": "a.png"}, {"path": "b.png"}], "must hold encoded images"),
-        ([[1, 2], [3, 4]], "must hold encoded images"),
-        ([{"bytes": b"x"}, {"bytes": None}], "1 rows without 'bytes'"),
-        ([b"no", b"picture"], "could not be read"),
-    ],
-)
-def test_images_that_are_not_inside_the_file_are_refused(tmp_path, cells, complaint):
-    pq.write_table(pa.table({"image": cells, "label": [0, 1]}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=complaint):
-        opened(tmp_path).train.read(np.arange(2))
+def test_a_single_parquet_file_is_a_source(tmp_path, write_pictures, numbered):
+    write_pictures(tmp_path, "train", numbered(4), [0, 1, 0, 1])
+    file = tmp_path / "train-00000-of-00001.parquet"
+    source = opened(file)
+    assert (source.name, len(source.train.labels)) == ("train-00000-of-00001.parquet", 4)
+    assert source_files(DataSettings(source=str(file))) == (file,)
+    with pytest.raises(ValueError, match=r"'gone\.parquet' is not an existing"):
+        opened("gone.parquet")
 
 
 def test_settings_that_a_source_does_not_know_are_refused(numbered_folder):
@@ -207,6 +208,58 @@ def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
+def write_class_folders(folder, split, colours, size=(4, 6)):
+    for name, grey in colours.items():
+        (folder / split / name).mkdir(parents=True)
+        for number in range(3):
+            picture = Image.fromarray(np.full(size, grey + number, np.uint8))
+            picture.save(folder / split / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    write_class_folders(tmp_path / "animals", "train", {"dog": 10, "ant": 100, "cat eyes": 200})
+    write_class_folders(tmp_path / "animals", "test", {"dog": 30, "ant": 130})
+    (tmp_path / "animals" / "train" / "dog" / "Thumbs.db").touch()
+    return tmp_path / "animals"
+
+
+def test_folders_of_pictures_are_classes_in_alphabetical_order(class_folders):
+    source = opened(class_folders)
+    assert source.class_names == ("ant", "cat eyes", "dog")
+    np.testing.assert_array_equal(source.train.labels, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    np.testing.assert_array_equal(source.test.labels, [0, 0, 0, 2, 2, 2])
+    pixels = source.train.read(np.array([7, 0]))
+    assert pixels.shape == (2, 1, 4, 6)
+    np.testing.assert_array_equal(np.rint(pixels[:, 0, 0, 0] * 255), [11, 100])
+    plain = opened(class_folders / "train")
+    assert (plain.class_names, plain.test) == (source.class_names, None)
+    assert len(source_files(DataSettings(source=str(class_folders)))) == 15
+
+
+def test_pictures_in_no_folder_of_a_class_are_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "train" / "1.png")
+    with pytest.raises(ValueError, match=r"train/1\.png lies in no folder .* its class"):
+        opened(tmp_path)
+    (tmp_path / "train" / "cat").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "train" / "cat" / "1.png")
+    with pytest.raises(ValueError, match=r"train/1\.png .*train/cat/1\.png|train/cat/1\.png .*"):
+        opened(tmp_path)
+
+
+def test_a_bad_picture_file_is_named(class_folders):
+    (class_folders / "train" / "ant" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train/ant/1\.png: the picture could not be read"):
+        opened(class_folders).train.read(np.arange(3))
+
+
+def test_columns_do_not_apply_to_folders_of_pictures(class_folders):
+    with pytest.raises(ValueError, match=r"data\.image_column does not apply"):
+        opened(class_folders, image_column="image")
+
+
 @pytest.mark.usefixtures("offline")
 def test_a_hugging_face_dataset_gives_the_same_rows_as_its_files(numbered_folder, tmp_path):
     settings = DataSettings(source=str(numbered_folder))
@@ -218,6 +271,51 @@ def test_a_hugging_face_dataset_gives_the_same_rows_as_its_files(numbered_folder
         np.testing.assert_array_equal(ours.labels, theirs.labels)
         chosen = rows % len(ours.labels)
         np.testing.assert_array_equal(ours.read(chosen), theirs.read(chosen))
+
+
+@pytest.mark.usefixtures("offline")
+def test_folders_of_pictures_are_read_as_datasets_reads_them(class_folders, tmp_path):
+    settings = DataSettings(source=str(class_folders))
+    files, loaded = open_source(settings), hugging_face_dataset(settings, tmp_path / "cache")
+    assert loaded.class_names == files.class_names
+    for split in ("train", "test"):
+        ours, theirs = getattr(files, split), getattr(loaded, split)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        rows = np.arange(len(ours.labels))[::-1]
+        np.testing.assert_array_equal(ours.read(rows), theirs.read(rows))
+
+
+def test_what_save_to_disk_wrote_is_read_again(numbered_folder, tmp_path):
+    files = opened(numbered_folder)
+    splits = datasets.load_dataset(str(numbered_folder), cache_dir=str(tmp_path / "cache"))
+    splits.save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
+    saved = opened(tmp_path / "saved")
+    assert saved.class_names == files.class_names
+    rows = np.array([250, 3, 77])
+    np.testing.assert_array_equal(saved.train.labels, files.train.labels)
+    np.testing.assert_array_equal(saved.train.read(rows), files.train.read(rows))
+    assert len(saved.test.labels) == 60
+    assert opened(tmp_path / "saved" / "train").test is None
+
+
+def test_columns_of_arrays_are_read_as_datasets_writes_them(tmp_path):
+    numbers = np.random.default_rng(0).integers(0, 256, (6, 3, 4, 5))
+    features = datasets.Features(
+        {
+            "deep": datasets.Array3D((3, 4, 5), "uint8"),
+            "flat": datasets.Array2D((4, 5), "float32"),
+            "label": datasets.ClassLabel(names=["ant", "bee"]),
+        }
+    )
+    table = {"deep": numbers, "flat": numbers[:, 0] / 255, "label": [0, 1] * 3}
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"data\.image_column must say .*: deep, flat"):
+        opened(tmp_path)
+    rows = np.array([4, 0])
+    deep = opened(tmp_path, image_column="deep").train.read(rows)
+    np.testing.assert_allclose(deep, numbers[rows] / 255, atol=1e-6)
+    flat = opened(tmp_path, image_column="flat").train.read(rows)
+    np.testing.assert_allclose(flat, numbers[rows, :1] / 255, atol=1e-6)
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,0 +1,80 @@
+"""Pictures in folders that are named after their class: ``train/cat/1.png`` or ``cat/1.png``."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int64
+
+from fedkd.data.images import Pixels, open_image, stack_images
+from fedkd.data.labels import LabelColumn
+from fedkd.names import printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PictureFolder:
+    """The picture files of one split; the folder that a file lies in names its class."""
+
+    def __init__(
+        self, files: Sequence[Path], root: Path, *, depth: int, resize: tuple[int, int] | None
+    ) -> None:
+        """Check that all files lie equally deep.
+
+        Args:
+            files: pictures below ``root``.
+            root: the folder of the source.
+            depth: how many folders below it say which split it is.
+            resize: height and width that pictures are brought to.
+
+        Raises:
+            ValueError: if not, or if they lie in no folder of a class: it would be a guess which.
+        """
+        self._files = files
+        self._root = root
+        self._resize = resize
+        deep = {len(path.relative_to(root).parts): path for path in reversed(files)}
+        if len(deep) > 1:
+            first, second = (self._name(path) for path in list(deep.values())[:2])
+            raise ValueError(
+                f"{first} and {second} lie in folders of different depth: each picture has to lie "
+                "in a folder named after its class"
+            )
+        if min(deep) < depth + 2:
+            raise ValueError(
+                f"{self._name(files[0])} lies in no folder that is named after its class"
+            )
+
+    def labels(self) -> LabelColumn:
+        """Return the classes: the names of the folders, in alphabetical order."""
+        folders = [path.parent.name for path in self._files]
+        names, numbers = np.unique(folders, return_inverse=True)
+        return LabelColumn(
+            self._name(self._files[0].parent), numbers.astype(np.int64), tuple(map(str, names))
+        )
+
+    def read(self, rows: Int64[np.ndarray, "rows"]) -> Pixels:
+        """Decode the pictures of ``rows``.
+
+        Raises:
+            ValueError: if one cannot be read; names its file.
+        """
+        return stack_images(
+            self._pictures(rows),
+            positions=np.arange(len(rows)),
+            resize=self._resize,
+            name=lambda index: self._name(self._files[rows[index]]),
+        )
+
+    def _pictures(self, rows: Int64[np.ndarray, "rows"]) -> "Iterator[Image]":
+        for row in rows:
+            path = self._files[row]
+            try:
+                yield open_image(path)
+            except ValueError as error:
+                raise ValueError(f"{self._name(path)}: {error}") from error
+
+    def _name(self, path: Path) -> str:
+        return printable(str(path.relative_to(self._root)))
