@@ -20,11 +20,10 @@ from rich.console import Console
 from sim.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fedkd.distillation.search import Trial
     from fedkd.distillation.settings import DistillSettings
     from sim.observers import Row
+    from sim.progress import Signs
     from sim.reports.terminal import FittedTable
     from sim.running import RunResult
     from sim.settings import Settings
@@ -106,16 +105,16 @@ def run(
     - `fedkd run --resume runs/default/20260101-120000-1a2b3c` : where it was stopped
     """
     settings = _settings(arguments) if resume is None else _settings_to_resume(resume, arguments)
-    from sim.progress import ProgressObserver, progress_bars
+    from sim.progress import ProgressObserver, signs_of_life
     from sim.records import is_finished, to_json
     from sim.running import run as run_federation
 
-    bars = progress_bars(Console(stderr=True), quiet=quiet or json)
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     if resume is not None and not quiet and is_finished(resume):
         typer.echo(f"{resume} is finished already", err=True)
-    with bars, _stoppable(), redirect_stdout(sys.stderr):
+    with signs, _stoppable(), redirect_stdout(sys.stderr):
         result = run_federation(
-            settings, resume=resume, observers=[ProgressObserver(bars, settings.strategy.name)]
+            settings, resume=resume, observers=[ProgressObserver(signs, settings.strategy.name)]
         )
     row = result.to_row()
     if with_report:
@@ -160,21 +159,21 @@ def compare(
     - `fedkd compare conf/quickstart.yaml --baseline local`
     """
     settings = _settings(arguments)
-    from sim.progress import ProgressObserver, progress_bars
+    from sim.progress import ProgressObserver, signs_of_life
     from sim.records import to_json
     from sim.reports import summary_table, verdicts
     from sim.study import compare as compare_arms
 
-    bars = progress_bars(Console(stderr=True), quiet=quiet or json)
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     goes_on = f"the same command goes on in {settings.output / settings.name}"
     # Ray prints to standard output when a worker dies; what is printed there is for programs.
-    with bars, _stoppable(goes_on), redirect_stdout(sys.stderr):
+    with signs, _stoppable(goes_on), redirect_stdout(sys.stderr):
         study = compare_arms(
             settings,
             arms=[name.strip() for name in arms.split(",")] if arms else None,
             seeds=seeds,
             baseline=baseline,
-            observer_of=lambda arm, seed: [ProgressObserver(bars, f"{arm} seed {seed}")],
+            observer_of=lambda arm, seed: [ProgressObserver(signs, f"{arm} seed {seed}")],
         )
     if json:
         typer.echo(to_json(study.to_row()))
@@ -222,14 +221,14 @@ def distill(
     if list_:
         _list_components(arguments, json=json)
         return
-    from sim.progress import FitProgress, progress_bars
+    from sim.progress import FitProgress, signs_of_life
     from sim.settings import load_distill_settings
 
     config, overrides = _split(arguments)
     settings = load_distill_settings(config, overrides)
-    bars = progress_bars(Console(stderr=True), quiet=quiet or json, unit="epochs")
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="epochs", json=json)
     if search:
-        _search(settings, seeds, bars, quiet=quiet, wide=wide, json=json)
+        _search(settings, seeds, signs, quiet=quiet, wide=wide, json=json)
         return
     if seeds is not None:
         settings = settings.model_copy(update={"seeds": seeds})
@@ -239,8 +238,8 @@ def distill(
     from sim.reports.distillation import distill_remarks, distill_table, load_distillation
 
     if settings.seeds > 1:
-        with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
-            study = repeat(settings, observer_of=lambda seed: FitProgress(bars, f"seed {seed}"))
+        with signs, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
+            study = repeat(settings, observer_of=lambda seed: FitProgress(signs, f"seed {seed}"))
         if json:
             typer.echo(to_json(study.to_row()))
         elif not quiet:
@@ -248,8 +247,8 @@ def distill(
             _print_words(*distill_remarks(study.runs))
             typer.echo(f"runs   {study.folder}\nreport {study.report}")
         return
-    with bars, _stoppable(partial_in="what was measured until then is in {folder}"):
-        result = distill_once(settings, observe=FitProgress(bars))
+    with signs, _stoppable(partial_in="what was measured until then is in {folder}"):
+        result = distill_once(settings, observe=FitProgress(signs))
     row = dict(result.row)
     if with_report:
         row["report"] = str(_report_on(result.folder))
@@ -388,7 +387,7 @@ def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
 def _search(
     settings: "DistillSettings",
     seeds: int | None,
-    bars: "Progress",
+    signs: "Signs",
     *,
     quiet: bool,
     wide: bool,
@@ -404,9 +403,9 @@ def _search(
 
     def observer_of(trial: "Trial") -> FitProgress:
         of_seed = f"seed {trial.seed}, " if settings.search.seeds > 1 else ""
-        return FitProgress(bars, f"{of_seed}T={trial.temperature:g}, w={trial.weight:g}")
+        return FitProgress(signs, f"{of_seed}T={trial.temperature:g}, w={trial.weight:g}")
 
-    with bars, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
+    with signs, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
         found = search(settings, observer_of=observer_of)
     if json:
         typer.echo(to_json(found.to_row()))

@@ -113,7 +113,11 @@ def test_run_prints_a_table_and_draws_nothing_unless_asked(
     fedkd: Fedkd, tmp_path: Path, small_words: Words
 ) -> None:
     code, out, err = fedkd("run", *small_words, f"output={tmp_path}")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert [line.split(",")[0] for line in err.splitlines()] == [
+        "dml: 1/2 rounds",
+        "dml: 2/2 rounds",
+    ]
     assert "mean client accuracy" in out
     (folder,) = tmp_path.glob("*/*")
     assert f"run    {folder}\ndraw   fedkd report {folder}\n" in out
