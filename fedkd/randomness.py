@@ -4,8 +4,9 @@ Derived, never stored: a retried or resumed task draws the same numbers again, a
 not depend on how many workers there are or in which order they answer.
 """
 
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -71,3 +72,27 @@ def seeded_torch(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def seeded_everything(seed: int) -> Iterator[None]:
+    """The same for Python's and NumPy's global generators as well.
+
+    For code that is not ours, which draws from wherever it likes; ours draws from none of them.
+    """
+    python_state = random.getstate()
+    numpy_bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    random.seed(seed)
+    # Another generator in its place: to copy the state of this one takes ten times as long.
+    np.random.set_bit_generator(np.random.MT19937(seed))  # type: ignore[attr-defined]
+    try:
+        with seeded_torch(seed):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_bit_generator(numpy_bits)  # type: ignore[attr-defined]
+
+
+def seeded_for(*, own_code: bool, seed: int) -> AbstractContextManager[None]:
+    """Return `seeded_everything` where code of a user's own runs, else `seeded_torch`."""
+    return seeded_everything(seed) if own_code else seeded_torch(seed)

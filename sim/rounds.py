@@ -17,9 +17,10 @@ from flwr.serverapp import Grid
 from fedkd.data import FederatedData
 from fedkd.metrics.classification import accuracy, confusion_counts
 from fedkd.metrics.diversity import target_entropy
+from fedkd.models import ignores_seed
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
-from fedkd.training import as_tensor
+from fedkd.training import Arrays, as_tensor
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.messages import Phase, instruction
 from sim.engine.nodes import Nodes
@@ -29,7 +30,7 @@ from sim.interruption import uninterrupted
 from sim.observers import Observer, Row
 from sim.replies import Quorum, QuorumError, Replies
 from sim.settings import Settings
-from sim.validation import Expected, Layout, RejectedReplyError, valid_answer
+from sim.validation import Expected, Layout, RejectedReplyError, not_finite, valid_answer
 from strategies.knowledge import Broadcast, Predictions
 from strategies.memory import Memory
 from strategies.plan import RoundPlan
@@ -79,7 +80,7 @@ class RoundLoop:
             optimizer=settings.clients.optimizer,
             device=torch.device("cpu"),
         )
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, tuple[Layout, Arrays]] = {}
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
@@ -116,6 +117,7 @@ class RoundLoop:
             for observer in self._observers:
                 observer.started(self._settings, self._data)
         if self.boundary is None:
+            self._tell_of_models()
             self.start()
         elif self.boundary.round:
             for observer in self._observers:
@@ -342,6 +344,19 @@ class RoundLoop:
 
     # -- telling ---------------------------------------------------------------------------
 
+    def _tell_of_models(self) -> None:
+        """Say which models of the user's own begin alike everywhere; it may be what is wanted."""
+        models = {step.model: step.setting for step in self._strategy.smallest_steps()}
+        for model, setting in models.items():
+            if model.is_own and ignores_seed(
+                model, input_shape=self._data.input_shape, num_classes=self._data.num_classes
+            ):
+                reason = (
+                    f"{setting}: {model.label} has the same first weights on every client and for "
+                    "every seed"
+                )
+                self.tell({"round": 0, "event": "seed without effect", "reason": reason})
+
     def tell(self, row: Row) -> None:
         """Let the observers know of an event."""
         for observer in self._observers:
@@ -363,19 +378,23 @@ class RoundLoop:
         def expected(client: int) -> Expected:
             architecture = self._federation.architectures[client]
             if architecture not in by_architecture:
-                layout = self._layout(client) if self._strategy.uploads == "parameters" else None
+                layout, constants = None, None
+                if self._strategy.uploads == "parameters":
+                    layout, constants = self._layout(client)
                 by_architecture[architecture] = Expected.training(
-                    plan, self._strategy.uploads, layout
+                    plan, self._strategy.uploads, layout, constants
                 )
             return by_architecture[architecture]
 
         return expected
 
-    def _layout(self, client: int) -> Layout:
+    def _layout(self, client: int) -> tuple[Layout, Arrays]:
+        """Return the layout of what a client uploads, and its arrays that are never finite."""
         architecture = self._federation.architectures[client]
         if architecture not in self._layouts:
             weights = self._strategy.uploaded_weights(client, self._server)
-            self._layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
+            layout = {n: (a.shape, a.dtype) for n, a in weights.items()}
+            self._layouts[architecture] = layout, not_finite(weights)
         return self._layouts[architecture]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
-from fedkd.models import build_model, uses_batch_norm
 from fedkd.training import initial_model_seed, weights_digest
 from sim.engine.grid import CohortGrid, StatesLostError
 from sim.engine.inline import InlineGrid
@@ -32,6 +31,7 @@ from sim.replies import QuorumError
 from sim.rounds import RoundLoop
 from sim.settings import EngineSettings, Settings, SettingsError, load_settings
 from strategies.base import DistillationStrategy, StrategySettings
+from strategies.trying import check_models
 
 if TYPE_CHECKING:
     from sim.engine.session import RaySession
@@ -88,35 +88,24 @@ def load_data(settings: Settings) -> FederatedData:
             settings.data, num_clients=settings.clients.count, seed=settings.seed
         )
         strategy = build_strategy(settings, federation_of(settings, data))
-        _check_models(settings, data)
+        if strategy.needs_public and not len(data.public_inputs):
+            raise ValueError(
+                f"data.public.size must be > 0 for strategy {settings.strategy.name!r}, which "
+                "learns from predictions on public rows, got 0"
+            )
+        check_models(
+            strategy,
+            data,
+            optimizer=settings.clients.optimizer,
+            stacked=settings.engine.vectorize == "vmap",
+            keeps_states=settings.engine.address is None,
+        )
         strategy.check(data.input_shape)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    if strategy.needs_public and not len(data.public_inputs):
-        raise SettingsError(
-            f"data.public.size must be > 0 for strategy {settings.strategy.name!r}, which learns "
-            "from predictions on public rows, got 0"
-        )
     return data
-
-
-def _check_models(settings: Settings, data: FederatedData) -> None:
-    """Build each architecture once: a model of the user's own may not fit the data."""
-    for position, model in enumerate(settings.clients.models[: settings.clients.count]):
-        module = build_model(
-            model, input_shape=data.input_shape, num_classes=data.num_classes, seed=0
-        )
-        if not uses_batch_norm(module):
-            continue
-        for client in range(position, settings.clients.count, len(settings.clients.models)):
-            if len(data.client_rows[client]) < 2 or settings.clients.batch_size < 2:
-                raise ValueError(
-                    f"clients.models: {model.label} has BatchNorm, which cannot train on a single "
-                    f"row, but client {client} would; use norm: group, a larger "
-                    "clients.batch_size or data.partition.min_rows"
-                )
 
 
 def _check_stacking(strategy: DistillationStrategy[StrategySettings], data: FederatedData) -> None:

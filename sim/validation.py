@@ -11,7 +11,7 @@ nobody gains weight by claiming them.
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 
@@ -114,6 +114,8 @@ class Expected:
         rows: the round's public rows, where clients send predictions.
         classes: how many scores a row has.
         parameters: the layout of the client's model, where it sends parameters.
+        constants: those of its arrays that hold NaN or infinity from the start, such as a mask of
+            -inf: they have to come back as they were.
         test_rows: rows of the test split where the client is judged; None where it trains.
         test_probabilities: whether a judged client sends its predictions of the test rows.
     """
@@ -123,12 +125,17 @@ class Expected:
     rows: np.ndarray
     classes: int
     parameters: Layout | None = None
+    constants: Arrays = field(default_factory=dict)
     test_rows: int | None = None
     test_probabilities: bool = False
 
     @classmethod
     def training(
-        cls, plan: RoundPlan, uploads: UploadKind, parameters: Layout | None = None
+        cls,
+        plan: RoundPlan,
+        uploads: UploadKind,
+        parameters: Layout | None = None,
+        constants: Arrays | None = None,
     ) -> "Expected":
         """Return what a client that trained answers."""
         return cls(
@@ -137,6 +144,7 @@ class Expected:
             rows=plan.public_rows if uploads == "predictions" else np.empty(0, np.int64),
             classes=plan.federation.num_classes,
             parameters=parameters,
+            constants=constants or {},
         )
 
     @classmethod
@@ -402,7 +410,7 @@ def bad_knowledge(knowledge: Knowledge | None, expected: Expected) -> str | None
         return reason
     if isinstance(knowledge, Predictions):
         return _bad_predictions(knowledge, expected)
-    return _bad_parameters(knowledge.arrays, expected.parameters or {})
+    return _bad_parameters(knowledge.arrays, expected.parameters or {}, expected.constants)
 
 
 def _bad_predictions(predictions: Predictions, expected: Expected) -> str | None:
@@ -440,7 +448,16 @@ def _are_distributions(values: np.ndarray) -> bool:
     )
 
 
-def _bad_parameters(arrays: Arrays, layout: Layout) -> str | None:
+def not_finite(arrays: Arrays) -> Arrays:
+    """Return the arrays that hold NaN or infinity."""
+    return {
+        name: array
+        for name, array in arrays.items()
+        if array.dtype.kind == "f" and not np.isfinite(array).all()
+    }
+
+
+def _bad_parameters(arrays: Arrays, layout: Layout, constants: Arrays) -> str | None:
     reason = _bad_names("parameters", arrays.keys(), layout.keys())
     for name, (shape, dtype) in layout.items():
         if reason is not None:
@@ -448,7 +465,10 @@ def _bad_parameters(arrays: Arrays, layout: Layout) -> str | None:
         array = arrays[name]
         subject = f"parameter {name!r}"
         reason = _bad_layout(f"{subject} has ", array.shape, array.dtype, shape, dtype)
-        if reason is None and array.size:
+        if reason is None and name in constants:
+            if not np.array_equal(array, constants[name], equal_nan=True):
+                reason = f"{subject} is a constant with NaN or infinity and has changed"
+        elif reason is None and array.size:
             reason = _bad_values(f"in {subject}", subject, array, LARGEST_PARAMETER)
             # BatchNorm takes the root of its variance, and its counter only counts.
             is_count = name.endswith(("running_var", "num_batches_tracked"))

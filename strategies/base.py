@@ -6,13 +6,14 @@ that travels in a round is its number, what a client receives and what it upload
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Generic, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fedkd.data import FederatedData
+from fedkd.models import ModelSettings
 from fedkd.models.options import ImageShape
 from fedkd.training import Architecture, Arrays, Cohort, ComposedObjective, stacking_of
 from fedkd.training.binding import Stacking
@@ -29,6 +30,22 @@ class StrategySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+
+
+class Step(NamedTuple):
+    """The smallest step of some kind that a model takes.
+
+    Attributes:
+        setting: what names the model.
+        model: the model.
+        rows: how many go through it together, >= 1; None where it does not train.
+        remedy: who would train on a single row, and what helps, where it is one.
+    """
+
+    setting: str
+    model: ModelSettings
+    rows: int | None
+    remedy: str
 
 
 UploadKind = Literal["nothing", "predictions", "parameters"]
@@ -101,6 +118,35 @@ class DistillationStrategy(ABC, Generic[SettingsT]):
             )
             for architecture in dict.fromkeys(architectures)
         }
+
+    def smallest_steps(self) -> Iterator[Step]:
+        """Name every model that is trained, with the smallest step that it takes.
+
+        The same model may come several times.
+        """
+        for client, model in enumerate(self.federation.models):
+            yield from self.private_steps("clients.models", model, client)
+
+    def private_steps(self, setting: str, model: ModelSettings, client: int) -> Iterator[Step]:
+        """The steps of a client on its private rows."""
+        federation = self.federation
+        yield Step(
+            setting,
+            model,
+            federation.local.smallest(federation.num_examples[client]),
+            f"client {client} would; use norm: group, a larger clients.batch_size or "
+            "data.partition.min_rows",
+        )
+
+    def public_steps(self, setting: str, model: ModelSettings, rows: int) -> Iterator[Step]:
+        """The steps on public rows alone, of which there are so many."""
+        yield Step(
+            setting,
+            model,
+            min(rows, self.federation.local.batch_size),
+            "a step on public rows would; use norm: group, or a larger clients.batch_size, "
+            "data.public.size or exchange.rows_per_round",
+        )
 
     # -- server half ---------------------------------------------------------------------
 

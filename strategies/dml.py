@@ -9,7 +9,7 @@ published code sums); with detached targets that equals the divergence to their 
 probability up to a constant, which is why one averaged target is all that travels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -17,12 +17,19 @@ import torch.nn.functional as F
 
 from fedkd.targets import StreamingMean
 from fedkd.training import Cohort, ComposedObjective, as_tensor
-from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
+from strategies.base import (
+    DistillationStrategy,
+    Step,
+    StrategySettings,
+    predictions_of,
+    upload_logits,
+)
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server
 from strategies.taught import (
     TaughtSettings,
+    apart_steps,
     check_public_labels,
     composed_of,
     learn,
@@ -67,6 +74,11 @@ class DML(DistillationStrategy[DMLSettings]):
     def rows_of_step(self, private_rows: int) -> int:
         """Private and public rows go through the model together."""
         return rows_of_step(self.federation, self.settings, private_rows)
+
+    def smallest_steps(self) -> Iterator[Step]:
+        """Public rows may have a forward pass of their own."""
+        yield from super().smallest_steps()
+        yield from apart_steps(self, self.settings)
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan

@@ -8,7 +8,7 @@ it open. ``aggregation: median`` and ``trimmed_mean`` put a robust consensus (Yi
 Ramchandran, Bartlett, 2018. https://arxiv.org/abs/1803.01498) in the place of the mean.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -18,7 +18,13 @@ from torch import Tensor
 from fedkd.losses.response import logit_l1, logit_mse, soft_target_loss
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
-from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
+from strategies.base import (
+    DistillationStrategy,
+    Step,
+    StrategySettings,
+    predictions_of,
+    upload_logits,
+)
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.plan import RoundPlan
 from strategies.server import Server
@@ -67,6 +73,17 @@ class FedMD(DistillationStrategy[FedMDSettings]):
         """Whether clients neither digest nor begin on the public set."""
         transfers = self.federation.public_labelled and self.settings.transfer_epochs
         return not (self.settings.digest_epochs or transfers)
+
+    def smallest_steps(self) -> Iterator[Step]:
+        """Clients learn from public rows alone, too: before the first round and in the digest."""
+        yield from super().smallest_steps()
+        settings, federation = self.settings, self.federation
+        lessons = [federation.rows_per_round] if settings.digest_epochs else []
+        if federation.public_labelled and settings.transfer_epochs:
+            lessons.append(federation.public_size)
+        for model in dict.fromkeys(federation.models):
+            for rows in lessons:
+                yield from self.public_steps("clients.models", model, rows)
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan

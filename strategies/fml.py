@@ -13,16 +13,15 @@ forward pass, and a meme begins every round without momentum.
 Differs from the paper: the objectives may hold any other term, layers included.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fedkd.models import ModelSettings, build_model, uses_batch_norm
-from fedkd.models.options import ImageShape
+from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
 from fedkd.training import Architecture, Arrays, Cohort, ComposedObjective, Learner
-from strategies.base import DistillationStrategy, StrategySettings
+from strategies.base import DistillationStrategy, Step, StrategySettings
 from strategies.fedavg import WeightedMean
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
 from strategies.memory import Memory
@@ -99,23 +98,11 @@ class FML(DistillationStrategy[FMLSettings]):
             progress=progress,
         )
 
-    def check(self, input_shape: ImageShape) -> None:
-        """Refuse a meme that does not fit the data, and objectives that do not fit the models."""
-        federation, meme = self.federation, self.settings.meme
-        try:
-            module = build_model(
-                meme, input_shape=input_shape, num_classes=federation.num_classes, seed=0
-            )
-        except ValueError as error:
-            raise ValueError(f"strategy.meme: {error}") from None
-        fewest = min(*federation.num_examples, federation.local.batch_size)
-        if uses_batch_norm(module) and fewest < 2:
-            raise ValueError(
-                f"strategy.meme: {meme.label} has BatchNorm, which cannot train on a single row, "
-                "but a client would; use norm: group, a larger clients.batch_size or "
-                "data.partition.min_rows"
-            )
-        super().check(input_shape)
+    def smallest_steps(self) -> Iterator[Step]:
+        """A client's meme learns in every step, too."""
+        yield from super().smallest_steps()
+        for client in range(self.federation.num_clients):
+            yield from self.private_steps("strategy.meme", self.settings.meme, client)
 
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan

@@ -9,7 +9,7 @@ distillation step of Lin, Kong, Stich, Jaggi, 2020, Algorithm 1, with prediction
 place of weights. https://arxiv.org/abs/2006.07242).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -29,13 +29,20 @@ from fedkd.training import (
     supervised,
     supervised_public,
 )
-from strategies.base import DistillationStrategy, StrategySettings, predictions_of, upload_logits
+from strategies.base import (
+    DistillationStrategy,
+    Step,
+    StrategySettings,
+    predictions_of,
+    upload_logits,
+)
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
 from strategies.memory import Memory
 from strategies.plan import Federation, RoundPlan
 from strategies.server import Server, ServerModel
 from strategies.taught import (
     TaughtSettings,
+    apart_steps,
     check_public_labels,
     composed_of,
     knowledge_of,
@@ -103,6 +110,27 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         """Private and public rows go through the model together."""
         return rows_of_step(self.federation, self.settings, private_rows)
 
+    def smallest_steps(self) -> Iterator[Step]:
+        """The server trains a model as well: its teacher, or the one that the clients teach."""
+        yield from super().smallest_steps()
+        yield from apart_steps(self, self.settings)
+        federation, settings = self.federation, self.settings
+        setting = "strategy.model"
+        if settings.direction != "teacher_to_clients":
+            yield from self.public_steps(setting, settings.model, federation.rows_per_round)
+        elif self._teacher_source == "public":
+            yield from self.public_steps(setting, settings.model, federation.public_size)
+        else:
+            largest = federation.num_examples.index(max(federation.num_examples))
+            yield from self.private_steps(setting, settings.model, largest)
+
+    @property
+    def _teacher_source(self) -> str:
+        source = self.settings.teacher_data
+        if source == "auto":
+            return "public" if self.federation.public_labelled else "largest_client"
+        return source
+
     def client_round(
         self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
     ) -> Sequence[Knowledge]:
@@ -124,9 +152,7 @@ class OneWay(DistillationStrategy[OneWaySettings]):
         passes = Passes(
             batch_size=self.federation.local.batch_size, epochs=self.settings.teacher_epochs
         )
-        source = self.settings.teacher_data
-        if source == "auto":
-            source = "public" if self.federation.public_labelled else "largest_client"
+        source = self._teacher_source
         if source == "public":
             teacher = server.model(self.settings.model)
             lesson = self.federation.plan(1).labelled_public(epochs=self.settings.teacher_epochs)

@@ -5,14 +5,14 @@ those of the models that the training clients send and receive, not of the rows 
 to move.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from fedkd.data import FederatedData
 from fedkd.training import Cohort, supervised
-from strategies.base import DistillationStrategy, StrategySettings
+from strategies.base import DistillationStrategy, Step, StrategySettings
 from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
 from strategies.memory import Memory, recall_table, remember_table
 from strategies.plan import Federation, RoundPlan
@@ -43,6 +43,17 @@ class Pooled(DistillationStrategy[PooledSettings]):
     def participants(self, plan: RoundPlan) -> tuple[int, ...]:
         """One client of each architecture."""
         return tuple(sorted(self._representative.values()))
+
+    def smallest_steps(self) -> Iterator[Step]:
+        """Everybody's rows are one client's."""
+        rows = self.federation.local.smallest(sum(self.federation.num_examples))
+        for model in dict.fromkeys(self.federation.models):
+            yield Step(
+                "clients.models",
+                model,
+                rows,
+                "the pool would; use norm: group or a larger clients.batch_size",
+            )
 
     def private_rows(self, client: int, data: FederatedData) -> np.ndarray:
         """Everybody's rows."""

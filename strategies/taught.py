@@ -1,6 +1,9 @@
 """What clients do in every algorithm that teaches them on public rows while they learn at home."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +24,7 @@ from fedkd.training import (
     distilled,
     supervised,
 )
-from strategies.base import StrategySettings
+from strategies.base import DistillationStrategy, Step, StrategySettings
 from strategies.knowledge import Knowledge, Predictions
 from strategies.plan import Federation, RoundPlan
 
@@ -38,7 +41,11 @@ class TaughtSettings(StrategySettings):
             taken on private rows, the others on public rows with what was received as the
             teacher's logits. What travels is softened with the first temperature among them, or
             with 1.
-        public_epochs: passes over the round's public rows, spread over its steps.
+        public_epochs: passes over the round's public rows, spread over its steps; more of them
+            where a step would have fewer than two public rows.
+        public_forward: ``joint`` takes a step's private and public rows through the model in one
+            forward pass, in which BatchNorm mixes them: its statistics are those of both together;
+            ``apart`` in a pass each, private rows first.
         confidence_threshold: leave out public rows whose target is less sure, in [0, 1).
     """
 
@@ -48,6 +55,7 @@ class TaughtSettings(StrategySettings):
     scale_by_t2: bool = True
     objective: Objective | None = None
     public_epochs: int = Field(1, ge=1)
+    public_forward: Literal["joint", "apart"] = "joint"
     confidence_threshold: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -141,6 +149,16 @@ def _learner(objective: Objective) -> Learner:
     return Learner(objective=objective, setting="strategy.objective")
 
 
+def apart_steps(strategy: DistillationStrategy[Any], settings: TaughtSettings) -> Iterator[Step]:
+    """Yield the smallest steps of clients whose public rows go through the model on their own."""
+    if settings.public_forward == "joint" or strategy.learns_alone:
+        return
+    # However many steps a round has, each gets two of them, or the only one that there is.
+    rows = min(2, strategy.federation.rows_per_round)
+    for model in dict.fromkeys(strategy.federation.models):
+        yield from strategy.public_steps("clients.models", model, rows)
+
+
 def rows_of_step(federation: Federation, settings: TaughtSettings, private_rows: int) -> int:
     """Return how many rows a step of `learn` takes: private ones, and its share of public ones."""
     local = federation.local
@@ -195,4 +213,5 @@ def _learn_terms(
 
 
 def _public(received: Predictions, plan: RoundPlan, settings: TaughtSettings) -> PublicLesson:
-    return plan.public(received, epochs=settings.public_epochs)
+    lesson = plan.public(received, epochs=settings.public_epochs)
+    return replace(lesson, apart=settings.public_forward == "apart")

@@ -28,7 +28,7 @@ from fedkd.objectives import BoundObjective, Objective, View, logits_from_probab
 from fedkd.objectives.basic import LogitL1, LogitMSE, SoftTargets
 from fedkd.objectives.response import AnnealingKD, DisagreementKD, StandardisedKD
 from fedkd.objectives.terms import Need, SoftenedTerm
-from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
+from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.targets import soften
 from fedkd.training.objectives import total
 
@@ -162,7 +162,7 @@ class _Fit:
         constant_rate = training.optimizer.constant
         noted = StepNotes()
         with (
-            seeded_torch(seed),
+            seeded_everything(seed),
             self._bound.tapping(student, teacher_model if self._taps else None) as features,
         ):
             student.train()

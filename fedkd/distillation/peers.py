@@ -33,7 +33,7 @@ from fedkd.metrics.diversity import pairwise_disagreement
 from fedkd.models import ModelSettings
 from fedkd.models.dropout import DropoutStream, connect_dropout, step_keys
 from fedkd.objectives import Parts, View, logits_from_probabilities
-from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
+from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
 from fedkd.targets import mean_probability
 from fedkd.training.early_stopping import EarlyStopping
@@ -343,7 +343,7 @@ class _GroupFit:
         dropouts = [connect_dropout(model) for model in group.models]
         keys = torch.from_numpy(step_keys(seed, steps))
         notes = StepNotes()
-        with seeded_torch(seed), group.tapping():
+        with seeded_everything(seed), group.tapping():
             for step in range(steps):
                 if step % per_epoch == 0:
                     group.before_epoch()

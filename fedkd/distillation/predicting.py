@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedkd.randomness import seeded_everything
+
 CHUNK_ROWS = 1024
 
 
@@ -41,7 +43,9 @@ def predict_logits(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return torch.cat([model(chunk) for chunk in inputs.split(CHUNK_ROWS)])
+        # A model of one's own may draw numbers here, too: the same for the same question.
+        with seeded_everything(0):
+            return torch.cat([model(chunk) for chunk in inputs.split(CHUNK_ROWS)])
     finally:
         for module, training in modes:
             module.training = training

@@ -167,7 +167,7 @@ def train_teacher(settings: TeacherSettings, workshop: Workshop) -> Teacher:
     rows = every.only_labelled() if settings.rows == "labelled" else every.all_labelled()
     names = teacher_names(len(settings.models))
     for number, (name, model) in enumerate(zip(names, settings.models, strict=True)):
-        member = workshop.build(model, 1, number)
+        member = workshop.build(model, 1, number, trains=not settings.weights)
         objective = Objective({"ce": HardLabels(label_smoothing=settings.label_smoothing)})
         if settings.tasks:
             split_into_heads(member, settings.tasks, every.num_classes)

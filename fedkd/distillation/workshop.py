@@ -15,9 +15,11 @@ from fedkd.distillation.rows import Rows
 from fedkd.distillation.selection import Selection
 from fedkd.distillation.teachers import Teacher
 from fedkd.models import ModelSettings, build_model
+from fedkd.models.memory import check_memory
 from fedkd.objectives import Objective
 from fedkd.objectives.basic import HardLabels
 from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.training.trial import TrialSettings, try_model
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 """Is told after every epoch of every fit: the model's name, and the epoch's row."""
@@ -26,6 +28,9 @@ Observer = Callable[[str, Mapping[str, Any]], None]
 class DivergedError(ValueError):
     """A training whose loss is no number any more; the text names the model and the loss."""
 
+
+TRIAL_ROWS = 16
+"""Transfer rows that models are tried on, at most."""
 
 MASKS = 6
 """Last part of the key of a random choice of weights; a fit's own draws have lower ones."""
@@ -47,6 +52,7 @@ class Workshop:
         compares_gradients: whether students that are taught compare their terms' gradients.
         histories: of every fit so far, by the model's name.
         notes: what is to be told about the run's models, such as what a student inherited.
+        tried: keys of the architectures that were tried.
     """
 
     rows: Rows
@@ -60,9 +66,24 @@ class Workshop:
     compares_gradients: bool = False
     histories: dict[str, FitHistory] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
 
-    def build(self, model: ModelSettings, *key: int) -> nn.Module:
-        """Return a fresh network on the rows' device; seed and key decide its weights."""
+    def build(self, model: ModelSettings, *key: int, trains: bool = True) -> nn.Module:
+        """Return a fresh network on the rows' device; seed and key decide its weights.
+
+        An architecture is tried when it is built for the first time.
+
+        Args:
+            model: the architecture.
+            key: tells apart the run's models.
+            trains: whether the network is going to be trained, and not only asked.
+
+        Raises:
+            ValueError: naming the model, if it cannot be what it is to be.
+        """
+        if model.key not in self.tried:
+            self.tried.add(model.key)
+            self._try_out(model, trains=trains)
         module = build_model(
             model,
             input_shape=self.rows.input_shape,
@@ -70,6 +91,16 @@ class Workshop:
             seed=torch_seed_for(self.seed, Purpose.MODEL, *key),
         )
         return module.to(self.rows.device)
+
+    def _try_out(self, model: ModelSettings, *, trains: bool) -> None:
+        rows, training = self.rows, self.training
+        shape, classes = rows.input_shape, rows.num_classes
+        check_memory(model, input_shape=shape, num_classes=classes, slots=training.optimizer.slots)
+        use = TrialSettings(
+            training.optimizer, fewest_rows=min(training.batch_size, 2), trains=trains
+        )
+        some = rows.inputs[:TRIAL_ROWS], rows.labels[:TRIAL_ROWS]
+        try_model(model, some, num_classes=classes, use=use)
 
     def new_student(self, number: int = 0) -> nn.Module:
         """Return a student before its training, as the settings ``student`` want it.

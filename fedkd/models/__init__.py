@@ -29,11 +29,12 @@ from fedkd.models.cnn import CNNOptions, LeNetOptions
 from fedkd.models.dropout import seed_dropout
 from fedkd.models.mlp import MLPOptions
 from fedkd.models.options import ImageShape, ModelOptions
+from fedkd.models.outside import copy_inputs
 from fedkd.models.recurrent import GRUOptions, LSTMOptions
 from fedkd.models.resnet import ResNet8Options, ResNet20Options
 from fedkd.models.transformer import TransformerOptions
 from fedkd.models.tutorial import TutorialStudentOptions, TutorialTeacherOptions
-from fedkd.randomness import seeded_torch
+from fedkd.randomness import seeded_for
 
 __all__ = [
     "ImageShape",
@@ -43,6 +44,7 @@ __all__ = [
     "build_model",
     "count_parameters",
     "describe_models",
+    "ignores_seed",
     "known_models",
     "uses_batch_norm",
 ]
@@ -150,6 +152,11 @@ class ModelSettings(BaseModel):
         return f"{self.name} {json.dumps(self.options, sort_keys=True)}"
 
     @property
+    def is_own(self) -> bool:
+        """Whether its code is not ours: a callable of the user's, or timm's."""
+        return self.name not in _MODELS
+
+    @property
     def label(self) -> str:
         """Short text for tables: the name and the options that differ from their defaults."""
         family = _MODELS.get(self.name)
@@ -180,9 +187,11 @@ def build_model(
 ) -> nn.Module:
     """Build a freshly initialised network; the same arguments give the same bits.
 
-    torch's global generators are left as they were. A model of your own is tried on two blank
-    images in eval mode, so a wrong output shape is found here and not in a worker. Every plain
-    ``nn.Dropout`` becomes a `fedkd.models.dropout.SeededDropout`, whose masks belong to a client.
+    The global generators are left as they were: torch's, and for a model of your own Python's and
+    NumPy's too. A model of your own is run on two blank images in eval mode, so that lazy layers
+    know their shapes and a wrong output is found; `fedkd.training.trial` tries it in earnest. It
+    gets a copy of its input in every forward pass. Every plain ``nn.Dropout`` becomes a
+    `fedkd.models.dropout.SeededDropout`, whose masks belong to a client.
 
     Args:
         settings: the architecture.
@@ -205,16 +214,29 @@ def build_model(
             f"input_shape of model {settings.name!r} must be (channels, height, width) with "
             f"channels >= 1 and sides >= {smallest}, got {input_shape}"
         )
-    with seeded_torch(seed):
-        if settings.name in _MODELS:
+    with seeded_for(own_code=settings.is_own, seed=seed):
+        if settings.is_own:
+            model = _build_from_callable(settings, input_shape, num_classes)
+        else:
             try:
                 model = _validated(settings.name, settings.options).build(input_shape, num_classes)
-            except ValueError as error:
+            # RuntimeError: torch's, for sizes beyond any memory.
+            except (ValueError, RuntimeError) as error:
                 raise ValueError(f"model {settings.label!r}: {error}") from error
-        else:
-            model = _build_from_callable(settings, input_shape, num_classes)
     seed_dropout(model)
     return model.train()
+
+
+def ignores_seed(settings: ModelSettings, *, input_shape: ImageShape, num_classes: int) -> bool:
+    """Tell whether a model has the same first weights whatever the seed.
+
+    So it is where a factory calls ``torch.manual_seed``, reads weights or fills in constants.
+    """
+    one, other = (
+        build_model(settings, input_shape=input_shape, num_classes=num_classes, seed=seed)
+        for seed in (1, 2)
+    )
+    return all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 def uses_batch_norm(module: nn.Module) -> bool:
@@ -315,6 +337,7 @@ def _build_from_callable(
         raise ValueError(
             f"model {settings.label!r} must return a torch.nn.Module, got {type(model).__name__}"
         )
+    copy_inputs(model)
     images = torch.zeros(2, *input_shape)
     try:
         with torch.no_grad():

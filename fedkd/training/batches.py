@@ -1,6 +1,7 @@
 """Which rows make up each step: shuffled passes cut into batches."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,11 +41,19 @@ class Passes:
             return self.steps
         return self.epochs * (1 + len(_cuts(rows, self.batch_size)))
 
+    def smallest(self, rows: int) -> int | None:
+        """Return the rows of the smallest step that `batches` cuts; None where there is no step."""
+        if not (self.epochs if self.steps is None else self.steps):
+            return None
+        cuts = [0, *_cuts(rows, self.batch_size), rows]
+        return min(stop - start for start, stop in pairwise(cuts))
+
     def spread_over(self, steps: int, rows: int) -> "Passes":
         """Return passes that hand out these rows over ``steps`` steps of another feed.
 
         Every row is handed out equally often, ``epochs`` times, and no two steps differ by more
-        than one row. Where that leaves fewer than two rows a step there are more passes.
+        than one row. Where that leaves fewer than two rows a step there are more passes than
+        ``epochs``: BatchNorm cannot train on one row, and the mean of one is a noisy lesson.
         """
         at_least = min(2, rows) * steps
         epochs = max(self.epochs, -(-at_least // max(rows, 1)))

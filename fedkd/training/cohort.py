@@ -6,7 +6,8 @@ A single client is a cohort of one. Algorithms are written against `Cohort`; `Lo
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fedkd.data import FederatedData
 from fedkd.models import ModelSettings
-from fedkd.randomness import Purpose
+from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.training.batches import Passes
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
@@ -110,11 +111,14 @@ class PublicLesson:
             each member has its own, or None when the objective uses public labels.
         passes: how to walk through the rows; ignored (except ``epochs``) beside private rows,
             over whose steps they are then spread.
+        apart: whether they go through the model in a forward pass of their own, where a step has
+            private rows too.
     """
 
     rows: np.ndarray
     targets: np.ndarray | None
     passes: Passes
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +158,8 @@ class Cohort(ABC):
     ) -> None:
         """Minimise ``objective``; a step takes one batch of each kind of rows that is given.
 
-        Private and public rows of one step go through the model in a single forward pass.
+        Private and public rows of one step go through the model in a single forward pass, in which
+        BatchNorm takes them for one batch, unless the lesson says ``apart``.
         The members' models and optimizers change; mean terms are kept for `metrics`. What a
         composed objective trains beside the models stays with each member, in its state alone.
 
@@ -204,6 +209,24 @@ class Cohort(ABC):
     @abstractmethod
     def metrics(self) -> list[dict[str, float]]:
         """Return each member's mean loss terms, ``loss/<term>``, over the fits so far."""
+
+
+@contextmanager
+def predicting(streams: Streams, member: Member, *, own_code: bool) -> Iterator[None]:
+    """Compute without gradients; whatever somebody else's model draws depends on the member alone.
+
+    Args:
+        streams: the cohort's.
+        member: whose model predicts.
+        own_code: whether the model is somebody else's. Ours draw nothing in evaluation mode.
+    """
+    with ExitStack() as stack:
+        if own_code:
+            key = streams.round, member.client
+            seed = torch_seed_for(streams.seed, Purpose.EVALUATION, *key)
+            stack.enter_context(seeded_everything(seed))
+        stack.enter_context(torch.inference_mode())
+        yield
 
 
 def public_inputs(

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkd.models.dropout import step_keys
 from fedkd.objectives import tapped
 from fedkd.objectives.view import NO_FEATURES
-from fedkd.randomness import seeded_torch
+from fedkd.randomness import seeded_for
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     PARTS,
@@ -26,6 +26,7 @@ from fedkd.training.cohort import (
     TrainingData,
     as_tensor,
     named_models,
+    predicting,
     public_inputs,
 )
 from fedkd.training.feeds import Feed, FitKey, FitKeys
@@ -78,6 +79,7 @@ class LoopCohort(Cohort):
         self._pool = pool
         self._models = named_models(model)
         self._first = next(iter(self._models))
+        self._has_own_code = any(settings.is_own for settings in self._models.values())
         self._slots = {
             name: pool.slots(name, settings, len(members))
             for name, settings in self._models.items()
@@ -137,8 +139,9 @@ class LoopCohort(Cohort):
         seed, feed = Feed.drawn(self._members[position], self._streams, key, private, public)
         slots = {name: self._slots[name][position] for name in names}
         steps = _Steps(self._data, feed, public, position)
-        # A model of one's own may call functions that draw from torch's global generators.
-        with seeded_torch(seed):
+        # Functions such as F.dropout draw from torch's global generator, a model of one's own
+        # from wherever it likes.
+        with seeded_for(own_code=self._has_own_code, seed=seed):
             self._take_steps(slots, steps, losses_of, seed, self._terms[position], features, parts)
 
     def _take_steps(
@@ -170,8 +173,14 @@ class LoopCohort(Cohort):
             for number, (name, slot) in enumerate(slots.items()):
                 if slot.dropout is not None and keys is not None:
                     slot.dropout.begin(keys[step], model=number)
-                logits = slot.module(inputs)
-                outputs[name] = Outputs.split(logits, num_private, features.get(name, NO_FEATURES))
+                seen = features.get(name, NO_FEATURES)
+                if steps.apart:
+                    outputs[name] = Outputs.of_passes(
+                        (slot.module(inputs[:num_private]), dict(seen)),
+                        (slot.module(inputs[num_private:]), dict(seen)),
+                    )
+                else:
+                    outputs[name] = Outputs.split(slot.module(inputs), num_private, seen)
             losses = losses_of(outputs, batch)
             for slot in learning:
                 slot.optimizer.zero_grad()
@@ -194,9 +203,11 @@ class LoopCohort(Cohort):
     ) -> Float[np.ndarray, "members rows classes"]:
         slots = self._slots[model or self._first]
         out = np.empty((len(slots), len(inputs), self._data.num_classes), np.float32)
-        with torch.inference_mode():
-            for position, slot in enumerate(slots):
-                slot.module.eval()
+        for position, slot in enumerate(slots):
+            slot.module.eval()
+            with predicting(
+                self._streams, self._members[position], own_code=slot.outside is not None
+            ):
                 for start in range(0, len(inputs), PREDICT_ROWS):
                     chunk = inputs[start : start + PREDICT_ROWS]
                     out[position, start : start + PREDICT_ROWS] = slot.module(chunk).cpu().numpy()
@@ -252,12 +263,18 @@ def _on_outputs(objective: Objective | JointObjective) -> StepLosses:
 
 
 class _Steps:
-    """A member's batches as tensors, one step at a time."""
+    """A member's batches as tensors, one step at a time.
+
+    Attributes:
+        count: how many there are.
+        apart: whether private and public rows go through the model one after the other.
+    """
 
     def __init__(
         self, data: TrainingData, feed: Feed, public: PublicLesson | None, position: int
     ) -> None:
         self.count = feed.steps
+        self.apart = public is not None and public.apart and feed.private is not None
         self._data = data
         self._private: Sequence[Tensor] | None = None
         self._public: Sequence[tuple[Tensor, Tensor]] | None = None

@@ -8,6 +8,7 @@ weighted, whose sum is minimised; the names appear in the metrics.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -67,6 +68,18 @@ class Outputs(NamedTuple):
             public=logits[num_private:] if num_private < len(logits) else None,
             features=features,
         )
+
+    @classmethod
+    def of_passes(
+        cls,
+        private: tuple[Float[Tensor, "private classes"], Mapping[str, Tensor]],
+        public: tuple[Float[Tensor, "public classes"], Mapping[str, Tensor]],
+    ) -> "Outputs":
+        """Join two forward passes: the logits of each, and what the tapped layers put out."""
+        features = {
+            name: torch.cat([tensor, public[1][name]]) for name, tensor in private[1].items()
+        }
+        return cls(private=private[0], public=public[0], features=features)
 
 
 Losses = dict[str, Float[Tensor, ""]]

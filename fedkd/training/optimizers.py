@@ -73,6 +73,11 @@ class OptimizerSettings(BaseModel):
                 return RMSprop(parameters, self, fused=fused)
 
     @property
+    def slots(self) -> int:
+        """How many numbers it remembers for each weight."""
+        return {"sgd": 0, "rmsprop": 1}.get(self.name, 2) + bool(self.momentum)
+
+    @property
     def constant(self) -> bool:
         """Whether the learning rate is the same throughout the run."""
         return not self.warm_up and isinstance(self.decay, ConstantSchedule)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout
+from fedkd.models.outside import Outside
 from fedkd.randomness import Purpose, torch_seed_for
 from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
@@ -29,13 +30,26 @@ PREDICT_ROWS = 1024
 
 
 class Slot:
-    """One model and its optimizer, reused for client after client."""
+    """One model and its optimizer, reused for client after client.
+
+    Args:
+        module: the model.
+        optimizer: of its parameters.
+        device: where it trains.
+        own_code: whether it is somebody else's model, which may keep things outside its state.
+    """
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerSettings, device: torch.device
+        self,
+        module: nn.Module,
+        optimizer: OptimizerSettings,
+        device: torch.device,
+        *,
+        own_code: bool = False,
     ) -> None:
         self.module = module.to(device)
         self.dropout = connect_dropout(self.module)
+        self.outside = Outside(self.module) if own_code else None
         self._parameters = dict(self.module.named_parameters())
         self.optimizer = optimizer.build(self._parameters.values())
         self._tensors: dict[str, Tensor] = {
@@ -54,7 +68,9 @@ class Slot:
         self.optimizer.param_groups[0]["lr"] = rate
 
     def load(self, state: ModelState) -> None:
-        """Copy a model's weights and its optimizer's slots in."""
+        """Copy a model's weights and its optimizer's slots in; nothing of the last one stays."""
+        if self.outside is not None:
+            self.outside.restore()
         self.load_weights(state.weights)
         self.optimizer.state.clear()
         for key, array in state.optimizer.items():
@@ -118,9 +134,13 @@ class ModelPool:
         """Return ``count`` slots of a model by its name, the caller's until the next call."""
         slots = self._slots.setdefault((name, model.key), [])
         while len(slots) < count:
-            module = self.build(model, seed=0)
-            slots.append(Slot(module, self._optimizer, self._device))
+            self.take_in(name, model, self.build(model, seed=0))
         return slots[:count]
+
+    def take_in(self, name: str, model: ModelSettings, module: nn.Module) -> None:
+        """Keep a module at hand as one more slot of a model."""
+        slot = Slot(module, self._optimizer, self._device, own_code=model.is_own)
+        self._slots.setdefault((name, model.key), []).append(slot)
 
     def skeleton(self, model: ModelSettings) -> Skeleton:
         """Return what stacks a model; tried on two members when it is made.
@@ -129,9 +149,10 @@ class ModelPool:
             VmapUnsupportedError: if the model cannot be stacked.
         """
         if model.key not in self._skeletons:
-            skeleton = Skeleton(self.build(model, seed=0), self._device)
+            skeleton = Skeleton(self.build(model, seed=0), self._device, own_code=model.is_own)
             skeleton.try_out(model.label, self._data.input_shape)
             self._skeletons[model.key] = skeleton
+        self._skeletons[model.key].restore()
         return self._skeletons[model.key]
 
     def bound(

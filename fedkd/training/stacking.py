@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkd.models.dropout import connect_dropout
-from fedkd.randomness import seeded_torch
+from fedkd.models.outside import Outside
+from fedkd.randomness import seeded_for
 from fedkd.training.cohort import as_tensor, check_weights
 from fedkd.training.optimizers import FUSED, OptimizerSettings
 from fedkd.training.state import Arrays, ModelState, copy_to_numpy
@@ -145,7 +146,7 @@ class Skeleton:
         counted: told to its BatchNorm layers.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, *, own_code: bool = False) -> None:
         state = module.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.trainable = tuple(name for name, p in module.named_parameters() if p.requires_grad)
@@ -161,6 +162,13 @@ class Skeleton:
         self.counted = CountedRows()
         self.module = _exchange_layers(copy.deepcopy(module), self.counted).to(device)
         self.dropout = connect_dropout(self.module)
+        self._own_code = own_code
+        self._outside = Outside(self.module) if own_code else None
+
+    def restore(self) -> None:
+        """Put back what somebody else's module has left outside the tensors that it was handed."""
+        if self._outside is not None:
+            self._outside.restore()
 
     def logits(
         self, tensors: Mapping[str, Tensor], inputs: Float[Tensor, "batch *shape"]
@@ -215,7 +223,7 @@ class Skeleton:
         leaves = [tensors[name].requires_grad_() for name in self.trainable]
         self.module.train()
         try:
-            with seeded_torch(0):
+            with seeded_for(own_code=self._own_code, seed=0):
                 logits_of = torch.vmap(self.logits, randomness="different")
                 logits = logits_of(tensors, torch.zeros(2, 2, *shape, device=device))
                 torch.autograd.grad(logits.sum(), leaves, allow_unused=True)

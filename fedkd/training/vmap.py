@@ -24,7 +24,7 @@ from torch import Tensor
 from fedkd.models.dropout import step_keys
 from fedkd.objectives import tapped
 from fedkd.objectives.view import NO_FEATURES
-from fedkd.randomness import seeded_torch
+from fedkd.randomness import seeded_for
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     PARTS,
@@ -36,6 +36,7 @@ from fedkd.training.cohort import (
     TrainingData,
     as_tensor,
     named_models,
+    predicting,
     public_inputs,
 )
 from fedkd.training.feeds import Feed, FitKey, FitKeys
@@ -86,6 +87,7 @@ class VmapCohort(Cohort):
         self._pool = pool
         self._models = named_models(model)
         self._first = next(iter(self._models))
+        self._has_own_code = any(settings.is_own for settings in self._models.values())
         states = states_of(self._members, model, pool, streams.seed)
         self._parts: list[ModelState | None] = [state.models.get(PARTS) for state in states]
         self._stacks = {
@@ -170,7 +172,7 @@ class VmapCohort(Cohort):
         ]
         for stack in step.learning:
             stack.skeleton.module.train()
-        with seeded_torch(steps.seed):
+        with seeded_for(own_code=self._has_own_code, seed=steps.seed):
             start = 0
             while start < steps.total:
                 active = steps.active(start)
@@ -235,14 +237,16 @@ class VmapCohort(Cohort):
         stack.skeleton.counted.weights = None
         members = len(self._members)
         out = np.empty((members, len(inputs), self._data.num_classes), np.float32)
-        with torch.inference_mode():
-            if self._device.type == "cpu" and len(inputs) > FEW_ROWS:
-                for place, position in enumerate(self._order):
-                    own = {name: tensor[place] for name, tensor in stack.tensors.items()}
+        own_code = self._models[model or self._first].is_own
+        if self._device.type == "cpu" and len(inputs) > FEW_ROWS:
+            for place, position in enumerate(self._order):
+                own = {name: tensor[place] for name, tensor in stack.tensors.items()}
+                with predicting(self._streams, self._members[place], own_code=own_code):
                     for start in range(0, len(inputs), PREDICT_ROWS):
                         logits = stack.skeleton.logits(own, inputs[start : start + PREDICT_ROWS])
                         out[position, start : start + PREDICT_ROWS] = logits.numpy()
-                return out
+            return out
+        with predicting(self._streams, self._members[0], own_code=own_code):
             # The rows are the same for all members and are read once.
             logits_of = torch.vmap(stack.skeleton.logits, in_dims=(0, None))
             width = max(FEW_ROWS, STACKED_PREDICT_ROWS // members)
@@ -325,11 +329,27 @@ class _Step:
         ):
             if skeleton.dropout is not None:
                 skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
+            # Copies: models of one architecture share a skeleton, and with it the taps.
+            seen = self._features.get(name, NO_FEATURES)
+            if steps.apart:
+                passes = []
+                for kind, inputs in (
+                    ("private", rows["inputs"][: steps.num_private]),
+                    ("public", rows["inputs"][steps.num_private :]),
+                ):
+                    counted = rows.get(f"{kind}_counted")
+                    skeleton.counted.weights = counted
+                    skeleton.counted.fewest = steps.fewest_of[kind]
+                    if skeleton.dropout is not None:
+                        skeleton.dropout.rows = (
+                            None if counted is None else counted.cumsum(0).long() - 1
+                        )
+                    passes.append((skeleton.logits(tensors, inputs), dict(seen)))
+                outputs[name] = Outputs.of_passes(*passes)
+                continue
             _tell_what_counts(skeleton, steps, rows)
             logits = skeleton.logits(tensors, rows["inputs"])
-            # A copy: models of one architecture share a skeleton, and with it the taps.
-            features = dict(self._features.get(name, NO_FEATURES))
-            outputs[name] = Outputs.split(logits, steps.num_private, features)
+            outputs[name] = Outputs.split(logits, steps.num_private, dict(seen))
         batch = Batch(
             labels=rows.get("labels"),
             targets=rows.get("targets"),
@@ -413,8 +433,10 @@ class _StackedSteps:
         total: steps of the member that takes most.
         seed: of torch's global generators during the fit.
         padded: whether any step has rows that do not count.
+        apart: whether private and public rows go through the models one after the other.
         num_private, fewest: of the step last taken: private rows of its width, and rows of its
             smallest batch.
+        fewest_of: the latter for private and public rows alone.
     """
 
     def __init__(
@@ -432,6 +454,7 @@ class _StackedSteps:
         self.total = self.counts[0]
         self.seed = int(np.bitwise_xor.reduce(seeds))
         self.num_private = self.fewest = 0
+        self.fewest_of: dict[str, int] = {}
         self._data = data
         device = data.train_inputs.device
         self._private = self._public = None
@@ -441,6 +464,7 @@ class _StackedSteps:
         shared = [feed.public for feed in feeds if feed.public is not None]
         self._targets: Tensor | None = None
         self._first_targets: Tensor | None = None
+        self.apart = public is not None and public.apart and bool(own) and bool(shared)
         if public is not None and shared:
             self._public = _Padded(shared, device)
             self._public_rows = as_tensor(public.rows).to(device)
@@ -487,6 +511,7 @@ class _StackedSteps:
             counted.append(weights)
             self.num_private = own.shape[1]
             sizes += self._private.sizes[:active, step]
+            self.fewest_of["private"] = int(self._private.sizes[:active, step].min())
             if weights is not None:
                 rows["private_counted"] = weights
         if self._public is not None:
@@ -496,6 +521,7 @@ class _StackedSteps:
             rows["public_rows"] = shared
             counted.append(weights)
             sizes += self._public.sizes[:active, step]
+            self.fewest_of["public"] = int(self._public.sizes[:active, step].min())
             if weights is not None:
                 rows["public_counted"] = weights
             if self._targets is not None:

@@ -1,10 +1,18 @@
 """Randomness: one stream per purpose, the same on every machine, and no shared generator moved."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 
-from fedkd.randomness import Purpose, generator_for, seeded_torch, torch_seed_for
+from fedkd.randomness import (
+    Purpose,
+    generator_for,
+    seeded_everything,
+    seeded_torch,
+    torch_seed_for,
+)
 
 
 def draws(*address: int, purpose: Purpose = Purpose.TRAIN, seed: int = 0) -> list[float]:
@@ -127,3 +135,27 @@ def test_seeded_torch_nests():
             torch.rand(7)
         second = torch.rand(1)
     assert torch.equal(torch.cat([first, second]), expected)
+
+
+def test_code_that_is_not_ours_is_seeded_whatever_it_draws_from():
+    def drawn():
+        numbers = random.random(), np.random.rand(), torch.rand(1)  # noqa: S311, NPY002
+        return tuple(map(float, numbers))
+
+    with seeded_everything(3):
+        first = drawn()
+    before = _global_states()
+    with seeded_everything(3):
+        assert drawn() == first
+        # Whoever seeds for himself does so for the length of the block.
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        torch.manual_seed(1)
+    with seeded_everything(4):
+        assert not set(drawn()) & set(first)
+    assert _global_states() == before
+
+
+def _global_states():
+    numpy_state = np.random.get_state()[1]  # noqa: NPY002
+    return random.getstate(), numpy_state.tolist(), torch.get_rng_state().tolist()

@@ -290,20 +290,10 @@ def test_the_grid_stacks_what_can_be_stacked(
             {"meme_objective": {"hint": {"layers": {"penultimate": "nowhere"}}}},
             r"strategy\.meme_objective\.hint: .*no layer 'nowhere'; it has",
         ),
-        ({"meme": "no_such_package:Model"}, r"strategy\.meme: model 'no_such_package:Model'"),
     ],
-    ids=["objective", "meme objective", "meme"],
+    ids=["objective", "meme objective"],
 )
 def test_what_does_not_fit_is_found_before_the_first_round(home, options, message):
     strategy, _, _ = home(options=options)
     with pytest.raises(ValueError, match=message):
-        strategy.check((1, 8, 8))
-
-
-def test_a_meme_with_batch_norm_needs_two_rows(home):
-    meme = {"name": "cnn", "options": {"channels": [4], "norm": "batch"}}
-    strategy, _, _ = home(options={"meme": meme})
-    strategy.check((1, 8, 8))
-    strategy, _, _ = home(options={"meme": meme}, clients={"batch_size": 1})
-    with pytest.raises(ValueError, match=r"strategy\.meme: cnn.* has BatchNorm"):
         strategy.check((1, 8, 8))

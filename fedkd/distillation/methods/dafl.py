@@ -23,7 +23,13 @@ from fedkd.models import ImageShape
 from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.objectives import PENULTIMATE, Objective, View, tapped, vectors
 from fedkd.objectives.taps import last_linear
-from fedkd.randomness import Purpose, seeded_torch, torch_generator, torch_seed_for
+from fedkd.randomness import (
+    Purpose,
+    seeded_everything,
+    seeded_torch,
+    torch_generator,
+    torch_seed_for,
+)
 from fedkd.training.objectives import total
 from fedkd.training.optimizers import OptimizerSettings
 
@@ -197,7 +203,7 @@ class _DataFreeFit:
         dropout, keys = connect_dropout(student), torch.from_numpy(step_keys(seed, steps))
         noted = StepNotes()
         with (
-            seeded_torch(seed),
+            seeded_everything(seed),
             tapped(self._teacher.first, [PENULTIMATE]) as embeddings,
             self._bound.tapping(student, self._teacher.first) as features,
         ):

@@ -1,0 +1,83 @@
+"""Every model that an algorithm trains, tried before any worker starts."""
+
+from fedkd.data import FederatedData
+from fedkd.models import build_model, uses_batch_norm
+from fedkd.models.memory import check_memory
+from fedkd.training import OptimizerSettings, as_tensor
+from fedkd.training.trial import SingleRowError, TrialSettings, try_model
+from strategies.base import DistillationStrategy, Step, StrategySettings
+
+TRIAL_ROWS = 16
+"""Real rows that models are tried on, at most."""
+
+
+def check_models(
+    strategy: DistillationStrategy[StrategySettings],
+    data: FederatedData,
+    *,
+    optimizer: OptimizerSettings,
+    stacked: bool = False,
+    keeps_states: bool = False,
+) -> None:
+    """Refuse models that do not fit the data, the machine, or the steps that they are to take.
+
+    Args:
+        strategy: says which models there are.
+        data: of the run.
+        optimizer: of every model.
+        stacked: whether clients have to train stacked.
+        keeps_states: whether this machine keeps the states of all clients.
+
+    Raises:
+        ValueError: naming the setting, the model and what would work.
+    """
+    for step in _smallest(strategy):
+        try:
+            _check(step, strategy, data, optimizer, stacked, keeps_states)
+        except SingleRowError as error:
+            raise ValueError(f"{step.setting}: {error}, but {step.remedy}") from error
+        except ValueError as error:
+            raise ValueError(f"{step.setting}: {error}") from error
+
+
+def _smallest(strategy: DistillationStrategy[StrategySettings]) -> list[Step]:
+    """Return one step for each setting and model: the smallest, or one that trains nothing."""
+    found: dict[tuple[str, str], Step] = {}
+    for step in strategy.smallest_steps():
+        key = step.setting, step.model.key
+        known = found.get(key)
+        if known is None or known.rows is None or (step.rows or known.rows) < known.rows:
+            found[key] = step
+    return list(found.values())
+
+
+def _check(
+    step: Step,
+    strategy: DistillationStrategy[StrategySettings],
+    data: FederatedData,
+    optimizer: OptimizerSettings,
+    stacked: bool,
+    keeps_states: bool,
+) -> None:
+    model, classes = step.model, data.num_classes
+    holders = strategy.federation.models.count(model) if keeps_states else 0
+    check_memory(
+        model,
+        input_shape=data.input_shape,
+        num_classes=classes,
+        slots=optimizer.slots,
+        states=holders,
+    )
+    trains = step.rows is not None
+    fewest = step.rows or 2
+    if model.is_own:
+        rows = (
+            as_tensor(data.train_inputs[:TRIAL_ROWS]),
+            as_tensor(data.train_labels[:TRIAL_ROWS]),
+        )
+        use = TrialSettings(optimizer, fewest, trains=trains, stacked=stacked)
+        try_model(model, rows, num_classes=classes, use=use)
+        return
+    module = build_model(model, input_shape=data.input_shape, num_classes=classes, seed=0)
+    if trains and fewest < 2 and uses_batch_norm(module):
+        raise SingleRowError(f"{model.label} has BatchNorm, which cannot train on a single row")
