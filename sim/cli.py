@@ -14,8 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import click
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 from sim.interruption import Interruption, interruptible
 
@@ -28,7 +30,78 @@ if TYPE_CHECKING:
     from sim.running import RunResult
     from sim.settings import Settings
 
+
+class _Commands(TyperGroup):
+    """The commands; a first word that is none of them is answered with what to type instead."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            from sim.hints import command_hint
+            from sim.settings import SettingsError
+            from strategies import STRATEGIES
+
+            raise SettingsError(command_hint(args[0], list(self.commands), list(STRATEGIES)))
+        return super().resolve_command(ctx, args)
+
+
+class _Command(TyperCommand):
+    """A command that takes settings as words, no option twice, and knows what its options are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the words."""
+        words = list(args)
+        try:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            for option in given:
+                if option.param_type_name == "option" and given.count(option) > 1:
+                    raise click.UsageError(_given_twice(option.opts[0], words), ctx)
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(_no_such_option(error, words, self.params, ctx), ctx) from None
+
+
+def _given_twice(option: str, words: Sequence[str]) -> str:
+    values = [
+        word.partition("=")[2] if word.startswith(f"{option}=") else following
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word == option or word.startswith(f"{option}=")
+    ]
+    instead = f"; arms are separated by commas: --arms {','.join(values)}"
+    return f"{option} is given {len(values)} times, give it once" + instead * (option == "--arms")
+
+
+def _no_such_option(
+    error: click.NoSuchOption,
+    words: Sequence[str],
+    params: Sequence[click.Parameter],
+    ctx: click.Context,
+) -> str:
+    from fedkd.distillation.settings import DistillSettings
+    from sim.hints import option_hint
+    from sim.settings import Settings
+
+    # Of -rounds=3 Click only tells that there is no -r.
+    asked = error.option_name
+    word = next((word for word in words if word.startswith(asked)), asked)
+    option, _, value = word.partition("=")
+    position = words.index(word) + 1 if word in words else len(words)
+    if not value and position < len(words) and not words[position].startswith("-"):
+        value = words[position]
+    command = ctx.info_name or ""
+    return option_hint(
+        option,
+        value,
+        known=[param.opts[0] for param in params if param.param_type_name == "option"],
+        kind={"distill": DistillSettings, "report": None}.get(command, Settings),
+        command=command,
+    )
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -82,7 +155,7 @@ def root(
     """
 
 
-@app.command()
+@app.command(cls=_Command)
 def run(
     arguments: ConfigAndOverrides = None,
     resume: Annotated[
@@ -126,7 +199,7 @@ def run(
         _say_where(result.folder, row)
 
 
-@app.command()
+@app.command(cls=_Command)
 def compare(
     arguments: ConfigAndOverrides = None,
     arms: Annotated[
@@ -158,7 +231,7 @@ def compare(
     - `fedkd compare --arms local,fedmd,dml rounds=10`
     - `fedkd compare conf/quickstart.yaml --baseline local`
     """
-    settings = _settings(arguments)
+    settings = _settings(arguments, arms or "")
     from sim.progress import ProgressObserver, signs_of_life
     from sim.records import to_json
     from sim.reports import summary_table, verdicts
@@ -184,7 +257,7 @@ def compare(
         _print_words("", *verdicts(study.runs, study.baseline))
 
 
-@app.command()
+@app.command(cls=_Command)
 def distill(
     arguments: ConfigAndOverrides = None,
     search: Annotated[
@@ -259,7 +332,7 @@ def distill(
         _say_where(result.folder, row)
 
 
-@app.command()
+@app.command(cls=_Command)
 def data(
     arguments: ConfigAndOverrides = None,
     figure: Annotated[
@@ -287,7 +360,7 @@ def data(
     typer.echo(f"figure {shown.figure}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run or study folders.")],
     output: Annotated[
@@ -362,26 +435,46 @@ def _print_words(*sentences: str) -> None:
         console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
 
 
-def _settings(arguments: Sequence[str] | None) -> "Settings":
-    """Read the settings of a federated run."""
+def _settings(arguments: Sequence[str] | None, arms: str | None = None) -> "Settings":
+    """Read the settings of a federated run.
+
+    Args:
+        arguments: a file and words.
+        arms: what ``--arms`` was given, for the mistake of separating them by spaces; None where
+            there is no such option.
+    """
     from sim.settings import load_settings
 
-    return load_settings(*_split(arguments))
+    return load_settings(*_split(arguments, arms))
 
 
-def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+def _split(
+    arguments: Sequence[str] | None, arms: str | None = None
+) -> tuple[str | None, list[str]]:
     """Split ``[CONFIG] [KEY=VALUE]...``."""
     from sim.settings import SettingsError
 
     words = list(arguments or ())
-    configs = [word for word in words if "=" not in word]
+    configs = [place for place, word in enumerate(words) if "=" not in word or word[0] == "="]
+    for place in configs:
+        if not Path(words[place]).exists():
+            hint = _stray_hint(words, place, arms)
+            if hint:
+                raise SettingsError(f"config {words[place]!r} does not exist{hint}")
     if len(configs) > 1:
         raise SettingsError(
-            f"give at most one config file, got {' and '.join(configs)}; "
+            f"give at most one config file, got {' and '.join(words[place] for place in configs)}; "
             "settings are written key=value"
         )
-    overrides = [word for word in words if "=" in word]
-    return configs[0] if configs else None, overrides
+    overrides = [word for place, word in enumerate(words) if place not in configs]
+    return words[configs[0]] if configs else None, overrides
+
+
+def _stray_hint(words: Sequence[str], place: int, arms: str | None) -> str:
+    from sim.hints import stray_hint
+    from strategies import STRATEGIES
+
+    return stray_hint(words, place, arms=arms, known_arms=list(STRATEGIES))
 
 
 def _search(
@@ -525,7 +618,14 @@ def main() -> None:
     sys.path.append(os.getcwd())
     try:
         with interruptible():
-            app()
+            code = app(standalone_mode=False)
+        if code:
+            sys.exit(code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
     except _StoppedError as stop:
         _fail(str(stop), stop.exit_code)
     except KeyboardInterrupt:

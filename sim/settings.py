@@ -31,6 +31,7 @@ from fedkd.names import check_name
 from fedkd.objectives import Objective
 from fedkd.training import OptimizerSettings, Passes
 from sim.faults import PROCESS_FAULTS, FaultRule
+from sim.hints import colon_hint, foreign_hint, section_hint, setting_hint, setting_paths
 from strategies import STRATEGIES
 from strategies.base import StrategySettings
 
@@ -73,6 +74,8 @@ class ClientsSettings(_Section):
     def _one_model_or_many(cls, value: object) -> object:
         if value in ([], ()):
             raise ValueError("need at least one model, got none")
+        if isinstance(value, str) and "," in value:
+            raise ValueError(f"several models are a list: clients.models=[{value}], got {value!r}")
         return [value] if isinstance(value, str | dict) else value
 
     @model_validator(mode="after")
@@ -300,8 +303,9 @@ def yaml_text(table: Mapping[str, Any]) -> str:
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """Return ``"; did you mean 'x'?"``, or nothing where no known word is near."""
-    matches = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    names = {name.casefold(): name for name in known}
+    matches = get_close_matches(word.casefold(), list(names), n=1, cutoff=0.6)
+    return f"; did you mean {names[matches[0]]!r}?" if matches else ""
 
 
 def load_settings(
@@ -509,22 +513,47 @@ def _checked(kind: type[SettingsT], table: Mapping[str, Any]) -> SettingsT:
 def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each problem: the setting, what is wrong, the value it got."""
     lines = []
+    unknown = [str(each["loc"][0]) for each in error.errors() if _is_unknown_outermost(each)]
+    if foreign := foreign_hint(kind, unknown, COMMANDS):
+        return [foreign]
     for problem in error.errors(include_url=False, include_context=False):
         path, known = _place(kind, problem["loc"])
         where = ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")
         message = message.replace("Input should be", "must be")
         if problem["type"] == "extra_forbidden":
-            known_there = f" (known there: {', '.join(known)})" if known else ""
-            lines.append(f"unknown setting {where!r}{nearest(path[-1], known)}{known_there}")
+            known_there = f"; known there: {', '.join(known)}" if known else ""
+            hint = setting_hint(kind, path, problem["input"])
+            lines.append(f"unknown setting {where!r}{hint or known_there}")
+        elif problem["type"] == "model_type":
+            keys = ", ".join(_keys(kind, path))
+            hint = section_hint(where, problem["input"]) or f"; known there: {keys}"
+            lines.append(f"{where} is a section of settings, got {problem['input']!r}{hint}")
         elif problem["type"] == "value_error" or "got " in message:
             # A check of several settings names them itself; one of a single value does not.
             if len(path) > 1 and message.startswith(f"{path[-1]}."):
                 message = ".".join([*path[:-1], message])
+            message += colon_hint(problem["input"])
             lines.append(message if message.startswith(where) else f"{where}: {message}")
         else:
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
+            message += f", got {problem['input']!r}{colon_hint(problem['input'])}"
+            lines.append(f"{where}: {message[0].lower()}{message[1:]}")
     return lines
+
+
+COMMANDS = {"fedkd run or fedkd compare": Settings, "fedkd distill": DistillSettings}
+"""Which command takes which settings."""
+
+
+def _is_unknown_outermost(problem: Any) -> bool:
+    return problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+
+
+def _keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Return the settings of a section."""
+    prefix = ".".join(path) + "."
+    names = [name.removeprefix(prefix) for name in setting_paths(kind) if name.startswith(prefix)]
+    return [name for name in names if "." not in name]
 
 
 def _place(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], list[str]]:

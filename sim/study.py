@@ -18,6 +18,8 @@ from strategies import STRATEGIES
 if TYPE_CHECKING:
     from sim.engine.session import RaySession
 
+_COMMAS = "; arms are separated by commas: local,dml"
+
 DEFAULT_ARMS = ("local", "one_way", "fedmd", "dml", "fedavg")
 
 
@@ -77,7 +79,8 @@ def arm_settings(base: Settings, arms: Sequence[str] | None = None) -> dict[str,
         else:
             names = [*known, *(strategy for strategy in STRATEGIES if strategy not in known)]
             raise SettingsError(
-                f"unknown arm {name!r}; known: {', '.join(names)}{nearest(name, names)}"
+                f"unknown arm {name!r}; known: {', '.join(names)}"
+                + (_COMMAS if name.split()[1:] else nearest(name, names))
             )
         try:
             resolved[name] = settings_from_table(merge_tables(table, patch))

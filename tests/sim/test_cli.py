@@ -66,6 +66,29 @@ BAD = {
     "resume with a config": (["run", "--resume", "a", "b.yaml"], "leave the config out"),
     "checkpoints": (["run", "checkpoints.keep=0"], "checkpoints.keep: must be greater than"),
     "judged": (["run", "evaluation.clients=11"], "at most clients.count (10), got 11"),
+    "setting as option": (["run", "--rounds", "3"], "key=value: fedkd run rounds=3"),
+    "setting as option with =": (["run", "--rounds=3"], "key=value: fedkd run rounds=3"),
+    "setting as short option": (["run", "-rounds=3"], "no option '-rounds'"),
+    "option of another command": (["run", "--seeds", "3"], "no option '--seeds'"),
+    "arms with spaces": (["compare", "--arms", "dml", "local"], "commas: --arms dml,local"),
+    "arms in one word": (["compare", "--arms", "dml local"], "arms are separated by commas"),
+    "arms without the option": (["compare", "local", "dml"], "commas: --arms local,dml"),
+    "arms twice": (["compare", "--arms", "dml", "--arms", "local"], "commas: --arms dml,local"),
+    "seeds twice": (["compare", "--seeds", "3", "--seeds", "4"], "--seeds is given 2 times"),
+    "seeds": (["compare", "--seeds", "x"], "'x' is not a valid integer"),
+    "no seeds": (["compare", "--seeds"], "'--seeds' requires an argument"),
+    "baseline": (
+        ["compare", "--arms", "local,dml", "--baseline", "dmll"],
+        "baseline must be one of the arms (local, dml), got 'dmll'; did you mean 'dml'?",
+    ),
+    "baseline in settings": (
+        ["compare", "--arms", "local,dml", "study.baseline=x"],
+        "study.baseline must be one of the arms (local, dml), got 'x'",
+    ),
+    "strategy as command": (["dml"], "did you mean 'fedkd run strategy.name=dml'?"),
+    "command": (["comapre"], "did you mean 'fedkd compare'?"),
+    "spaces around =": (["run", "rounds", "=", "3"], "no space around ="),
+    "unquoted list": (["run", "clients.models=[mlp,", "cnn]"], "quote what has spaces"),
 }
 
 
@@ -200,6 +223,12 @@ def test_a_run_is_resumed_with_its_own_settings(
 
 def test_quiet_prints_nothing(fedkd: Fedkd, tmp_path: Path, small_words: Words) -> None:
     assert fedkd("run", *small_words, f"output={tmp_path}", "--quiet") == (0, "", "")
+
+
+def test_a_run_that_was_asked_for_nothing_shows_help(fedkd: Fedkd) -> None:
+    code, out, err = fedkd()
+    assert code == 2
+    assert "fedkd compare" in out + err
 
 
 def test_data_shows_the_split_and_draws_it(

@@ -343,7 +343,10 @@ BAD = {
     "setting of a method": (["method={name: offline, x: 1}"], "unknown setting 'method.x'"),
     "weights": (["teacher.weights=no.safetensors"], "teacher.weights: 'no.safetensors' does not"),
     "private rows": (["data.private_rows=5000"], "data.private_rows must be at most"),
-    "unknown key": (["student.modle=cnn"], "unknown setting 'student.modle'; did you mean 'model'"),
+    "unknown key": (
+        ["student.modle=cnn"],
+        "unknown setting 'student.modle'; did you mean 'student.model'",
+    ),
     "model": (["student.model=cnnn"], "unknown model 'cnnn'"),
     "source": (["data.source=./no/such/folder"], "data.source './no/such/folder'"),
     "device": (["device=tpu"], "device: must be 'auto', 'cpu' or 'cuda', got 'tpu'"),

@@ -15,11 +15,11 @@ from strategies import STRATEGIES
 
 BAD = {
     "rouns=3": "unknown setting 'rouns'; did you mean 'rounds'?",
-    "data.partition.alpa=1": "unknown setting 'data.partition.alpa'; did you mean 'alpha'?",
-    "strategy.temperatur=1": "unknown setting 'strategy.temperatur'; did you mean 'temperature'?",
+    "data.partition.alpa=1": "unknown setting 'data.partition.alpa'; did you mean 'data.partition.alpha'?",
+    "strategy.temperatur=1": "unknown setting 'strategy.temperatur'; did you mean 'strategy.temperature'?",
     "rounds=abc": "rounds: must be a valid integer",
     "rounds=-1": "rounds: must be greater than or equal to 1, got -1",
-    "clients=3": "clients: must be a valid dictionary",
+    "clients=3": "clients is a section of settings, got 3; did you mean clients.count=3?",
     "strategy.temperature=0": "strategy.temperature: must be > 0, got 0.0",
     "strategy.temperature={kind: cosine, start: 4, end: 0}": "strategy.temperature: must be > 0",
     "strategy.kd_weight=-1": "strategy.kd_weight: must be >= 0, got -1.0",
