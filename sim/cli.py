@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from fedkd.names import printable
 from sim.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
@@ -652,5 +653,5 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"fedkd: {message}", err=True)
+    typer.echo(f"fedkd: {printable(message)}", err=True)
     sys.exit(code)

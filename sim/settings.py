@@ -541,7 +541,10 @@ def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     return lines
 
 
-COMMANDS = {"fedkd run or fedkd compare": Settings, "fedkd distill": DistillSettings}
+COMMANDS: Mapping[str, type[BaseModel]] = {
+    "fedkd run or fedkd compare": Settings,
+    "fedkd distill": DistillSettings,
+}
 """Which command takes which settings."""
 
 

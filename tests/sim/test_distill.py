@@ -345,7 +345,7 @@ BAD = {
     "private rows": (["data.private_rows=5000"], "data.private_rows must be at most"),
     "unknown key": (
         ["student.modle=cnn"],
-        "unknown setting 'student.modle'; did you mean 'student.model'",
+        "'student.modle'; did you mean 'student.model'?",
     ),
     "model": (["student.model=cnnn"], "unknown model 'cnnn'"),
     "source": (["data.source=./no/such/folder"], "data.source './no/such/folder'"),

@@ -15,8 +15,8 @@ from strategies import STRATEGIES
 
 BAD = {
     "rouns=3": "unknown setting 'rouns'; did you mean 'rounds'?",
-    "data.partition.alpa=1": "unknown setting 'data.partition.alpa'; did you mean 'data.partition.alpha'?",
-    "strategy.temperatur=1": "unknown setting 'strategy.temperatur'; did you mean 'strategy.temperature'?",
+    "data.partition.alpa=1": "'data.partition.alpa'; did you mean 'data.partition.alpha'?",
+    "strategy.temperatur=1": "'strategy.temperatur'; did you mean 'strategy.temperature'?",
     "rounds=abc": "rounds: must be a valid integer",
     "rounds=-1": "rounds: must be greater than or equal to 1, got -1",
     "clients=3": "clients is a section of settings, got 3; did you mean clients.count=3?",
