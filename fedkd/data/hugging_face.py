@@ -15,6 +15,12 @@ from fedkd.data.tables import ArrowTable
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+LOADERS = re.compile(
+    "arrow|audiofolder|cache|csv|eval|hdf5|imagefolder|json|lance|niftifolder|pandas|parquet"
+    "|pdffolder|sql|text|videofolder|webdataset|xml"
+)
+"""Names under which `datasets` reads files of the working directory, whatever they are."""
+
 NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
@@ -50,7 +56,8 @@ def hugging_face_files(
 
 
 def _load_dataset(settings: DataSettings, cache_folder: Path | None) -> "DatasetDict":
-    if not NAME.fullmatch(settings.source) and not Path(settings.source).exists():
+    is_name = NAME.fullmatch(settings.source) and not LOADERS.fullmatch(settings.source)
+    if not is_name and not Path(settings.source).exists():
         raise ValueError(
             f"data.source {settings.source!r} is neither a folder nor a name: {what_works()}"
         )

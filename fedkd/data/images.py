@@ -43,7 +43,7 @@ def open_image(encoded: bytes | Path, *, mode: str | None = None) -> "Image":
     Raises:
         ValueError: if it cannot be decoded or has too many pixels.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with _quiet_pillow():
@@ -56,10 +56,10 @@ def open_image(encoded: bytes | Path, *, mode: str | None = None) -> "Image":
     # Each decoder of Pillow reports damage with types of its own: OSError, SyntaxError,
     # NotImplementedError, struct.error, IndexError, ...
     except Exception as error:
-        reason = _one_line(error)
+        # Of what is unknown Pillow says where the buffer is in memory.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no picture" if unknown else _one_line(error)
         if not isinstance(encoded, Path):
-            # Pillow names the buffer by its address in memory.
-            reason = "no picture" if "BytesIO" in reason else reason
             reason += f" ({len(encoded)} bytes)"
         raise ValueError(f"the picture could not be read: {reason}") from error
 

@@ -151,6 +151,11 @@ def common_classes(splits: Mapping[str, Sequence[LabelColumn]], label: str) -> C
             )
     else:
         order, declared_by = _counted(columns, label), "no file"
+    if not any(map(_has_labels, columns)):
+        raise ValueError(f"{label}: no row has a label, all are empty or -1")
+    if len(order) < 2:
+        only = f", {printable(order[0])!r}" if order else ""
+        raise ValueError(f"{label} must tell at least two classes apart, got one{only}")
     if len(set(order)) < len(order):
         twice = next(name for name in order if order.count(name) > 1)
         raise ValueError(f"{label}: {declared_by} calls two classes {printable(twice)!r}")

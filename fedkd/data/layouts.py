@@ -25,21 +25,24 @@ SPLIT_WORDS: Mapping[str, frozenset[str]] = {
 }
 PICTURE_ENDINGS = frozenset(
     f".{ending}"
-    for ending in (
-        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "gif", "bmp", "dib", "webp", "tif", "tiff"),
-        *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "tga", "ico", "pcx", "avif"),
+    for endings in (
+        "png apng jpg jpeg jpe jfif gif bmp dib webp tif tiff",
+        "ppm pgm pbm pnm jp2 j2k jpx tga ico pcx avif",
     )
+    for ending in endings.split()
 )
 NOT_READ = {
-    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls", ".arff"), "tabular data"),
-    **dict.fromkeys((".txt", ".json", ".jsonl", ".ndjson", ".xml"), "text"),
-    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg"), "sound"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar"), "an "
-                    "archive, which has to be unpacked"),
-    **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pickle", ".pt", ".pth"),
-                    "arrays"),
-    **dict.fromkeys((".arrow", ".feather"), "Arrow files without the state.json of save_to_disk"),
-}  # fmt: skip
+    f".{ending}": what
+    for endings, what in (
+        ("csv tsv xlsx xls arff", "tabular data"),
+        ("txt json jsonl ndjson xml", "text"),
+        ("wav mp3 flac ogg", "sound"),
+        ("zip tar tgz gz xz bz2 zst 7z rar", "archives, which have to be unpacked"),
+        ("npy npz h5 hdf5 mat pkl pickle pt pth", "arrays"),
+        ("arrow feather", "Arrow files without the state.json of save_to_disk"),
+    )
+    for ending in endings.split()
+}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 MOST_ENTRIES = 2_000_000
@@ -118,10 +121,9 @@ def _find_layout(path: Path, source: str) -> Layout:
         what = NOT_READ.get(path.suffix.lower(), "neither a folder nor a Parquet file")
         raise ValueError(f"data.source {source!r} is {what}: {what_works()}")
     if not path.is_dir():
-        what = "is neither a folder nor a regular file" if path.exists() else (
-            "is not an existing folder or file"
-        )  # fmt: skip
-        raise ValueError(f"data.source {source!r} {what}: {what_works()}")
+        there = "neither a folder nor a regular file"
+        what = there if path.exists() else "not an existing folder or file"
+        raise ValueError(f"data.source {source!r} is {what}: {what_works()}")
     saved = _saved_to_disk(path, source)
     if saved is not None:
         return saved
@@ -160,7 +162,8 @@ def _nothing_read(names: Sequence[PurePath]) -> str:
     endings = Counter(name.suffix.lower() for name in names)
     for ending, _ in endings.most_common():
         if ending in NOT_READ:
-            return f"holds {NOT_READ[ending]} ({_listed(names)}), which is not read yet"
+            of_kind = [name for name in names if name.suffix.lower() == ending]
+            return f"holds {NOT_READ[ending]} ({_listed(of_kind)}), which is not read yet"
     return f"holds no data that can be read, but {_listed(names)}"
 
 

@@ -28,6 +28,8 @@ IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "review", "question")
 NO_PICTURES = ("Audio", "Video", "Pdf", "Nifti")  # what `datasets` keeps as bytes, too
 
+LFS_POINTER = b"version https://git-lfs.github.com"
+
 MOST_ROWS = 50_000_000
 PIECE_ROWS = 1024
 PIECE_BYTES = 32 * 2**20
@@ -63,6 +65,7 @@ class ParquetTable(Table):
         import pyarrow.parquet as pq
 
         name = printable(path.name)
+        _check_fetched(path, name)
         with _readable(name):
             # A small buffer: by default all of a column in a row group would be in memory.
             self._file = pq.ParquetFile(
@@ -99,6 +102,13 @@ class ParquetTable(Table):
                     yield first, batch.column(0)
                     first += len(batch)
             start += about.num_rows
+
+
+def _check_fetched(path: Path, name: str) -> None:
+    """Refuse what a clone without Git LFS leaves in the place of each large file."""
+    with _readable(name), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{name} only says where the file is: `git lfs pull` fetches it")
 
 
 class ArrowTable(Table):
@@ -375,7 +385,10 @@ def _label_column(table: Table, settings: DataSettings) -> str:
     known = [name for name in LABEL_COLUMNS if name in names]
     if known or len(noted) == 1:
         return (known or noted)[0]
-    raise ValueError(f"data.label_column must name the column of classes; known: {_columns(table)}")
+    raise ValueError(
+        f"data.label_column must name the column of classes of data.source {settings.source!r}; "
+        f"known: {_columns(table)}"
+    )
 
 
 def _check_known(settings: DataSettings, field: str, asked: str, names: Sequence[str]) -> None:
@@ -538,6 +551,8 @@ def _array_of(cell: "pa.Scalar") -> "Image | np.ndarray":
             raise ValueError("the picture has empty cells")
         if not _is_list(values.type):
             break
+        if not len(values):
+            raise ValueError("the picture is empty")
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
         if len(lengths) != 1:
             raise ValueError("the lines of the picture are not of one length")

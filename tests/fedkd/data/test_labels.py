@@ -129,6 +129,13 @@ def test_a_class_that_is_named_twice_is_refused():
         classes([read([0, 1], names=("ant", "ant"))])
 
 
+def test_one_class_and_no_label_are_nothing_to_learn():
+    with pytest.raises(ValueError, match="at least two classes apart, got one, '0'"):
+        classes([read([0, 0])])
+    with pytest.raises(ValueError, match="'label': no row has a label"):
+        classes([read([-1, None])])
+
+
 def test_names_cannot_steer_a_terminal():
     names = ("\x1b[31mred\x1b[0m", "two\nlines", "gnp.\u202exe", "plain ü", "\udcff")
     shown = classes([LabelColumn("a", np.arange(5), names, declared=True)]).names

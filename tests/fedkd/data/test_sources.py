@@ -1,3 +1,5 @@
+import io
+
 import datasets
 import huggingface_hub
 import numpy as np
@@ -285,6 +287,30 @@ def test_folders_of_pictures_are_read_as_datasets_reads_them(class_folders, tmp_
         np.testing.assert_array_equal(ours.read(rows), theirs.read(rows))
 
 
+def test_pictures_are_decoded_as_datasets_decodes_them(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    ramp = np.arange(96, dtype=np.uint8).reshape(4, 8, 3)
+    pictures = [Image.fromarray(ramp).convert(mode) for mode in ("L", "RGB", "P", "RGBA", "1")]
+    cells = []
+    for picture in pictures:
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        cells.append({"bytes": stream.getvalue(), "path": None})
+    stream = io.BytesIO()
+    pictures[1].transpose(Image.Transpose.ROTATE_90).save(stream, "JPEG", exif=turned)
+    cells.append({"bytes": stream.getvalue(), "path": None})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])}
+    )
+    table = datasets.Dataset.from_dict({"image": cells, "label": [0, 1] * 3}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    ours = opened(tmp_path).train.read(np.arange(6))
+    for pixels, theirs in zip(ours, table["image"], strict=True):
+        expected = np.asarray(theirs.convert("RGB")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(np.rint(pixels * 255), expected)
+
+
 def test_what_save_to_disk_wrote_is_read_again(numbered_folder, tmp_path):
     files = opened(numbered_folder)
     splits = datasets.load_dataset(str(numbered_folder), cache_dir=str(tmp_path / "cache"))
@@ -333,6 +359,13 @@ def test_loading_a_hugging_face_dataset_reports_to_no_counter(
         hugging_face_dataset(DataSettings(source="org/name"), tmp_path)
     assert seen == [False]
     assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS is True
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["a name/of three", "imagefolder", "csv", " ", "-\t-"])
+def test_what_is_no_name_of_a_dataset_is_refused_without_asking_for_it(name):
+    with pytest.raises(ValueError, match="is neither a folder nor a name: known: 'digits'"):
+        open_source(DataSettings(source=name))
 
 
 @pytest.mark.usefixtures("offline")

@@ -140,7 +140,8 @@ def test_a_damaged_page_names_file_and_column(tmp_path, column):
         ([[[0.0]], [[float("nan")]]], r"row 1: fractions must be from 0 to 1"),
         ([[[0.5]], [[-0.5]]], r"row 1: fractions must be from 0 to 1, got -0.5"),
         ([[[[0] * 5] * 5] * 5] * 2, r"row 0: one of the first and the last .*got 5x5x5"),
-        ([[[0]], []], r"row 1: "),
+        ([[[0]], []], r"row 1: the picture is empty"),
+        ([[[0]], [[]]], r"row 1: the picture is empty"),
     ],
 )
 def test_a_bad_picture_is_named_by_file_and_row(tmp_path, cells, complaint):
@@ -185,12 +186,19 @@ def test_empty_files_and_row_groups_are_no_rows(tmp_path):
     with pq.ParquetWriter(tmp_path / "train-1.parquet", kinds) as writer:
         for rows in ([], [0], []):
             writer.write_table(pa.table([[CELLS[r] for r in rows], rows], schema=kinds))
-    opened(tmp_path, name="train-0.parquet", image=pa.array([], pa.binary()), label=[])
+    pq.write_table(pa.table([[], []], schema=kinds), tmp_path / "train-0.parquet")
     source = opened(tmp_path, name="train-2.parquet", image=CELLS[1:], label=[1])
     np.testing.assert_array_equal(pixels_of(source), [10, 20])
     for path in tmp_path.glob("train-[12].parquet"):
         path.unlink()
     with pytest.raises(ValueError, match="no rows in split 'train'"):
+        open_source(DataSettings(source=str(tmp_path)))
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    (tmp_path / "train-00000-of-00001.parquet").write_text(pointer, encoding="ascii")
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet .*git lfs pull"):
         open_source(DataSettings(source=str(tmp_path)))
 
 
