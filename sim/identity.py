@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedkd.data import FederatedData
-from fedkd.distillation.settings import DistillSettings
 from sim.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from fedkd.distillation.settings import DistillSettings
 
 HARMLESS = ("name", "output", "study", "checkpoints", "search", "nodes")
 """Sections that say where results go and how they are kept, not what they are."""
@@ -32,7 +34,7 @@ def _harmless(path: tuple[str, ...]) -> bool:
     return section in HARMLESS or (section == "engine" and rest[0] in HARMLESS_ENGINE)
 
 
-def fingerprint(settings: Settings | DistillSettings) -> str:
+def fingerprint(settings: "Settings | DistillSettings") -> str:
     """Return a SHA-256 that changes with every setting that changes numbers."""
     table = {
         ".".join(path): value for path, value in _leaves(settings.to_table()) if not _harmless(path)

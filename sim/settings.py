@@ -25,7 +25,6 @@ from pydantic import (
 )
 
 from fedkd.data import DataSettings
-from fedkd.distillation.settings import DistillSettings
 from fedkd.models import ModelSettings
 from fedkd.names import check_name
 from fedkd.objectives import Objective
@@ -34,6 +33,10 @@ from sim.faults import PROCESS_FAULTS, FaultRule
 from sim.hints import colon_hint, foreign_hint, section_hint, setting_hint, setting_paths
 from strategies import STRATEGIES
 from strategies.base import StrategySettings
+
+if TYPE_CHECKING:
+    # A federated run, and every worker of it, does without the library of distillation.
+    from fedkd.distillation.settings import DistillSettings
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -326,7 +329,7 @@ def load_settings(
 
 def load_distill_settings(
     config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
-) -> DistillSettings:
+) -> "DistillSettings":
     """Read the settings of ``fedkd distill`` by the rules of `load_settings`.
 
     Args:
@@ -338,6 +341,8 @@ def load_distill_settings(
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
     """
+    from fedkd.distillation.settings import DistillSettings
+
     objective = DistillSettings().objective.model_dump(mode="json")
     return distill_settings_from_table(
         _read_table(config, overrides, lambda _: {("objective",): objective})
@@ -494,12 +499,14 @@ def settings_from_table(table: Mapping[str, Any]) -> Settings:
     return _checked(Settings, table)
 
 
-def distill_settings_from_table(table: Mapping[str, Any]) -> DistillSettings:
+def distill_settings_from_table(table: Mapping[str, Any]) -> "DistillSettings":
     """Check plain values and return the settings of a distillation.
 
     Raises:
         SettingsError: names the first setting that cannot work.
     """
+    from fedkd.distillation.settings import DistillSettings
+
     return _checked(DistillSettings, table)
 
 
