@@ -67,7 +67,6 @@ class Worker:
     def configure(self, settings: dict[str, Any], data: FederatedData) -> None:
         """Take on a run."""
         self._runtime = ClientRuntime(settings_from_table(settings), data, _device())
-        _warm_up()
         # What is here now stays: the collector need not look at it after every call.
         gc.collect()
         gc.freeze()
@@ -110,13 +109,6 @@ class Worker:
     def threads(self) -> int:
         """Return how many threads this worker computes with."""
         return torch.get_num_threads()
-
-
-def _warm_up() -> None:
-    """Let torch import what it needs at the first step: over a second, of no client's deadline."""
-    weight = torch.zeros(1, requires_grad=True)
-    weight.sum().backward()
-    torch.optim.SGD([weight], lr=0.1).step()
 
 
 def _device() -> torch.device:
