@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = (
+    "startup",
     "orchestration",
     "loop_ratio",
     "simulators",
