@@ -548,11 +548,11 @@ def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     return lines
 
 
-COMMANDS: Mapping[str, type[BaseModel]] = {
-    "fedkd run or fedkd compare": Settings,
-    "fedkd distill": DistillSettings,
-}
-"""Which command takes which settings."""
+def _commands() -> Mapping[str, type[BaseModel]]:
+    """Return which command takes which settings."""
+    from fedkd.distillation.settings import DistillSettings
+
+    return {"fedkd run or fedkd compare": Settings, "fedkd distill": DistillSettings}
 
 
 def _is_unknown_outermost(problem: Any) -> bool:
