@@ -521,7 +521,7 @@ def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each problem: the setting, what is wrong, the value it got."""
     lines = []
     unknown = [str(each["loc"][0]) for each in error.errors() if _is_unknown_outermost(each)]
-    if foreign := foreign_hint(kind, unknown, COMMANDS):
+    if foreign := foreign_hint(kind, unknown, _commands()):
         return [foreign]
     for problem in error.errors(include_url=False, include_context=False):
         path, known = _place(kind, problem["loc"])
