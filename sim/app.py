@@ -34,6 +34,7 @@ from sim.engine.nodes import NodesError, versions
 from sim.engine.runtime import ClientRuntime
 from sim.identity import data_digest
 from sim.observers import Observer, Row
+from sim.provenance import provenance_of
 from sim.records import FolderBusyError, RunFolder, StorageError, new_run_folder
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop
@@ -85,7 +86,7 @@ def _run(grid: Grid, context: Context) -> None:
     data = load_data(settings)
     folder = new_run_folder(settings.output, settings.name)
     status = "failed"
-    with RunFolder(folder, settings) as recorder:
+    with RunFolder(folder, settings, provenance_of(settings).to_row()) as recorder:
         _LOG.info("run folder: %s", folder.resolve())
         loop = RoundLoop(grid, settings, data, [recorder, _RoundLog(settings)])
         try:

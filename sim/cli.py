@@ -122,6 +122,13 @@ ConfigAndOverrides = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+AcceptCode = Annotated[
+    bool,
+    typer.Option(
+        "--accept-code",
+        help="Take earlier runs as they are although code or libraries have changed since.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 WithReport = Annotated[
     bool, typer.Option("--report", help="Draw the report, as fedkd report does later.")
@@ -164,6 +171,7 @@ def run(
         typer.Option(metavar="RUN", help="Go on with the run of this folder, bit for bit."),
     ] = None,
     with_report: WithReport = False,
+    accept_code: AcceptCode = False,
     quiet: Quiet = False,
     wide: Wide = False,
     json: AsJson = False,
@@ -178,6 +186,8 @@ def run(
     - `fedkd run engine.backend=inline` : in this process, for debugging
     - `fedkd run --resume runs/default/20260101-120000-1a2b3c` : where it was stopped
     """
+    if accept_code and resume is None:
+        _refuse_accepting()
     settings = _settings(arguments) if resume is None else _settings_to_resume(resume, arguments)
     from sim.progress import ProgressObserver, signs_of_life
     from sim.records import is_finished, to_json
@@ -188,7 +198,10 @@ def run(
         typer.echo(f"{resume} is finished already", err=True)
     with signs, _stoppable(), redirect_stdout(sys.stderr):
         result = run_federation(
-            settings, resume=resume, observers=[ProgressObserver(signs, settings.strategy.name)]
+            settings,
+            resume=resume,
+            accept_code=accept_code,
+            observers=[ProgressObserver(signs, settings.strategy.name)],
         )
     row = result.to_row()
     if with_report:
@@ -218,6 +231,7 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Paired seeds; study.seeds by default.")
     ] = None,
+    accept_code: AcceptCode = False,
     quiet: Quiet = False,
     wide: Wide = False,
     json: AsJson = False,
@@ -247,12 +261,15 @@ def compare(
             arms=[name.strip() for name in arms.split(",")] if arms else None,
             seeds=seeds,
             baseline=baseline,
+            accept_code=accept_code,
+            tell=_tell,
             observer_of=lambda arm, seed: [ProgressObserver(signs, f"{arm} seed {seed}")],
         )
     if json:
         typer.echo(to_json(study.to_row()))
     elif not quiet:
         _print(summary_table(study.runs, study.baseline), wide=wide)
+        _print_words(*study.notes)
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
         _print_words("", *verdicts(study.runs, study.baseline))
@@ -276,6 +293,7 @@ def distill(
         typer.Option(min=1, help="Paired repetitions: seed, seed + 1, ...; of the search, too."),
     ] = None,
     with_report: WithReport = False,
+    accept_code: AcceptCode = False,
     quiet: Quiet = False,
     wide: Wide = False,
     json: AsJson = False,
@@ -300,9 +318,11 @@ def distill(
 
     config, overrides = _split(arguments)
     settings = load_distill_settings(config, overrides)
+    if accept_code and not search and (seeds or settings.seeds) == 1:
+        _refuse_accepting()
     signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="epochs", json=json)
     if search:
-        _search(settings, seeds, signs, quiet=quiet, wide=wide, json=json)
+        _search(settings, seeds, signs, accept_code=accept_code, quiet=quiet, wide=wide, json=json)
         return
     if seeds is not None:
         settings = settings.model_copy(update={"seeds": seeds})
@@ -313,7 +333,12 @@ def distill(
 
     if settings.seeds > 1:
         with signs, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
-            study = repeat(settings, observer_of=lambda seed: FitProgress(signs, f"seed {seed}"))
+            study = repeat(
+                settings,
+                accept_code=accept_code,
+                tell=_tell,
+                observer_of=lambda seed: FitProgress(signs, f"seed {seed}"),
+            )
         if json:
             typer.echo(to_json(study.to_row()))
         elif not quiet:
@@ -418,6 +443,20 @@ def _say_where(folder: Path, row: "Row") -> None:
     typer.echo(f"run    {folder}\n{drawn}")
 
 
+def _tell(note: str) -> None:
+    """Say what decides numbers, in every mode: standard output is for tables and JSON."""
+    typer.echo(f"fedkd: {note}", err=True)
+
+
+def _refuse_accepting() -> NoReturn:
+    from sim.settings import SettingsError
+
+    raise SettingsError(
+        "--accept-code is about earlier runs: it goes with run --resume, compare, distill --seeds "
+        "and distill --search; a new run has none"
+    )
+
+
 def _print(table: "FittedTable", *, wide: bool) -> None:
     """Print the columns that the terminal has room for, or all of them.
 
@@ -483,6 +522,7 @@ def _search(
     seeds: int | None,
     signs: "Signs",
     *,
+    accept_code: bool,
     quiet: bool,
     wide: bool,
     json: bool,
@@ -500,7 +540,7 @@ def _search(
         return FitProgress(signs, f"{of_seed}T={trial.temperature:g}, w={trial.weight:g}")
 
     with signs, _stoppable(f"the same command goes on in {settings.output / settings.name}"):
-        found = search(settings, observer_of=observer_of)
+        found = search(settings, accept_code=accept_code, tell=_tell, observer_of=observer_of)
     if json:
         typer.echo(to_json(found.to_row()))
     elif not quiet:

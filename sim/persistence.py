@@ -145,7 +145,7 @@ class Persistence:
                 raise CheckpointError(f"no checkpoint can be used: {'; '.join(problems)}")
             self._folder.rewind(None)
             self._grid.load_states([])
-            self._grid.recall({**self._grid.memory(), "excluded": {}})
+            self._grid.recall({**self._grid.memory(), "excluded": {}, "trained_by": {}})
             self._saved_round = None
             self._loop.start()
             return

@@ -26,6 +26,7 @@ EXCHANGE_FILE = "exchange.jsonl"
 EVENTS_FILE = "events.jsonl"
 RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
+IDENTITY_FILE = "identity.json"
 LOCK_FILE = ".lock"
 ROW_FILES = (METRICS_FILE, EXCHANGE_FILE, EVENTS_FILE)
 
@@ -128,7 +129,8 @@ def make_folder(output: Path, folder: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
+    # A name of its own: two commands may write one study.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -153,25 +155,51 @@ def environment(device: str) -> Row:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
+        "cpu": cpu_model(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "device": device,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "packages": package_versions(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(Path(__file__).resolve().parent.parent),
     }
 
 
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
+def cpu_model() -> str | None:
+    """Return what the processor is called, on which the last bits of a sum can depend."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return _answer("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
+    lines = [line.partition(":") for line in text.splitlines()]
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    # Not every architecture has a name there; on ARM these numbers stand for it.
+    parts = [f"{key} {told[key]}" for key in ("CPU implementer", "CPU part") if key in told]
+    return told.get("model name") or ", ".join(parts) or platform.processor() or None
+
+
+CODE = ("fedkd", "strategies", "sim")
+"""The folders whose changes matter to a run's numbers."""
+
+
+def git_commit(root: Path) -> str | None:
+    """Return the commit of a working tree, with ``-dirty`` where the code is not that commit's.
+
+    Files that git does not know count as well; None where there is no repository.
+    """
     if not (root / ".git").exists():
         return None
+    commit = _answer("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = _answer("git", "-C", str(root), "status", "--porcelain", "--", *CODE)
+    if commit is None or changed is None:
+        return commit
+    return f"{commit}-dirty" if changed else commit
+
+
+def _answer(*command: str) -> str | None:
     try:
         answer = subprocess.run(  # noqa: S603
-            ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+            command, capture_output=True, text=True, check=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -188,6 +216,7 @@ class Recorder:
         settings: the resolved settings as YAML.
         device: that the run computes on.
         files: names of the files that grow by rows.
+        identity: what the run is made of, see `sim.provenance`; None leaves what is recorded.
         goes_on: what to do after a `StorageError`, see `storing`.
 
     Raises:
@@ -202,6 +231,7 @@ class Recorder:
         settings: str,
         device: str,
         files: Sequence[str],
+        identity: Row | None = None,
         goes_on: str | None = None,
     ) -> None:
         self.folder = folder
@@ -209,6 +239,9 @@ class Recorder:
         with storing(folder, goes_on=goes_on):
             self._lock = _lock(folder)
             try:
+                if identity is not None:
+                    # First: a run that can be gone on with says what it is made of.
+                    write_text(folder / IDENTITY_FILE, to_json(identity, indent=1) + "\n")
                 write_text(folder / SETTINGS_FILE, settings)
                 if not (folder / ENVIRONMENT_FILE).exists():
                     text = to_json(environment(device), indent=2)
@@ -237,13 +270,14 @@ class Recorder:
 class RunFolder(Recorder, Observer):
     """The folder of a federated run."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, identity: Row | None = None) -> None:
         self.marks: Marks = {}
         super().__init__(
             folder,
             settings=settings.to_yaml(),
             device="cuda" if settings.engine.gpus_per_worker else "cpu",
             files=ROW_FILES,
+            identity=identity,
         )
 
     def __enter__(self) -> "RunFolder":
@@ -328,6 +362,17 @@ class _RowFile:
                 digest.update(block)
                 size += len(block)
         return size, digest
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the folder; nobody else gets in."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:

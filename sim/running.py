@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
@@ -19,6 +20,7 @@ from sim.identity import check_same_run
 from sim.interruption import Interruption, interruptible
 from sim.observers import Observer, Row
 from sim.persistence import Persistence, read_history
+from sim.provenance import Changes, check_same_make, provenance_of
 from sim.records import (
     RESULT_FILE,
     SETTINGS_FILE,
@@ -52,6 +54,7 @@ class RunResult:
         weights_sha256: digest of all clients' weights, in client order; None unless finished.
         history: what each round measured.
         seconds: wall time of the rounds, without loading data and starting workers.
+        backends: what trained the clients of each architecture: ``loop``, ``vmap`` or both.
     """
 
     settings: Settings
@@ -60,6 +63,7 @@ class RunResult:
     weights_sha256: str | None
     history: History
     seconds: float
+    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def to_row(self) -> Row:
         """Return the result as plain values: the content of ``result.json``."""
@@ -71,6 +75,7 @@ class RunResult:
             "rounds": len(self.history.federation),
             "weights_sha256": self.weights_sha256,
             "seconds": self.seconds,
+            "backends": {model: list(names) for model, names in self.backends.items()},
             "folder": str(self.folder),
             **summary(self.history, self.settings.clients.count),
         }
@@ -165,6 +170,7 @@ def run(
     *,
     folder: Path | None = None,
     resume: Path | None = None,
+    accept_code: bool = False,
     observers: Sequence[Observer] = (),
     session: "RaySession | None" = None,
 ) -> RunResult:
@@ -177,6 +183,7 @@ def run(
             None; they may differ from those in what changes no number.
         folder: where to write; by default a new folder ``<output>/<name>/<time>-<id>``.
         resume: the folder of the run to go on with; a finished one is only read.
+        accept_code: go on with a run although its code, or a library, has changed since.
         observers: told about every round while it happens.
         session: a Ray session to run in; by default one is started and stopped.
 
@@ -199,17 +206,23 @@ def run(
         check_same_run(own, settings)
         if is_finished(resume):
             return _finished_result(resume, settings)
+        made_of, accepted = check_same_make(
+            resume, provenance_of(settings), accept_code=accept_code
+        )
         data = load_data(settings)
     else:
         settings = settings or Settings()
         check_engine(settings.engine)
         folder = folder or new_run_folder(settings.output, settings.name)
         with _removed_if_empty(folder):
+            made_of = provenance_of(settings)
             data = load_data(settings)
+            accepted = Changes()
     place: Path = resume or folder  # type: ignore[assignment]
     status, digest = "failed", None
     loop: RoundLoop | None = None
-    with RunFolder(place, settings) as recorder:
+    backends: Mapping[str, Sequence[str]] = {}
+    with RunFolder(place, settings, made_of.to_row()) as recorder:
         try:
             with open_grid(settings, data, session) as grid, interruptible():
                 loop = RoundLoop(grid, settings, data, [recorder, *observers])
@@ -217,7 +230,12 @@ def run(
                 try:
                     if resume is not None:
                         keeper.restore()
+                    if accepted:
+                        reached = 0 if loop.boundary is None else loop.boundary.round
+                        row = {"round": reached, "event": "code changed", "reason": str(accepted)}
+                        loop.tell(row)
                     digest = _run_rounds(loop, keeper, grid, settings)
+                    backends = grid.backends()
                 except BaseException:
                     # Whatever the last of it was, what is complete shall not be lost. Where even
                     # this fails, what happened first is what matters.
@@ -233,7 +251,9 @@ def run(
             raise
         finally:
             history = loop.history if loop is not None else History()
-            result = run_result(settings, place, history, status=status, digest=digest)
+            result = run_result(
+                settings, place, history, status=status, digest=digest, backends=backends
+            )
             with suppress(StorageError) if status != "finished" else nullcontext():
                 recorder.result(result.to_row())
     return result
@@ -275,8 +295,13 @@ def settings_of_run(folder: Path, overrides: Sequence[str] = ()) -> Settings:
 
 def _finished_result(folder: Path, settings: Settings) -> RunResult:
     result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    digest = result.get("weights_sha256")
-    return run_result(settings, folder, read_history(folder), digest=digest)
+    return run_result(
+        settings,
+        folder,
+        read_history(folder),
+        digest=result.get("weights_sha256"),
+        backends=result.get("backends", {}),
+    )
 
 
 @contextmanager
@@ -299,10 +324,11 @@ def run_result(
     *,
     status: str = "finished",
     digest: str | None = None,
+    backends: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> RunResult:
     """Gather what a run measured."""
     seconds = math.fsum(row["seconds"] for row in history.federation)
-    return RunResult(settings, folder, status, digest, history, seconds)
+    return RunResult(settings, folder, status, digest, history, seconds, backends)
 
 
 def _digest(grid: CohortGrid[Any], settings: Settings) -> str:

@@ -1,5 +1,8 @@
 """`compare`: arms x paired seeds, each a run; what is done already is not done again."""
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 from sim.engine.resources import check_engine
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
-from sim.records import SETTINGS_FILE, is_finished, make_folder, to_json, write_text
+from sim.provenance import Place, Provenance, notes_on, place_run, provenance_of
+from sim.records import (
+    SETTINGS_FILE,
+    is_finished,
+    make_folder,
+    only_one,
+    to_json,
+    write_text,
+)
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
-from sim.reports.runs import STUDY_FILE, RunRecord
+from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.running import load_data, open_session, run
 from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table
 from strategies import STRATEGIES
@@ -32,12 +43,15 @@ class StudyResult:
         report: path of the report.
         runs: the runs of each arm, by seed.
         baseline: the arm that the others are compared with.
+        notes: what a reader of the table has to know, a sentence each: runs that were kept and
+            made anew or taken as they are, models that arms did not train alike.
     """
 
     folder: Path
     report: Path
     runs: Mapping[str, Sequence[RunRecord]]
     baseline: str
+    notes: Sequence[str] = ()
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -48,6 +62,7 @@ class StudyResult:
             "arms": summary_rows(self.runs, self.baseline),
             "pairs": pair_rows(self.runs),
             "verdicts": list(verdicts(self.runs, self.baseline)),
+            "notes": list(self.notes),
             "weights_sha256": {
                 arm: [record.result.get("weights_sha256") for record in records]
                 for arm, records in self.runs.items()
@@ -121,12 +136,17 @@ def compare(
     arms: Sequence[str] | None = None,
     seeds: int | None = None,
     baseline: str | None = None,
+    accept_code: bool = False,
     observer_of: Callable[[str, int], Sequence[Observer]] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> StudyResult:
     """Run every arm with every seed and report on them.
 
     Seeds are paired: with one seed, all arms have the same split and the same initial weights
     for each client, so that differences between arms are differences of the algorithms.
+
+    A finished run is taken again only where settings, data, code and libraries are what they were;
+    else it is kept, and run anew beside it.
 
     Args:
         settings: common settings and ``study``.
@@ -134,8 +154,11 @@ def compare(
         seeds: how many seeds, from ``settings.seed`` on; ``study.seeds`` by default.
         baseline: the arm that the others are compared with; ``study.baseline`` by default, where it
             is one of the arms, and else the first.
+        accept_code: take runs whose code or libraries have changed since as they are, and go on
+            with them; never with other data.
         observer_of: returns who is told about the run of an arm and a seed; called for runs
             that are started, not for those that are finished already.
+        tell: is told, before anything runs, what the notes say about earlier runs.
 
     Returns:
         The runs and the path of the report.
@@ -156,10 +179,9 @@ def compare(
         arm: [of_arm.model_copy(update={"seed": settings.seed + offset}) for offset in range(count)]
         for arm, of_arm in by_arm.items()
     }
-    folders = {
-        arm: [folder / arm / f"seed-{of_run.seed}-{fingerprint(of_run)[:8]}" for of_run in of_arm]
-        for arm, of_arm in plan.items()
-    }
+    folders, notes = _place_runs(folder, plan, accept_code=accept_code)
+    for note in notes:
+        (tell or _ignore)(note)
     unfinished = [
         (arm, of_run, run_folder)
         # Seed by seed, so that a study that is cut short has whole pairs.
@@ -168,26 +190,120 @@ def compare(
         for of_run, run_folder in [(plan[arm][offset], folders[arm][offset])]
         if not is_finished(run_folder)
     ]
-    _run_all(unfinished, observer_of)
-    table = {
-        "name": settings.name,
-        "baseline": baseline,
-        "arms": {
-            arm: [str(run_folder.relative_to(folder)) for run_folder in of_arm]
-            for arm, of_arm in folders.items()
-        },
-    }
-    write_text(folder / STUDY_FILE, to_json(table, indent=2) + "\n")
+    _run_all(unfinished, observer_of, accept_code=accept_code)
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
-    report = write_report(runs, folder, title=settings.name, baseline=baseline)
-    return StudyResult(folder=folder, report=report, runs=runs, baseline=baseline)
+    notes += backend_notes(runs)
+    # Two commands may end at once; each finds the other's report whole.
+    with only_one(folder):
+        place = report_folder(folder, folders, baseline)
+        table = {
+            "name": settings.name,
+            "baseline": baseline,
+            "arms": {
+                arm: [os.path.relpath(run_folder, place) for run_folder in of_arm]
+                for arm, of_arm in folders.items()
+            },
+            "notes": notes,
+        }
+        write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")
+        report = write_report(runs, place, title=settings.name, baseline=baseline)
+    return StudyResult(folder=place, report=report, runs=runs, baseline=baseline, notes=notes)
+
+
+def _ignore(_note: str) -> None:
+    """Tell nobody."""
+
+
+def _place_runs(
+    folder: Path, plan: Mapping[str, Sequence[Settings]], *, accept_code: bool
+) -> tuple[dict[str, list[Path]], list[str]]:
+    """Find or name the folder of every run, and say which earlier ones do not count and why."""
+    folders: dict[str, list[Path]] = {}
+    places: dict[str, Place] = {}
+    made_of: dict[str, Provenance] = {}
+    for arm, of_arm in plan.items():
+        folders[arm] = []
+        for settings in of_arm:
+            of_all_seeds = fingerprint(settings.model_copy(update={"seed": 0}))
+            if of_all_seeds not in made_of:
+                made_of[of_all_seeds] = provenance_of(settings)
+            named = folder / arm / f"seed-{settings.seed}-{fingerprint(settings)[:8]}"
+            place = place_run(
+                named, made_of[of_all_seeds], accept_code=accept_code, begun=_is_begun
+            )
+            folders[arm].append(place.folder)
+            places[f"{arm} seed {settings.seed}"] = place
+    return folders, notes_on(places)
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / SETTINGS_FILE).is_file()
+
+
+def backend_notes(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """Say which models the arms did not train with one backend, whose last bits differ."""
+    used: dict[str, dict[str, list[str]]] = {}
+    for arm, of_arm in runs.items():
+        for record in of_arm:
+            for model, backends in record.backends.items():
+                by = used.setdefault(model, {}).setdefault(" and ".join(backends), [])
+                if arm not in by:
+                    by.append(arm)
+    return [
+        f"{model} was trained by "
+        + "; by ".join(f"{backends} in {', '.join(arms)}" for backends, arms in by.items())
+        + ": they differ by rounding as well; engine.vectorize=loop or vmap trains all alike"
+        for model, by in used.items()
+        if len(by) > 1
+    ]
+
+
+def report_folder(folder: Path, runs: Mapping[str, Sequence[Path]], baseline: str) -> Path:
+    """Return where the report on these runs belongs, so that it replaces no report on others.
+
+    A report is replaced by one that holds all its runs and has its baseline: more seeds of the
+    same study, or more arms, go where it was. Any other goes into a folder of its own inside.
+    """
+    mine = {arm: {run.name for run in of_arm} for arm, of_arm in runs.items()}
+    text = json.dumps([baseline, {arm: sorted(of_arm) for arm, of_arm in mine.items()}])
+    own = f"{REPORT_OF}{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    for place in (folder, *sorted(folder.glob(f"{REPORT_OF}*"))):
+        theirs = _reported(place)
+        if theirs is None and place == folder:
+            return folder
+        if theirs is not None and _holds((baseline, mine), theirs):
+            return place
+    return make_folder(folder, folder / own)
+
+
+Reported = tuple[str, Mapping[str, set[str]]]
+"""A report's baseline, and the runs that it is on, by arm."""
+
+
+def _reported(place: Path) -> Reported | None:
+    """Return what the report in a folder is on; None where there is no report."""
+    try:
+        table = json.loads((place / STUDY_FILE).read_text(encoding="utf-8"))
+        arms = {str(arm): {Path(run).name for run in runs} for arm, runs in table["arms"].items()}
+        return str(table["baseline"]), arms
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _holds(mine: Reported, theirs: Reported) -> bool:
+    (baseline, runs), (other, their_runs) = mine, theirs
+    return baseline == other and all(
+        of_arm <= runs.get(arm, set()) for arm, of_arm in their_runs.items()
+    )
 
 
 def _run_all(
     runs: Sequence[tuple[str, Settings, Path]],
     observer_of: Callable[[str, int], Sequence[Observer]] | None,
+    *,
+    accept_code: bool,
 ) -> None:
     # What cannot work should fail before the first run, not before the last.
     checked: set[str] = set()
@@ -202,11 +318,11 @@ def _run_all(
             if settings.engine.backend == "ray" and session is None:
                 session = open_session(settings.engine)
             make_folder(settings.output, folder)
-            begun = (folder / SETTINGS_FILE).is_file()
             run(
                 settings,
                 folder=folder,
-                resume=folder if begun else None,
+                resume=folder if _is_begun(folder) else None,
+                accept_code=accept_code,
                 observers=observer_of(arm, settings.seed) if observer_of is not None else (),
                 session=session,
             )

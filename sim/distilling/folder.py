@@ -26,6 +26,7 @@ class DistillFolder(Recorder):
         settings: of the distillation.
         device: that it computes on.
         goes_on: what to do after a `sim.records.StorageError`.
+        identity: what it is made of, see `sim.provenance`.
         anew: whether rows that are there already are removed.
     """
 
@@ -36,6 +37,7 @@ class DistillFolder(Recorder):
         *,
         device: str,
         goes_on: str,
+        identity: Row,
         anew: bool = True,
     ) -> None:
         super().__init__(
@@ -43,6 +45,7 @@ class DistillFolder(Recorder):
             settings=yaml_text(settings.to_table()),
             device=device,
             files=(METRICS_FILE,),
+            identity=identity,
             goes_on=goes_on,
         )
         if anew:

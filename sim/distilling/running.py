@@ -19,6 +19,7 @@ from fedkd.distillation.workshop import Observer
 from sim.distilling.folder import DistillFolder
 from sim.interruption import Interruption, interruptible
 from sim.observers import Row
+from sim.provenance import provenance_of
 from sim.records import RESULT_FILE, StorageError, make_folder, new_run_folder
 from sim.settings import SettingsError
 
@@ -83,6 +84,7 @@ def distill(
     """
     settings = settings or DistillSettings()
     rows = prepare(settings)
+    identity = provenance_of(settings).to_row()
     if folder is None:
         folder = new_run_folder(settings.output, settings.name)
     else:
@@ -96,7 +98,9 @@ def distill(
     }
     started = time.monotonic()
     with (
-        DistillFolder(folder, settings, device=rows.device.type, goes_on=goes_on) as recorder,
+        DistillFolder(
+            folder, settings, device=rows.device.type, goes_on=goes_on, identity=identity
+        ) as recorder,
         computing(settings),
     ):
 

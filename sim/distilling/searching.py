@@ -18,6 +18,7 @@ from sim.distilling.running import computing, nobody, prepare, settings_at_fault
 from sim.identity import fingerprint
 from sim.interruption import Interruption, interruptible
 from sim.observers import Row
+from sim.provenance import Provenance, notes_on, place_run, provenance_of
 from sim.records import make_folder, storing, to_json, write_text
 from sim.reports.distillation import SEARCH_FILE
 from sim.reports.terminal import Column, FittedTable
@@ -31,11 +32,13 @@ class Search:
         settings: of the search.
         folder: holds ``search.json``.
         result: the grid.
+        notes: what a reader has to know about an earlier search of the same settings.
     """
 
     settings: DistillSettings
     folder: Path
     result: SearchResult
+    notes: Sequence[str] = ()
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -62,6 +65,7 @@ class Search:
             "cells": [_cell_row(cell) for cell in self.result.cells],
             "best": _cell_row(self.result.best),
             "words": list(self.words),
+            "notes": list(self.notes),
         }
 
     @property
@@ -134,16 +138,21 @@ class Search:
 def search(
     settings: DistillSettings | None = None,
     *,
+    accept_code: bool = False,
     observer_of: Callable[[Trial], Observer] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Search:
     """Search the grid ``settings.search``.
 
     The folder is named after the settings without the grid: the same command goes on after an
-    interruption, and a larger grid trains the new cells only.
+    interruption, and a larger grid trains the new cells only. Where data, code or libraries have
+    changed since, the earlier search is kept and all cells are trained anew beside it.
 
     Args:
         settings: what to distil, and the grid.
+        accept_code: go on with a search although its code or libraries have changed.
         observer_of: returns who is told about the epochs of a trial.
+        tell: is told, before anything runs, what the notes say about an earlier search.
 
     Raises:
         SettingsError: names the setting that cannot work.
@@ -155,9 +164,19 @@ def search(
     rows = prepare(settings)
     with settings_at_fault():
         searched_term(settings.objective)
-    folder = make_folder(
-        settings.output, settings.output / settings.name / f"search-{fingerprint(settings)[:8]}"
+    now = provenance_of(settings)
+    named = settings.output / settings.name / f"search-{fingerprint(settings)[:8]}"
+    place = place_run(
+        named, now, accept_code=accept_code, begun=lambda at: (at / SEARCH_FILE).is_file()
     )
+    notes = notes_on({"search": place})
+    for note in notes:
+        if tell is not None:
+            tell(note)
+    folder = make_folder(settings.output, place.folder)
+    if place.changes and place.kept is None:
+        # Some cells are of other code from here on, which the next search has to know.
+        now = (Provenance.read(folder) or now).mixed_with(now)
     path = folder / SEARCH_FILE
     goes_on = f"the same command goes on in {folder}"
     done = read_trials(path)
@@ -173,7 +192,12 @@ def search(
 
     with (
         DistillFolder(
-            folder, settings, device=rows.device.type, goes_on=goes_on, anew=not done
+            folder,
+            settings,
+            device=rows.device.type,
+            goes_on=goes_on,
+            identity=now.to_row(),
+            anew=not done,
         ) as recorder,
         computing(settings),
     ):
@@ -193,7 +217,7 @@ def search(
         except KeyboardInterrupt as stop:
             keep("interrupted")
             raise Interruption.of_run(stop, folder) from None
-        found = Search(settings, folder, result)
+        found = Search(settings, folder, result, notes)
         keep("finished", found.to_row())
     return found
 

@@ -9,6 +9,7 @@ from fedkd.distillation.workshop import Observer
 from sim.distilling.running import DistillResult, distill, nobody, read_result
 from sim.identity import fingerprint
 from sim.observers import Row
+from sim.provenance import notes_on, place_run, provenance_of
 from sim.records import is_finished, storing, to_json, write_text
 from sim.reports.distillation import (
     DISTILLATIONS,
@@ -28,11 +29,13 @@ class Repetition:
         folder: holds the runs' folders, ``study.json``, ``report.html`` and ``figures/``.
         report: path of the report.
         runs: one a seed.
+        notes: what a reader has to know about earlier runs, a sentence each.
     """
 
     folder: Path
     report: Path
     runs: Sequence[DistillRecord]
+    notes: Sequence[str] = ()
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -40,6 +43,7 @@ class Repetition:
             "folder": str(self.folder),
             "report": str(self.report),
             **distill_rows(self.runs),
+            "notes": list(self.notes),
             "weights_sha256": {run.seed: run.result["weights_sha256"] for run in self.runs},
         }
 
@@ -47,17 +51,24 @@ class Repetition:
 def repeat(
     settings: DistillSettings | None = None,
     *,
+    accept_code: bool = False,
     observer_of: Callable[[int], Observer] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Repetition:
     """Distil with ``settings.seeds`` seeds from ``settings.seed`` on and report on them together.
 
     Within a seed the student and its twin start from the same weights and take the same labelled
     batches, so that their difference is what distillation did.
 
+    A finished run is taken again only where settings, data, code and libraries are what they were;
+    else it is kept, and run anew beside it.
+
     Args:
         settings: what to run.
+        accept_code: take runs whose code or libraries have changed since as they are.
         observer_of: returns who is told about the run of a seed; called for runs that are
             started, not for those that are finished already.
+        tell: is told, before anything runs, what the notes say about earlier runs.
 
     Raises:
         SettingsError: names the setting that cannot work.
@@ -66,11 +77,28 @@ def repeat(
     settings = settings or DistillSettings()
     folder = settings.output / settings.name
     goes_on = f"the same command goes on in {folder}"
+    plan = [
+        settings.model_copy(update={"seed": settings.seed + offset, "seeds": 1})
+        for offset in range(settings.seeds)
+    ]
+    now = provenance_of(settings)
+    places = [
+        place_run(
+            folder / f"seed-{of_seed.seed}-{fingerprint(of_seed)[:8]}",
+            now,
+            accept_code=accept_code,
+            # What was interrupted begins anew, and may as well be of other code.
+            begun=is_finished,
+        )
+        for of_seed in plan
+    ]
+    notes = notes_on({f"seed {s.seed}": place for s, place in zip(plan, places, strict=True)})
+    for note in notes:
+        if tell is not None:
+            tell(note)
     results: list[DistillResult] = []
-    for offset in range(settings.seeds):
-        seed = settings.seed + offset
-        of_seed = settings.model_copy(update={"seed": seed, "seeds": 1})
-        run_folder = folder / f"seed-{seed}-{fingerprint(of_seed)[:8]}"
+    for of_seed, place in zip(plan, places, strict=True):
+        seed, run_folder = of_seed.seed, place.folder
         if is_finished(run_folder):
             results.append(read_result(of_seed, run_folder))
             continue
@@ -91,4 +119,4 @@ def repeat(
         write_text(folder / STUDY_FILE, to_json(table, indent=2) + "\n")
     runs = [load_distillation(result.folder) for result in results]
     report = write_distill_report(runs, folder, title=settings.name)
-    return Repetition(folder, report, runs)
+    return Repetition(folder, report, runs, notes)

@@ -38,6 +38,7 @@ class CohortCutter:
         self._strategy = strategy
         self._rows = np.fromiter((len(rows) for rows in data.client_rows), np.int64)
         self._measured: dict[str, Backend] = {}
+        self._trained_by: dict[str, set[Backend]] = {}
 
     def cut(self, clients: Sequence[int], phase: Phase) -> list[Cohort]:
         """Return cohorts: their members, sorted, and their backend.
@@ -51,6 +52,9 @@ class CohortCutter:
         for group in self._by_architecture(clients):
             for members in self._stacks(group):
                 backend = self._backend(members)
+                if phase == "train":
+                    label = self._model(members[0]).label
+                    self._trained_by.setdefault(label, set()).add(backend)
                 if backend == "loop":
                     cohorts.extend(((client,), backend) for client in members)
                 else:
@@ -76,9 +80,16 @@ class CohortCutter:
         """Return the measured choices by architecture; empty unless ``vectorize: measure``."""
         return dict(self._measured)
 
-    def recall(self, choices: Mapping[str, Backend]) -> None:
-        """Take back what `choices` returned."""
+    def trained_by(self) -> dict[str, list[Backend]]:
+        """Return which backends have trained each model so far, by what the model is called."""
+        return {label: sorted(backends) for label, backends in self._trained_by.items()}
+
+    def recall(
+        self, choices: Mapping[str, Backend], trained_by: Mapping[str, Sequence[Backend]]
+    ) -> None:
+        """Take back what `choices` and `trained_by` returned."""
         self._measured = dict(choices)
+        self._trained_by = {label: set(backends) for label, backends in trained_by.items()}
 
     def _backend(self, members: Sequence[int]) -> Backend:
         model = self._model(members[0])

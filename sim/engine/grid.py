@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
+from fedkd.training.backends import Backend
 from sim.engine.cohorts import CohortCutter
 from sim.engine.flower import Run, empty_run, identify_process, set_message_id
 from sim.engine.messages import (
@@ -152,12 +153,17 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         return {
             "excluded": {str(client): reason for client, reason in self._excluded.items()},
             "backends": self._cutter.choices(),
+            "trained_by": self._cutter.trained_by(),
         }
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         """Take back what `memory` returned."""
         self._excluded = {int(client): reason for client, reason in memory["excluded"].items()}
-        self._cutter.recall(memory["backends"])
+        self._cutter.recall(memory["backends"], memory["trained_by"])
+
+    def backends(self) -> dict[str, list[Backend]]:
+        """Return which backends have trained each model so far, by what the model is called."""
+        return self._cutter.trained_by()
 
     def take_events(self) -> list[Event]:
         """Return, once, what happened to workers and clients: retries, exclusions, choices."""

@@ -22,6 +22,8 @@ from sim.records import (
 from sim.settings import SettingsError
 
 STUDY_FILE = "study.json"
+REPORT_OF = "study-"
+"""Begins the name of a folder inside a study's that holds a report on other runs of it."""
 ENVIRONMENT_FILE = "environment.json"
 
 
@@ -56,6 +58,16 @@ class RunRecord:
     bytes_up: Mapping[int, int]
     bytes_down: Mapping[int, int]
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def backends(self) -> dict[str, list[str]]:
+        """What trained the clients of each model: ``loop``, ``vmap`` or both; empty if unknown."""
+        told = self.result.get("backends")
+        return (
+            {str(model): [str(name) for name in names] for model, names in told.items()}
+            if isinstance(told, dict) and all(isinstance(names, list) for names in told.values())
+            else {}
+        )
 
     @property
     def num_clients(self) -> int:
@@ -200,7 +212,7 @@ def load_study(folder: Path) -> dict[str, list[RunRecord]]:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise _damaged(folder, STUDY_FILE, f"arm {arm!r} must be a list of run folders")
         for path in paths:
-            if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            if not (folder / path).resolve().is_relative_to(_study_root(folder)):
                 raise _damaged(folder, STUDY_FILE, f"{path!r} lies outside the study")
         runs[arm] = [load_run(folder / path, arm) for path in paths]
     return runs
@@ -210,6 +222,12 @@ def study_baseline(folder: Path) -> str | None:
     """Return the arm that a study compares its others with, where its file names one."""
     baseline = _read_json(folder, STUDY_FILE).get("baseline")
     return baseline if isinstance(baseline, str) else None
+
+
+def _study_root(folder: Path) -> Path:
+    """Return the folder that holds a study's runs: a report on others of them lies inside it."""
+    folder = folder.resolve()
+    return folder.parent if folder.name.startswith(REPORT_OF) else folder
 
 
 def _study_arm(folder: Path) -> str | None:

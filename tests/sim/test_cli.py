@@ -55,6 +55,7 @@ BAD = {
     "strategy": (["run", "strategy.name=fedfd"], "unknown strategy 'fedfd'; known: dml, fedavg"),
     "model": (["run", "clients.models=[lenett]"], "unknown model 'lenett'; known: mlp"),
     "arm": (["compare", "--arms", "local,dmll"], "unknown arm 'dmll'; known: dml"),
+    "nothing to accept": (["run", "--accept-code"], "--accept-code is about earlier runs"),
     "missing folder": (["run", "data.source=./no/such/folder"], "data.source"),
     "missing config": (["run", "no.yaml"], "config 'no.yaml' does not exist"),
     "two configs": (["run", "a.yaml", "b.yaml"], "at most one config file"),

@@ -23,7 +23,8 @@ from sim.distilling.searching import read_trials, search
 from sim.distilling.studying import repeat
 from sim.identity import fingerprint
 from sim.interruption import Interruption
-from sim.records import read_rows
+from sim.provenance import Provenance
+from sim.records import IDENTITY_FILE, read_rows
 from sim.reports.distillation import (
     differences,
     distill_rows,
@@ -292,6 +293,45 @@ def test_an_interrupted_search_keeps_its_cells_and_goes_on(
     # A larger grid is the same search with more cells.
     larger = small("search.weights=[0.5,1,0.1]")
     assert fingerprint(larger) == fingerprint(settings)
+
+
+def test_what_other_weights_or_code_gave_is_kept_and_not_taken_again(
+    small: Callable[..., DistillSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "teacher.safetensors"
+
+    def teach(seed: int) -> None:
+        saved = distill(small(f"seed={seed}", "name=teacher")).folder / "models/teacher.safetensors"
+        weights.write_bytes(saved.read_bytes())
+
+    settings = small(f"teacher.weights={weights}", "seeds=2")
+    told: list[str] = []
+    teach(1)
+    first = repeat(settings, tell=told.append)
+    grid = search(settings, tell=told.append)
+    assert repeat(settings).to_row()["weights_sha256"] == first.to_row()["weights_sha256"]
+    assert told == []
+    teach(2)
+    # Weights are data: nothing accepts others.
+    other = repeat(settings, accept_code=True, tell=told.append)
+    assert other.to_row()["weights_sha256"] != first.to_row()["weights_sha256"]
+    other_grid = search(settings, tell=told.append)
+    assert other_grid.folder.name == f"{grid.folder.name}-2"
+    assert grid.folder.joinpath("search.json").is_file()
+    (of_runs, of_search) = told
+    assert of_runs.startswith("seed 0, seed 1: data: ")
+    assert "teacher.safetensors changed; the earlier run is kept" in of_runs
+    assert of_search.startswith("search: data: ")
+    assert (other.notes, other_grid.notes) == ([of_runs], [of_search])
+    # Other code: kept as well, or accepted.
+    changed = Provenance({}, {"fedkd/losses/response.py": "other"}, {})
+    now = Provenance(changed.data, {"fedkd/losses/response.py": "now"}, {})
+    for run in other.runs:
+        (run.folder / IDENTITY_FILE).write_text(json.dumps(changed.to_row()))
+    monkeypatch.setattr(studying, "provenance_of", lambda _: now)
+    accepted = repeat(settings, accept_code=True)
+    assert accepted.to_row()["weights_sha256"] == other.to_row()["weights_sha256"]
+    assert "taken as it is" in accepted.notes[0]
 
 
 def test_a_search_never_looks_at_test_rows(

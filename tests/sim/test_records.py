@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from sim.records import (
     FolderBusyError,
     RunFolder,
     StorageError,
+    cpu_model,
     environment,
+    git_commit,
     make_folder,
     new_run_folder,
     read_rows,
@@ -77,6 +80,36 @@ def test_the_environment_names_versions_and_no_person_or_host() -> None:
     assert row["device"] == "cpu"
     assert "hostname" not in row
     assert "user" not in row
+    # The last bits of a sum depend on both.
+    assert row["cpu"] == cpu_model()
+    assert row["cpu"] is None or row["cpu"].strip()
+    assert row["cpu_instructions"]
+
+
+def test_a_commit_is_dirty_where_the_code_is_not_the_commit_s(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        names = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        answer = subprocess.run(
+            ["git", "-C", str(tmp_path), *names, *words], capture_output=True, text=True, check=True
+        )
+        return answer.stdout.strip()
+
+    assert git_commit(tmp_path) is None
+    git("init", "-q")
+    code = tmp_path / "fedkd" / "losses.py"
+    code.parent.mkdir()
+    code.write_text("x = 1\n")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "result.json").write_text("{}")
+    assert git_commit(tmp_path) == head
+    code.write_text("x = 2\n")
+    assert git_commit(tmp_path) == f"{head}-dirty"
+    git("checkout", "-q", "--", ".")
+    (tmp_path / "fedkd" / "new.py").write_text("x = 1\n")
+    assert git_commit(tmp_path) == f"{head}-dirty"
 
 
 def test_rows_can_be_cut_back_to_a_mark_and_go_on_from_there(tmp_path: Path) -> None:

@@ -1,14 +1,24 @@
+import importlib
+import io
 import json
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
-from sim.records import is_finished
+from sim.records import is_finished, only_one
+from sim.reports import load_study
+from sim.running import run
 from sim.settings import Settings, SettingsError
-from sim.study import arm_settings, compare
+from sim.study import StudyResult, arm_settings, compare
 
 Small = Callable[..., Settings]
 
@@ -108,3 +118,174 @@ def test_paired_seeds_share_the_split(small: Small, tmp_path: Path) -> None:
         for split in splits
         for rows, others in zip(split, splits[0], strict=True)
     )
+
+
+# -- what a study may take again ---------------------------------------------------------------
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of one's own with a linear model, whose weights are drawn with a gain."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    path = folder / "own_linear.py"
+    path.write_text(OWN_LINEAR)
+    yield path
+    sys.modules.pop("own_linear", None)
+
+
+OWN_LINEAR = """
+import math
+from torch import nn
+
+def make(*, input_shape, num_classes):
+    linear = nn.Linear(math.prod(input_shape), num_classes)
+    nn.init.xavier_uniform_(linear.weight, gain=1.0)
+    return nn.Sequential(nn.Flatten(), linear)
+"""
+OWN = ("clients.models=['own_linear:make']", "study={seeds: 1, arms: {a: {strategy: local}}}")
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+    sys.modules.pop(path.stem, None)
+    importlib.invalidate_caches()
+
+
+def test_an_edited_model_is_run_anew_and_the_old_run_is_kept(small: Small, own_model: Path) -> None:
+    first = compare(small(*OWN))
+    old = {path: path.read_bytes() for path in first.runs["a"][0].folder.rglob("*.json*")}
+    edit(own_model, "gain=1.0", "gain=2.00")
+    told: list[str] = []
+    second = compare(small(*OWN), tell=told.append)
+    (note,) = told
+    assert note.startswith("a seed 0: code: own_linear.py changed; the earlier run is kept")
+    assert second.notes[0] == note
+    assert second.to_row()["weights_sha256"] != first.to_row()["weights_sha256"]
+    assert all(path.read_bytes() == content for path, content in old.items())
+    # Either is found again, by what it is made of.
+    edit(own_model, "gain=2.00", "gain=1.0")
+    started: list[tuple[str, int]] = []
+    third = compare(small(*OWN), observer_of=lambda a, s: [Counting(started, a, s)])
+    assert started == []
+    assert third.to_row()["weights_sha256"] == first.to_row()["weights_sha256"]
+
+
+def test_edited_code_can_be_accepted(small: Small, own_model: Path) -> None:
+    first = compare(small(*OWN))
+    edit(own_model, "gain=1.0", "gain=2.00")
+    started: list[tuple[str, int]] = []
+    second = compare(
+        small(*OWN), accept_code=True, observer_of=lambda a, s: [Counting(started, a, s)]
+    )
+    assert started == []
+    assert second.to_row()["weights_sha256"] == first.to_row()["weights_sha256"]
+    assert "taken as it is, made with other code (code: own_linear.py changed)" in second.notes[0]
+
+
+def test_other_rows_in_the_same_folder_are_run_anew(small: Small, tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+
+    def study(*, mirrored: bool, accept_code: bool = False) -> StudyResult:
+        rng = np.random.default_rng(0)
+        pictures = rng.integers(0, 255, (400, 8, 8), dtype=np.uint8)
+        labels = np.where(pictures.mean((1, 2)) > np.median(pictures.mean((1, 2))), 1, 0)
+        cells = []
+        for picture in pictures[:, ::-1] if mirrored else pictures:
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, "png")
+            cells.append({"bytes": buffer.getvalue()})
+        pq.write_table(pa.table({"image": cells, "label": labels}), source / "train-0.parquet")
+        one_arm = "study={seeds: 1, arms: {a: {strategy: local}}}"
+        return compare(small(one_arm, f"data.source={source}"), accept_code=accept_code)
+
+    first = study(mirrored=False).to_row()
+    assert study(mirrored=False).to_row()["weights_sha256"] == first["weights_sha256"]
+    # Labels, sizes and counts are what they were; other code may be accepted, other rows never.
+    for accept_code in (True, False):
+        other = study(mirrored=True, accept_code=accept_code).to_row()
+        assert other["weights_sha256"] != first["weights_sha256"]
+
+
+def test_an_interrupted_run_goes_on_with_other_code_only_if_told_to(
+    small: Small, own_model: Path
+) -> None:
+    class Interrupt(Observer):
+        def completed(self, round: int) -> None:
+            raise KeyboardInterrupt
+
+    settings = small(*OWN)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, observers=[Interrupt()])
+    (folder,) = (settings.output / settings.name).iterdir()
+    edit(own_model, "gain=1.0", "gain=2.00")
+    with pytest.raises(SettingsError, match=r"own_linear\.py changed.*--accept-code"):
+        run(resume=folder)
+    assert run(resume=folder, accept_code=True).status == "finished"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "code changed"] == [
+        "code: own_linear.py changed"
+    ]
+
+
+# -- reports -----------------------------------------------------------------------------------
+
+
+def test_a_report_replaces_none_on_other_runs(small: Small) -> None:
+    arms = "study={seeds: 1, arms: {a: {strategy: local}, b: {strategy: fedavg}}}"
+    first = compare(small(arms), arms=["a"])
+    text = first.report.read_bytes()
+    # Other settings, and another baseline: reports of their own, each of which stays.
+    others = [compare(small(arms, "clients.optimizer.lr=0.02"), arms=["a"])]
+    others += [compare(small(arms), arms=["b", "a"])]
+    assert len({first.report, *(other.report for other in others)}) == 3
+    assert first.report.read_bytes() == text
+    # More seeds and more arms of the same study are the same report.
+    again = [compare(small(arms), arms=["a"], seeds=2), compare(small(arms), seeds=2)]
+    assert [study.report for study in again] == [first.report] * 2
+    # Fewer would lose some of it.
+    assert compare(small(arms), seeds=1).report != first.report
+    for other in (first, *others):
+        (shown, *_) = load_study(other.folder)["a"]
+        assert shown.folder.resolve() in {run.folder.resolve() for run in other.runs["a"]}
+
+
+def test_a_report_in_a_study_reaches_no_further_than_the_study(small: Small) -> None:
+    place = small().output / "default" / "study-0"
+    place.mkdir(parents=True)
+    (place / "study.json").write_text(json.dumps({"arms": {"a": ["../../elsewhere"]}}))
+    with pytest.raises(SettingsError, match="lies outside the study"):
+        load_study(place)
+
+
+def test_arms_that_are_trained_by_different_backends_are_named(small: Small) -> None:
+    arms = (
+        "study={seeds: 1, arms: {one: {engine: {vectorize: loop}}, "
+        "two: {engine: {vectorize: vmap}}, three: {engine: {vectorize: loop}}}}"
+    )
+    settings = small(arms, "strategy.name=local", "clients.models=[mlp]")
+    study = compare(settings)
+    (note,) = study.notes
+    assert note.startswith("mlp was trained by loop in one, three; by vmap in two")
+    assert study.runs["two"][0].result["backends"] == {"mlp": ["vmap"]}
+    assert compare(settings, arms=["one", "three"]).notes == []
+
+
+def test_two_commands_on_one_study_wait_for_each_other(small: Small) -> None:
+    compare(small("study={seeds: 1, arms: {a: {strategy: local}}}"))
+    folder = small().output / "default"
+    order = []
+
+    def late() -> None:
+        with only_one(folder):
+            order.append("late")
+
+    with only_one(folder):
+        thread = threading.Thread(target=late)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "late"]
