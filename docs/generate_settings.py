@@ -8,7 +8,7 @@ prose around it is written by hand.
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -23,7 +23,7 @@ from fedkd.distillation.settings import DistillSettings
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
 from fedkd.objectives import Objective
-from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule, Schedule
+from fedkd.schedules import Between, ConstantSchedule, Schedule
 from sim.faults import FaultRule
 from sim.settings import Settings
 from strategies import STRATEGIES
@@ -33,11 +33,6 @@ PAGES = ("settings.md", "strategies.md")
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SCHEDULES = get_args(get_args(Schedule)[0])
-SCHEDULE_BOUNDS = (
-    (get_args(PositiveSchedule)[-1], "> 0"),
-    (get_args(NonNegativeSchedule)[-1], ">= 0"),
-)
-
 MEANINGS = {
     "seed": "of every random draw of the run",
     "rounds": "rounds of the run",
@@ -197,21 +192,27 @@ def _values(field: FieldInfo) -> str:
         parts = get_args(annotation)
         kinds = [part for part in parts if part is not type(None)]
         if all(kind in SCHEDULES for kind in kinds):
-            return _bounded("number or schedule", field)
+            return _bounded("number or schedule", field.metadata)
         named = " or ".join(map(_name, kinds))
-        return _bounded(named, field) + (" or `null`" if len(kinds) < len(parts) else "")
-    return _bounded(_name(annotation), field)
+        return _bounded(named, field.metadata) + (" or `null`" if len(kinds) < len(parts) else "")
+    return _bounded(_name(annotation), field.metadata)
 
 
 def _name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return _choices(get_args(annotation))
     if get_origin(annotation) is tuple:
-        return f"list of {_name(get_args(annotation)[0])}s"
+        kind, *bounds = _name(get_args(annotation)[0]).split(" from ")
+        return " from ".join([f"list of {kind}s", *bounds])
     if get_origin(annotation) is dict:
         return "table"
     if hasattr(annotation, "__metadata__"):
-        return _name(get_args(annotation)[0])
+        metadata = [
+            part
+            for given in annotation.__metadata__
+            for part in (given.metadata if isinstance(given, FieldInfo) else [given])
+        ]
+        return _bounded(_name(get_args(annotation)[0]), metadata)
     names = {
         bool: "`true`, `false`",
         float: "number",
@@ -227,16 +228,28 @@ def _name(annotation: Any) -> str:
     return names[annotation]
 
 
-def _bounded(text: str, field: FieldInfo) -> str:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [
-        f"{sign} {limit}"
-        for part in field.metadata
-        for name, sign in signs.items()
-        if (limit := getattr(part, name, None)) is not None
-    ]
-    bounds += [bound for part, bound in SCHEDULE_BOUNDS if part in field.metadata]
-    return f"{text} {' and '.join(bounds)}".strip()
+def _bounded(text: str, metadata: Sequence[Any]) -> str:
+    """Add the tightest bounds of each kind."""
+    for between in metadata:
+        if isinstance(getattr(between, "func", None), Between):
+            return f"{text} from {between.func.low:g} to {_number(between.func.high)}"
+    limits = {
+        sign: choose(found)
+        for sign, choose in (("ge", max), ("le", min), ("lt", min))
+        if (
+            found := [
+                limit for part in metadata if (limit := getattr(part, sign, None)) is not None
+            ]
+        )
+    }
+    if not limits:
+        return text
+    end = f"to {_number(limits['le'])}" if "le" in limits else f"to below {_number(limits['lt'])}"
+    return f"{text} from {_number(limits['ge'])} {end}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def table(keys: Iterator[Key] | list[Key]) -> str:

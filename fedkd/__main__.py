@@ -1,5 +1,5 @@
 """``python -m fedkd``: the command line, which lives two floors up."""
 
-from sim.cli import main
+from fedkd_start import main
 
 main()

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal, TypeAlias
 
@@ -29,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from fedkd.bounds import LIMITS_OF_TEMPERATURES, LIMITS_OF_WEIGHTS, PositiveShare, Real, shown
 
 
 def constant(progress: float, *, value: float) -> float:
@@ -141,8 +144,9 @@ def _clamp(value: float, start: float, end: float) -> float:
     return min(max(value, min(start, end)), max(start, end))
 
 
-# Strict: in a settings file `true` is a slip, not the number 1.
-_Number: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_LARGEST = 1e6
+
+_Number: TypeAlias = Annotated[Real, Field(ge=-_LARGEST, le=_LARGEST)]
 
 
 class _ScheduleSettings(BaseModel, ABC):
@@ -200,8 +204,8 @@ class ExponentialSchedule(_ScheduleSettings):
     """Equal ratios; see `exponential`."""
 
     kind: Literal["exponential"] = "exponential"
-    start: _Number = Field(gt=0, description="value at progress 0, > 0")
-    end: _Number = Field(gt=0, description="value at progress 1, > 0")
+    start: Real = Field(ge=1e-6, le=_LARGEST, description="value at progress 0, > 0")
+    end: Real = Field(ge=1e-6, le=_LARGEST, description="value at progress 1, > 0")
 
     def at(self, progress: float) -> float:
         """Return the value in force at ``progress`` in [0, 1]; ValueError outside."""
@@ -240,8 +244,8 @@ class RampUpSchedule(_ScheduleSettings):
     kind: Literal["ramp_up"] = "ramp_up"
     start: _Number = Field(default=0.0, description="value that the rise sets out from, finite")
     end: _Number = Field(description="value from `until` on, finite")
-    until: _Number = Field(
-        default=1.0, gt=0, le=1, description="progress at which the rise ends, in (0, 1]"
+    until: PositiveShare = Field(
+        default=1.0, description="progress at which the rise ends, in (0, 1]"
     )
 
     def at(self, progress: float) -> float:
@@ -277,40 +281,49 @@ def _read(value: object, _union: Callable[[object], object]) -> _AnySchedule:
     if isinstance(value, _AnySchedule):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise _error(f"must be finite, got {value}")
+        if not -_LARGEST <= value <= _LARGEST:
+            raise _error(f"must be a number up to {_LARGEST:g}, got {shown(value)}")
         return ConstantSchedule(value=value)
     known = ", ".join(_KINDS)
     if not isinstance(value, Mapping):
-        raise _error(f"must be a number or a table with a kind ({known}), got {value!r}")
+        raise _error(f"must be a number or a table with a kind ({known}), got {shown(value)}")
     if "kind" not in value:
         raise _error(f"a schedule needs a kind; known: {known}")
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise _error(f"unknown kind of schedule {kind!r}; known: {known}")
+        raise _error(f"unknown kind of schedule {shown(kind)}; known: {known}")
     return _KINDS[kind].model_validate(value)
 
 
-def _positive(schedule: _AnySchedule) -> _AnySchedule:
-    low, _ = schedule.range()
-    if not low > 0:
-        raise _error(f"must be > 0, got {low}{_somewhere(schedule)}")
-    return schedule
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Refuses a schedule that ever leaves two bounds; a validator of pydantic's `Annotated`."""
 
+    low: float
+    high: float
 
-def _non_negative(schedule: _AnySchedule) -> _AnySchedule:
-    low, _ = schedule.range()
-    if not low >= 0:
-        raise _error(f"must be >= 0, got {low}{_somewhere(schedule)}")
-    return schedule
+    def __call__(self, schedule: _AnySchedule) -> _AnySchedule:
+        """Return the schedule."""
+        smallest, largest = schedule.range()
+        for value, which, fits in (
+            (smallest, "smallest", smallest >= self.low),
+            (largest, "largest", largest <= self.high),
+        ):
+            if not fits:
+                kind = schedule.kind
+                where = (
+                    "" if kind == "constant" else f" (the {which} value of this {kind} schedule)"
+                )
+                raise _error(f"must be {self}, got {value}{where}")
+        return schedule
 
-
-def _somewhere(schedule: _AnySchedule) -> str:
-    kind = schedule.kind
-    return "" if kind == "constant" else f" (the smallest value of this {kind} schedule)"
+    def __str__(self) -> str:
+        return f">= {self.low:g} and <= {self.high:g}"
 
 
 # The types that settings models use for their fields.
 Schedule: TypeAlias = Annotated[_AnySchedule, WrapValidator(_read)]
-PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_positive)]
-NonNegativeSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_non_negative)]
+PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(Between(*LIMITS_OF_TEMPERATURES))]
+"""For what is divided by: temperatures."""
+NonNegativeSchedule: TypeAlias = Annotated[Schedule, AfterValidator(Between(*LIMITS_OF_WEIGHTS))]
+"""For factors: weights of losses, a decay."""

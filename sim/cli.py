@@ -20,6 +20,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from fedkd.names import printable
+from fedkd_start import find_last
 from sim.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
@@ -121,6 +122,15 @@ ConfigAndOverrides = Annotated[
         show_default=False,
     ),
 ]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PACKAGE",
+        help="Packages, or package.module:callable, whose code a file may name; also in the "
+        "environment's FEDKD_ALLOW.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 AcceptCode = Annotated[
     bool,
@@ -172,6 +182,7 @@ def run(
     ] = None,
     with_report: WithReport = False,
     accept_code: AcceptCode = False,
+    allow: Allow = None,
     quiet: Quiet = False,
     wide: Wide = False,
     json: AsJson = False,
@@ -188,7 +199,12 @@ def run(
     """
     if accept_code and resume is None:
         _refuse_accepting()
-    settings = _settings(arguments) if resume is None else _settings_to_resume(resume, arguments)
+    settings = (
+        _settings(arguments, allow)
+        if resume is None
+        else _settings_to_resume(resume, arguments, allow)
+    )
+    from sim.permission import allow_flags
     from sim.progress import ProgressObserver, signs_of_life
     from sim.records import is_finished, to_json
     from sim.running import run as run_federation
@@ -196,7 +212,7 @@ def run(
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     if resume is not None and not quiet and is_finished(resume):
         typer.echo(f"{resume} is finished already", err=True)
-    with signs, _stoppable(), redirect_stdout(sys.stderr):
+    with signs, _stoppable(flags=allow_flags(settings)), redirect_stdout(sys.stderr):
         result = run_federation(
             settings,
             resume=resume,
@@ -232,6 +248,7 @@ def compare(
         int | None, typer.Option(min=1, help="Paired seeds; study.seeds by default.")
     ] = None,
     accept_code: AcceptCode = False,
+    allow: Allow = None,
     quiet: Quiet = False,
     wide: Wide = False,
     json: AsJson = False,
@@ -246,7 +263,7 @@ def compare(
     - `fedkd compare --arms local,fedmd,dml rounds=10`
     - `fedkd compare conf/quickstart.yaml --baseline local`
     """
-    settings = _settings(arguments, arms or "")
+    settings = _settings(arguments, allow, arms or "")
     from sim.progress import ProgressObserver, signs_of_life
     from sim.records import to_json
     from sim.reports import summary_table, verdicts
@@ -294,6 +311,7 @@ def distill(
     ] = None,
     with_report: WithReport = False,
     accept_code: AcceptCode = False,
+    allow: Allow = None,
     quiet: Quiet = False,
     wide: Wide = False,
     json: AsJson = False,
@@ -317,7 +335,7 @@ def distill(
     from sim.settings import load_distill_settings
 
     config, overrides = _split(arguments)
-    settings = load_distill_settings(config, overrides)
+    settings = load_distill_settings(config, overrides, allow=allow or ())
     if accept_code and not search and (seeds or settings.seeds) == 1:
         _refuse_accepting()
     signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="epochs", json=json)
@@ -374,9 +392,12 @@ def data(
     - `fedkd data conf/quickstart.yaml data.partition.alpha=0.1`
     - `fedkd data data.source=path/to/mnist data.private_rows=4000 --figure split.png`
     """
-    settings = _settings(arguments)
     from sim.overview import data as overview
     from sim.records import to_json
+    from sim.settings import read_settings
+
+    # Rows are counted; no model is built, so nobody's code runs.
+    settings = read_settings(*_split(arguments))
 
     shown = overview(settings, figure=figure)
     if json:
@@ -475,17 +496,20 @@ def _print_words(*sentences: str) -> None:
         console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
 
 
-def _settings(arguments: Sequence[str] | None, arms: str | None = None) -> "Settings":
+def _settings(
+    arguments: Sequence[str] | None, allow: Sequence[str] | None, arms: str | None = None
+) -> "Settings":
     """Read the settings of a federated run.
 
     Args:
         arguments: a file and words.
+        allow: whose code the file may name.
         arms: what ``--arms`` was given, for the mistake of separating them by spaces; None where
             there is no such option.
     """
     from sim.settings import load_settings
 
-    return load_settings(*_split(arguments, arms))
+    return load_settings(*_split(arguments, arms), allow=allow or ())
 
 
 def _split(
@@ -574,7 +598,9 @@ def _list_components(arguments: Sequence[str] | None, *, json: bool) -> None:
                 )
 
 
-def _settings_to_resume(folder: Path, arguments: Sequence[str] | None) -> "Settings":
+def _settings_to_resume(
+    folder: Path, arguments: Sequence[str] | None, allow: Sequence[str] | None
+) -> "Settings":
     """Read a run's own settings, with what is overridden for the rest of it."""
     from sim.running import settings_of_run
     from sim.settings import SettingsError
@@ -582,7 +608,7 @@ def _settings_to_resume(folder: Path, arguments: Sequence[str] | None) -> "Setti
     words = list(arguments or ())
     if any("=" not in word for word in words):
         raise SettingsError("--resume takes the settings of the run folder; leave the config out")
-    return settings_of_run(folder, words)
+    return settings_of_run(folder, words, allow=allow or ())
 
 
 def _run_table(result: "RunResult") -> "FittedTable":
@@ -631,11 +657,12 @@ class _StoppedError(Exception):
 
 
 @contextmanager
-def _stoppable(hint: str = "", *, partial_in: str = "") -> Iterator[None]:
+def _stoppable(hint: str = "", *, partial_in: str = "", flags: str = "") -> Iterator[None]:
     """Say how to go on, by default with the run that was stopped.
 
     Args:
         hint: how to go on.
+        flags: what resuming needs besides the folder.
         partial_in: where what was done is, for what cannot go on; ``{folder}`` is filled in.
     """
     try:
@@ -643,7 +670,7 @@ def _stoppable(hint: str = "", *, partial_in: str = "") -> Iterator[None]:
     except KeyboardInterrupt as stop:
         stop = stop if isinstance(stop, Interruption) else Interruption()
         if not hint and stop.folder is not None:
-            goes_on = "fedkd run --resume {folder} goes on from there"
+            goes_on = f"fedkd run --resume {{folder}}{flags} goes on from there"
             hint = (partial_in or goes_on).format(folder=stop.folder)
         raise _StoppedError(stop, hint) from None
 
@@ -655,8 +682,8 @@ def main() -> None:
     that SIGINT or SIGTERM stopped.
     """
     # A console script does not see the folder it is called in; `clients.models` may name a module
-    # there. At the end, so that nothing there hides what is installed.
-    sys.path.append(os.getcwd())
+    # there. Last, so that nothing there hides what is installed.
+    find_last(os.getcwd())
     try:
         with interruptible():
             code = app(standalone_mode=False)

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedkd.bounds import Count, CountOrZero, Real, Share
 from fedkd.randomness import Purpose, generator_for
 from sim.bad_replies import BAD_REPLIES
 
@@ -53,14 +54,14 @@ class FaultRule(BaseModel):
         "done; memory: out of memory; bad_reply: `reply`; kill, exit, segfault: the worker "
         "process ends; freeze: it stops",
     )
-    probability: float = Field(1.0, ge=0, le=1, description="of striking a client in a round")
-    clients: tuple[int, ...] | None = Field(None, description="only these; none: everybody")
-    rounds: tuple[int, ...] | None = Field(None, description="only in these; none: in all")
+    probability: Share = Field(1.0, description="of striking a client in a round")
+    clients: tuple[CountOrZero, ...] | None = Field(None, description="only these; none: everybody")
+    rounds: tuple[Count, ...] | None = Field(None, description="only in these; none: in all")
     phases: tuple[Phase, ...] = Field(("train",), description="train, evaluate or both")
-    attempts: int | None = Field(
-        1, ge=1, description="strikes in the first so many attempts; none: in every attempt"
+    attempts: Count | None = Field(
+        1, description="strikes in the first so many attempts; none: in every attempt"
     )
-    seconds: float = Field(1.0, ge=0, allow_inf_nan=False, description="how long a delay is")
+    seconds: Real = Field(1.0, ge=0, le=2_592_000, description="how long a delay is")
     reply: str = Field("nan", description=f"what a bad reply is: {', '.join(BAD_REPLIES)}")
 
     @model_validator(mode="after")

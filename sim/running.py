@@ -19,6 +19,7 @@ from sim.history import History, summary
 from sim.identity import check_same_run
 from sim.interruption import Interruption, interruptible
 from sim.observers import Observer, Row
+from sim.permission import allow_flags
 from sim.persistence import Persistence, read_history
 from sim.provenance import Changes, check_same_make, provenance_of
 from sim.records import (
@@ -31,7 +32,13 @@ from sim.records import (
 )
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop
-from sim.settings import EngineSettings, Settings, SettingsError, load_settings
+from sim.settings import (
+    EngineSettings,
+    Settings,
+    SettingsError,
+    load_settings,
+    read_settings,
+)
 from strategies.base import DistillationStrategy, StrategySettings
 from strategies.trying import check_models
 
@@ -201,7 +208,8 @@ def run(
             resumed from its last complete round.
     """
     if resume is not None:
-        own = settings_of_run(resume)
+        # What was handed over in Python is allowed by that; what only the folder says is not.
+        own = settings_of_run(resume) if settings is None else _saved_settings(resume)
         settings = settings or own
         check_same_run(own, settings)
         if is_finished(resume):
@@ -247,7 +255,8 @@ def run(
             status = "interrupted"
             raise Interruption.of_run(stop, place) from None
         except (QuorumError, StatesLostError) as error:
-            error.add_note(f"fedkd run --resume {place} goes on after the last complete round")
+            again = f"fedkd run --resume {place}{allow_flags(settings)}"
+            error.add_note(f"{again} goes on after the last complete round")
             raise
         finally:
             history = loop.history if loop is not None else History()
@@ -277,20 +286,33 @@ def _run_rounds(
             keeper.recover(str(error))
 
 
-def settings_of_run(folder: Path, overrides: Sequence[str] = ()) -> Settings:
+def settings_of_run(
+    folder: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] = ()
+) -> Settings:
     """Read the settings that a run was started with, and override some.
 
+    Args:
+        folder: of the run.
+        overrides: ``key=value``.
+        allow: packages, or ``package.module:callable``, whose code the folder may name.
+
     Raises:
-        SettingsError: it is not a run folder, or an override would change its numbers.
+        SettingsError: it is not a run folder, an override would change its numbers, or it names
+            code that nobody allowed.
     """
+    saved = _saved_settings(folder)
+    settings = load_settings(folder / SETTINGS_FILE, overrides, allow=allow)
+    check_same_run(saved, settings)
+    return settings
+
+
+def _saved_settings(folder: Path) -> Settings:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise SettingsError(
             f"{str(folder)!r} is not the folder of a run: it has no {SETTINGS_FILE}"
         )
-    settings = load_settings(path, overrides)
-    check_same_run(load_settings(path), settings)
-    return settings
+    return read_settings(path)
 
 
 def _finished_result(folder: Path, settings: Settings) -> RunResult:

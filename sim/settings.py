@@ -11,9 +11,6 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,6 +21,20 @@ from pydantic import (
     model_validator,
 )
 
+from fedkd.bounds import (
+    Count,
+    CountOrZero,
+    Few,
+    PathText,
+    PositiveShare,
+    Real,
+    Rows,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    shown,
+)
 from fedkd.data import DataSettings
 from fedkd.models import ModelSettings
 from fedkd.names import check_name
@@ -31,12 +42,26 @@ from fedkd.objectives import Objective
 from fedkd.training import OptimizerSettings, Passes
 from sim.faults import PROCESS_FAULTS, FaultRule
 from sim.hints import colon_hint, foreign_hint, section_hint, setting_hint, setting_paths
+from sim.permission import (
+    ALLOW_VARIABLE,
+    callables_in,
+    is_permitted,
+    package_of,
+    permitted,
+    words_name,
+)
+from sim.tables import fill_in, read_word, read_yaml, yaml_text
 from strategies import STRATEGIES
 from strategies.base import StrategySettings
 
 if TYPE_CHECKING:
     # A federated run, and every worker of it, does without the library of distillation.
     from fedkd.distillation.settings import DistillSettings
+
+MOST_PROBLEMS = 5
+"""So many problems of one file are told at once."""
+LONGEST_LINE = 600
+"""Characters of one of them."""
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -52,23 +77,24 @@ class _Section(BaseModel):
 class LocalSettings(_Section):
     """How long a client trains on its private rows in a round (``clients.local``)."""
 
-    epochs: int = Field(5, ge=0, description="passes over the private rows")
-    steps: int | None = Field(
-        None, ge=1, description="optimizer steps instead of epochs; 1 exchanges at every step"
+    epochs: CountOrZero = Field(5, description="passes over the private rows")
+    steps: Count | None = Field(
+        None, description="optimizer steps instead of epochs; 1 exchanges at every step"
     )
 
 
 class ClientsSettings(_Section):
     """Who takes part and how they learn (``clients``)."""
 
-    count: int = Field(10, ge=1, description="registered clients")
-    participation: float = Field(1.0, gt=0, le=1, description="fraction drawn each round")
-    participants: int | None = Field(None, ge=1, description="number drawn each round instead")
+    count: Whole = Field(10, ge=1, le=100_000, description="registered clients")
+    participation: PositiveShare = Field(1.0, description="fraction drawn each round")
+    participants: Count | None = Field(None, description="number drawn each round instead")
     models: tuple[ModelSettings, ...] = Field(
         tuple(ModelSettings(name=name) for name in ("mlp", "cnn", "gru", "transformer")),
+        max_length=1000,
         description="dealt out in turn: client i gets models[i % len(models)]",
     )
-    batch_size: int = Field(32, ge=1, description="private rows in a step")
+    batch_size: Count = Field(32, description="private rows in a step")
     optimizer: OptimizerSettings = OptimizerSettings()
     local: LocalSettings = LocalSettings()
 
@@ -94,8 +120,8 @@ class ClientsSettings(_Section):
 class ExchangeSettings(_Section):
     """What is exchanged (``exchange``)."""
 
-    rows_per_round: int | None = Field(
-        None, ge=1, description="public rows drawn anew each round; none: the whole public set"
+    rows_per_round: Rows | None = Field(
+        None, description="public rows drawn anew each round; none: the whole public set"
     )
 
 
@@ -105,11 +131,16 @@ class EngineSettings(_Section):
     backend: Literal["ray", "inline"] = Field(
         "ray", description="ray: worker processes; inline: this process, for debugging"
     )
-    cpus_per_worker: float = Field(
-        1.0, gt=0, description="workers = CPUs // this; a worker computes with one thread"
+    cpus_per_worker: Real = Field(
+        1.0,
+        ge=0.01,
+        le=1024,
+        description="workers = CPUs // this; a worker computes with one thread",
     )
-    gpus_per_worker: float = Field(0.0, ge=0, description="may be a fraction; 0 trains on the CPU")
-    address: str | None = Field(
+    gpus_per_worker: Real = Field(
+        0.0, ge=0, le=1024, description="may be a fraction; 0 trains on the CPU"
+    )
+    address: Text | None = Field(
         None,
         description="auto or HOST:PORT joins a running Ray cluster; none: this machine only",
     )
@@ -118,26 +149,33 @@ class EngineSettings(_Section):
         description="loop: one client's model after the other; vmap: a cohort's models stacked; "
         "auto: by a fixed rule; measure: by timing both once in a run",
     )
-    cohort_size: int = Field(
-        32, ge=1, description="most clients of one architecture whose models are stacked"
+    cohort_size: Whole = Field(
+        32,
+        ge=1,
+        le=100_000,
+        description="most clients of one architecture whose models are stacked",
     )
-    deadline_s: float = Field(
-        3600.0, gt=0, description="a cohort that takes longer is given up and its clients named"
+    deadline_s: Real = Field(
+        3600.0,
+        ge=0.001,
+        le=2_592_000,
+        description="a cohort that takes longer is given up and its clients named",
     )
-    retries: int = Field(
-        2, ge=0, description="how often clients whose worker died are tried again, then excluded"
-    )
-    quorum: float = Field(
-        0.5,
+    retries: Whole = Field(
+        2,
         ge=0,
-        le=1,
+        le=1000,
+        description="how often clients whose worker died are tried again, then excluded",
+    )
+    quorum: Share = Field(
+        0.5,
         description="fraction of the clients asked that must answer, in training and in judging",
     )
     below_quorum: Literal["retry", "skip", "abort"] = Field(
         "retry",
         description="retry: ask those who failed again, then abort; skip: leave the round out",
     )
-    round_retries: int = Field(1, ge=1, description="how often a round below the quorum is asked")
+    round_retries: Few = Field(1, description="how often a round below the quorum is asked")
 
 
 class NodesSettings(_Section):
@@ -160,8 +198,8 @@ class NodesSettings(_Section):
 class EvaluationSettings(_Section):
     """When models are judged (``evaluation``)."""
 
-    every: int = Field(1, ge=1, description="rounds between evaluations; the last is always judged")
-    clients: Literal["all", "participants"] | Annotated[int, Field(ge=1)] = Field(
+    every: Count = Field(1, description="rounds between evaluations; the last is always judged")
+    clients: Literal["all", "participants"] | Count = Field(
         "all",
         description="whose models: all; participants: the round's; a number: so many, drawn once",
     )
@@ -169,7 +207,8 @@ class EvaluationSettings(_Section):
     @field_validator("clients", mode="before")
     @classmethod
     def _known_choice(cls, clients: object) -> object:
-        if clients in ("all", "participants") or (type(clients) is int and clients >= 1):
+        is_number = isinstance(clients, int | float) and not isinstance(clients, bool)
+        if is_number or clients in ("all", "participants"):
             return clients
         raise ValueError(f"must be all, participants or a number >= 1, got {clients!r}")
 
@@ -177,12 +216,11 @@ class EvaluationSettings(_Section):
 class CheckpointSettings(_Section):
     """How a run is kept so that it can be resumed (``checkpoints``); changes no result."""
 
-    every: int | None = Field(
+    every: Count | None = Field(
         None,
-        ge=1,
         description="rounds between checkpoints; none: as often as costs at most 5 % of the time",
     )
-    keep: int = Field(2, ge=1, description="checkpoints kept; an older one serves if one is bad")
+    keep: Few = Field(2, description="checkpoints kept; an older one serves if one is bad")
 
 
 class StudySettings(_Section):
@@ -190,10 +228,11 @@ class StudySettings(_Section):
 
     arms: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
+        max_length=1000,
         description="by name, the settings in which an arm differs; a strategy replaces the whole",
     )
-    seeds: int = Field(3, ge=1, description="paired seeds: seed, seed + 1, ...")
-    baseline: str | None = Field(
+    seeds: Few = Field(3, description="paired seeds: seed, seed + 1, ...")
+    baseline: Text | None = Field(
         None, description="the arm that the others are compared with; none: the first"
     )
 
@@ -218,9 +257,9 @@ class Settings(_Section):
     """Everything that decides a run. Without arguments: the digits default."""
 
     name: str = Field("default", description="names the folder of the run")
-    seed: int = Field(0, ge=0, lt=2**32, description="decides every draw of the run")
-    rounds: int = Field(20, ge=1, description="communication rounds")
-    output: Path = Field(Path("runs"), description="where run folders are made")
+    seed: Seed = Field(0, description="decides every draw of the run")
+    rounds: Count = Field(20, description="communication rounds")
+    output: PathText = Field(Path("runs"), description="where run folders are made")
     data: DataSettings = DataSettings()
     clients: ClientsSettings = ClientsSettings()
     strategy: StrategyField = Field(STRATEGIES["dml"].Settings(name="dml"))
@@ -229,7 +268,9 @@ class Settings(_Section):
     nodes: NodesSettings = NodesSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
-    faults: tuple[FaultRule, ...] = Field((), description="faults to inject, a list of rules")
+    faults: tuple[FaultRule, ...] = Field(
+        (), max_length=1000, description="faults to inject, a list of rules"
+    )
     study: StudySettings = StudySettings()
 
     @field_validator("name")
@@ -245,9 +286,9 @@ class Settings(_Section):
         if not isinstance(value, Mapping):
             return value
         name = value.get("name", "dml")
-        if name not in STRATEGIES:
+        if not isinstance(name, str) or name not in STRATEGIES:
             raise ValueError(
-                f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}"
+                f"unknown strategy {shown(name)}; known: {', '.join(STRATEGIES)}"
                 + nearest(str(name), STRATEGIES)
             )
         return {**value, "name": name}
@@ -299,11 +340,6 @@ class Settings(_Section):
         return yaml_text(self.to_table())
 
 
-def yaml_text(table: Mapping[str, Any]) -> str:
-    """Write plain values as YAML, in their order."""
-    return yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True)
-
-
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """Return ``"; did you mean 'x'?"``, or nothing where no known word is near."""
     names = {name.casefold(): name for name in known}
@@ -312,7 +348,10 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def load_settings(
-    config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+    config: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow: Sequence[str] = (),
 ) -> Settings:
     """Read settings: defaults, then the file, then ``key=value`` overrides.
 
@@ -320,6 +359,21 @@ def load_settings(
         config: a YAML file; ``${...}`` may refer to other keys of the file.
         overrides: such as ``strategy.temperature=2`` or ``clients.models=[mlp,cnn]``. Naming
             another strategy than the file does drops the file's strategy settings.
+        allow: packages, or ``package.module:callable``, whose code the file may name.
+
+    Raises:
+        SettingsError: a file that cannot be read, an unknown key, a value that cannot work, a
+            callable that only the file names.
+    """
+    settings = read_settings(config, overrides)
+    check_permission(settings, overrides, allow)
+    return settings
+
+
+def read_settings(
+    config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+) -> Settings:
+    """Read settings that are only looked at: what `load_settings` does without asking for leave.
 
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
@@ -328,7 +382,10 @@ def load_settings(
 
 
 def load_distill_settings(
-    config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+    config: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow: Sequence[str] = (),
 ) -> "DistillSettings":
     """Read the settings of ``fedkd distill`` by the rules of `load_settings`.
 
@@ -337,16 +394,62 @@ def load_distill_settings(
         overrides: such as ``student.model=cnn``. ``objective.kd.temperature=2`` changes one
             setting of the objective of the file, or of the default one; ``objective={ce: 1}``
             replaces the objective whole.
+        allow: packages, or ``package.module:callable``, whose code the file may name.
 
     Raises:
-        SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
+        SettingsError: a file that cannot be read, an unknown key, a value that cannot work, a
+            callable that only the file names.
     """
     from fedkd.distillation.settings import DistillSettings
 
     objective = DistillSettings().objective.model_dump(mode="json")
-    return distill_settings_from_table(
+    settings = distill_settings_from_table(
         _read_table(config, overrides, lambda _: {("objective",): objective})
     )
+    check_permission(settings, overrides, allow)
+    return settings
+
+
+def check_permission(
+    settings: "Settings | DistillSettings", overrides: Sequence[str], allow: Sequence[str]
+) -> None:
+    """Refuse callables that nobody but a file named.
+
+    Args:
+        settings: as read; arms of a study count.
+        overrides: the words among them; what a word names is allowed.
+        allow: packages, or ``package.module:callable``; beside those of `ALLOW_VARIABLE`.
+
+    Raises:
+        SettingsError: naming the first such callable and what to add.
+    """
+    try:
+        allowed, named = permitted(allow), words_name(overrides)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    found = list(callables_in(settings))
+    if isinstance(settings, Settings):
+        for name, of_arm in _arms(settings).items():
+            found += [(f"study.arms.{name}.{where}", code) for where, code in callables_in(of_arm)]
+    for where, code in found:
+        if code not in named and not is_permitted(code, allowed):
+            raise SettingsError(
+                f"{where}: {code!r} is code that only a file names, and does not run unasked: "
+                f"add --allow {package_of(code)}, name it among the words, or set "
+                f"{ALLOW_VARIABLE}={package_of(code)}"
+            )
+
+
+def _arms(settings: Settings) -> dict[str, Settings]:
+    """Return the settings of every arm of a study."""
+    table = {key: value for key, value in settings.to_table().items() if key != "study"}
+    arms = {}
+    for name, patch in settings.study.arms.items():
+        try:
+            arms[name] = settings_from_table(merge_tables(table, patch))
+        except SettingsError as error:
+            raise SettingsError(f"study.arms.{name}: {error}") from None
+    return arms
 
 
 Defaults = Callable[[Mapping[str, Any]], Mapping[tuple[str, ...], Mapping[str, Any]]]
@@ -363,19 +466,27 @@ def _read_table(
         overrides: words.
         defaults: of tables whose keys are free, so that a word may change one of them.
     """
-    table = _read_yaml(Path(config)) if config is not None else {}
-    patch = _read_overrides(overrides)
-    keys = [override.partition("=")[0].split(".") for override in overrides]
-    given = {tuple(path) for path in keys}
+    try:
+        table = read_yaml(Path(config)) if config is not None else {}
+        words = [read_word(word) for word in overrides]
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    patch: dict[str, Any] = {}
+    for path, value in words:
+        patch = merge_tables(patch, _nested(path, value))
+    given = {path for path, _ in words}
     for place, default in defaults(merge_tables(table, patch)).items():
         changed = any(path[: len(place)] == place and path != place for path in given)
         if changed and place not in given and not _has(table, place):
             patch = merge_tables(_nested(place, default), patch)
-    for path in keys:
+    for path, _ in words:
         # An objective is a sum: one that is written whole would gain the old one's terms.
         if path[-1].endswith("objective"):
             table = _without(table, path)
-    return _resolve(merge_tables(table, patch))
+    try:
+        return fill_in(merge_tables(table, patch))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _objectives_of_strategy(
@@ -384,7 +495,7 @@ def _objectives_of_strategy(
     """Return the default objectives of the strategy that a table names."""
     strategy = _named("strategy", table.get("strategy", {}))
     name = strategy.get("name") if isinstance(strategy, Mapping) else None
-    if name not in STRATEGIES:
+    if not isinstance(name, str) or name not in STRATEGIES:
         return {}
     fields = STRATEGIES[name].Settings.model_fields
     return {
@@ -402,8 +513,9 @@ def _has(table: object, path: Sequence[str]) -> bool:
     return True
 
 
-def _nested(path: Sequence[str], value: Mapping[str, Any]) -> dict[str, Any]:
-    return reduce(lambda inner, key: {key: inner}, reversed(path), dict(value))
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    nested: dict[str, Any] = reduce(lambda inner, key: {key: inner}, reversed(path), value)
+    return nested
 
 
 def _without(table: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -412,19 +524,6 @@ def _without(table: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
         return {name: value for name, value in table.items() if name != key}
     inner = table.get(key)
     return {**table, key: _without(inner, rest)} if isinstance(inner, Mapping) else dict(table)
-
-
-def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    patch: dict[str, Any] = {}
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise SettingsError(f"overrides are written key=value, got {override!r}")
-        try:
-            word = _plain(OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            raise SettingsError(f"cannot read {override!r}: {_one_line(error)}") from None
-        patch = merge_tables(patch, word)
-    return patch
 
 
 def merge_tables(
@@ -460,36 +559,6 @@ def _named(key: str, value: Any) -> Any:
     return {"name": value} if key in NAMED and isinstance(value, str) else value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        table = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise SettingsError(f"config {str(path)!r} does not exist") from None
-    except IsADirectoryError:
-        raise SettingsError(f"config {str(path)!r} is a folder, need a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise SettingsError(f"cannot read config {str(path)!r}: {_one_line(error)}") from None
-    if not isinstance(table, DictConfig):
-        raise SettingsError(f"config {str(path)!r} must be a table of keys and values")
-    return _plain(table)
-
-
-def _plain(table: DictConfig) -> dict[str, Any]:
-    """Return the table with ``${...}`` left as it is."""
-    return {str(key): value for key, value in OmegaConf.to_container(table).items()}  # type: ignore[union-attr]
-
-
-def _resolve(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in ``${...}``, after overrides had their say."""
-    try:
-        plain = OmegaConf.to_container(
-            OmegaConf.create(dict(table)), resolve=True, throw_on_missing=True
-        )
-    except OmegaConfBaseException as error:
-        raise SettingsError(_one_line(error)) from None
-    return {str(key): value for key, value in plain.items()}  # type: ignore[union-attr]
-
-
 def settings_from_table(table: Mapping[str, Any]) -> Settings:
     """Check plain values and return the settings.
 
@@ -520,13 +589,14 @@ def _checked(kind: type[SettingsT], table: Mapping[str, Any]) -> SettingsT:
 def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each problem: the setting, what is wrong, the value it got."""
     lines = []
-    unknown = [str(each["loc"][0]) for each in error.errors() if _is_unknown_outermost(each)]
+    problems = error.errors(include_url=False, include_context=False)
+    unknown = [str(each["loc"][0]) for each in problems if _is_unknown_outermost(each)]
     if foreign := foreign_hint(kind, unknown, _commands()):
         return [foreign]
-    for problem in error.errors(include_url=False, include_context=False):
+    for problem in problems[:MOST_PROBLEMS]:
         path, known = _place(kind, problem["loc"])
         where = ".".join(path)
-        message = problem["msg"].removeprefix("Value error, ")
+        message = " ".join(problem["msg"].removeprefix("Value error, ").split())
         message = message.replace("Input should be", "must be")
         if problem["type"] == "extra_forbidden":
             known_there = f"; known there: {', '.join(known)}" if known else ""
@@ -535,7 +605,7 @@ def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
         elif problem["type"] == "model_type":
             keys = ", ".join(_keys(kind, path))
             hint = section_hint(where, problem["input"]) or f"; known there: {keys}"
-            lines.append(f"{where} is a section of settings, got {problem['input']!r}{hint}")
+            lines.append(f"{where} is a section of settings, got {shown(problem['input'])}{hint}")
         elif problem["type"] == "value_error" or "got " in message:
             # A check of several settings names them itself; one of a single value does not.
             if len(path) > 1 and message.startswith(f"{path[-1]}."):
@@ -543,9 +613,11 @@ def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
             message += colon_hint(problem["input"])
             lines.append(message if message.startswith(where) else f"{where}: {message}")
         else:
-            message += f", got {problem['input']!r}{colon_hint(problem['input'])}"
+            message += f", got {shown(problem['input'])}{colon_hint(problem['input'])}"
             lines.append(f"{where}: {message[0].lower()}{message[1:]}")
-    return lines
+    if len(problems) > MOST_PROBLEMS:
+        lines.append(f"and {len(problems) - MOST_PROBLEMS} more")
+    return [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines]
 
 
 def _commands() -> Mapping[str, type[BaseModel]]:
@@ -598,7 +670,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

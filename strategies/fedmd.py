@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fedkd.bounds import CountOrZero, Real
 from fedkd.losses.response import logit_l1, logit_mse, soft_target_loss
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
@@ -44,12 +45,12 @@ class FedMDSettings(StrategySettings):
     """
 
     name: Literal["fedmd"] = "fedmd"
-    digest_epochs: int = Field(1, ge=0)
+    digest_epochs: CountOrZero = 1
     digest_loss: Literal["l1", "mse", "kl"] = "l1"
-    transfer_epochs: int = Field(10, ge=0)
+    transfer_epochs: CountOrZero = 10
     weighting: Literal["equal", "examples"] = "equal"
     aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
-    trim: float = Field(0.1, ge=0, lt=0.5)
+    trim: Real = Field(0.1, ge=0, lt=0.5)
 
     @model_validator(mode="after")
     def _robust_rules_count_clients_once(self) -> "FedMDSettings":

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch.nn.functional as F
-from pydantic import Field
 
+from fedkd.bounds import Count
 from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean
 from fedkd.training import (
@@ -73,8 +73,8 @@ class OneWaySettings(TaughtSettings):
     )
     model: ModelSettings = ModelSettings(name="cnn")
     teacher_data: Literal["auto", "public", "largest_client", "pooled"] = "auto"
-    teacher_epochs: int = Field(30, ge=1)
-    server_epochs: int = Field(1, ge=1)
+    teacher_epochs: Count = 30
+    server_epochs: Count = 1
 
 
 class OneWay(DistillationStrategy[OneWaySettings]):

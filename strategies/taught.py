@@ -5,8 +5,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from fedkd.bounds import Count, ShareBelowOne
 from fedkd.objectives import Objective
 from fedkd.objectives.terms import SoftenedTerm, Term
 from fedkd.schedules import (
@@ -54,9 +55,9 @@ class TaughtSettings(StrategySettings):
     kd_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
     scale_by_t2: bool = True
     objective: Objective | None = None
-    public_epochs: int = Field(1, ge=1)
+    public_epochs: Count = 1
     public_forward: Literal["joint", "apart"] = "joint"
-    confidence_threshold: float = Field(0.0, ge=0, lt=1)
+    confidence_threshold: ShareBelowOne = 0.0
 
     @model_validator(mode="after")
     def _terms_can_be_taught(self) -> "TaughtSettings":

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from fedkd.bounds import ShareBelowOne
 from fedkd.randomness import seeded_torch
 
 Values = TypeVar("Values", Tensor, np.ndarray)
@@ -34,8 +35,8 @@ class PruningSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    amount: float = Field(
-        default=0.5, ge=0, lt=1, description="share of the weights not yet pruned that goes"
+    amount: ShareBelowOne = Field(
+        default=0.5, description="share of the weights not yet pruned that goes"
     )
     method: Literal["magnitude", "random"] = Field(
         default="magnitude", description="magnitude: the smallest absolute values; random: any"

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedkd.bounds import Real, Share, Whole
+
 __all__ = [
     "AUGMENTATIONS",
     "Augmentation",
@@ -337,38 +339,36 @@ class AugmentationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    horizontal_flip: float = Field(
-        default=0.0, ge=0, le=1, description="probability of a mirror image; 0 is off"
+    horizontal_flip: Share = Field(
+        default=0.0, description="probability of a mirror image; 0 is off"
     )
-    pad_and_crop: int = Field(
-        default=0, ge=0, description="largest shift in pixels, zeros move in; 0 is off"
+    pad_and_crop: Whole = Field(
+        default=0, ge=0, le=1024, description="largest shift in pixels, zeros move in; 0 is off"
     )
     quarter_turns: bool = Field(
         default=False, description="turn square images by a random multiple of 90 degrees"
     )
-    brightness: float = Field(
-        default=0.0, ge=0, le=1, description="strength: factor in [1 - s, 1 + s]; 0 is off"
+    brightness: Share = Field(
+        default=0.0, description="strength: factor in [1 - s, 1 + s]; 0 is off"
     )
-    contrast: float = Field(
-        default=0.0, ge=0, le=1, description="strength: factor in [1 - s, 1 + s]; 0 is off"
-    )
-    saturation: float = Field(
+    contrast: Share = Field(default=0.0, description="strength: factor in [1 - s, 1 + s]; 0 is off")
+    saturation: Share = Field(
         default=0.0,
-        ge=0,
-        le=1,
         description="strength: factor in [1 - s, 1 + s]; nothing to change on grey; 0 is off",
     )
-    gaussian_noise: float = Field(
+    gaussian_noise: Real = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
+        le=100,
         description="standard deviation, on pixel values in [0, 1]; 0 is off",
     )
-    cutout: int = Field(default=0, ge=0, description="side of the erased square, pixels; 0 is off")
-    mixup: float = Field(
+    cutout: Whole = Field(
+        default=0, ge=0, le=65_536, description="side of the erased square, pixels; 0 is off"
+    )
+    mixup: Real = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
+        le=1000,
         description="alpha of the Beta(alpha, alpha) share of two mixed images; 0 is off",
     )
     teacher_view: TeacherView = Field(

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from fedkd.bounds import Count, Real, Rows, RowsOrZero, Seed, Text, Whole, Width, shown
+
 PartitionKind = Literal["iid", "dirichlet", "pathological", "shard"]
 
 
@@ -16,12 +18,13 @@ def _both_sides(value: object) -> object:
     if len(sides) != 2 or not all(type(s) is int and 1 <= s <= LONGEST_SIDE for s in sides):
         raise ValueError(
             f"must be a whole number of pixels from 1 to {LONGEST_SIDE}, such as 32, or a height "
-            f"and a width, such as [32, 48], got {value!r}"
+            f"and a width, such as [32, 48], got {shown(value)}"
         )
     return tuple(sides)
 
 
-Size = Annotated[tuple[int, int], BeforeValidator(_both_sides)]
+_Side = Annotated[Whole, Field(ge=1, le=LONGEST_SIDE)]
+Size = Annotated[tuple[_Side, _Side], BeforeValidator(_both_sides)]
 """Height and width in pixels; one number stands for both."""
 
 
@@ -30,9 +33,8 @@ class PublicSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int = Field(
+    size: RowsOrZero = Field(
         default=500,
-        ge=0,
         description="rows; 0 for algorithms that exchange no predictions on public data",
     )
     labelled: bool = Field(
@@ -58,15 +60,15 @@ class PartitionSettings(BaseModel):
             "shard: each client holds shards_per_client shards of the rows sorted by label"
         ),
     )
-    alpha: float = Field(
+    alpha: Real = Field(
         default=0.3,
-        gt=0,
-        allow_inf_nan=False,
+        ge=1e-4,
+        le=1e6,
         description="Dirichlet concentration: 0.1 is very uneven, 100 is close to iid",
     )
-    classes_per_client: int = Field(default=2, ge=1, description="used by pathological")
-    shards_per_client: int = Field(default=2, ge=1, description="used by shard")
-    min_rows: int = Field(default=8, ge=1, description="fewest private rows a client may hold")
+    classes_per_client: Width = Field(default=2, description="used by pathological")
+    shards_per_client: Count = Field(default=2, description="used by shard")
+    min_rows: Rows = Field(default=8, description="fewest private rows a client may hold")
 
 
 class DataSettings(BaseModel):
@@ -74,21 +76,20 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = Field(
+    source: Text = Field(
         default="digits",
-        min_length=1,
         description=(
             "'digits' (1797 grey 8x8 images, ships with scikit-learn); a Parquet file, a folder of "
             "them, of pictures or from save_to_disk; or the name of a Hugging Face dataset"
         ),
     )
-    config: str | None = Field(
+    config: Text | None = Field(
         default=None, description="configuration (subset) of a Hugging Face dataset name"
     )
-    image_column: str | None = Field(
+    image_column: Text | None = Field(
         default=None, description="none: image, img, or the only column that holds pictures"
     )
-    label_column: str | None = Field(
+    label_column: Text | None = Field(
         default=None, description="none: the first of label, labels, fine_label"
     )
     resize: Size | None = Field(
@@ -96,28 +97,27 @@ class DataSettings(BaseModel):
         description="height and width that all pictures are brought to, as in 32 or [32, 48]; "
         "none: they have one size already",
     )
-    test_fraction: float = Field(
+    test_fraction: Real = Field(
         default=0.2,
-        gt=0,
-        lt=1,
+        ge=0.001,
+        le=0.999,
         description="share of all rows held out for testing, where the source has no test split",
     )
-    validation_fraction: float = Field(
+    validation_fraction: Real = Field(
         default=0.1,
-        gt=0,
-        lt=1,
+        ge=0.001,
+        le=0.999,
         description="validation rows as a share of validation and private rows together",
     )
-    private_rows: int | None = Field(
-        default=None, ge=1, description="at most this many private rows in total; none: all"
+    private_rows: Rows | None = Field(
+        default=None, description="at most this many private rows in total; none: all"
     )
-    test_rows: int | None = Field(
-        default=None, ge=1, description="at most this many test rows; none: all"
+    test_rows: Rows | None = Field(
+        default=None, description="at most this many test rows; none: all"
     )
     public: PublicSettings = PublicSettings()
     partition: PartitionSettings = PartitionSettings()
-    seed: int | None = Field(
+    seed: Seed | None = Field(
         default=None,
-        ge=0,
         description="seed of the split and the partition; none: the run's seed",
     )

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from fedkd.bounds import PositiveWeight, Temperature
 from fedkd.objectives.view import logits_from_probabilities
 from fedkd.targets import (
     confidence,
@@ -31,8 +32,8 @@ class Combination(BaseModel):
         "softened again",
         json_schema_extra={"source": "era: Itahara et al., 2020, https://arxiv.org/abs/2008.06180"},
     )
-    era_temperature: float = Field(
-        0.1, gt=0, lt=inf, description="with average: era, divides the averaged probabilities"
+    era_temperature: Temperature = Field(
+        0.1, description="with average: era, divides the averaged probabilities"
     )
     by: Literal["uniform", "weights", "confidence", "entropy", "labels"] = Field(
         "uniform",
@@ -43,7 +44,7 @@ class Combination(BaseModel):
             "source": "labels: Zhang, Chen, Wang, 2022, CA-MKD, https://arxiv.org/abs/2201.00007"
         },
     )
-    weights: tuple[float, ...] = Field((), description="one positive number a teacher")
+    weights: tuple[PositiveWeight, ...] = Field((), description="one positive number a teacher")
 
     @model_validator(mode="after")
     def _weights_are_given(self) -> "Combination":

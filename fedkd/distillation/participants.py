@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedkd.bounds import Count, CountOrZero, ShareBelowOne
 from fedkd.compression import PruningSettings, QuantisationSettings
 from fedkd.data.augmentation import AugmentationSettings
 from fedkd.distillation.combining import Combination
@@ -24,8 +25,8 @@ class Section(BaseModel):
 class TrainingSettings(Section):
     """How one model is trained (``training``, ``teacher.training``)."""
 
-    epochs: int = Field(30, ge=0, description="passes over the rows")
-    batch_size: int = Field(32, ge=1, description="rows in a step")
+    epochs: CountOrZero = Field(30, description="passes over the rows")
+    batch_size: Count = Field(32, description="rows in a step")
     optimizer: OptimizerSettings = OptimizerSettings()
     early_stopping: EarlyStoppingSettings | None = Field(
         None, description="stop on validation and go back to the best weights; none: last weights"
@@ -36,8 +37,8 @@ class TrainingSettings(Section):
 class TeacherPruning(PruningSettings):
     """How a trained teacher is pruned before it teaches (``teacher.prune``)."""
 
-    finetune_epochs: int = Field(
-        5, ge=0, description="passes over its rows after pruning; pruned weights stay zero"
+    finetune_epochs: CountOrZero = Field(
+        5, description="passes over its rows after pruning; pruned weights stay zero"
     )
 
 
@@ -49,9 +50,8 @@ class StudentPruning(PruningSettings):
         description="start: random or inherited weights are pruned and all training keeps them "
         "zero; end: the trained student is pruned, then trained on",
     )
-    finetune_epochs: int = Field(
+    finetune_epochs: CountOrZero = Field(
         5,
-        ge=0,
         description="with end: passes over the rows after pruning, on the objective where there "
         "is a teacher, else on labels; pruned weights stay zero",
     )
@@ -72,7 +72,7 @@ class TeacherSettings(Section):
         description="what it is trained on: all transfer rows with their labels, or those "
         "whose labels the student sees as well",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of its own labels")
+    label_smoothing: ShareBelowOne = Field(0.0, description="of its own labels")
     tasks: dict[str, TaskSettings] = Field(
         {},
         description="the classes of each task by its name, such as {low: [0, 1], high: [2, 3]}: "

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Few
 from fedkd.data.augmentation import Mix
 from fedkd.distillation.feeding import (
     RowViews,
@@ -512,7 +513,7 @@ def disagreement(models: Sequence[nn.Module], workshop: Workshop) -> float:
 class PeerSettings(SoftenedSettings):
     """The same where a number of peers learn side by side."""
 
-    peers: int = Field(2, ge=2, description="models that learn together, the student among them")
+    peers: Few = Field(2, ge=2, description="models that learn together, the student among them")
     models: tuple[ModelSettings, ...] = Field(
         (), description="architectures from the second peer on; none: all as the student"
     )

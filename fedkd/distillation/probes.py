@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import Few, PositiveWeight, Whole
 from fedkd.distillation.participants import Section
 from fedkd.metrics.gradients import compare_gradients
 from fedkd.objectives import BoundObjective, View
@@ -32,18 +33,18 @@ class DiagnosticsSettings(Section):
         "validation: while settings are still being chosen",
     )
     similarity: bool = Field(True, description="CKA of the teacher's layers with the student's")
-    similarity_rows: int = Field(
-        256, ge=4, description="transfer rows that layers are compared on, at most"
+    similarity_rows: Whole = Field(
+        256, ge=4, le=100_000, description="transfer rows that layers are compared on, at most"
     )
     flatness: bool = Field(
         False, description="accuracy of the student and its twin under noise on their weights"
     )
-    noise: tuple[float, ...] = Field(
+    noise: tuple[PositiveWeight, ...] = Field(
         (0.01, 0.02, 0.05, 0.1, 0.2),
         min_length=1,
         description="standard deviations of that noise, > 0, in units of the weights",
     )
-    noise_draws: int = Field(10, ge=1, description="directions of noise to average over")
+    noise_draws: Few = Field(10, description="directions of noise to average over")
     gradients: bool = Field(
         False,
         description="after every epoch, norm and direction of each term's gradient beside that "

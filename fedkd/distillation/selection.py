@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from fedkd.bounds import PositiveShare, ShareBelowOne
 from fedkd.objectives.view import View
 from fedkd.targets import (
     certainty_weights,
@@ -38,11 +39,11 @@ class CurriculumSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    start: float = Field(
-        0.2, gt=0, le=1, description="share of all transfer rows that count at first: the easiest"
+    start: PositiveShare = Field(
+        0.2, description="share of all transfer rows that count at first: the easiest"
     )
-    until: float = Field(
-        0.5, gt=0, le=1, description="share of the training after which all rows count"
+    until: PositiveShare = Field(
+        0.5, description="share of the training after which all rows count"
     )
 
 
@@ -56,8 +57,8 @@ class Selection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    confidence_threshold: float = Field(
-        0.0, ge=0, lt=1, description="leave out rows whose largest target probability is smaller"
+    confidence_threshold: ShareBelowOne = Field(
+        0.0, description="leave out rows whose largest target probability is smaller"
     )
     weight_by: Literal["none", "confidence", "entropy", "difficulty"] = Field(
         "none",
@@ -65,8 +66,8 @@ class Selection(BaseModel):
         "entropy: by how far the target's entropy is below the largest possible; difficulty: hard "
         "rows count more. Weights of a batch sum to the number of rows kept",
     )
-    hardest_fraction: float = Field(
-        1.0, gt=0, le=1, description="share of each batch that counts: its hardest rows"
+    hardest_fraction: PositiveShare = Field(
+        1.0, description="share of each batch that counts: its hardest rows"
     )
     curriculum: CurriculumSettings | None = Field(
         None, description="easy rows first, hard ones join; none: all rows from the start"

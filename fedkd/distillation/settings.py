@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
+from fedkd.bounds import Few, PathText, Rows, RowsOrZero, Seed, Share, Temperature, Whole, shown
 from fedkd.data import DataSettings
 from fedkd.data.settings import PublicSettings
 from fedkd.distillation.method import MethodSettings
@@ -35,14 +36,14 @@ else:
 class TransferRows(PublicSettings):
     """Rows that the student sees without their labels (``data.public``)."""
 
-    size: int = Field(1000, ge=0, description="rows without labels; 0: all rows have labels")
+    size: RowsOrZero = Field(1000, description="rows without labels; 0: all rows have labels")
 
 
 class DistillData(DataSettings):
     """Which rows there are (``data``), with the defaults of a distillation."""
 
-    private_rows: int | None = Field(
-        100, ge=1, description="rows whose labels the student sees; none: all that are left"
+    private_rows: Rows | None = Field(
+        100, description="rows whose labels the student sees; none: all that are left"
     )
     public: TransferRows = TransferRows()
 
@@ -50,15 +51,15 @@ class DistillData(DataSettings):
 class SearchSettings(Section):
     """What ``fedkd distill --search`` tries; models are judged on the validation split only."""
 
-    temperatures: tuple[float, ...] = Field(
+    temperatures: tuple[Temperature, ...] = Field(
         (1.0, 2.0, 4.0, 8.0), min_length=1, description="temperatures of the softened terms, > 0"
     )
-    weights: tuple[float, ...] = Field(
+    weights: tuple[Share, ...] = Field(
         (0.1, 0.5, 0.9),
         min_length=1,
         description="weights in [0, 1] of the first softened term; ce has the rest up to 1",
     )
-    seeds: int = Field(1, ge=1, description="paired seeds a cell is averaged over")
+    seeds: Few = Field(1, description="paired seeds a cell is averaged over")
 
     @field_validator("temperatures")
     @classmethod
@@ -86,14 +87,17 @@ class DistillSettings(Section):
     """Everything that decides a distillation. Without arguments: the digits default."""
 
     name: str = Field("distill", description="names the folder of the run")
-    seed: int = Field(0, ge=0, lt=2**32, description="decides every draw")
-    seeds: int = Field(1, ge=1, description="paired repetitions: seed, seed + 1, ...")
-    output: Path = Field(Path("runs"), description="where run folders are made")
+    seed: Seed = Field(0, description="decides every draw")
+    seeds: Few = Field(1, description="paired repetitions: seed, seed + 1, ...")
+    output: PathText = Field(Path("runs"), description="where run folders are made")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU where there is one"
     )
-    threads: int = Field(
-        1, ge=1, description="CPU threads; another number may change the last bits of a result"
+    threads: Whole = Field(
+        1,
+        ge=1,
+        le=256,
+        description="CPU threads; another number may change the last bits of a result",
     )
     data: DistillData = DistillData()
     teacher: TeacherSettings = TeacherSettings()
@@ -128,8 +132,8 @@ class DistillSettings(Section):
         if not isinstance(value, dict):
             return value
         name = value.get("name", "offline")
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        if not isinstance(name, str) or name not in METHODS:
+            raise ValueError(f"unknown method {shown(name)}; known: {', '.join(METHODS)}")
         return {**value, "name": name}
 
     def to_table(self) -> dict[str, Any]:

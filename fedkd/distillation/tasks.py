@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import CountOrZero, ShareBelowOne
 from fedkd.losses.response import hard_label_loss
 from fedkd.objectives import Objective, View
 from fedkd.objectives.taps import last_linear
@@ -27,7 +28,9 @@ class TaskSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    classes: tuple[int, ...] = Field(description="numbers of the classes that its head tells apart")
+    classes: tuple[CountOrZero, ...] = Field(
+        description="numbers of the classes that its head tells apart"
+    )
     weight: NonNegativeSchedule = Field(
         ConstantSchedule(value=1.0),
         description="of its cross-entropy in the sum that the teacher minimises",
@@ -196,7 +199,7 @@ class TaskLabels(Term):
 
     kind: Literal["task"] = "task"
     classes: tuple[int, ...]
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: ShareBelowOne = 0.0
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
         """Return the mean over the task's rows, in nats."""

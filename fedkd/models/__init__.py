@@ -9,8 +9,10 @@ the timm package (extra ``timm``), always with fresh weights.
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from pydantic import (
 )
 from torch import nn
 
+from fedkd.bounds import shown
 from fedkd.models.cnn import CNNOptions, LeNetOptions
 from fedkd.models.dropout import seed_dropout
 from fedkd.models.mlp import MLPOptions
@@ -78,6 +81,10 @@ _TIMM_FIXED = (
 )
 """Arguments of ``timm.create_model`` that follow from the data, or would fetch or unpickle."""
 
+NO_MODELS = sys.stdlib_module_names | {"torch"}
+"""Packages that cannot name a model. Nothing in them takes ``input_shape`` and ``num_classes``, and
+what takes anything, such as ``os:system`` or ``torch.hub:load``, would run what options say."""
+
 SMALLEST_SIDE = 8
 """Built-in models need at least this many pixels in each direction."""
 
@@ -125,12 +132,19 @@ class ModelSettings(BaseModel):
     def _check_name(cls, name: str) -> str:
         # A name of timm may have hyphens, which no callable's has.
         pattern = _TIMM_NAME if name.startswith(_TIMM) else _CALLABLE_NAME
-        if name in _MODELS or pattern.fullmatch(name):
+        if name in _MODELS:
+            return name
+        if pattern.fullmatch(name):
+            if _package(name) in NO_MODELS:
+                raise ValueError(
+                    f"{name!r} is no model: nothing in {_package(name)} builds one for an image "
+                    "and a number of classes; write a function that returns a torch.nn.Module"
+                )
             return name
         known = ", ".join(_MODELS)
         raise ValueError(
-            f"unknown model {name!r}; known: {known}; or package.module:callable or timm:<name>"
-            + _nearest(name, list(_MODELS))
+            f"unknown model {shown(name)}; known: {known}; or package.module:callable or "
+            "timm:<name>" + _nearest(name, list(_MODELS))
         )
 
     @model_validator(mode="after")
@@ -145,6 +159,11 @@ class ModelSettings(BaseModel):
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    @property
+    def is_callable(self) -> bool:
+        """Whether the name is that of somebody's own code."""
+        return self.name not in _MODELS and not self.name.startswith(_TIMM)
 
     @property
     def key(self) -> str:
@@ -266,12 +285,16 @@ def _validated(name: str, options: dict[str, Any]) -> ModelOptions:
         return family.model_validate(options)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {shown(problem['input'])}"
             if problem["loc"]
             else problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
         ]
         raise ValueError(f"option of model {name!r}: {'; '.join(problems)}") from error
+
+
+def _package(name: str) -> str:
+    return name.partition(":")[0].partition(".")[0]
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -286,12 +309,21 @@ def _load_callable(name: str) -> Callable[..., object]:
     except ImportError as error:
         raise ValueError(f"model {name!r}: cannot import {module_name!r}: {error}") from error
     for part in attribute.split("."):
+        if isinstance(target, ModuleType) and isinstance(getattr(target, part, None), ModuleType):
+            raise ValueError(
+                f"model {name!r}: write modules before the colon, got {part!r} after it"
+            )
         try:
             target = getattr(target, part)
         except AttributeError as error:
             raise ValueError(f"model {name!r}: {error}") from error
     if not callable(target):
         raise ValueError(f"model {name!r} must name a callable, got {type(target).__name__}")
+    origin = str(getattr(target, "__module__", ""))
+    named_there = isinstance(target, type | FunctionType | BuiltinFunctionType)
+    if named_there and origin.split(".")[0] in NO_MODELS:
+        # A name that a package imported for itself; `mine:load` may be torch.hub's.
+        raise ValueError(f"model {name!r} is {origin}'s, which has no models")
     return target
 
 

@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
+from fedkd.bounds import Width
 from fedkd.models.options import ImageShape, ModelOptions, Normalisation, normalisation_layer
 
 
@@ -13,11 +14,11 @@ class CNNOptions(ModelOptions):
 
     source: ClassVar[str] = "3x3 convolutions, each followed by ReLU and a halving of the image"
 
-    channels: tuple[PositiveInt, ...] = Field(
+    channels: tuple[Width, ...] = Field(
         default=(16, 32), min_length=1, max_length=3, description="filters of each convolution"
     )
     norm: Normalisation = Field(default="none", description="layer after each convolution")
-    groups: PositiveInt = Field(default=8, description="groups of GroupNorm, divides channels")
+    groups: Width = Field(default=8, description="groups of GroupNorm, divides channels")
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> "CNNOptions":

@@ -4,9 +4,10 @@ from itertools import pairwise
 from math import prod
 from typing import ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
+from fedkd.bounds import ShareBelowOne, Width
 from fedkd.models.options import ImageShape, ModelOptions
 
 
@@ -15,10 +16,12 @@ class MLPOptions(ModelOptions):
 
     source: ClassVar[str] = "fully connected layers with ReLU"
 
-    hidden: tuple[PositiveInt, ...] = Field(
-        default=(64,), description="width of each hidden layer; empty for a linear model"
+    hidden: tuple[Width, ...] = Field(
+        default=(64,),
+        max_length=100,
+        description="width of each hidden layer; empty for a linear model",
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of hidden units dropped")
+    dropout: ShareBelowOne = Field(default=0.0, description="share of hidden units dropped")
 
     def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
         """Flatten, then one linear layer with ReLU per hidden width, then the class scores."""

@@ -10,17 +10,18 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Layers, Width
 from fedkd.models.options import ImageShape, ModelOptions
 
 
 class _RecurrentOptions(ModelOptions):
     cell: ClassVar[Literal["gru", "lstm"]]
 
-    hidden: PositiveInt = Field(default=64, description="width of the state")
-    layers: PositiveInt = Field(default=1, description="recurrent layers on top of each other")
+    hidden: Width = Field(default=64, description="width of the state")
+    layers: Layers = Field(default=1, description="recurrent layers on top of each other")
 
     def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
         """Read the rows, then map the last state to class scores."""

@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import Width
 from fedkd.models.options import ImageShape, ModelOptions, normalisation_layer
 
 
@@ -22,10 +23,10 @@ class _ResNetOptions(ModelOptions):
     norm: Literal["group", "batch"] = Field(
         default="group", description="layer after each convolution"
     )
-    width: PositiveInt = Field(
+    width: Width = Field(
         default=16, description="filters of the first stage; the next two have 2x and 4x"
     )
-    groups: PositiveInt = Field(default=8, description="groups of GroupNorm, divides width")
+    groups: Width = Field(default=8, description="groups of GroupNorm, divides width")
 
     @model_validator(mode="after")
     def _groups_divide_width(self) -> "_ResNetOptions":

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import Layers, ShareBelowOne, Whole, Width
 from fedkd.models.options import ImageShape, ModelOptions
 
 
@@ -21,15 +22,17 @@ class TransformerOptions(ModelOptions):
 
     source: ClassVar[str] = "Dosovitskiy et al., 2021, pre-norm encoder over image rows or patches"
 
-    patch: PositiveInt | None = Field(
+    patch: Width | None = Field(
         default=None,
         description="side of a square patch in pixels, divides height and width; null: image rows",
     )
-    dim: PositiveInt = Field(default=32, description="width of a token")
-    depth: PositiveInt = Field(default=2, description="encoder blocks")
-    heads: PositiveInt = Field(default=4, description="attention heads, divides dim")
-    mlp_ratio: PositiveInt = Field(default=2, description="hidden width of a block's MLP over dim")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of block outputs dropped")
+    dim: Width = Field(default=32, description="width of a token")
+    depth: Layers = Field(default=2, description="encoder blocks")
+    heads: Width = Field(default=4, description="attention heads, divides dim")
+    mlp_ratio: Whole = Field(
+        default=2, ge=1, le=100, description="hidden width of a block's MLP over dim"
+    )
+    dropout: ShareBelowOne = Field(default=0.0, description="share of block outputs dropped")
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> "TransformerOptions":

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import LearningRate, Whole, Width
 from fedkd.losses.adversarial import (
     Discriminator,
     discriminator_accuracy,
@@ -33,10 +34,10 @@ class Adversarial(Term):
 
     kind: Literal["adversarial"] = "adversarial"
     weight: NonNegativeSchedule = default_weight(0.05)
-    width: int = Field(64, ge=1, description="units of each hidden layer of the discriminator")
-    num_layers: int = Field(2, ge=0, description="hidden layers of the discriminator")
-    discriminator_lr: float = Field(
-        1e-3, gt=0, allow_inf_nan=False, description="step size of the discriminator's Adam"
+    width: Width = Field(64, description="units of each hidden layer of the discriminator")
+    num_layers: Whole = Field(2, ge=0, le=100, description="hidden layers of the discriminator")
+    discriminator_lr: LearningRate = Field(
+        1e-3, description="step size of the discriminator's Adam"
     )
 
     def build_parts(

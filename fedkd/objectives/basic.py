@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import PositiveShare, ShareBelowOne
 from fedkd.losses.curriculum_temperature import (
     LOWEST,
     SPAN,
@@ -32,8 +33,8 @@ class HardLabels(Term):
     source: ClassVar[str] = "cross-entropy"
 
     kind: Literal["ce"] = "ce"
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of the probability spread over all classes"
+    label_smoothing: ShareBelowOne = Field(
+        0.0, description="share of the probability spread over all classes"
     )
 
     @property
@@ -75,8 +76,8 @@ class SoftTargets(SoftenedTerm):
         description="the temperature is learned against the student (CTKD) and not taken from "
         "temperature",
     )
-    learned_until: float = Field(
-        0.04, gt=0, le=1, description="share of the training over which the reversal grows to 1"
+    learned_until: PositiveShare = Field(
+        0.04, description="share of the training over which the reversal grows to 1"
     )
 
     @model_validator(mode="after")

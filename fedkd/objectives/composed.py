@@ -11,6 +11,7 @@ from jaxtyping import Float
 from pydantic import RootModel, SerializeAsAny, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import shown
 from fedkd.objectives.table import TERMS
 from fedkd.objectives.taps import Features, layer_shapes, resolved_layer, tapped
 from fedkd.objectives.terms import LayerPairs, Need, Parts, SoftenedTerm, Term
@@ -250,12 +251,16 @@ def read_term(name: str, given: object) -> Term:
     elif isinstance(given, Mapping):
         table = {str(key): value for key, value in given.items()}
     else:
-        raise ValueError(f"objective.{name} must be a weight or a table of settings, got {given!r}")
+        raise ValueError(
+            f"objective.{name} must be a weight or a table of settings, got {shown(given)}"
+        )
     kind = table.get("kind", name)
-    if kind not in TERMS:
+    if not isinstance(kind, str) or kind not in TERMS:
         near = get_close_matches(str(kind), list(TERMS), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown term {kind!r} in objective; known: {', '.join(TERMS)}{hint}")
+        raise ValueError(
+            f"unknown term {shown(kind)} in objective; known: {', '.join(TERMS)}{hint}"
+        )
     try:
         return TERMS[kind].model_validate({**table, "kind": kind})
     except ValidationError as error:
@@ -273,7 +278,9 @@ def _readable(name: str, term: type[Term], error: ValidationError) -> str:
         elif "got " in message:
             lines.append(f"{where}: {message}")
         else:
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
+            lines.append(
+                f"{where}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}"
+            )
     return "; ".join(lines)
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fedkd.bounds import Count, ShareBelowOne, Temperature, Width
 from fedkd.losses.relation import (
     ContrastiveMemory,
     pkt_loss,
@@ -154,14 +155,12 @@ class RowContrast(RelationTerm):
 
     kind: Literal["crd"] = "crd"
     weight: NonNegativeSchedule = default_weight(0.8)
-    dim: int = Field(128, ge=1, description="width of the embeddings that are compared")
-    num_negatives: int = Field(
-        16384, ge=1, description="rows to tell each row from; never more than there are others"
+    dim: Width = Field(128, description="width of the embeddings that are compared")
+    num_negatives: Count = Field(
+        16384, description="rows to tell each row from; never more than there are others"
     )
-    temperature: float = Field(
-        0.07, gt=0, allow_inf_nan=False, description="divisor of the inner products"
-    )
-    momentum: float = Field(0.5, ge=0, lt=1, description="share of a row's old embedding kept")
+    temperature: Temperature = Field(0.07, description="divisor of the inner products")
+    momentum: ShareBelowOne = Field(0.5, description="share of a row's old embedding kept")
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import PositiveShare, Real, Temperature, Weight
 from fedkd.losses.response import (
     annealing_kd,
     confidence_temperatures,
@@ -55,13 +56,11 @@ class AnnealingKD(Term):
     source: ClassVar[str] = "Jafari et al., 2021, stage I, https://arxiv.org/abs/2104.07163"
 
     kind: Literal["annealing"] = "annealing"
-    max_temperature: float = Field(
-        10.0, ge=1, allow_inf_nan=False, description="the teacher's temperature at the start"
+    max_temperature: Real = Field(
+        10.0, ge=1, le=1e4, description="the teacher's temperature at the start"
     )
-    until: float = Field(
+    until: PositiveShare = Field(
         1.0,
-        gt=0,
-        le=1,
         description="share of the training over which the temperature falls to 1; a weight that "
         "steps to 0 there leaves the rest to the labels, as published",
     )
@@ -102,12 +101,8 @@ class DecoupledKD(OtherClassTerm):
     source: ClassVar[str] = "Zhao et al., 2022, section 3.3, https://arxiv.org/abs/2203.08679"
 
     kind: Literal["dkd"] = "dkd"
-    alpha: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="the paper's weight of the label's part"
-    )
-    beta: float = Field(
-        8.0, ge=0, allow_inf_nan=False, description="the paper's weight of the other classes"
-    )
+    alpha: Weight = Field(1.0, description="the paper's weight of the label's part")
+    beta: Weight = Field(8.0, description="the paper's weight of the other classes")
     scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
@@ -130,9 +125,7 @@ class NormalisedKD(OtherClassTerm):
 
     kind: Literal["nkd"] = "nkd"
     temperature: PositiveSchedule = default_temperature(1.0)
-    gamma: float = Field(
-        1.5, ge=0, allow_inf_nan=False, description="the paper's weight of the other classes"
-    )
+    gamma: Weight = Field(1.5, description="the paper's weight of the other classes")
     scale_by_t2: bool = Field(
         True, description="multiply the other classes' part by the temperature squared"
     )
@@ -177,12 +170,8 @@ class DIST(SoftenedTerm):
     kind: Literal["dist"] = "dist"
     weight: NonNegativeSchedule = default_weight(2.0)
     temperature: PositiveSchedule = default_temperature(1.0)
-    beta: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="the paper's weight of ranks within rows"
-    )
-    gamma: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="the paper's weight of ranks within classes"
-    )
+    beta: Weight = Field(1.0, description="the paper's weight of ranks within rows")
+    gamma: Weight = Field(1.0, description="the paper's weight of ranks within classes")
     scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
@@ -220,10 +209,8 @@ class StandardisedKD(SoftenedTerm):
 class RowTemperatureTerm(SoftenedTerm):
     """Soft targets with a temperature for every row; ``temperature`` is their mean."""
 
-    beta: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="how far temperatures spread; 0: not at all"
-    )
-    min_temperature: float = Field(0.5, gt=0, allow_inf_nan=False, description="no row gets less")
+    beta: Weight = Field(1.0, description="how far temperatures spread; 0: not at all")
+    min_temperature: Temperature = Field(0.5, description="no row gets less")
     scale_by_t2: bool = Field(True, description="multiply by each row's temperature squared")
 
 
@@ -236,7 +223,7 @@ class DisagreementKD(RowTemperatureTerm):
     )
 
     kind: Literal["flsw"] = "flsw"
-    gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="exponent of the disagreement")
+    gamma: Real = Field(1.0, ge=1e-6, le=100, description="exponent of the disagreement")
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
         """Return the mean over the transfer rows, in nats."""

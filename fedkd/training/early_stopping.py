@@ -5,19 +5,21 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Count, Real
+
 
 class EarlyStoppingSettings(BaseModel):
     """When training stops before its last step; the values compared come from validation rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    patience: int = Field(
-        default=5, ge=1, description="validations in a row without improvement before the stop"
+    patience: Count = Field(
+        default=5, description="validations in a row without improvement before the stop"
     )
-    min_delta: float = Field(
+    min_delta: Real = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
+        le=1e6,
         description="smallest change that counts as an improvement, in units of the value",
     )
     mode: Literal["min", "max"] = Field(

@@ -17,6 +17,7 @@ from torch.optim.adam import adam
 from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
 
+from fedkd.bounds import LearningRate, Real, ShareBelowOne
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 
 FUSED = ("sgd", "adam", "adamw")
@@ -33,11 +34,11 @@ class OptimizerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    momentum: float = Field(0.0, ge=0, lt=1, description="sgd and rmsprop only")
+    lr: LearningRate = 1e-3
+    weight_decay: Real = Field(0.0, ge=0, le=100)
+    momentum: ShareBelowOne = Field(0.0, description="sgd and rmsprop only")
     nesterov: bool = Field(False, description="sgd with momentum only")
-    warm_up: float = Field(0.0, ge=0, lt=1, description="fraction of the run")
+    warm_up: ShareBelowOne = Field(0.0, description="fraction of the run")
     decay: NonNegativeSchedule = Field(
         ConstantSchedule(value=1.0), description="factor on lr over the run's progress"
     )

@@ -13,7 +13,7 @@ from fedkd.distillation.settings import DistillSettings
 from sim.observers import Row
 from sim.records import METRICS_FILE, RESULT_FILE, Recorder, storing, to_json, write_text
 from sim.reports.distillation import DIAGNOSTICS_FILE
-from sim.settings import yaml_text
+from sim.tables import yaml_text
 
 MODELS_FOLDER = "models"
 

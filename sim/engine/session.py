@@ -7,6 +7,7 @@ nothing that matters: clients' states come in with a call and go out with its re
 import gc
 import logging
 import math
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants
+from ray.job_config import JobConfig
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
+from fedkd_start import find_last
 from sim.engine.messages import ClientReply, CohortCall
 from sim.engine.resources import available_cpus, check_engine
 from sim.engine.runtime import ClientRuntime
@@ -59,7 +62,13 @@ class Answered:
 class Worker:
     """The process that serves any client of the run it was last configured for."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        """Get ready.
+
+        Args:
+            folder: where the driver was started; models of one's own may lie there.
+        """
+        find_last(folder)
         # Before anything is computed in this process.
         torch.set_num_threads(1)
         self._runtime: ClientRuntime | None = None
@@ -185,7 +194,7 @@ class RaySession:
         return (
             ray.remote(Worker)
             .options(num_cpus=self._engine.cpus_per_worker, num_gpus=self._engine.gpus_per_worker)
-            .remote()
+            .remote(os.getcwd())
         )
 
     def close(self) -> None:
@@ -198,6 +207,15 @@ class RaySession:
             ray_constants.ENABLE_RAY_CLUSTER = self._cluster_allowed
 
 
+def _plain_job() -> JobConfig:
+    """Return what keeps Ray from putting the current folder first on its workers' path.
+
+    A folder `datasets` there would hide the library on every worker. Ray has no switch but this
+    one, which it has for jobs that come from a client elsewhere; it says nothing else about a job.
+    """
+    return JobConfig(_client_job=True)
+
+
 def _start_ray() -> None:
     ray.init(
         # Without it Ray would join whatever cluster happens to run here.
@@ -205,6 +223,7 @@ def _start_ray() -> None:
         num_cpus=available_cpus(),
         num_gpus=torch.cuda.device_count(),
         include_dashboard=False,
+        job_config=_plain_job(),
         log_to_driver=False,
         configure_logging=False,
         logging_level=logging.ERROR,
@@ -220,6 +239,7 @@ def _join_ray(address: str) -> None:
     try:
         ray.init(
             address=address,
+            job_config=_plain_job(),
             log_to_driver=False,
             configure_logging=False,
             logging_level=logging.ERROR,

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from sim.observers import Row
 from sim.records import (
     ENVIRONMENT_FILE,
@@ -47,6 +45,7 @@ from sim.reports.terminal import NOTHING, FittedTable
 from sim.reports.terminal import Column as TerminalColumn
 from sim.reports.verdicts import few_seeds
 from sim.settings import SettingsError
+from sim.tables import fill_in, read_yaml
 
 DISTILLATIONS = "distillations"
 """Kind of a ``study.json`` whose runs are distillations."""
@@ -154,10 +153,10 @@ def is_distillation(folder: Path) -> bool:
         if (folder / STUDY_FILE).is_file():
             study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
             return isinstance(study, dict) and study.get("kind") == DISTILLATIONS
-        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        settings = read_yaml(folder / SETTINGS_FILE)
+    except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and {"teacher", "student", "method"} <= settings.keys()
+    return {"teacher", "student", "method"} <= settings.keys()
 
 
 def load_distillation(folder: Path) -> DistillRecord:
@@ -167,7 +166,7 @@ def load_distillation(folder: Path) -> DistillRecord:
         SettingsError: names the folder, if a file in it is damaged.
     """
     try:
-        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = fill_in(read_yaml(folder / SETTINGS_FILE))
         metrics = folder / METRICS_FILE
         return DistillRecord(
             folder=folder,
@@ -178,7 +177,7 @@ def load_distillation(folder: Path) -> DistillRecord:
             diagnostics=_read_json(folder / DIAGNOSTICS_FILE),
             environment=_read_json(folder / ENVIRONMENT_FILE),
         )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(
             f"{str(folder)!r} cannot be read as the folder of a distillation: {reason}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fedkd.models import ModelSettings
@@ -20,6 +19,7 @@ from sim.records import (
     read_rows,
 )
 from sim.settings import SettingsError
+from sim.tables import fill_in, read_yaml
 
 STUDY_FILE = "study.json"
 REPORT_OF = "study-"
@@ -254,12 +254,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             + ("" if folder.is_dir() else " (no such folder)")
         )
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return fill_in(read_yaml(path))
+    except ValueError as error:
         raise _damaged(folder, SETTINGS_FILE, error) from None
-    if not isinstance(table, dict):
-        raise _damaged(folder, SETTINGS_FILE, "it is not a table")
-    return table
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -243,18 +243,20 @@ def test_settings_have_a_json_schema():
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ({"temperature": 0.0}, "temperature: must be > 0, got 0.0"),
-        ({"temperature": -3}, "temperature: must be > 0, got -3.0"),
-        ({"kd_weight": -0.5}, "kd_weight: must be >= 0, got -0.5"),
-        ({"offset": math.nan}, "offset: must be finite, got nan"),
-        ({"temperature": math.inf}, "temperature: must be finite, got inf"),
+        ({"temperature": 0.0}, "temperature: must be >= 0.001 and <= 10000, got 0.0"),
+        ({"temperature": -3}, "temperature: must be >= 0.001 and <= 10000, got -3.0"),
+        ({"kd_weight": -0.5}, "kd_weight: must be >= 0 and <= 1e+06, got -0.5"),
+        ({"offset": math.nan}, "offset: must be a number up to 1e+06, got nan"),
+        ({"temperature": math.inf}, "temperature: must be a number up to 1e+06, got inf"),
         (
             {"temperature": {"kind": "linear", "start": 4, "end": 0}},
-            "temperature: must be > 0, got 0.0 (the smallest value of this linear schedule)",
+            "temperature: must be >= 0.001 and <= 10000, got 0.0 "
+            "(the smallest value of this linear schedule)",
         ),
         (
             {"kd_weight": {"kind": "step", "values": [1, -1, 1], "milestones": [0.2, 0.4]}},
-            "kd_weight: must be >= 0, got -1.0 (the smallest value of this step schedule)",
+            "kd_weight: must be >= 0 and <= 1e+06, got -1.0 "
+            "(the smallest value of this step schedule)",
         ),
         (
             {"temperature": "warm"},
@@ -291,7 +293,7 @@ def test_settings_have_a_json_schema():
         ),
         (
             {"offset": {"kind": "exponential", "start": 1, "end": -1}},
-            "offset.end: Input should be greater than 0",
+            "offset.end: Input should be greater than or equal to 0.000001",
         ),
         (
             {"offset": {"kind": "ramp_up", "end": 1, "until": 2}},
@@ -313,8 +315,8 @@ def test_one_slip_is_one_readable_line(table: dict[str, object], expected: str):
 
 def test_two_slips_are_two_lines():
     assert complaints(temperature=0, kd_weight=-1) == [
-        "temperature: must be > 0, got 0.0",
-        "kd_weight: must be >= 0, got -1.0",
+        "temperature: must be >= 0.001 and <= 10000, got 0.0",
+        "kd_weight: must be >= 0 and <= 1e+06, got -1.0",
     ]
 
 

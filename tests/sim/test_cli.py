@@ -48,7 +48,7 @@ def test_version_and_help_with_examples(fedkd: Fedkd) -> None:
 BAD = {
     "unknown key": (["run", "rouns=3"], "unknown setting 'rouns'; did you mean 'rounds'?"),
     "wrong type": (["run", "rounds=many"], "rounds: must be a valid integer"),
-    "temperature 0": (["run", "strategy.temperature=0"], "strategy.temperature: must be > 0"),
+    "temperature 0": (["run", "strategy.temperature=0"], "strategy.temperature: must be >= 0.001"),
     "negative rounds": (["run", "rounds=-3"], "rounds: must be greater than or equal to 1"),
     "participants": (["run", "clients.participants=99"], "clients.count (10), got 99"),
     "gpus": (["run", "engine.gpus_per_worker=512"], "engine.gpus_per_worker must be at most"),

@@ -20,9 +20,9 @@ BAD = {
     "rounds=abc": "rounds: must be a valid integer",
     "rounds=-1": "rounds: must be greater than or equal to 1, got -1",
     "clients=3": "clients is a section of settings, got 3; did you mean clients.count=3?",
-    "strategy.temperature=0": "strategy.temperature: must be > 0, got 0.0",
-    "strategy.temperature={kind: cosine, start: 4, end: 0}": "strategy.temperature: must be > 0",
-    "strategy.kd_weight=-1": "strategy.kd_weight: must be >= 0, got -1.0",
+    "strategy.temperature=0": "strategy.temperature: must be >= 0.001 and <= 10000, got 0.0",
+    "strategy.temperature={kind: cosine, start: 4, end: 0}": "strategy.temperature: must be >=",
+    "strategy.kd_weight=-1": "strategy.kd_weight: must be >= 0 and <= 1e+06, got -1.0",
     "strategy.name=fedfd": "unknown strategy 'fedfd'; known: dml, fedavg, fedmd",
     "clients.models=[mlq]": "unknown model 'mlq'; known: mlp, cnn",
     "clients.models=[]": "clients.models: need at least one model",
@@ -194,3 +194,121 @@ def test_a_word_changes_one_term_of_a_strategys_default_objective() -> None:
 def test_a_word_that_cannot_be_read_is_named_alone() -> None:
     with pytest.raises(SettingsError, match=r"^cannot read 'objective=\{ce: 1':"):
         load_distill_settings(None, ["seed=1", "objective={ce: 1"])
+
+
+NONSENSE = {
+    "strategy.name=[a]": "strategy: unknown strategy ['a']",
+    "strategy=[a]": "strategy",
+    "strategy.name={a: b}": "strategy: unknown strategy {'a': 'b'}",
+    "rounds=true": "rounds: must be a valid integer, got True",
+    "rounds=12:30": "rounds: must be a valid integer, got '12:30'",
+    "rounds='3'": "rounds: must be a valid integer, got '3'",
+    "rounds=1e30": "rounds: must be a valid integer, got 1e+30",
+    "rounds=2.5": "rounds: must be a valid integer",
+    "rounds=1000000000": "rounds: must be less than or equal to 1000000",
+    "clients.local.epochs=1000000000": "clients.local.epochs: must be less than or equal",
+    "clients.count=1000000000": "clients.count: must be less than or equal",
+    "clients.models=7": "clients.models",
+    "clients.models=[[mlp]]": "clients.models.0",
+    "clients.models={name: [mlp]}": "clients.models.0",
+    "clients.models={name: mlp, options: {hidden: [true]}}": "hidden.0",
+    "clients.models={name: mlp, options: {hidden: [10000000]}}": "hidden.0",
+    "study.seeds=100000000000000000000": "study.seeds: must be a number below 2**63",
+    "study.seeds=1000000": "study.seeds: must be less than or equal to 1000",
+    "study.arms=[a]": "study.arms",
+    "seed=4294967296": "seed: must be less than or equal to 4294967295",
+    "engine.deadline_s=.inf": "engine.deadline_s: must be a finite number, got inf",
+    "engine.deadline_s=true": "engine.deadline_s: must be a valid number, got True",
+    "engine.cpus_per_worker=1e-300": "engine.cpus_per_worker",
+    'engine.address="a\\tb"': "engine.address",
+    "clients.optimizer.lr=1e30": "clients.optimizer.lr: must be less than or equal to 1000",
+    "clients.optimizer.lr=1e-300": "clients.optimizer.lr: must be greater than or equal to",
+    "clients.participation=1e-300": "clients.participation: must be greater than",
+    "strategy.temperature=1e-300": "strategy.temperature: must be >= 0.001",
+    "strategy.temperature=1e300": "strategy.temperature: must be",
+    "strategy.kd_weight=1e30": "strategy.kd_weight: must be",
+    "data.test_fraction=1e-300": "data.test_fraction: must be greater than or equal to 0.001",
+    "data.seed=4294967296": "data.seed",
+    "data.source=''": "data.source",
+    'output="a\\0b"': "output: must be text without control characters",
+    "evaluation.clients=true": "evaluation.clients: must be all, participants or a number",
+    "evaluation.clients=[all]": "evaluation.clients: must be all, participants or a number",
+    "checkpoints.every=1e9": "checkpoints.every",
+    "faults=[{kind: delay, seconds: 1e30}]": "faults.0.seconds",
+    "faults=[{kind: delay, clients: [true]}]": "faults.0.clients.0",
+    "clients.models={name: 'os:system'}": "'os:system' is no model",
+    "clients.models={name: 'torch.hub:load'}": "'torch.hub:load' is no model",
+    "clients.models={name: 'builtins:eval'}": "'builtins:eval' is no model",
+    "clients.models={name: 'mine:net', options: {a: .nan}}": "clients.models.options.a: must be",
+}
+
+
+@pytest.mark.parametrize("word", NONSENSE)
+def test_nonsense_is_one_line_that_names_the_setting(word: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(None, [word])
+    assert NONSENSE[word] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "threads=100000",
+        "seeds=100000000000000000000",
+        "training.epochs=1000000000",
+        "method=[a]",
+        "method.name={a: b}",
+        "search.temperatures=[1e-300]",
+        "search.weights=[true]",
+        "objective={kd: {temperature: 1e-300}}",
+        "objective.kd=[a]",
+        "objective={kd: {kind: [a]}}",
+        "teacher.models={name: [a]}",
+        "teacher.tasks={a: [true, 1]}",
+        "student.prune={amount: 1e300}",
+        "diagnostics.noise=[1e-300]",
+        'teacher.weights="a\\0b"',
+    ],
+)
+def test_nonsense_of_a_distillation_is_one_line_that_names_the_setting(word: str) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"^{word.partition('.')[0].partition('=')[0]}"
+    ) as caught:
+        load_distill_settings(None, [word])
+    assert "\n" not in str(caught.value)
+
+
+def test_many_problems_are_told_in_a_few_lines_words() -> None:
+    with pytest.raises(SettingsError, match="and 95 more") as caught:
+        load_settings(None, [f"clients.local.k{i}={'x' * 1000}" for i in range(100)])
+    assert len(str(caught.value)) < 5000
+
+
+def test_a_whole_number_may_have_an_exponent() -> None:
+    assert load_settings(None, ["rounds=1e3"]).rounds == 1000
+
+
+def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SECRET", "hush")
+    config = tmp_path / "a.yaml"
+    config.write_text("data: {source: '${oc.env:SECRET}'}\n")
+    for arguments in ((config, []), (None, ["data.source=${oc.env:SECRET}"])):
+        with pytest.raises(SettingsError, match=r"^data\.source: .*not the environment") as caught:
+            load_settings(*arguments)
+        assert "hush" not in str(caught.value)
+
+
+def test_text_that_looks_like_a_reference_is_saved_as_text(tmp_path: Path) -> None:
+    settings = load_settings(None, [r"data.source=\${oc.env:HOME}", "data.config='12:30'"])
+    assert settings.data.source == "${oc.env:HOME}"
+    saved = tmp_path / "settings.yaml"
+    saved.write_text(settings.to_yaml())
+    assert load_settings(saved) == settings
+
+
+def test_an_arm_that_cannot_work_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("study: {arms: {far: {clients: {optimizer: {lr: 1.0e+30}}}}}\n")
+    with pytest.raises(SettingsError, match=r"^study\.arms\.far: clients\.optimizer\.lr"):
+        load_settings(config)

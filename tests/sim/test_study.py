@@ -222,8 +222,8 @@ def test_an_interrupted_run_goes_on_with_other_code_only_if_told_to(
     (folder,) = (settings.output / settings.name).iterdir()
     edit(own_model, "gain=1.0", "gain=2.00")
     with pytest.raises(SettingsError, match=r"own_linear\.py changed.*--accept-code"):
-        run(resume=folder)
-    assert run(resume=folder, accept_code=True).status == "finished"
+        run(settings, resume=folder)
+    assert run(settings, resume=folder, accept_code=True).status == "finished"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["reason"] for event in events if event["event"] == "code changed"] == [
         "code: own_linear.py changed"

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Weight
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
@@ -40,10 +41,8 @@ class BeYourOwnTeacherSettings(SoftenedSettings):
     ce_weight: NonNegativeSchedule = Field(
         ConstantSchedule(value=1.0), description="weight of the labels, of every classifier"
     )
-    shallow_ce_weight: float = Field(
+    shallow_ce_weight: Weight = Field(
         0.7,
-        ge=0,
-        allow_inf_nan=False,
         description="weight of the labels for the shallow classifiers, on top of ce_weight",
     )
     kd_weight: NonNegativeSchedule = Field(
@@ -51,10 +50,8 @@ class BeYourOwnTeacherSettings(SoftenedSettings):
         description="weight of what the deepest classifier tells the shallow ones; while this and "
         "feature_weight are 0, only labels teach",
     )
-    feature_weight: float = Field(
+    feature_weight: Weight = Field(
         0.03,
-        ge=0,
-        allow_inf_nan=False,
         description="weight of the squared distance of the shallow classifiers' features from the "
         "deepest one's",
     )

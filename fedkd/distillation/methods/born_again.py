@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
+from fedkd.bounds import Few
 from fedkd.distillation.combining import Combination
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import Ensemble
@@ -19,8 +20,8 @@ class BornAgainSettings(MethodSettings):
     """Settings under ``method:`` when ``name: born_again``."""
 
     name: Literal["born_again"] = "born_again"
-    generations: int = Field(
-        2, ge=1, description="born-again models; generation 0, which has no teacher, is not counted"
+    generations: Few = Field(
+        2, description="born-again models; generation 0, which has no teacher, is not counted"
     )
 
 

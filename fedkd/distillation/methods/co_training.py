@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Few, Real, Share, Weight
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
@@ -29,26 +30,24 @@ class CoTrainingSettings(GroupSettings):
     """Settings under ``method:`` when ``name: co_training``."""
 
     name: Literal["co_training"] = "co_training"
-    views: int = Field(2, ge=2, description="students, each with a view of its own")
+    views: Few = Field(2, ge=2, description="students, each with a view of its own")
     kd_weight: NonNegativeSchedule = Field(
         RampUpSchedule(end=1.0, until=0.27),
         description="weight of the labels that the students give each other; while it is 0 each "
         "trains alone",
     )
-    threshold: float = Field(
-        0.95, ge=0, le=1, description="a row counts where the other student is at least that sure"
+    threshold: Share = Field(
+        0.95, description="a row counts where the other student is at least that sure"
     )
-    difference_weight: float = Field(
+    difference_weight: Weight = Field(
         0.5,
-        ge=0,
-        allow_inf_nan=False,
         description="weight of resisting the examples that mislead the other student, which keeps "
         "the students different; 0 is off",
     )
-    epsilon: float = Field(
+    epsilon: Real = Field(
         0.02,
         ge=0,
-        allow_inf_nan=False,
+        le=100,
         description="how far such an example moves each pixel, on pixel values in [0, 1]",
     )
 

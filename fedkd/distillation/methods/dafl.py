@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedkd.bounds import Count, LearningRate, Weight, Width
 from fedkd.distillation.feeding import StepNotes, early_stopping, validated
 from fedkd.distillation.fitting import EpochRow, FitHistory
 from fedkd.distillation.method import Distilled, Method, MethodSettings
@@ -49,23 +50,17 @@ class DAFLSettings(MethodSettings):
     """
 
     name: Literal["dafl"] = "dafl"
-    steps_per_epoch: int = Field(
-        50, ge=1, description="steps between two validations: an epoch, where rows have no part"
+    steps_per_epoch: Count = Field(
+        50, description="steps between two validations: an epoch, where rows have no part"
     )
-    batch_size: int = Field(128, ge=2, description="images made in a step")
-    latent: int = Field(64, ge=1, description="numbers that an image is made from")
-    width: int = Field(32, ge=2, description="channels of the generator's first maps")
-    generator_lr: float = Field(
-        0.003, gt=0, allow_inf_nan=False, description="learning rate of the generator's Adam"
-    )
-    one_hot_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="weight of the teacher being sure"
-    )
-    activation_weight: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="weight of exciting the teacher's embedding"
-    )
-    information_entropy_weight: float = Field(
-        5.0, ge=0, allow_inf_nan=False, description="weight of making all classes alike often"
+    batch_size: Count = Field(128, ge=2, description="images made in a step")
+    latent: Width = Field(64, description="numbers that an image is made from")
+    width: Width = Field(32, ge=2, description="channels of the generator's first maps")
+    generator_lr: LearningRate = Field(0.003, description="learning rate of the generator's Adam")
+    one_hot_weight: Weight = Field(1.0, description="weight of the teacher being sure")
+    activation_weight: Weight = Field(0.1, description="weight of exciting the teacher's embedding")
+    information_entropy_weight: Weight = Field(
+        5.0, description="weight of making all classes alike often"
     )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Count, LearningRate, Rows, Weight, Whole
 from fedkd.distillation.fitting import EpochRow, FitHistory
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.methods.dafl import check_no_rows
@@ -32,28 +33,21 @@ class DeepInversionSettings(MethodSettings):
     """
 
     name: Literal["deep_inversion"] = "deep_inversion"
-    images: int = Field(1024, ge=2, description="images made, of all classes alike often")
-    batch_size: int = Field(256, ge=2, description="images optimised together")
-    iterations: int = Field(250, ge=1, description="steps of the images' optimizer")
-    lr: float = Field(0.1, gt=0, allow_inf_nan=False, description="learning rate of its Adam")
-    jitter: int = Field(
+    images: Rows = Field(1024, ge=2, description="images made, of all classes alike often")
+    batch_size: Count = Field(256, ge=2, description="images optimised together")
+    iterations: Count = Field(250, description="steps of the images' optimizer")
+    lr: LearningRate = Field(0.1, description="learning rate of its Adam")
+    jitter: Whole = Field(
         1,
         ge=0,
+        le=1024,
         description="pixels by which a batch is rolled at most in each direction, anew in "
         "every step",
     )
-    ce_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="weight of showing the class that was asked for"
-    )
-    batch_norm_weight: float = Field(
-        100.0, ge=0, allow_inf_nan=False, description="weight of the BatchNorm statistics"
-    )
-    total_variation_weight: float = Field(
-        2.5e-5, ge=0, allow_inf_nan=False, description="weight of being smooth"
-    )
-    l2_weight: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="weight of the images' length"
-    )
+    ce_weight: Weight = Field(1.0, description="weight of showing the class that was asked for")
+    batch_norm_weight: Weight = Field(100.0, description="weight of the BatchNorm statistics")
+    total_variation_weight: Weight = Field(2.5e-5, description="weight of being smooth")
+    l2_weight: Weight = Field(0.0, description="weight of the images' length")
 
 
 class Inverted(NamedTuple):

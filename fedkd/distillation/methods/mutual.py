@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fedkd.bounds import Share
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
@@ -105,10 +106,8 @@ class MutualSettings(SoftenedSettings):
         description="whose labels the teacher sees: all transfer rows, or those that the student "
         "sees as well",
     )
-    final_share: float = Field(
+    final_share: Share = Field(
         0.5,
-        ge=0,
-        le=1,
         description="the student's share of kd_weight at the end; 0: the teacher never listens",
     )
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Count, Few, PositiveWeight, ShareBelowOne
 from fedkd.distillation.method import Distilled, Method, MethodSettings
 from fedkd.distillation.peers import (
     Group,
@@ -65,7 +66,7 @@ class ONESettings(SoftenedSettings):
     """Settings under ``method:`` when ``name: one``."""
 
     name: Literal["one"] = "one"
-    branches: int = Field(3, ge=2, description="ends of the network, the student's among them")
+    branches: Few = Field(3, ge=2, description="ends of the network, the student's among them")
     split: LayerName | None = Field(
         None,
         description="first layer that every branch has for itself, a child of the student's model; "
@@ -217,16 +218,14 @@ class KDCLSettings(PeerSettings):
     """Settings under ``method:`` when ``name: kdcl``."""
 
     name: Literal["kdcl"] = "kdcl"
-    peers: int = Field(2, ge=1, description="models that learn together, the student among them")
+    peers: Few = Field(2, description="models that learn together, the student among them")
     rule: Literal["general", "naive", "linear", "minlogit"] = Field(
         "general",
         description="the common target. general: a mean with weights from the peers' errors on the "
         "validation split, renewed every epoch; for all transfer rows. naive, linear, minlogit "
         "look at the label of a row, so they teach on labelled rows only",
     )
-    ridge: float = Field(
-        0.1, gt=0, allow_inf_nan=False, description="general: steadies the weights; large: uniform"
-    )
+    ridge: PositiveWeight = Field(0.1, description="general: steadies the weights; large: uniform")
     temperature: PositiveSchedule = Field(
         ConstantSchedule(value=2.0), description="softens the common target"
     )
@@ -330,7 +329,7 @@ class OKDDipSettings(SoftenedSettings):
     """Settings under ``method:`` when ``name: okddip``."""
 
     name: Literal["okddip"] = "okddip"
-    peers: int = Field(3, ge=2, description="auxiliary peers besides the leader, the student")
+    peers: Few = Field(3, ge=2, description="auxiliary peers besides the leader, the student")
     average: Literal["prob", "logit"] = Field(
         "prob", description="what the peers' targets average: prob as the paper, logit as its code"
     )
@@ -405,8 +404,8 @@ class PCLSettings(PeerSettings):
     """Settings under ``method:`` when ``name: pcl``."""
 
     name: Literal["pcl"] = "pcl"
-    decay: float = Field(
-        0.999, ge=0, lt=1, description="largest share of the past in a running mean, per step"
+    decay: ShareBelowOne = Field(
+        0.999, description="largest share of the past in a running mean, per step"
     )
     kd_weight: NonNegativeSchedule = Field(RAMP, description=RAMP_DESCRIPTION)
     temperature: PositiveSchedule = Field(
@@ -481,9 +480,9 @@ class CodistillationSettings(PeerSettings):
     """Settings under ``method:`` when ``name: codistillation``."""
 
     name: Literal["codistillation"] = "codistillation"
-    interval: int = Field(10, ge=1, description="steps between two exchanges of weights")
-    burn_in: float = Field(
-        0.2, ge=0, lt=1, description="share of the training in which every peer trains alone"
+    interval: Count = Field(10, description="steps between two exchanges of weights")
+    burn_in: ShareBelowOne = Field(
+        0.2, description="share of the training in which every peer trains alone"
     )
     labelled_rows: Literal["shared", "disjoint"] = Field(
         "shared",

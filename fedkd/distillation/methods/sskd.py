@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.bounds import CountOrZero, Share, Temperature, Weight
 from fedkd.distillation.feeding import transfer_batches
 from fedkd.distillation.fitting import EpochRow, FitHistory
 from fedkd.distillation.method import Distilled, Method, MethodSettings
@@ -43,36 +44,24 @@ class SSKDSettings(SoftenedSettings):
     kd_weight: NonNegativeSchedule = Field(
         ConstantSchedule(value=0.9), description="weight of the teacher's word on upright images"
     )
-    ss_weight: float = Field(
+    ss_weight: Weight = Field(
         10.0,
-        ge=0,
-        allow_inf_nan=False,
         description="weight of the teacher's similarities of turned to upright images",
     )
-    tf_weight: float = Field(
-        2.7, ge=0, allow_inf_nan=False, description="weight of its word on turned images"
-    )
+    tf_weight: Weight = Field(2.7, description="weight of its word on turned images")
     temperature: PositiveSchedule = Field(
         ConstantSchedule(value=4.0), description="softens the teacher's word on upright images"
     )
-    ss_temperature: float = Field(
-        0.5, gt=0, allow_inf_nan=False, description="divides the similarities"
-    )
-    tf_temperature: float = Field(
-        4.0, gt=0, allow_inf_nan=False, description="softens its word on turned images"
-    )
-    ss_wrong_share: float = Field(
+    ss_temperature: Temperature = Field(0.5, description="divides the similarities")
+    tf_temperature: Temperature = Field(4.0, description="softens its word on turned images")
+    ss_wrong_share: Share = Field(
         0.75,
-        ge=0,
-        le=1,
         description="share kept of the turned images that the teacher relates wrongly, the least "
         "wrong first",
     )
-    tf_wrong_share: float = Field(
-        1.0, ge=0, le=1, description="share kept of those whose class it gets wrong"
-    )
-    head_epochs: int = Field(
-        30, ge=0, description="passes over the rows in which the teacher's head is trained"
+    tf_wrong_share: Share = Field(1.0, description="share kept of those whose class it gets wrong")
+    head_epochs: CountOrZero = Field(
+        30, description="passes over the rows in which the teacher's head is trained"
     )
 
 

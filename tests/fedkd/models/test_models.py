@@ -235,7 +235,7 @@ def test_settings_are_frozen_and_take_no_unknown_keys():
             r"did you mean 'norm'\?",
         ),
         ("lenet", {"norm": "batch"}, "unknown option 'norm' of model 'lenet'; known: none"),
-        ("mlp", {"hidden": [64, 0]}, r"'mlp': hidden\.1: .* greater than 0, got 0"),
+        ("mlp", {"hidden": [64, 0]}, r"'mlp': hidden\.1: .* greater than or equal to 1, got 0"),
         ("mlp", {"hidden": 64}, r"'mlp': hidden: .* valid tuple, got 64"),
         ("mlp", {"dropout": 1.0}, r"dropout: .* less than 1, got 1\.0"),
         ("resnet20", {"norm": "layer"}, r"norm: Input should be 'group' or 'batch', got 'layer'"),

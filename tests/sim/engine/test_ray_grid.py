@@ -164,7 +164,7 @@ def test_a_worker_trains_on_the_gpu_that_ray_gave_it(
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
     monkeypatch.setattr(session, "ClientRuntime", runtime)
     settings = small()
-    session.Worker().configure(settings.to_table(), load_data(settings))
+    session.Worker(".").configure(settings.to_table(), load_data(settings))
     assert chosen == [device]
 
 
