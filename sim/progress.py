@@ -104,6 +104,8 @@ class Bars(Signs):
         found = [each for each in self._progress.tasks if each.id == task]
         for each in found:
             self._progress.remove_task(each.id)
+            # Or the line would stand above a bar that shows the step before.
+            self._progress.refresh()
             if each.total is not None:
                 state = _state(int(each.completed), int(each.total), self._unit)
                 seconds = each.finished_time if each.finished_time is not None else each.elapsed

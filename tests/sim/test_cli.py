@@ -226,6 +226,37 @@ def test_quiet_prints_nothing(fedkd: Fedkd, tmp_path: Path, small_words: Words) 
     assert fedkd("run", *small_words, f"output={tmp_path}", "--quiet") == (0, "", "")
 
 
+def test_a_comparison_ends_with_its_answer(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.reports.figures.DOTS_PER_INCH", 20)
+    words = ["--arms", "local,fedavg", "--seeds", "2", "--baseline", "fedavg"]
+    code, out, err = fedkd("compare", *words, *small_words, f"output={tmp_path}")
+    assert code == 0
+    assert [line.split(",")[0] for line in err.splitlines()] == [
+        "local seed 0: 1/2 rounds",
+        *(f"{arm} seed {seed}: 2/2 rounds" for seed in (0, 1) for arm in ("local", "fedavg")),
+    ]
+    *_, heading, answer, remark = out.splitlines()
+    assert heading.startswith("Against fedavg, by mean client accuracy at the last round")
+    assert "whether local beats fedavg" in answer or answer.startswith("local ")
+    assert remark.startswith("* 2 seeds are few")
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = fedkd("compare", *words, *small_words, f"output={tmp_path}")
+    table = out.split("report ")[0]
+    assert all(len(line) <= 40 for line in table.splitlines())
+    assert "local" in table
+    assert "--wide shows" in " ".join(table.split())
+    _, out, _ = fedkd("compare", "--wide", *words, *small_words, f"output={tmp_path}")
+    assert "left out" not in out.split("report ")[0]
+
+
+def test_what_an_error_quotes_moves_no_cursor(fedkd: Fedkd) -> None:
+    code, out, err = fedkd("run", "name=\x1b[2J\nx")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "\x1b" not in err
+
+
 def test_a_run_that_was_asked_for_nothing_shows_help(fedkd: Fedkd) -> None:
     code, out, err = fedkd()
     assert code == 2

@@ -18,7 +18,7 @@ from sim.records import is_finished, only_one
 from sim.reports import load_study
 from sim.running import run
 from sim.settings import Settings, SettingsError
-from sim.study import StudyResult, arm_settings, compare
+from sim.study import StudyResult, arm_settings, baseline_arm, compare
 
 Small = Callable[..., Settings]
 
@@ -66,7 +66,27 @@ def test_a_study_runs_every_arm_with_every_seed_and_reports(small: Small) -> Non
         ("alone", "hot", "cold"), 2
     )
     table = json.loads((study.folder / "study.json").read_text())
+    assert study.baseline == table["baseline"] == "alone"
+    assert [(pair["first"], pair["other"]) for pair in study.to_row()["pairs"]] == [
+        ("alone", "hot"),
+        ("alone", "cold"),
+        ("hot", "cold"),
+    ]
     assert all((study.folder / run).is_dir() for runs in table["arms"].values() for run in runs)
+
+
+def test_the_baseline_is_the_arm_asked_for_the_study_s_or_the_first(small: Small) -> None:
+    arms = arm_settings(small(ARMS))
+    asks = small(ARMS, "study.baseline=hot")
+    assert baseline_arm(small(ARMS), arms) == "alone"
+    assert baseline_arm(asks, arms) == "hot"
+    assert baseline_arm(asks, arms, "cold") == "cold"
+    # A file's question is about arms that are not all asked for.
+    assert baseline_arm(asks, {"alone": None, "cold": None}) == "alone"
+    for settings, baseline in ((asks, "hott"), (small(ARMS, "study.baseline=hott"), None)):
+        with pytest.raises(SettingsError, match=r"baseline must be one of .* did you mean 'hot'"):
+            baseline_arm(settings, arms, baseline)
+    assert fingerprint(asks) == fingerprint(small(ARMS))
 
 
 def test_what_is_finished_is_not_run_again(small: Small) -> None:
