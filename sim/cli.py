@@ -273,20 +273,26 @@ def compare(
     goes_on = f"the same command goes on in {settings.output / settings.name}"
     # Ray prints to standard output when a worker dies; what is printed there is for programs.
     with signs, _stoppable(goes_on), redirect_stdout(sys.stderr):
+        told: list[str] = []
+
+        def tell(note: str) -> None:
+            told.append(note)
+            _tell(note)
+
         study = compare_arms(
             settings,
             arms=[name.strip() for name in arms.split(",")] if arms else None,
             seeds=seeds,
             baseline=baseline,
             accept_code=accept_code,
-            tell=_tell,
+            tell=tell,
             observer_of=lambda arm, seed: [ProgressObserver(signs, f"{arm} seed {seed}")],
         )
     if json:
         typer.echo(to_json(study.to_row()))
     elif not quiet:
         _print(summary_table(study.runs, study.baseline), wide=wide)
-        _print_words(*study.notes)
+        _print_words(*(note for note in study.notes if note not in told))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
         _print_words("", *verdicts(study.runs, study.baseline))
@@ -466,7 +472,7 @@ def _say_where(folder: Path, row: "Row") -> None:
 
 def _tell(note: str) -> None:
     """Say what decides numbers, in every mode: standard output is for tables and JSON."""
-    typer.echo(f"fedkd: {note}", err=True)
+    typer.echo(f"fedkd: {printable(note)}", err=True)
 
 
 def _refuse_accepting() -> NoReturn:
@@ -493,7 +499,7 @@ def _print_words(*sentences: str) -> None:
     """Print sentences, broken between words where a terminal has a width."""
     console = Console(highlight=False)
     for sentence in sentences:
-        console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
+        console.print(printable(sentence), markup=False, soft_wrap=not console.is_terminal)
 
 
 def _settings(
