@@ -82,14 +82,26 @@ def read_label_column(
 
 
 def _numbers(column: "pa.ChunkedArray") -> Int64[np.ndarray, "rows"]:
-    numbers: np.ndarray = column.fill_null(UNLABELLED).to_numpy().astype(np.int64)
-    return numbers
+    return to_numpy(column.fill_null(UNLABELLED) if column.null_count else column).astype(np.int64)
+
+
+def to_numpy(column: "pa.Array | pa.ChunkedArray") -> np.ndarray:
+    """Return numbers without empty cells as NumPy has them.
+
+    Arrow's own ``to_numpy`` imports pandas, which takes half a second.
+    """
+    import pyarrow as pa
+
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    parts = [np.from_dlpack(chunk) for chunk in chunks if len(chunk)]
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
 def _whole(column: "pa.ChunkedArray", file: str) -> Int64[np.ndarray, "rows"]:
     import pyarrow as pa
 
-    values = column.cast(pa.float64()).to_numpy()
+    column = column.cast(pa.float64())
+    values = to_numpy(column.fill_null(UNLABELLED) if column.null_count else column)
     values = np.where(np.isnan(values), UNLABELLED, values)  # NaN is how pandas leaves a cell empty
     odd = np.flatnonzero((values != np.floor(values)) | (np.abs(values) > 2**53))
     if len(odd):
@@ -104,10 +116,11 @@ def _named(column: "pa.ChunkedArray", file: str, declared: tuple[str, ...] | Non
 
     try:
         encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+        indices = pa.chunked_array([encoded.indices])
         names = tuple(encoded.dictionary.to_pylist())
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: class names must be UTF-8 text, got {error}") from error
-    numbers = encoded.indices.fill_null(UNLABELLED).to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers = _numbers(indices)
     if declared is None:
         return LabelColumn(file, numbers, names)
     return LabelColumn(

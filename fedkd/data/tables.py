@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from fedkd.data.images import Pixels, open_image, stack_images
-from fedkd.data.labels import UNLABELLED, LabelColumn, read_label_column
+from fedkd.data.labels import UNLABELLED, LabelColumn, read_label_column, to_numpy
 from fedkd.data.settings import DataSettings
 from fedkd.names import printable
 
@@ -558,12 +558,10 @@ def _array_of(cell: "pa.Scalar") -> "Image | np.ndarray":
             raise ValueError("the lines of the picture are not of one length")
         shape.append(lengths[0])
         values = values.flatten()
-    numbers = values.to_numpy(zero_copy_only=False)
-    if not len(numbers):
+    if not len(values):
         raise ValueError("the picture is empty")
-    if pa.types.is_boolean(values.type):
-        numbers = numbers.astype(np.float32)
     most = 255 if pa.types.is_integer(values.type) else 1
+    numbers = to_numpy(values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values)
     if not (numbers.min() >= 0 and numbers.max() <= most):
         raise ValueError(
             f"{'whole numbers' if most == 255 else 'fractions'} must be from 0 to {most}, got "

@@ -140,7 +140,7 @@ def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
 
 def test_formats_that_start_other_programs_are_no_pictures():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
-    with pytest.raises(ValueError, match="could not be read"):
+    with pytest.raises(ValueError, match="could not be read: no picture"):
         open_image(postscript)
 
 
