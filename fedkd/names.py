@@ -1,6 +1,8 @@
 """Names that become the names of files and folders, and names as they are shown to people."""
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -33,6 +35,13 @@ def printable(text: str) -> str:
         letter if letter.isprintable() or letter in _HARMLESS else ascii(letter)[1:-1]
         for letter in text
     )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"``, or nothing where no known word is near."""
+    names = {name.casefold(): name for name in known}
+    matches = get_close_matches(word.casefold(), list(names), n=1, cutoff=0.6)
+    return f"; did you mean {names[matches[0]]!r}?" if matches else ""
 
 
 _HARMLESS = frozenset("\u200c\u200d\u00a0\u3000")

@@ -5,7 +5,6 @@ Below this line code takes typed objects or plain values, never a table of text.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -37,7 +36,7 @@ from fedkd.bounds import (
 )
 from fedkd.data import DataSettings
 from fedkd.models import ModelSettings
-from fedkd.names import check_name
+from fedkd.names import check_name, nearest
 from fedkd.objectives import Objective
 from fedkd.training import OptimizerSettings, Passes
 from sim.faults import PROCESS_FAULTS, FaultRule
@@ -338,13 +337,6 @@ class Settings(_Section):
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load_settings` reads back."""
         return yaml_text(self.to_table())
-
-
-def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Return ``"; did you mean 'x'?"``, or nothing where no known word is near."""
-    names = {name.casefold(): name for name in known}
-    matches = get_close_matches(word.casefold(), list(names), n=1, cutoff=0.6)
-    return f"; did you mean {names[matches[0]]!r}?" if matches else ""
 
 
 def load_settings(

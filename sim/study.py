@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedkd.names import nearest
 from sim.engine.resources import check_engine
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
@@ -23,7 +24,7 @@ from sim.records import (
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.running import load_data, open_session, run
-from sim.settings import Settings, SettingsError, merge_tables, nearest, settings_from_table
+from sim.settings import Settings, SettingsError, merge_tables, settings_from_table
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from fedkd.distillation.participants import (
 )
 from fedkd.distillation.probes import DiagnosticsSettings
 from fedkd.distillation.selection import Selection
-from fedkd.names import check_name
+from fedkd.names import check_name, nearest
 from fedkd.objectives import Objective
 
 if TYPE_CHECKING:
@@ -133,7 +133,10 @@ class DistillSettings(Section):
             return value
         name = value.get("name", "offline")
         if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(f"unknown method {shown(name)}; known: {', '.join(METHODS)}")
+            raise ValueError(
+                f"unknown method {shown(name)}; known: {', '.join(METHODS)}"
+                + nearest(str(name), METHODS)
+            )
         return {**value, "name": name}
 
     def to_table(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from fedkd.models.recurrent import GRUOptions, LSTMOptions
 from fedkd.models.resnet import ResNet8Options, ResNet20Options
 from fedkd.models.transformer import TransformerOptions
 from fedkd.models.tutorial import TutorialStudentOptions, TutorialTeacherOptions
+from fedkd.names import nearest
 from fedkd.randomness import seeded_for
 
 __all__ = [
@@ -144,7 +144,7 @@ class ModelSettings(BaseModel):
         known = ", ".join(_MODELS)
         raise ValueError(
             f"unknown model {shown(name)}; known: {known}; or package.module:callable or "
-            "timm:<name>" + _nearest(name, list(_MODELS))
+            "timm:<name>" + nearest(name, _MODELS)
         )
 
     @model_validator(mode="after")
@@ -279,7 +279,7 @@ def _validated(name: str, options: dict[str, Any]) -> ModelOptions:
         if option not in known:
             raise ValueError(
                 f"unknown option {option!r} of model {name!r}; known: {', '.join(known) or 'none'}"
-                + _nearest(str(option), known)
+                + nearest(str(option), known)
             )
     try:
         return family.model_validate(options)
@@ -295,11 +295,6 @@ def _validated(name: str, options: dict[str, Any]) -> ModelOptions:
 
 def _package(name: str) -> str:
     return name.partition(":")[0].partition(".")[0]
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    matches = get_close_matches(word, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def _load_callable(name: str) -> Callable[..., object]:
@@ -339,7 +334,7 @@ def _timm_factory(settings: ModelSettings) -> Callable[..., object]:
     if not timm.is_model(name):
         raise ValueError(
             f"model {settings.name!r}: timm {timm.__version__} has no {name!r}"
-            + _nearest(name, timm.list_models())
+            + nearest(name, timm.list_models())
         )
 
     def build(*, input_shape: ImageShape, num_classes: int, **options: JsonValue) -> object:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from pydantic import RootModel, SerializeAsAny, ValidationError, field_validator
 from torch import Tensor, nn
 
 from fedkd.bounds import shown
+from fedkd.names import nearest
 from fedkd.objectives.table import TERMS
 from fedkd.objectives.taps import Features, layer_shapes, resolved_layer, tapped
 from fedkd.objectives.terms import LayerPairs, Need, Parts, SoftenedTerm, Term
@@ -256,10 +256,9 @@ def read_term(name: str, given: object) -> Term:
         )
     kind = table.get("kind", name)
     if not isinstance(kind, str) or kind not in TERMS:
-        near = get_close_matches(str(kind), list(TERMS), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"unknown term {shown(kind)} in objective; known: {', '.join(TERMS)}{hint}"
+            f"unknown term {shown(kind)} in objective; known: {', '.join(TERMS)}"
+            + nearest(str(kind), TERMS)
         )
     try:
         return TERMS[kind].model_validate({**table, "kind": kind})

@@ -15,8 +15,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from fedkd.names import nearest
 from sim.reports.runs import RunRecord, number
-from sim.settings import SettingsError, nearest
+from sim.settings import SettingsError
 
 CONFIDENCE = 0.95
 

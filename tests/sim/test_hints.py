@@ -54,6 +54,7 @@ DISTILL = {
     "lr=1": "'training.optimizer.lr'",
     "temperature=2": "'objective.kd.temperature'",
     "student=mlp": "did you mean student.model=mlp?",
+    "method=offlin": "did you mean 'offline'?",
     "objective={ce:1}": "write a space after the colon: {ce: 1}",
     "rounds=3": "unknown setting 'rounds': it belongs to fedkd run or fedkd compare",
 }
