@@ -92,6 +92,10 @@ def _run(grid: Grid, context: Context) -> None:
         try:
             loop.run()
             status = "finished"
+        except (KeyboardInterrupt, SystemExit):
+            # ``flwr stop``, or whoever ends the SuperLink.
+            status = "interrupted"
+            raise
         finally:
             recorder.result(run_result(settings, folder, loop.history, status=status).to_row())
 

@@ -367,10 +367,12 @@ def test_a_federation_with_tls_and_keys_goes_on_without_a_node_that_is_killed(
     deployment.register(0, 1, 2)
     for partition in range(3):
         deployment.node(partition, 3)
-    deployment.run(*TINY, "strategy.name=dml")
+    # A process a message: judging once is what keeps this short.
+    settings = ("strategy.name=dml", "evaluation.every=2")
+    deployment.run(*TINY, *settings)
     # What the same settings give where client 2 fails in round 2 is computed meanwhile.
     lost = "{kind: crash, clients: [2], rounds: [2], phases: [train, evaluate], attempts: null}"
-    ours = of_run(tmp_path, "strategy.name=dml", f"faults=[{lost}]")
+    ours = of_run(tmp_path, *settings, f"faults=[{lost}]")
     deployment.wait_for("training in round 2", lambda: deployment.is_at(2, "train", 2))
     deployment.stop("node2", signal.SIGKILL)
     theirs = deployment.finished()
@@ -381,3 +383,90 @@ def test_a_federation_with_tls_and_keys_goes_on_without_a_node_that_is_killed(
     assert theirs["result"]["status"] == "finished"
     replies = [row["replies"] for row in theirs["metrics"] if row["scope"] == "federation"]
     assert replies == [3, 2]
+
+
+# -- slow: the whole matrix --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["dml", "fedmd"])
+@pytest.mark.parametrize("secure", [False, True], ids=["insecure", "tls"])
+def test_the_deployment_runtime_computes_what_fedkd_run_computes(
+    deploy: Callable[..., Deployment], tmp_path: Path, secure: bool, strategy: str
+) -> None:
+    deployment = deploy(secure=secure)
+    if secure:
+        deployment.register(0, 1)
+    for partition in range(2):
+        deployment.node(partition, 2)
+    settings = ("clients.count=2", f"strategy.name={strategy}")
+    deployment.run(*TINY, *settings)
+    ours = of_run(tmp_path, *settings)
+    theirs = deployment.finished()
+    assert {**theirs, "result": None} == {**ours, "result": None}, deployment.logs()
+    assert theirs["result"]["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_late_node_joins_a_running_federation(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy(secure=False)
+    for partition in range(2):
+        deployment.node(partition, 3)
+    deployment.run(*TINY, "rounds=4", "nodes.wait_s=60")
+    deployment.wait_for("training in round 1", lambda: deployment.is_at(0, "train", 1))
+    deployment.node(2, 3)
+    left = deployment.finished()
+    assert kinds(left["events"])[:2] == [(1, 2, "absent"), (1, 2, "rejected")]
+    (joined,) = [row["round"] for row in left["events"] if row["event"] == "joined"]
+    replies = [row["replies"] for row in left["metrics"] if row["scope"] == "federation"]
+    assert replies == [2] * (joined - 1) + [3] * (5 - joined), deployment.logs()
+
+
+@pytest.mark.slow
+def test_a_node_that_was_restarted_has_lost_its_client_s_state(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(secure=True)
+    deployment.register(0, 1)
+    for partition in range(2):
+        deployment.node(partition, 2)
+    deployment.run(*TINY, "rounds=4", "clients.count=2")
+    deployment.wait_for("judging in round 1", lambda: deployment.is_at(1, "evaluate", 1))
+    deployment.stop("node1", signal.SIGTERM)
+    deployment.node(1, 2)
+    left = deployment.finished()
+    assert [row["client"] for row in left["events"] if row["event"] == "state lost"] == [1]
+    replies = [row["replies"] for row in left["metrics"] if row["scope"] == "federation"]
+    assert (replies[0], replies[-1]) == (2, 2), deployment.logs()
+
+
+@pytest.mark.slow
+def test_a_key_that_is_not_registered_and_a_node_without_tls_are_refused(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(secure=True)
+    write_key(deployment.folder / "node0")
+    stranger = deployment.node(0, 1)
+    assert stranger.wait(PATIENCE_S) != 0
+    assert "Failed to initialize the connection to the SuperLink" in deployment.log("node0")
+
+
+@pytest.mark.slow
+def test_flwr_run_simulates_as_many_clients_as_the_settings_say(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path, secure=False, apart=False)
+    home = tmp_path / "homes" / "user" / "config.toml"
+    home.write_text(
+        '[superlink]\ndefault = "local"\n\n[superlink.local]\n'
+        'options.num-supernodes = 2\naddress = ":local:"\n'
+    )
+    try:
+        deployment.start(
+            "run",
+            *("flwr", "run", ROOT, "--stream", "--run-config"),
+            f"overrides={json.dumps(f'rounds=2 clients.count=2 output={tmp_path}/runs')}",
+        )
+        left = deployment.finished()
+    finally:
+        deployment.close()
+    assert left["result"]["rounds"] == 2
+    assert left["events"] == []
