@@ -10,6 +10,7 @@ import json
 import logging
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from fedkd.data import build_federated_data
 from fedkd.training import ClientState
 from sim.engine.flower import end_without_traceback
 from sim.engine.messages import (
     CohortCall,
-    Introduction,
     Phase,
     introduction_content,
     read_assignment,
@@ -30,9 +31,8 @@ from sim.engine.messages import (
     reply_content,
     say_state_was_lost,
 )
-from sim.engine.nodes import NodesError, versions
+from sim.engine.nodes import NodesError, introduction
 from sim.engine.runtime import ClientRuntime
-from sim.identity import data_digest
 from sim.observers import Observer, Row
 from sim.provenance import provenance_of
 from sim.records import FolderBusyError, RunFolder, StorageError, new_run_folder
@@ -142,15 +142,18 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
     try:
         client = _number(context, "partition-id")
         count = _number(context, "num-partitions")
-        runtime, digest = _runtime(assignment.settings)
+        settings = settings_from_table(json.loads(assignment.settings))
+        if phase == "query":
+            # Whatever keeps this node from taking part shows here, before anybody trains.
+            said = introduction(settings, load_data(settings), client)
+            content = introduction_content(replace(said, partitions=count))
+            return Message(content, reply_to=message)
+        runtime = _runtime(assignment.settings)
     except SettingsError as error:
         return _refusal(message, str(error))
-    if phase == "query":
-        introduction = Introduction(client, count, digest, versions())
-        return Message(introduction_content(introduction), reply_to=message)
     trained = context.state.config_records.get(TRAINED, ConfigRecord({"round": 0}))["round"]
     lost = int(trained) < assignment.trained  # type: ignore[arg-type]
-    if lost and runtime.settings.nodes.restarted == "refuse":
+    if lost and settings.nodes.restarted == "refuse":
         return _refusal(
             message,
             f"its node was restarted and no longer has the state of round {assignment.trained} "
@@ -190,8 +193,13 @@ def _number(context: Context, key: str) -> int:
 
 # A node's process may serve message after message: load once, not every time.
 @lru_cache(maxsize=1)
-def _runtime(settings: str) -> tuple[ClientRuntime, str]:
-    """Return what serves this node's client, and the digest of the data that it has."""
-    parsed = settings_from_table(json.loads(settings))
-    data = load_data(parsed)
-    return ClientRuntime(parsed, data), data_digest(data)
+def _runtime(text: str) -> ClientRuntime:
+    """Return what serves this node's client; whether it can was seen when the node was asked."""
+    settings = settings_from_table(json.loads(text))
+    try:
+        data = build_federated_data(
+            settings.data, num_clients=settings.clients.count, seed=settings.seed
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return ClientRuntime(settings, data)

@@ -19,15 +19,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedkd
 import sim
 import strategies
 from fedkd.data import source_files
-from fedkd.distillation.settings import DistillSettings
 from sim.records import IDENTITY_FILE, write_text
 from sim.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from fedkd.distillation.settings import DistillSettings
 
 OURS = (fedkd, sim, strategies)
 SHOWING = ("sim/reports/", "sim/cli.py", "sim/progress.py", "sim/overview.py", "sim/__main__.py")
@@ -166,7 +168,7 @@ def _first(names: Sequence[str], most: int = 3) -> str:
 # -- what there is now -------------------------------------------------------------------------
 
 
-def provenance_of(settings: Settings | DistillSettings) -> Provenance:
+def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
     """Return what a run of these settings is made of now.
 
     Raises:
@@ -179,11 +181,16 @@ def provenance_of(settings: Settings | DistillSettings) -> Provenance:
     if any(name.startswith(_TIMM) for name in names):
         with suppress(ImportError):
             versions["timm"] = version("timm")
-    own = [name for name in names if not name.startswith(_TIMM)]
-    return Provenance(_data_digests(settings), {**_our_code(), **_own_code(own)}, versions)
+    return Provenance(_data_digests(settings), code_of(settings), versions)
 
 
-def _callables(settings: Settings | DistillSettings) -> list[str]:
+def code_of(settings: "Settings | DistillSettings") -> dict[str, str]:
+    """Return digests of the files of code that a run of these settings is made of now."""
+    own = [name for name in _callables(settings) if not name.startswith(_TIMM)]
+    return {**_our_code(), **_own_code(own)}
+
+
+def _callables(settings: "Settings | DistillSettings") -> list[str]:
     """Return every name of settings that is a callable of somebody's own, or a model of timm."""
     table = settings.to_table()
     # The arms of a study are settings of other runs.
@@ -293,7 +300,7 @@ def _digest(path: Path) -> str:
 # -- data --------------------------------------------------------------------------------------
 
 
-def _data_digests(settings: Settings | DistillSettings) -> dict[str, str]:
+def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
     try:
         files = [*source_files(settings.data), *_weight_files(settings)]
     except ValueError as error:
@@ -304,7 +311,7 @@ def _data_digests(settings: Settings | DistillSettings) -> dict[str, str]:
     return dict(zip(names, digests, strict=True))
 
 
-def _weight_files(settings: Settings | DistillSettings) -> list[Path]:
+def _weight_files(settings: "Settings | DistillSettings") -> list[Path]:
     """Return the files of weights that a distillation begins with."""
     if isinstance(settings, Settings):
         return []

@@ -122,12 +122,14 @@ class Introduction:
         partition: its client.
         partitions: how many clients it takes the run to have.
         data: digest of what it has loaded.
+        code: digests of the files of code that make its numbers, by name, as JSON.
         versions: of the packages that decide bits.
     """
 
     partition: int
     partitions: int
     data: str
+    code: str
     versions: str
 
 
@@ -164,7 +166,8 @@ def read_introduction(content: RecordDict) -> Introduction:
         ValueError: it says something else.
     """
     said = dict(content.config_records.get(_NODE, {}))
-    expected = {"partition": int, "partitions": int, "data": str, "versions": str}
+    numbers, texts = ("partition", "partitions"), ("data", "code", "versions")
+    expected = {**dict.fromkeys(numbers, int), **dict.fromkeys(texts, str)}
     if {key: type(value) for key, value in said.items()} != expected:
         raise ValueError(
             f"it introduces itself as {str(said)[:200]}, which is not a node of this version"

@@ -27,6 +27,7 @@ from sim.engine.messages import (
 from sim.faults import FaultPlan
 from sim.identity import data_digest
 from sim.observers import Row
+from sim.provenance import Provenance, changes, code_of
 from sim.records import package_versions
 from sim.settings import Settings
 from strategies.knowledge import Knowledge
@@ -73,8 +74,7 @@ class Nodes:
         self._event = event
         self._faults = FaultPlan(settings.faults, settings.seed)
         self._text = json.dumps(settings.to_table())
-        self._data_digest = data_digest(data)
-        self._versions = versions()
+        self._ours = introduction(settings, data, 0)
         self._online: set[int] = set()
         self._node_of: dict[int, int] = {}
         self._came: dict[int, list[int]] = {}
@@ -273,21 +273,21 @@ class Nodes:
                 self._refuse(node, reply.error.reason or "unknown error")
             return
         try:
-            introduction = read_introduction(reply.content)
+            said = read_introduction(reply.content)
         except ValueError as error:
             self._refuse(node, str(error))
             return
-        self._partitions_said.add(introduction.partitions)
-        problem = self._problem(introduction)
+        self._partitions_said.add(said.partitions)
+        problem = self._problem(said)
         if problem:
             self._refuse(node, problem)
             return
-        client = introduction.partition
-        if introduction.versions != self._versions:
+        client = said.partition
+        if said.versions != self._ours.versions:
             self._tell(
                 "other versions",
-                f"its node {node} has {introduction.versions}, the server has {self._versions}: "
-                "the same run elsewhere may give other bits",
+                f"its node {node} has {said.versions}, the server has "
+                f"{self._ours.versions}: the same run elsewhere may give other bits",
                 client,
             )
         there = [self._node_of.get(client), *self._came.get(client, [])]
@@ -301,26 +301,32 @@ class Nodes:
             )
         self._came.setdefault(client, []).append(node)
 
-    def _problem(self, introduction: Introduction) -> str:
+    def _problem(self, said: Introduction) -> str:
         """Return what keeps a node from being one of the run's clients."""
         count = self._settings.clients.count
-        if introduction.partitions != count:
+        if said.partitions != count:
             return (
-                f"it has num-partitions={introduction.partitions}, but clients.count is {count}: "
-                f"they must be the same (clients.count={introduction.partitions} in overrides; or "
+                f"it has num-partitions={said.partitions}, but clients.count is {count}: "
+                f"they must be the same (clients.count={said.partitions} in overrides; or "
                 f"{count} in each node's --node-config; or, in the simulation runtime, flwr "
                 f"federation simulation-config --num-supernodes {count})"
             )
-        if not 0 <= introduction.partition < count:
+        if not 0 <= said.partition < count:
             return (
                 f"its partition-id must be 0 to {count - 1} (clients.count is {count}), "
-                f"got {introduction.partition}"
+                f"got {said.partition}"
             )
-        if introduction.data != self._data_digest:
+        if said.data != self._ours.data:
             return (
                 "its data is not what the server has (data.source "
                 f"{self._settings.data.source!r} is read on each machine)"
             )
+        if said.code != self._ours.code:
+            try:
+                other = str(changes(_code(self._ours), _code(said)))
+            except (ValueError, AttributeError):
+                other = "it does not say which code it has"
+            return f"its code is not the server's: {other}"
         return ""
 
     def _refuse(self, node: int, reason: str) -> None:
@@ -364,6 +370,17 @@ class Nodes:
         self._event({"round": self._round, **about, "event": event, "reason": reason})
 
 
+def introduction(settings: Settings, data: FederatedData, partition: int) -> Introduction:
+    """Return what a process says of itself that has loaded these data."""
+    return Introduction(
+        partition=partition,
+        partitions=settings.clients.count,
+        data=data_digest(data),
+        code=json.dumps(code_of(settings), sort_keys=True),
+        versions=versions(),
+    )
+
+
 def versions() -> str:
     """Return the versions of the packages that decide bits, in words."""
     return ", ".join(
@@ -371,6 +388,10 @@ def versions() -> str:
         for package, version in package_versions().items()
         if package not in ("flwr", "ray")
     )
+
+
+def _code(said: Introduction) -> Provenance:
+    return Provenance({}, dict(json.loads(said.code).items()), {})
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -114,11 +114,6 @@ class ClientRuntime:
         self._label_counts = data.label_counts()
         self._faults = FaultPlan(settings.faults, settings.seed)
 
-    @property
-    def settings(self) -> Settings:
-        """Of the run."""
-        return self._settings
-
     def serve(
         self,
         call: CohortCall,

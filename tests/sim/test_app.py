@@ -6,7 +6,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -413,21 +413,38 @@ def test_a_second_node_for_a_client_is_named_and_takes_over_when_the_first_is_go
     assert len({first, second.id} & set(grid.nodes)) == 1
 
 
-def test_a_node_with_other_data_is_refused(
-    words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"data": "other"}, "its data is not what the server has (data.source 'digits'"),
+        ({"code": '{"mine/nets.py": "1234"}'}, "mine/nets.py is new"),
+        ({"code": "[]"}, "it does not say which code it has"),
+    ],
+)
+def test_a_node_with_other_data_or_code_is_refused(
+    words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], reason: str
 ) -> None:
-    digests = iter(["other"])
-    honest = app.data_digest
-    app._runtime.cache_clear()
-    monkeypatch.setattr(app, "data_digest", lambda data: next(digests, None) or honest(data))
-    monkeypatch.setattr(app, "_runtime", app._runtime.__wrapped__)
+    introduction = app.introduction
+
+    def changed_on_node_3(settings: Settings, data: Any, partition: int) -> Any:
+        said = introduction(settings, data, partition)
+        if partition != 3:
+            return said
+        if "mine" in changed.get("code", ""):
+            return replace(
+                said, code=json.dumps(json.loads(said.code) | json.loads(changed["code"]))
+            )
+        return replace(said, **changed)
+
+    monkeypatch.setattr(app, "introduction", changed_on_node_3)
     left = serve(Runtime(range(4), 4), words("rounds=1"))
-    (event,) = [row for row in left["events"] if row["event"] == "node refused"]
-    assert "its data is not what the server has" in event["reason"]
+    assert kinds(left["events"])[:2] == [(1, None, "node refused"), (1, 3, "absent")]
+    assert reason in left["events"][0]["reason"]
 
 
 @pytest.mark.parametrize(
-    "said", [{}, {"partition": "3", "partitions": 4, "data": "", "versions": ""}, {"round": 1}]
+    "said",
+    [{}, {"partition": "3", "partitions": 4, "data": "", "code": "", "versions": ""}, {"round": 1}],
 )
 def test_a_node_that_introduces_itself_in_other_words_is_refused(
     words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]
@@ -448,7 +465,10 @@ def test_a_node_that_introduces_itself_in_other_words_is_refused(
 def test_other_versions_of_packages_are_told(
     words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "versions", lambda: "torch 1.0")
+    introduction = app.introduction
+    monkeypatch.setattr(
+        app, "introduction", lambda *its: replace(introduction(*its), versions="torch 1.0")
+    )
     left = serve(Runtime(range(4), 4), words("rounds=1"))
     assert [row["event"] for row in left["events"]] == ["other versions"] * 4
     assert "has torch 1.0, the server has fedkd" in left["events"][0]["reason"]
