@@ -83,10 +83,11 @@ class Search:
     def remark(self) -> str:
         """Say how many rows chose, and how finely they can."""
         rows, seeds = self.result.validation_rows, self.settings.search.seeds
+        lie = "lies" if self.as_good == 1 else "lie"
         text = (
             f"chosen by {rows} validation rows{f' a seed, {seeds} seeds' if seeds > 1 else ''}: "
             f"one row is {100 * self.resolution:.1f} points of accuracy; {self.as_good} of the "
-            f"{len(self.result.cells) - 1} other cells lie within one row of the best"
+            f"{len(self.result.cells) - 1} other cells {lie} within one row of the best"
         )
         if self.as_good:
             text += (
