@@ -302,13 +302,21 @@ def _digest(path: Path) -> str:
 
 def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
     try:
-        files = [*source_files(settings.data), *_weight_files(settings)]
+        files, weights = source_files(settings.data), _weight_files(settings)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    digests = file_digests(files, settings.output / CACHE_FILE)
-    # The name and the folder that it is in: a split may be a folder of files called alike.
-    names = [f"{path.parent.name}/{path.name}" for path in files]
+    digests = file_digests([*files, *weights], settings.output / CACHE_FILE)
+    names = [*_names_apart(files), *(f"{path.parent.name}/{path.name}" for path in weights)]
     return dict(zip(names, digests, strict=True))
+
+
+def _names_apart(files: Sequence[Path]) -> list[str]:
+    """Name files by what tells them apart, wherever their folder is: ``train/cat/1.png``."""
+    if not files:
+        return []
+    common = os.path.commonpath([path.parent for path in files])
+    above = os.path.basename(common)
+    return [os.path.join(above, os.path.relpath(path, common)) for path in files]
 
 
 def _weight_files(settings: "Settings | DistillSettings") -> list[Path]:

@@ -22,7 +22,7 @@ from sim.provenance import (
     provenance_of,
 )
 from sim.records import IDENTITY_FILE
-from sim.settings import Settings, SettingsError, load_distill_settings
+from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
 
 Small = Callable[..., Settings]
 FACTORY = "def make(*, input_shape, num_classes, width=4):\n    raise NotImplementedError\n"
@@ -154,6 +154,29 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path, text: str) -> None:
     (right,) = file_digests([path], tmp_path / "none.json")
     (tmp_path / CACHE_FILE).write_text(text)
     assert file_digests([path], tmp_path / CACHE_FILE) == [right]
+
+
+def test_every_picture_of_a_folder_counts_although_they_are_called_alike(tmp_path: Path) -> None:
+    pictures = [
+        tmp_path / "animals" / split / kind / "1.png"
+        for split in ("train", "test")
+        for kind in ("ant", "bee")
+    ]
+    for number, picture in enumerate(pictures):
+        picture.parent.mkdir(parents=True)
+        picture.write_bytes(bytes([number]))
+    settings = load_settings(
+        None, [f"data.source={tmp_path / 'animals'}", f"output={tmp_path / 'runs'}"]
+    )
+    before = provenance_of(settings).data
+    assert list(before) == [
+        f"animals/{split}/{kind}/1.png" for split in ("train", "test") for kind in ("ant", "bee")
+    ]
+    for picture in pictures:
+        kept = picture.read_bytes()
+        picture.write_bytes(b"another")
+        assert provenance_of(settings).data != before
+        picture.write_bytes(kept)
 
 
 def test_weights_that_a_distillation_begins_with_are_data(tmp_path: Path) -> None:
