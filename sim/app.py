@@ -84,7 +84,7 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     settings = read_settings(context)
     data = load_data(settings)
-    folder = new_run_folder(settings.output, settings.name)
+    folder = new_run_folder(settings.output, settings.name, settings.to_yaml())
     status = "failed"
     with RunFolder(folder, settings, provenance_of(settings).to_row()) as recorder:
         _LOG.info("run folder: %s", folder.resolve())

@@ -48,6 +48,11 @@ class _Commands(TyperGroup):
             raise SettingsError(command_hint(args[0], list(self.commands), list(STRATEGIES)))
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a signal ends it in one line whatever it is at: imports, settings, data."""
+        with _stoppable():
+            return super().invoke(ctx)
+
 
 class _Command(TyperCommand):
     """A command that takes settings as words, no option twice, and knows what its options are."""
@@ -674,7 +679,7 @@ def _stoppable(hint: str = "", *, partial_in: str = "", flags: str = "") -> Iter
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop = stop if isinstance(stop, Interruption) else Interruption()
+        stop = Interruption.of(stop)
         if not hint and stop.folder is not None:
             goes_on = f"fedkd run --resume {{folder}}{flags} goes on from there"
             hint = (partial_in or goes_on).format(folder=stop.folder)
@@ -702,8 +707,8 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except _StoppedError as stop:
         _fail(str(stop), stop.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", Interruption().exit_code)
+    except KeyboardInterrupt as stop:
+        _fail("interrupted", Interruption.of(stop).exit_code)
     except Exception as error:
         code = _code_of(error)
         if code is None:
@@ -714,14 +719,21 @@ def main() -> None:
 def _code_of(error: Exception) -> int | None:
     """Return the exit code of an error that speaks for itself; None for a mistake of ours."""
     from sim.checkpoints import CheckpointError
-    from sim.engine.grid import StatesLostError
+    from sim.engine.grid import EngineLostError, StatesLostError
     from sim.records import FolderBusyError, StorageError
     from sim.replies import QuorumError
     from sim.settings import SettingsError
 
     if isinstance(error, SettingsError):
         return EXIT_BAD_INPUT
-    named = CheckpointError, FolderBusyError, QuorumError, StatesLostError, StorageError
+    named: tuple[type[Exception], ...] = (
+        CheckpointError,
+        EngineLostError,
+        FolderBusyError,
+        QuorumError,
+        StatesLostError,
+        StorageError,
+    )
     return EXIT_FAILED if isinstance(error, named) else None
 
 

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: both stop a run between two steps that belong together, never inside."""
+"""Ctrl-C and SIGTERM: both stop a run between two steps that belong together, never inside.
+
+So does what another thread calls off because it cannot go on; see `call_off`.
+"""
 
 import signal
 import threading
@@ -25,11 +28,12 @@ class Interruption(KeyboardInterrupt):
         self.folder = folder
 
     @classmethod
-    def of_run(cls, stop: KeyboardInterrupt, folder: Path) -> "Interruption":
-        """Return the interruption of a run by a signal or by Ctrl-C."""
+    def of(cls, stop: KeyboardInterrupt, folder: Path | None = None) -> "Interruption":
+        """Return the interruption by a signal or by Ctrl-C, of a run if its folder is given."""
+        if isinstance(stop, Interruption):
+            return cls(stop.signal, folder or stop.folder)
         # Whoever waits inside a library may see a bare KeyboardInterrupt come out of it.
-        number = stop.signal if isinstance(stop, Interruption) else _last_signal[0]
-        return cls(number, folder)
+        return cls(_last_signal[0], folder)
 
     @property
     def exit_code(self) -> int:
@@ -37,30 +41,107 @@ class Interruption(KeyboardInterrupt):
         return 128 + self.signal
 
 
+class CalledOff(BaseException):
+    """Another thread's word to the main one; like a signal's, nobody should take it for an error.
+
+    Attributes:
+        error: what the main thread has to end with.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+CALL_OFF = signal.SIGURG
+"""Wakes the main thread wherever it waits; ignored by everybody who does not listen."""
+
+_SIGNALS = (*STOP_SIGNALS, CALL_OFF)
+
 _last_signal = [int(signal.SIGINT)]
+_called_off: list[Exception] = []
+
+
+def call_off(error: Exception) -> None:
+    """Let an `interruptible` block in the main thread end with this error; from any thread.
+
+    Like a signal it waits until an `uninterrupted` block is done, and does nothing where there is
+    nothing to be interrupted.
+    """
+    _called_off[:] = [error]
+    main_thread = threading.main_thread().ident
+    if main_thread is not None:
+        signal.pthread_kill(main_thread, CALL_OFF)
 
 
 def _raise(number: int, _: FrameType | None) -> None:
-    _last_signal[0] = number
-    raise Interruption(number)
+    if number != CALL_OFF:
+        _last_signal[0] = number
+        raise Interruption(number)
+    if _called_off:
+        raise CalledOff(_called_off.pop())
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Let SIGINT and SIGTERM raise an `Interruption` inside the block.
 
-    Enter it after libraries that install handlers of their own. Threads other than the main one
-    receive no signals; for them it does nothing.
+    Libraries that install handlers of their own go into `keeping_handlers`. Threads other than the
+    main one receive no signals; for them it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _last_signal[0] = signal.SIGINT
-    before = {number: signal.signal(number, _raise) for number in STOP_SIGNALS}
+    _called_off.clear()
+    before = {number: signal.signal(number, _raise) for number in _SIGNALS}
+    try:
+        yield
+    except CalledOff as stop:
+        raise stop.error from None
+    except SystemError as error:
+        # What C code makes of a signal that it notices too late to stop for it, as Ray's does.
+        cause = error.__cause__
+        if isinstance(cause, CalledOff):
+            raise cause.error from None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise
+    finally:
+        _restore(before)
+
+
+@contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Put back, after the block, the handlers that were there; inside a library has its own.
+
+    A library's handler of SIGTERM mostly leaves by `SystemExit`: that is an interruption.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    except SystemExit:
+        _last_signal[0] = signal.SIGTERM
+        raise Interruption(signal.SIGTERM) from None
+    finally:
+        _restore(before)
+
+
+@contextmanager
+def signals_waiting() -> Iterator[None]:
+    """Keep SIGINT and SIGTERM from this thread, and from those it starts, until the block is done.
+
+    For libraries whose own handlers, in C, would see them; `uninterrupted` is enough otherwise.
+    Processes that are started in the block would never see these signals.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        _restore(before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -71,8 +152,7 @@ def uninterrupted() -> Iterator[None]:
         return
     came: list[int] = []
     before = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in STOP_SIGNALS
+        number: signal.signal(number, lambda number, _: came.append(number)) for number in _SIGNALS
     }
     try:
         yield

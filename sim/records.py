@@ -97,14 +97,25 @@ def iterate_rows(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def new_run_folder(output: Path, name: str) -> Path:
-    """Make ``output/name/<time>-<id>``.
+def new_run_folder(output: Path, name: str, settings: str) -> Path:
+    """Make ``output/name/<time>-<id>`` with the settings in it: a run that can be resumed.
+
+    Args:
+        output: the folder of all runs.
+        name: of this run, and of others.
+        settings: the resolved settings as YAML.
 
     Raises:
         SettingsError: names ``output`` if nothing can be written there.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return make_folder(output, output / name / f"{stamp}-{secrets.token_hex(3)}")
+    folder = output / name / f"{stamp}-{secrets.token_hex(3)}"
+    # Killed in between, a process leaves nothing that looks like a run and is none.
+    partial = make_folder(output, folder.with_name(f".{folder.name}.partial"))
+    with storing(folder, goes_on="repeat the command"):
+        write_text(partial / SETTINGS_FILE, settings)
+        os.rename(partial, folder)
+    return folder
 
 
 def make_folder(output: Path, folder: Path) -> Path:

@@ -362,6 +362,11 @@ class RoundLoop:
         for observer in self._observers:
             observer.event(row)
 
+    def tell_of_loss(self, reason: str) -> None:
+        """Let the observers know that the engine is gone."""
+        round = 0 if self.boundary is None else self.boundary.round
+        self.tell({"round": round, "event": "engine lost", "reason": reason})
+
     def _client_event(self, plan: RoundPlan, client: int, kind: str, reason: str) -> None:
         self.tell({"round": plan.round, "client": client, "event": kind, "reason": reason})
 

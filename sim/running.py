@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
 from fedkd.training import initial_model_seed, weights_digest
-from sim.engine.grid import CohortGrid, StatesLostError
+from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.engine.resources import check_engine
 from sim.engine.runtime import build_strategy, federation_of
@@ -172,6 +172,8 @@ def open_grid(
             own.close()
 
 
+# While data is loaded and Ray starts as well; what comes then is told by its number.
+@interruptible()
 def run(
     settings: Settings | None = None,
     *,
@@ -203,6 +205,7 @@ def run(
         CheckpointError: the run to be resumed has no checkpoint that can be used.
         QuorumError: too few clients gave a usable answer.
         StatesLostError: clients' states went with lost machines again and again.
+        EngineLostError: Ray's own processes on this machine ended.
         StorageError: the folder cannot be written.
         KeyboardInterrupt: SIGINT or SIGTERM. After this and the errors above the run can be
             resumed from its last complete round.
@@ -221,7 +224,7 @@ def run(
     else:
         settings = settings or Settings()
         check_engine(settings.engine)
-        folder = folder or new_run_folder(settings.output, settings.name)
+        folder = folder or new_run_folder(settings.output, settings.name, settings.to_yaml())
         with _removed_if_empty(folder):
             made_of = provenance_of(settings)
             data = load_data(settings)
@@ -247,14 +250,16 @@ def run(
                 except BaseException:
                     # Whatever the last of it was, what is complete shall not be lost. Where even
                     # this fails, what happened first is what matters.
-                    with suppress(StorageError, StatesLostError):
+                    with suppress(StorageError, StatesLostError, EngineLostError):
                         keeper.save()
                     raise
             status = "finished"
         except KeyboardInterrupt as stop:
             status = "interrupted"
-            raise Interruption.of_run(stop, place) from None
-        except (QuorumError, StatesLostError) as error:
+            raise Interruption.of(stop, place) from None
+        except (QuorumError, StatesLostError, EngineLostError) as error:
+            if isinstance(error, EngineLostError) and loop is not None:
+                loop.tell_of_loss(str(error))
             again = f"fedkd run --resume {place}{allow_flags(settings)}"
             error.add_note(f"{again} goes on after the last complete round")
             raise
@@ -328,11 +333,13 @@ def _finished_result(folder: Path, settings: Settings) -> RunResult:
 
 @contextmanager
 def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leave no empty folders behind where the block fails: nothing was run there."""
+    """Leave no folder behind where the block fails: nothing was run there."""
     try:
         yield
     except BaseException:
         with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [SETTINGS_FILE]:
+                (folder / SETTINGS_FILE).unlink()
             folder.rmdir()
             folder.parent.rmdir()
             folder.parent.parent.rmdir()

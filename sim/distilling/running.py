@@ -21,7 +21,7 @@ from sim.interruption import Interruption, interruptible
 from sim.observers import Row
 from sim.provenance import provenance_of
 from sim.records import RESULT_FILE, StorageError, make_folder, new_run_folder
-from sim.settings import SettingsError
+from sim.settings import SettingsError, yaml_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def distill(
     rows = prepare(settings)
     identity = provenance_of(settings).to_row()
     if folder is None:
-        folder = new_run_folder(settings.output, settings.name)
+        folder = new_run_folder(settings.output, settings.name, yaml_text(settings.to_table()))
     else:
         make_folder(settings.output, folder)
     row: Row = {
@@ -115,7 +115,7 @@ def distill(
             row["status"] = "finished"
         except KeyboardInterrupt as stop:
             row["status"] = "interrupted"
-            raise Interruption.of_run(stop, folder) from None
+            raise Interruption.of(stop, folder) from None
         finally:
             row["seconds"] = time.monotonic() - started
             finished = row["status"] == "finished"

@@ -217,7 +217,7 @@ def search(
                 result = search_grid(settings, done=dict(done), finished=finished, observe=watcher)
         except KeyboardInterrupt as stop:
             keep("interrupted")
-            raise Interruption.of_run(stop, folder) from None
+            raise Interruption.of(stop, folder) from None
         found = Search(settings, folder, result, notes)
         keep("finished", found.to_row())
     return found

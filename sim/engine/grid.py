@@ -49,6 +49,10 @@ class NotAsked(str):
     __slots__ = ()
 
 
+class EngineLostError(RuntimeError):
+    """What carries out calls is gone as a whole, with the clients' states; nothing to go on in."""
+
+
 class StatesLostError(RuntimeError):
     """Clients' states are gone together with the machine that held them."""
 

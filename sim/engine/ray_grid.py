@@ -114,6 +114,9 @@ class RayGrid(CohortGrid[StatePlace]):
     def __init__(self, session: RaySession, settings: Settings, data: FederatedData) -> None:
         super().__init__(settings, data)
         self._session = session
+        session.check()
+        if session.note:
+            self._events.append({"round": 0, "event": "temporary folder", "reason": session.note})
         self._costs = Costs(settings, data)
         self._read: OrderedDict[int, tuple[Bundle, list[ClientState]]] = OrderedDict()
         self._configuration = settings.to_table(), ray.put(data)
@@ -150,6 +153,7 @@ class RayGrid(CohortGrid[StatePlace]):
 
     def _renew(self, desk: _Desk) -> None:
         """Replace a dead or hung worker; the new one starts while the others go on."""
+        self._session.check()
         desk.flights.clear()
         fresh = self._session.replace(desk.worker)
         if fresh is None:
@@ -174,6 +178,7 @@ class RayGrid(CohortGrid[StatePlace]):
 
     def _fetch(self, handle: StatePlace) -> ClientState:
         key = id(handle.bundle)
+        self._session.check()
         try:
             # Neighbours are mostly in one bundle, which is read once.
             if key not in self._read:

@@ -8,27 +8,38 @@ import gc
 import logging
 import math
 import os
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from subprocess import Popen
 from typing import Any
 
 import ray
 import torch
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.job_config import JobConfig
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
 from fedkd_start import find_last
+from sim.engine.grid import EngineLostError
 from sim.engine.messages import ClientReply, CohortCall
 from sim.engine.resources import available_cpus, check_engine
 from sim.engine.runtime import ClientRuntime
+from sim.engine.temporary import PrivateFolder
+from sim.interruption import call_off, keeping_handlers, signals_waiting
 from sim.settings import EngineSettings, SettingsError, settings_from_table
 from strategies.knowledge import Knowledge
 
 NOTHING = -1
 """Stands where there is no knowledge or no state."""
+
+LOOK_S = 0.5
+"""How often we look whether Ray's own processes are there; Ray itself takes half a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,9 @@ class RaySession:
 
     Ray is started on this machine, for the loopback only, or joined where ``engine.address``
     names a cluster; a Ray that this process has started already is used as it is.
+
+    Attributes:
+        note: what is to be told about where it keeps its files; empty if nothing is.
     """
 
     def __init__(self, engine: EngineSettings) -> None:
@@ -136,9 +150,23 @@ class RaySession:
         self._engine = engine
         self._owns_ray = not ray.is_initialized()
         self._cluster_allowed = ray_constants.ENABLE_RAY_CLUSTER
-        if self._owns_ray:
-            _start_ray() if engine.address is None else _join_ray(engine.address)
         self._workers: list[Any] = []
+        self._folder: PrivateFolder | None = None
+        self._watch: _Watch | None = None
+        self.note = ""
+        if not self._owns_ray:
+            return
+        try:
+            if engine.address is None:
+                self._folder = PrivateFolder()
+                self.note = self._folder.note
+                _start_ray(self._folder)
+                self._watch = _Watch(_ray_processes())
+            else:
+                _join_ray(engine.address)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "RaySession":
         return self
@@ -197,14 +225,31 @@ class RaySession:
             .remote(os.getcwd())
         )
 
+    def check(self) -> None:
+        """See whether Ray is still there.
+
+        Raises:
+            EngineLostError: with what ended.
+        """
+        if self._watch is not None and self._watch.lost is not None:
+            raise self._watch.lost
+
     def close(self) -> None:
         """Stop the workers, and leave Ray, which stops it where this session started it."""
-        for worker in self._workers:
-            ray.kill(worker)
+        there = self._watch is None or self._watch.lost is None
+        if self._watch is not None:
+            self._watch.stop()
+        if there:
+            for worker in self._workers:
+                ray.kill(worker)
         self._workers.clear()
         if self._owns_ray:
-            ray.shutdown()
+            with keeping_handlers():
+                ray.shutdown()
             ray_constants.ENABLE_RAY_CLUSTER = self._cluster_allowed
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
 
 def _plain_job() -> JobConfig:
@@ -216,18 +261,104 @@ def _plain_job() -> JobConfig:
     return JobConfig(_client_job=True)
 
 
-def _start_ray() -> None:
-    ray.init(
-        # Without it Ray would join whatever cluster happens to run here.
-        address="local",
-        num_cpus=available_cpus(),
-        num_gpus=torch.cuda.device_count(),
-        include_dashboard=False,
-        job_config=_plain_job(),
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level=logging.ERROR,
-    )
+class _Watch:
+    """Calls the run off when one of Ray's own processes ends: Ray would end this one, in silence.
+
+    Attributes:
+        lost: the error that the run ends with, once one of them has ended.
+    """
+
+    def __init__(self, processes: Mapping[str, "Popen[bytes]"]) -> None:
+        self.lost: EngineLostError | None = None
+        self._processes = processes
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="ray-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(LOOK_S):
+            for name, process in self._processes.items():
+                status = process.poll()
+                if status is not None:
+                    how = _signal_name(-status) if status < 0 else f"with status {status}"
+                    self.lost = EngineLostError(
+                        f"Ray's {name} (process {process.pid}) ended {how}, and every worker with "
+                        "it; was there too little memory?"
+                    )
+                    call_off(self.lost)
+                    return
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"by {signal.Signals(number).name}"
+    except ValueError:
+        return f"by signal {number}"
+
+
+def _ray_processes() -> "dict[str, Popen[bytes]]":
+    """Return the processes without which a Ray of our own cannot go on."""
+    node = ray_worker._global_node
+    table: Mapping[str, Any] = {} if node is None else node.all_processes
+    return {
+        name: started[0].process
+        for name, started in table.items()
+        if name in (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
+    }
+
+
+@contextmanager
+def _ray_starts() -> Iterator[None]:
+    """Keep our handlers of signals while Ray starts: it installs its own, in Python and in C."""
+    connect = ray_worker.connect
+
+    def connect_undisturbed(*arguments: Any, **options: Any) -> Any:
+        # From here on Ray's handlers in C would see a signal, and leave with a dump; no process
+        # is started here.
+        with signals_waiting(), keeping_handlers():
+            return connect(*arguments, **options)
+
+    ray_worker.connect = connect_undisturbed
+    # Else the last twenty lines of its log appear where a process of Ray's ends.
+    ray_worker._worker_logs_enabled = False
+    try:
+        with keeping_handlers():
+            yield
+    finally:
+        ray_worker.connect = connect
+
+
+def _start_ray(folder: PrivateFolder) -> None:
+    with _ray_starts():
+        try:
+            ray.init(
+                # Without it Ray would join whatever cluster happens to run here.
+                address="local",
+                num_cpus=available_cpus(),
+                num_gpus=torch.cuda.device_count(),
+                include_dashboard=False,
+                job_config=_plain_job(),
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+                object_spilling_directory=folder.spill and str(folder.spill),
+                _temp_dir=str(folder.folder),
+            )
+        except Exception as error:
+            raise SettingsError(
+                f"engine.backend: Ray cannot start here ({_first_line(error)}); "
+                "engine.backend=inline runs in this process"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _join_ray(address: str) -> None:
@@ -237,13 +368,14 @@ def _join_ray(address: str) -> None:
         # What keeps a Ray of our own on the loopback would keep us from a cluster's machines.
         ray_constants.ENABLE_RAY_CLUSTER = True
     try:
-        ray.init(
-            address=address,
-            job_config=_plain_job(),
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level=logging.ERROR,
-        )
+        with _ray_starts():
+            ray.init(
+                address=address,
+                job_config=_plain_job(),
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+            )
     except ConnectionError as error:
         raise _nobody_at(address, str(error).splitlines()[0]) from None
 
