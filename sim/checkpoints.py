@@ -20,9 +20,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load, save
 
 from fedkd.training import Arrays
@@ -33,11 +34,33 @@ STATE_FILE = "state.json"
 SHARD_BYTES = 32 * 2**20
 """A file of arrays is closed when it holds as much; one table is never split."""
 
+_FileName = Annotated[str, Field(pattern=r"^(arrays-\d{5,}\.safetensors|state\.json)$")]
 _NAME = re.compile(r"round-(\d{6,})")
 _READ_BYTES = 2**20
 
 Table = tuple[str, Arrays]
 """A name without a slash, and named arrays."""
+
+
+class _File(BaseModel):
+    """What the manifest says of a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What ``MANIFEST.json`` says, beside its own digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: int = Field(alias="schema")
+    round: int = Field(ge=1)
+    identity: dict[str, str]
+    packages: dict[str, str]
+    files: dict[_FileName, _File]
 
 
 class CheckpointError(RuntimeError):
@@ -63,13 +86,21 @@ class Checkpoint:
     shards: tuple[str, ...]
 
     def tables(self) -> Iterator[Table]:
-        """Yield the tables of arrays, reading one file at a time."""
+        """Yield the tables of arrays, reading one file at a time.
+
+        Raises:
+            CheckpointError: a file whose digest is right and whose content is none of ours.
+        """
         for shard in self.shards:
             tables: dict[str, Arrays] = {}
-            for key, array in load((self.folder / shard).read_bytes()).items():
-                table, name = key.split("/", 1)
-                # A copy, or one array would keep the whole file in memory.
-                tables.setdefault(table, {})[name] = array.copy()
+            try:
+                for key, array in load((self.folder / shard).read_bytes()).items():
+                    table, name = key.split("/", 1)
+                    # A copy, or one array would keep the whole file in memory.
+                    tables.setdefault(table, {})[name] = array.copy()
+            except Exception as error:
+                # A digest says that a file is as it was written, not by whom.
+                raise _bad(self.folder, shard, f"cannot be read: {one_line(error)}") from None
             yield from tables.items()
 
 
@@ -195,6 +226,7 @@ class CheckpointStore:
                 self._unusable.add(folder)
                 problems.append(str(error))
                 continue
+            self._unusable.discard(folder)
             return checkpoint, problems
         return None, problems
 
@@ -205,24 +237,31 @@ class CheckpointStore:
             CheckpointError: names the checkpoint, the file and what is wrong with it.
         """
         manifest = _read_manifest(folder)
-        if f"round-{manifest['round']:06d}" != folder.name:
-            raise _bad(folder, MANIFEST_FILE, f"is of round {manifest['round']}")
+        if f"round-{manifest.round:06d}" != folder.name:
+            raise _bad(folder, MANIFEST_FILE, f"is of round {manifest.round}")
         for what, ours in self._identity.items():
-            theirs = manifest["identity"].get(what)
+            theirs = manifest.identity.get(what)
             if theirs != ours:
                 raise _bad(
                     folder,
                     MANIFEST_FILE,
                     f"belongs to other {what} ({str(theirs)[:8]}, this run has {ours[:8]})",
                 )
-        for name, expected in manifest["files"].items():
+        for name, expected in manifest.files.items():
             _check_file(folder, name, expected)
+        try:
+            values = json.loads((folder / STATE_FILE).read_bytes())
+            shards = tuple(name for name in manifest.files if name != STATE_FILE)
+            if len(shards) == len(manifest.files) or not isinstance(values, dict):
+                raise ValueError("it is not what a run writes")
+        except (OSError, ValueError, RecursionError) as error:
+            raise _bad(folder, STATE_FILE, f"cannot be read: {one_line(error)}") from None
         return Checkpoint(
             folder=folder,
-            round=manifest["round"],
-            packages=manifest["packages"],
-            values=json.loads((folder / STATE_FILE).read_bytes()),
-            shards=tuple(name for name in manifest["files"] if name != STATE_FILE),
+            round=manifest.round,
+            packages=manifest.packages,
+            values=values,
+            shards=shards,
         )
 
     def _found(self) -> dict[int, Path]:
@@ -279,7 +318,7 @@ def _canonical(table: Mapping[str, Any]) -> bytes:
     return (json.dumps(table, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> _Manifest:
     try:
         text = (folder / MANIFEST_FILE).read_bytes()
     except OSError as error:
@@ -293,25 +332,41 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         # Comparing the text, not only the digest, leaves no byte that could differ unseen.
         if _manifest_text(content) != text:
             raise _bad(folder, MANIFEST_FILE, "does not fit its own SHA-256")
+        return _Manifest.model_validate(content)
+    except ValidationError as error:
+        raise _bad(folder, MANIFEST_FILE, f"is not a manifest: {first_problem(error)}") from None
     except (ValueError, AttributeError, RecursionError):
         raise _bad(folder, MANIFEST_FILE, "is not a manifest") from None
-    return content
 
 
-def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+def _check_file(folder: Path, name: str, expected: _File) -> None:
     digest = hashlib.sha256()
     size = 0
     try:
-        with (folder / Path(name).name).open("rb") as file:
+        with (folder / name).open("rb") as file:
             while block := file.read(_READ_BYTES):
                 digest.update(block)
                 size += len(block)
     except OSError as error:
         raise _bad(folder, name, f"cannot be read: {error.strerror}") from None
-    if size != expected["bytes"]:
-        raise _bad(folder, name, f"has {size} bytes, the manifest says {expected['bytes']}")
-    if digest.hexdigest() != expected["sha256"]:
+    if size != expected.bytes:
+        raise _bad(folder, name, f"has {size} bytes, the manifest says {expected.bytes}")
+    if digest.hexdigest() != expected.sha256:
         raise _bad(folder, name, "does not fit its SHA-256")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's name and text in one line of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that a schema refuses, in one line."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part)[:40] for part in problem["loc"])
+    text = f"{place}: {problem['msg']}"
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _bad(folder: Path, name: str, reason: str) -> CheckpointError:

@@ -720,7 +720,7 @@ def _code_of(error: Exception) -> int | None:
     """Return the exit code of an error that speaks for itself; None for a mistake of ours."""
     from sim.checkpoints import CheckpointError
     from sim.engine.grid import EngineLostError, StatesLostError
-    from sim.records import FolderBusyError, StorageError
+    from sim.records import DamagedFileError, FolderBusyError, StorageError
     from sim.replies import QuorumError
     from sim.settings import SettingsError
 
@@ -728,6 +728,7 @@ def _code_of(error: Exception) -> int | None:
         return EXIT_BAD_INPUT
     named: tuple[type[Exception], ...] = (
         CheckpointError,
+        DamagedFileError,
         EngineLostError,
         FolderBusyError,
         QuorumError,

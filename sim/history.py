@@ -51,7 +51,7 @@ def selected_round(history: History) -> Row:
 
     The earliest of equals; the test split has no say in it.
     """
-    judged = [row for row in history.federation if "validation_accuracy" in row]
+    judged = [row for row in history.federation if row.get("validation_accuracy") is not None]
     if not judged:
         return {}
     best = int(np.argmax([row["validation_accuracy"] for row in judged]))

@@ -4,17 +4,30 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkd.data import FederatedData
-from fedkd.training import Arrays, ClientState
-from sim.checkpoints import Checkpoint, CheckpointError, CheckpointStore, Table
+from fedkd.training import Arrays, ClientState, check_state
+from fedkd.training.backends import Backend
+from sim.checkpoints import (
+    STATE_FILE,
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    Table,
+    first_problem,
+    one_line,
+)
 from sim.engine.grid import CohortGrid
+from sim.engine.runtime import ClientRuntime
 from sim.history import History
 from sim.identity import data_digest, fingerprint
 from sim.records import (
     EXCHANGE_FILE,
     METRICS_FILE,
+    ROW_FILES,
     RunFolder,
     iterate_rows,
     package_versions,
@@ -31,6 +44,38 @@ DEAREST = 0.05
 _CLIENT = "client-"
 _STRATEGY = "strategy"
 _BROADCAST = "broadcast"
+
+
+class _Mark(BaseModel):
+    """How long a file of rows was, and what its digest was."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _GridMemory(BaseModel):
+    """What a grid returns as its memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    excluded: dict[str, str]
+    backends: dict[str, Backend]
+
+
+class _Values(BaseModel):
+    """The plain values of a checkpoint; see `Persistence._values`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    marks: dict[Literal["metrics.jsonl", "exchange.jsonl", "events.jsonl"], _Mark] = Field(
+        min_length=len(ROW_FILES)
+    )
+    grid: _GridMemory
+    clients: int = Field(ge=0)
+    strategy: dict[str, Any]
+    broadcast: dict[str, Any]
 
 
 class Persistence:
@@ -140,6 +185,13 @@ class Persistence:
         # From here until it is done, the loop and the grid do not fit together.
         self._loop.boundary = None
         checkpoint, problems = self._store.newest(self._reason_against)
+        lost: list[str] = []
+        if checkpoint is None and problems:
+            # Rows cannot be had again, but they are no reason to train again either.
+            checkpoint, others = self._store.newest(self._reason_against_content)
+            if checkpoint is not None:
+                problems = others
+                lost = self._folder.mend(checkpoint.values["marks"], checkpoint.round)
         if checkpoint is None:
             if problems:
                 raise CheckpointError(f"no checkpoint can be used: {'; '.join(problems)}")
@@ -152,6 +204,8 @@ class Persistence:
         self._recall(checkpoint)
         for problem in problems:
             self._tell("checkpoint unusable", f"{problem}; went back to {checkpoint.folder.name}")
+        for reason in lost:
+            self._tell("rows damaged", reason)
         changed = _changes(checkpoint.packages, package_versions())
         if changed:
             self._tell("environment changed", f"bits may differ from here on: {changed}")
@@ -162,7 +216,80 @@ class Persistence:
         self._tell("states lost", f"{reason}; went back to the end of round {self._round}")
 
     def _reason_against(self, checkpoint: Checkpoint) -> str | None:
-        return self._folder.reason_not_to_rewind(checkpoint.values["marks"])
+        return self._reason_against_content(checkpoint) or self._folder.reason_not_to_rewind(
+            checkpoint.values["marks"]
+        )
+
+    def _reason_against_content(self, checkpoint: Checkpoint) -> str | None:
+        """Return why what a checkpoint holds cannot be what this run saved, or None.
+
+        Its digests say that it is as it was written, not that a run of ours wrote it. All of it is
+        tried here, on objects that are thrown away, before anything of the run is touched.
+        """
+        try:
+            values = _Values.model_validate(checkpoint.values)
+            server = self._check_clients(checkpoint, values)
+            self._check_server(values, server)
+        except CheckpointError as error:
+            return str(error).removeprefix(f"checkpoint {checkpoint.folder}: ")
+        except ValidationError as error:
+            return f"{STATE_FILE}: {first_problem(error)}"
+        except Exception as error:
+            return f"its content is not what a run writes: {one_line(error)}"
+        return None
+
+    def _check_clients(self, checkpoint: Checkpoint, values: "_Values") -> dict[str, Arrays]:
+        """Look at every client's state; return the other tables.
+
+        Raises:
+            ValueError: for what is not the state of a client of this run.
+        """
+        count = self._settings.clients.count
+        if any(not (key.isdigit() and int(key) < count) for key in values.grid.excluded):
+            raise ValueError(f"clients that the run does not have: {list(values.grid.excluded)}")
+        seen: set[int] = set()
+        server: dict[str, Arrays] = {}
+        for table, arrays in checkpoint.tables():
+            if not table.startswith(_CLIENT):
+                if table not in (_STRATEGY, _BROADCAST):
+                    raise ValueError(f"a table {table[:40]!r}")
+                server.setdefault(table, {}).update(arrays)
+                continue
+            client = int(table.removeprefix(_CLIENT))
+            if not 0 <= client < count or client in seen:
+                raise ValueError(f"a state of client {client}, of whom there is none or a second")
+            seen.add(client)
+            check_state(
+                ClientState.from_arrays(arrays),
+                self._first_states[self._loop.architectures[client]],
+                self._settings.clients.optimizer.remembers,
+            )
+        if len(seen) != values.clients:
+            raise ValueError(f"{len(seen)} clients' states, expected {values.clients}")
+        return server
+
+    @cached_property
+    def _first_states(self) -> dict[str, ClientState]:
+        """What clients of each architecture start from."""
+        runtime = ClientRuntime(self._settings, self._data)
+        architectures = self._loop.architectures
+        return {
+            architecture: runtime.initial_state(architectures.index(architecture))
+            for architecture in architectures
+        }
+
+    def _check_server(self, values: "_Values", server: Mapping[str, Arrays]) -> None:
+        """Try what the server remembers.
+
+        Raises:
+            ValueError, and whatever else an algorithm says to what is not its own.
+        """
+        self._loop.try_recall(
+            recall_broadcast(
+                Memory(server.get(_BROADCAST, {}), values.broadcast), self._loop.architectures
+            ),
+            Memory(server.get(_STRATEGY, {}), values.strategy),
+        )
 
     def _recall(self, checkpoint: Checkpoint) -> None:
         values = checkpoint.values

@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import subprocess
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -38,13 +39,17 @@ def is_finished(folder: Path) -> bool:
     """Tell whether a run folder holds a finished run."""
     try:
         result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(result, dict) and result.get("status") == "finished"
 
 
 class StorageError(RuntimeError):
     """The run folder cannot be written; what is in it already is whole."""
+
+
+class DamagedFileError(RuntimeError):
+    """A file of a run that is not as it was written; the text names it and the line."""
 
 
 class FolderBusyError(RuntimeError):
@@ -90,11 +95,58 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def iterate_rows(path: Path) -> Iterator[Row]:
-    """Read a JSON-lines file row by row; see `read_rows`."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Read a JSON-lines file row by row; see `read_rows`.
+
+    Raises:
+        DamagedFileError: names the line that is no row.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            row = row_of(path.name, line)
+            if row is None:
+                raise DamagedFileError(f"{path}: line {number} is damaged: no row of {path.name}")
+            yield row
+
+
+_NUMBERS = {
+    METRICS_FILE: ("round",),
+    EXCHANGE_FILE: ("round", "client", "bytes"),
+    EVENTS_FILE: ("round",),
+}
+"""What is a whole number >= 0 in every row of a file of a federated run."""
+
+_TEXTS = {METRICS_FILE: "scope", EXCHANGE_FILE: "direction", EVENTS_FILE: "event"}
+"""What every row of these files says of itself."""
+
+
+def row_of(name: str, line: bytes) -> Row | None:
+    """Return the row in a line of a file of this name, or None if there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    # Of other files, and of a distillation, whoever reads them knows what should be there.
+    of_federation = name in _TEXTS and not (name == METRICS_FILE and "model" in row)
+    return None if of_federation and not _is_federated(name, row) else row
+
+
+def _is_federated(name: str, row: Row) -> bool:
+    numbers = [row.get(key) for key in _NUMBERS[name]]
+    if row.get("scope") == "client":
+        numbers.append(row.get("client"))
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return False
+    if not isinstance(row.get(_TEXTS[name]), str):
+        return False
+    if row.get("scope") == "federation" and not isinstance(row.get("seconds"), int | float):
+        return False
+    # Measured is nothing but numbers; null stands for one that is not finite.
+    measured = row.items() if name == METRICS_FILE else ()
+    return all(key == "scope" or isinstance(value, int | float | None) for key, value in measured)
 
 
 def new_run_folder(output: Path, name: str, settings: str) -> Path:
@@ -323,6 +375,27 @@ class RunFolder(Recorder, Observer):
                 return f"it was written beside another {name}, which was damaged since"
         return None
 
+    def mend(self, marks: Marks, round: int) -> list[str]:
+        """Make the best of files that were damaged: what is left of the rounds until ``round``.
+
+        Returns:
+            For each damaged file what was lost; it is kept beside the mended one. ``marks`` then
+            fit the files.
+        """
+        told = []
+        with storing(self.folder):
+            for name, file in self._files.items():
+                if file.begins_with(marks[name]):
+                    continue
+                kept, lost = _rows_left(name, (self.folder / name).read_bytes(), round)
+                damaged = file.replace(kept)
+                marks[name] = file.mark()
+                told.append(
+                    f"{name} is not what was written until round {round}: {lost}; it is "
+                    f"kept as {damaged.name}"
+                )
+        return told
+
     def rewind(self, marks: Marks | None) -> None:
         """Cut the files back to what they were; None empties them. The run has not ended."""
         with storing(self.folder):
@@ -332,12 +405,58 @@ class RunFolder(Recorder, Observer):
         self.marks = {} if marks is None else marks
 
 
+def _rows_left(name: str, content: bytes, round: int) -> tuple[bytes, str]:
+    """Return the lines that are rows of the rounds until ``round``, and what else there was."""
+    kept: list[tuple[int, Row, bytes]] = []
+    unreadable: list[int] = []
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        row = row_of(name, line) if line.endswith(b"\n") else None
+        if row is None or "round" not in row:
+            unreadable.append(number)
+            continue
+        if row["round"] > round:
+            continue
+        kept.append((number, row, line))
+    federation = [
+        (row["round"], number) for number, row, _ in kept if row.get("scope") == "federation"
+    ]
+    in_order = _longest_rise(federation)
+    odd = {number for _, number in federation} - {number for _, number in in_order}
+    unreadable = sorted({*unreadable, *odd})
+    rounds = {of_round for of_round, _ in in_order}
+    lost = []
+    if unreadable:
+        some = ", ".join(map(str, unreadable[:10])) + (", ..." if len(unreadable) > 10 else "")
+        lost.append(f"line{'s' if len(unreadable) > 1 else ''} {some} left out")
+    if name == METRICS_FILE:
+        missing = sorted(set(range(1, round + 1)) - rounds)
+        if missing:
+            some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            lost.append(
+                f"no figures of the whole federation in round{'s'[: len(missing) - 1]} {some}"
+            )
+    content = b"".join(line for number, _, line in kept if number not in odd)
+    return content, "; ".join(lost) or "every line is a row, but not all numbers are right"
+
+
+def _longest_rise(items: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return as many (round, line) as can be, in their order, whose rounds rise."""
+    ends: list[int] = []
+    rises: list[list[tuple[int, int]]] = []
+    for item in items:
+        place = bisect_left(ends, item[0])
+        rise = [*(rises[place - 1] if place else ()), item]
+        ends[place : place + 1] = [item[0]]
+        rises[place : place + 1] = [rise]
+    return rises[-1] if rises else []
+
+
 class _RowFile:
     """A file that grows, knows its own SHA-256, and can be cut back."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = self._open()
         self._size, self._digest = self._read(None)
 
     def append(self, content: bytes) -> None:
@@ -349,6 +468,21 @@ class _RowFile:
 
     def mark(self) -> dict[str, Any]:
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def replace(self, content: bytes) -> Path:
+        """Start anew with other content; return where the old file is now."""
+        number = 1
+        while (old := self._path.with_name(f"{self._path.name}.damaged-{number}")).exists():
+            number += 1
+        os.close(self._descriptor)
+        os.rename(self._path, old)
+        self._descriptor = self._open()
+        self._size, self._digest = 0, hashlib.sha256()
+        self.append(content)
+        return old
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
     def begins_with(self, mark: Mapping[str, Any]) -> bool:
         size, digest = self._read(mark["bytes"])

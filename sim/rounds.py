@@ -30,8 +30,17 @@ from sim.interruption import uninterrupted
 from sim.observers import Observer, Row
 from sim.replies import Quorum, QuorumError, Replies
 from sim.settings import Settings
-from sim.validation import Expected, Layout, RejectedReplyError, not_finite, valid_answer
-from strategies.knowledge import Broadcast, Predictions
+from sim.validation import (
+    Expected,
+    Layout,
+    RejectedReplyError,
+    check_arrays,
+    check_parameters,
+    check_predictions,
+    not_finite,
+    valid_answer,
+)
+from strategies.knowledge import Broadcast, Parameters, Predictions
 from strategies.memory import Memory
 from strategies.plan import RoundPlan
 from strategies.server import Server
@@ -101,6 +110,32 @@ class RoundLoop:
         self._strategy.recall(boundary.memory, self._server)
         self.history = history
         self.boundary = boundary
+
+    def try_recall(self, broadcast: Broadcast, memory: Memory) -> None:
+        """See whether these can be of a boundary of this run, on objects that are thrown away.
+
+        Raises:
+            ValueError: for arrays that do not fit, and whatever else an algorithm says.
+        """
+        strategy = build_strategy(self._settings, self._federation)
+        strategy.recall(memory, self._server)
+        layouts: dict[str, Layout] = {}
+        for client, architecture in enumerate(self._federation.architectures):
+            if architecture not in layouts:
+                weights = strategy.uploaded_weights(client, self._server)
+                layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
+        if strategy.uploads == "parameters":
+            check_arrays(memory.arrays, layouts.values())
+        # Also what nobody receives as yet.
+        for piece in broadcast:
+            if isinstance(piece, Predictions):
+                check_predictions(piece, self._federation)
+        looked_at: set[tuple[int, str]] = set()
+        for client, architecture in enumerate(self._federation.architectures):
+            received = broadcast.to(client)
+            if isinstance(received, Parameters) and (id(received), architecture) not in looked_at:
+                looked_at.add((id(received), architecture))
+                check_parameters(received.arrays, layouts[architecture])
 
     def run(self, after_round: Callable[[], None] = lambda: None) -> History:
         """Run the rounds that are left and return what all of them measured.

@@ -235,7 +235,7 @@ def run(
     backends: Mapping[str, Sequence[str]] = {}
     with RunFolder(place, settings, made_of.to_row()) as recorder:
         try:
-            with open_grid(settings, data, session) as grid, interruptible():
+            with interruptible(), open_grid(settings, data, session) as grid:
                 loop = RoundLoop(grid, settings, data, [recorder, *observers])
                 keeper = Persistence(recorder, settings, data, grid, loop)
                 try:

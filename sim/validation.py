@@ -10,10 +10,11 @@ nobody gains weight by claiming them.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
+from typing import get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -21,8 +22,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from fedkd.training import Arrays
 from sim.engine.messages import ClientReply, is_unencoded, read_reply
 from strategies.base import UploadKind
-from strategies.knowledge import Knowledge, Predictions
-from strategies.plan import RoundPlan
+from strategies.knowledge import Knowledge, PredictionKind, Predictions
+from strategies.plan import Federation, RoundPlan
 
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""
@@ -490,6 +491,66 @@ def _bad_test(probabilities: np.ndarray | None, expected: Expected) -> str | Non
     if reason is None and not _are_distributions(probabilities):
         reason = "test probabilities are no distributions: NaN, negative or a sum other than 1"
     return reason
+
+
+# -- what was kept ---------------------------------------------------------------------------
+
+
+def check_predictions(kept: Predictions, federation: Federation) -> None:
+    """Refuse predictions that no server of this run sends; their numbers may be any.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    rows = kept.rows
+    inside = rows.size == 0 or bool(rows.min() >= 0 and rows.max() < federation.public_size)
+    if rows.ndim != 1 or rows.dtype != np.int64 or not inside or bool((np.diff(rows) <= 0).any()):
+        raise ValueError("rows that are not of the public set, in order")
+    reason = _bad_layout(
+        "", kept.values.shape, kept.values.dtype, (len(rows), federation.num_classes), FLOAT32
+    )
+    if kept.kind not in get_args(PredictionKind):
+        reason = f"kind {kept.kind!r}"
+    temperature = kept.temperature
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        reason = f"temperature {temperature!r}"
+    if reason is not None:
+        raise ValueError(f"predictions have {reason}")
+
+
+def check_parameters(arrays: Arrays, layout: Layout) -> None:
+    """Refuse parameters of another model; their numbers may be any.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = _bad_names("parameters", arrays.keys(), layout.keys())
+    for name, (shape, dtype) in layout.items():
+        reason = reason or _bad_layout(
+            f"{name!r} has ", arrays[name].shape, arrays[name].dtype, shape, dtype
+        )
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def check_arrays(arrays: Arrays, layouts: Iterable[Layout]) -> None:
+    """Refuse arrays that are called like parameters of some model, and are those of none.
+
+    Args:
+        arrays: by a prefix, a slash and the name of a parameter.
+        layouts: of the models.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    known: dict[str, list[tuple[tuple[int, ...], np.dtype]]] = {}
+    for layout in layouts:
+        for name, form in layout.items():
+            known.setdefault(name, []).append(form)
+    for key, array in arrays.items():
+        forms = known.get(key.partition("/")[2])
+        if forms is not None and (array.shape, array.dtype) not in forms:
+            raise ValueError(f"{key!r} is {array.dtype} {array.shape}")
 
 
 # -- arrays ----------------------------------------------------------------------------------

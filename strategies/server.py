@@ -22,6 +22,7 @@ from fedkd.training import (
     PublicLesson,
     Streams,
     TrainingData,
+    check_state,
     initial_model_seed,
 )
 from strategies.plan import Federation, RoundPlan
@@ -63,10 +64,22 @@ class Server:
     def model_from(
         self, settings: ModelSettings, arrays: Mapping[str, np.ndarray]
     ) -> "ServerModel":
-        """Return the model that `ServerModel.to_arrays` flattened."""
+        """Return the model that `ServerModel.to_arrays` flattened.
+
+        Raises:
+            ValueError: for arrays that are not those of this model, or no rows of this data.
+        """
         rows = arrays[_ROWS]
+        inside = rows.size == 0 or bool(
+            rows.min() >= 0 and rows.max() < len(self.data.train_labels)
+        )
+        if rows.ndim != 1 or rows.dtype.kind != "i" or not inside:
+            raise ValueError("a server's model trains on rows that are not private rows")
         trained = {name: array for name, array in arrays.items() if name != _ROWS}
         state = ClientState.from_arrays(trained) if trained else None
+        if state is not None:
+            like = self._pool.initial_state(settings, seed=0)
+            check_state(state, like, self._optimizer.remembers)
         return ServerModel(self, settings, rows, state)
 
     def initial_weights(self, client: int) -> Arrays:

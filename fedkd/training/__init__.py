@@ -35,7 +35,7 @@ from fedkd.training.objectives import (
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool, initial_model_seed
 from fedkd.training.stacking import VmapUnsupportedError
-from fedkd.training.state import Arrays, ClientState, ModelState, weights_digest
+from fedkd.training.state import Arrays, ClientState, ModelState, check_state, weights_digest
 from fedkd.training.vmap import VmapCohort
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "VmapCohort",
     "VmapUnsupportedError",
     "as_tensor",
+    "check_state",
     "choose_backend",
     "distilled",
     "initial_model_seed",

@@ -76,7 +76,19 @@ class OptimizerSettings(BaseModel):
     @property
     def slots(self) -> int:
         """How many numbers it remembers for each weight."""
-        return {"sgd": 0, "rmsprop": 1}.get(self.name, 2) + bool(self.momentum)
+        return len([name for name in self.remembers if name != "step"])
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """What is remembered of a parameter, by the names that ``torch.optim`` uses."""
+        momentum = ("momentum_buffer",) if self.momentum else ()
+        match self.name:
+            case "sgd":
+                return momentum
+            case "adam" | "adamw":
+                return ("step", "exp_avg", "exp_avg_sq")
+            case "rmsprop":
+                return ("step", "square_avg", *momentum)
 
     @property
     def constant(self) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -58,6 +58,39 @@ class ClientState:
     def __reduce__(self) -> "tuple[Callable[..., ClientState], tuple[Layout, np.ndarray]]":
         """Travel between processes as one buffer: dozens of small arrays take longer than one."""
         return _unpacked, packed(self.to_arrays())
+
+
+def check_state(state: ClientState, like: ClientState, slots: Collection[str]) -> None:
+    """Refuse a state that a client with these models cannot have; its numbers may be any.
+
+    Args:
+        state: to be looked at.
+        like: a state of a client with the same models.
+        slots: what its optimizer remembers of a parameter once that has been trained.
+
+    Raises:
+        ValueError: names the model and the array.
+    """
+    if state.models.keys() != like.models.keys():
+        raise ValueError(f"models {sorted(state.models)[:5]}, expected {sorted(like.models)}")
+    for model, known in like.models.items():
+        weights = state.models[model].weights
+        if weights.keys() != known.weights.keys():
+            odd = sorted(weights.keys() ^ known.weights.keys())[:5]
+            raise ValueError(f"weights of {model}: unexpected or missing {odd}")
+        for name, array in known.weights.items():
+            _check_layout(f"weights of {model}: {name!r}", weights[name], array.shape, array.dtype)
+        for key, array in state.models[model].optimizer.items():
+            slot, _, name = key.partition("/")
+            if slot not in slots or name not in known.weights:
+                raise ValueError(f"optimizer of {model}: unexpected {key!r}")
+            shape = () if slot == "step" else known.weights[name].shape
+            _check_layout(f"optimizer of {model}: {key!r}", array, shape, np.dtype(np.float32))
+
+
+def _check_layout(what: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise ValueError(f"{what} is {array.dtype} {array.shape}, expected {dtype} {shape}")
 
 
 Layout = tuple[tuple[str, str, tuple[int, ...], int], ...]

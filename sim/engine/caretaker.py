@@ -20,23 +20,32 @@ PAUSE_S = 0.1
 
 
 def processes_in(folders: Sequence[Path]) -> Iterator[int]:
-    """Yield the processes whose output goes into one of the folders; Linux only.
+    """Yield the processes that write into one of the folders; Linux only.
 
-    So it is with Ray's, whatever they call themselves; who only reads there is left alone.
+    So do all of Ray's, whatever they call themselves; who only reads there is left alone.
     """
     for process in Path("/proc").glob("[0-9]*"):
-        for descriptor in ("1", "2"):
-            with suppress(OSError):
-                path = Path(os.readlink(process / "fd" / descriptor))
-                if any(path.is_relative_to(folder) for folder in folders):
-                    yield int(process.name)
-                    break
+        with suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                if _is_written(process / "fdinfo" / descriptor.name):
+                    path = Path(os.readlink(descriptor))
+                    if any(path.is_relative_to(folder) for folder in folders):
+                        yield int(process.name)
+                        break
 
 
-def clean_up(folders: Sequence[Path]) -> None:
-    """End the processes that live in the folders, and remove these."""
+def _is_written(information: Path) -> bool:
+    for line in information.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "flags":
+            return int(value, 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
+
+
+def clean_up(folders: Sequence[Path], parent: int) -> None:
+    """End the processes that live in the folders, but not the parent, and remove these."""
     for _ in range(TRIES):
-        left = list(processes_in(folders))
+        left = [process for process in processes_in(folders) if process != parent]
         for process in left:
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
@@ -51,8 +60,10 @@ def main(folders: Sequence[Path]) -> None:
     """Wait, then clean up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # Ray leaves files open in it, which does not end with Ray.
+    parent = os.getppid()
     sys.stdin.buffer.read()
-    clean_up(folders)
+    clean_up(folders, parent)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def deadline(seconds: float, setting: float | None = None) -> Iterator[None]:
         raise DeadlineError(f"no answer within engine.deadline_s = {allowed:g}")
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        # Inside, since it refuses what is no time.
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

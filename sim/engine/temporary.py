@@ -45,9 +45,9 @@ class PrivateFolder:
         self.folder = private / "r"
         self.spill: Path | None = None
         if self.note:
-            # What is long to write is no trouble for files, and may have room for a reason.
+            # A long path is no trouble for files, and who set it had reasons, such as room.
             with suppress(OSError):
-                self.spill = Path(tempfile.mkdtemp(prefix="fedkd-"))
+                self.spill = Path(tempfile.mkdtemp(prefix="fedkd-", dir=_temporary()))
                 self._folders.append(self.spill)
         self._caretaker = subprocess.Popen(  # noqa: S603
             [sys.executable, "-I", "-S", caretaker.__file__, *map(str, self._folders)],
@@ -66,11 +66,16 @@ class PrivateFolder:
             self._caretaker.wait(REMOVING_S)
 
 
+def _temporary() -> str:
+    """Return the folder for temporary files that the user or the system chose."""
+    return os.environ.get("TMPDIR") or tempfile.gettempdir()
+
+
 def _make_private() -> tuple[Path, str]:
     """Make a folder of mode 0700 in the first place that will do; say why not in the one before."""
     asked = os.environ.get("RAY_TMPDIR")
     wishes = [("RAY_TMPDIR", asked)] if asked else []
-    wishes += [("TMPDIR", os.environ.get("TMPDIR") or tempfile.gettempdir())]
+    wishes += [("TMPDIR", _temporary())]
     places = [*wishes, ("", "/tmp"), ("", os.environ.get("XDG_RUNTIME_DIR")), ("", "/var/tmp")]  # noqa: S108
     problems = []
     for setting, place in places:

@@ -299,3 +299,28 @@ def test_ctrl_c_exits_with_130_and_leaves_a_readable_folder(
     assert "Traceback" not in err
     assert read_rows(metrics)[0]["round"] == 1
     assert json.loads((metrics.parent / "result.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("library", ["says which", "says Ctrl-C"])
+def test_a_signal_before_anything_runs_is_one_line_and_its_own_exit_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+    library: str,
+) -> None:
+    def settings(_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if library == "says which":
+                raise
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(sys, "argv", ["fedkd", "run"])
+    monkeypatch.setattr(cli, "_settings", settings)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
+    assert capsys.readouterr().err == "fedkd: interrupted\n"

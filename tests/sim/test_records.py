@@ -57,7 +57,7 @@ def test_a_replaced_file_is_never_half_written(tmp_path: Path) -> None:
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    folders = {new_run_folder(tmp_path, "a") for _ in range(20)}
+    folders = {new_run_folder(tmp_path, "a", "rounds: 3\n") for _ in range(20)}
     assert len(folders) == 20
     assert all(folder.parent == tmp_path / "a" for folder in folders)
 
@@ -188,3 +188,24 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_has_its_settings_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    for step in ("fsync", "replace", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"sim.records.os.{step}", kill)
+            with pytest.raises(Killed):
+                new_run_folder(tmp_path, "runs", "rounds: 3\n")
+        # What has no settings does not look like a run.
+        assert not list(tmp_path.glob("runs/[!.]*"))
+    folder = new_run_folder(tmp_path, "runs", "rounds: 3\n")
+    assert (folder / "settings.yaml").read_text() == "rounds: 3\n"
+    assert list(tmp_path.glob("runs/[!.]*")) == [folder]

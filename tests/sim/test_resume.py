@@ -1,6 +1,7 @@
 """A run that was stopped goes on and ends with the bits of one that was not, wherever it was."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
 import sim
 from sim import checkpoints, persistence, records, running
-from sim.checkpoints import CheckpointError
+from sim.checkpoints import CheckpointError, _manifest_text
 from sim.engine.grid import StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.observers import Observer, Row
@@ -337,12 +339,232 @@ def test_other_data_are_noticed(
         run(resume=folder)
 
 
-def test_rows_that_were_damaged_since_are_noticed(make: Make) -> None:
-    folder = stopped(make(), 3)
-    metrics = folder / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes().replace(b'"round": 1', b'"round": 7'))
-    with pytest.raises(CheckpointError, match=r"another metrics\.jsonl, which was damaged since"):
-        run(resume=folder)
+def spoil_row(folder: Path, name: str, number: int, change: Callable[[bytes], bytes]) -> None:
+    """Change a line of a file of rows, counted from 1."""
+    lines = (folder / name).read_bytes().splitlines(keepends=True)
+    lines[number - 1] = change(lines[number - 1])
+    (folder / name).write_bytes(b"".join(lines))
+
+
+def rows_of_round(folder: Path, round: int) -> list[int]:
+    rows = read_rows(folder / "metrics.jsonl")
+    return [number for number, row in enumerate(rows, start=1) if row["round"] == round]
+
+
+def test_rows_that_were_damaged_late_are_made_again_from_the_checkpoint_before(make: Make) -> None:
+    whole = run(make())
+    folder = stopped(make(), 4)
+    spoil_row(folder, "metrics.jsonl", rows_of_round(folder, 3)[0], lambda line: b"\0" + line[1:])
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert "was written beside another metrics.jsonl" in event["reason"]
+
+
+FLIPS = {
+    "of the format": (lambda line: bytes([line[0] ^ 4]) + line[1:], "line 1 left out"),
+    "of a letter": (lambda line: line.replace(b'"round"', b'"rounf"'), "line 1 left out"),
+    "of a number": (
+        lambda line: line.replace(b'"participants": 4', b'"participants": 5'),
+        "every line is a row, but not all numbers are right",
+    ),
+    "of the round": (
+        lambda line: line.replace(b'"round": 1', b'"round": 3'),
+        "no figures of the whole federation in round 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("flip", FLIPS)
+def test_a_row_that_was_damaged_early_is_named_and_costs_no_state(make: Make, flip: str) -> None:
+    change, lost = FLIPS[flip]
+    whole = run(make())
+    folder = stopped(make(), 4)
+    before = (folder / "metrics.jsonl").read_bytes()
+    spoil_row(folder, "metrics.jsonl", 1, change)
+    damaged = (folder / "metrics.jsonl").read_bytes()
+    assert damaged != before
+    result = run(resume=folder)
+    assert result.weights_sha256 == whole.weights_sha256
+    (event,) = events(folder, "rows damaged")
+    assert event["reason"].startswith("metrics.jsonl is not what was written until round 3: ")
+    assert lost in event["reason"]
+    kept = damaged[: len(before)]
+    assert (folder / "metrics.jsonl.damaged-1").read_bytes() == kept
+    # All rows that are left are those of the run that was never stopped.
+    _, rows, exchange = bits(folder)
+    _, all_rows, all_exchange = bits(whole.folder)
+    assert exchange == all_exchange
+    if flip != "of a number":
+        assert rows == all_rows[1:]
+    assert [row["round"] for row in result.history.federation][-1] == 4
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "exchange.jsonl", "events.jsonl"])
+def test_a_file_of_rows_that_is_gone_is_named(make: Make, name: str) -> None:
+    folder = stopped(make(faults=[{"kind": "dropout", "clients": [1]}]), 4)
+    (folder / name).unlink()
+    run(resume=folder)
+    (event,) = events(folder, "rows damaged")
+    assert event["reason"].startswith(f"{name} is not what was written until round 3: ")
+
+
+# -- forged ------------------------------------------------------------------------------------
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any], dict[str, np.ndarray]], None]) -> None:
+    """Change a checkpoint of one shard, and make every checksum right again."""
+    values = json.loads((folder / "state.json").read_text())
+    arrays = dict(load_file(folder / "arrays-00001.safetensors"))
+    change(values, arrays)
+    (folder / "state.json").write_text(json.dumps(values))
+    (folder / "arrays-00001.safetensors").write_bytes(save(arrays))
+    sign(folder)
+
+
+def sign(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    del manifest["sha256"]
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+    change(manifest)
+    (folder / "MANIFEST.json").write_bytes(_manifest_text(manifest))
+
+
+def at(*path: Any, value: Any = None) -> Callable[[dict[str, Any], Any], None]:
+    """Put a value into a table; without one, take the key away."""
+
+    def change(values: dict[str, Any], _: object = None) -> None:
+        for key in path[:-1]:
+            values = values[key]
+        if value is None:
+            del values[path[-1]]
+        else:
+            values[path[-1]] = value
+
+    return change
+
+
+def first(prefix: str, value: Callable[[np.ndarray], np.ndarray] | None) -> Any:
+    """Change the first array whose name begins so, or take it away."""
+
+    def change(_: object, arrays: dict[str, np.ndarray]) -> None:
+        name = next(name for name in sorted(arrays) if name.startswith(prefix))
+        if value is None:
+            del arrays[name]
+        else:
+            arrays[name] = value(arrays[name])
+
+    return change
+
+
+FORGED: dict[str, Any] = {
+    "no marks": at("marks"),
+    "marks of nothing": at("marks", value={}),
+    "a mark that is text": at("marks", "metrics.jsonl", "bytes", value="9"),
+    "a negative mark": at("marks", "metrics.jsonl", "bytes", value=-1),
+    "no grid": at("grid"),
+    "an excluded stranger": at("grid", "excluded", "99", value="bad"),
+    "an excluded nobody": at("grid", "excluded", "one", value="bad"),
+    "a backend of no kind": at("grid", "backends", value={"mlp": "fast"}),
+    "fewer clients": at("clients", value=3),
+    "clients in words": at("clients", value="four"),
+    "pieces that are text": at("broadcast", "pieces", value="none"),
+    "a piece of no kind": at("broadcast", "pieces", 0, "kind", value="weights"),
+    "a hot piece": at("broadcast", "pieces", 0, "temperature", value="hot"),
+    "a cold piece": at("broadcast", "pieces", 0, "temperature", value=-1.0),
+    "a piece that is not there": at("broadcast", "shared", value=7),
+    "another shape": first("client-0/", lambda array: np.zeros((2, 2), np.float32)),
+    "another type": first("client-0/", lambda array: array.astype(np.float64)),
+    "a weight less": first("client-0/model/weights/", None),
+    "a slot of another name": lambda _, arrays: arrays.update(
+        {"client-0/model/optimizer/speed/0": np.zeros(1, np.float32)}
+    ),
+    "a model more": lambda _, arrays: arrays.update(
+        {"client-0/peer/weights/x": np.zeros(1, np.float32)}
+    ),
+    "a client more": lambda _, arrays: arrays.update(
+        {"client-99/model/weights/x": np.zeros(1, np.float32)}
+    ),
+    "a client in words": lambda _, arrays: arrays.update({"client-x/y": np.zeros(1, np.float32)}),
+    "another table": lambda _, arrays: arrays.update({"other/y": np.zeros(1, np.float32)}),
+    "no table": lambda _, arrays: arrays.update({"other": np.zeros(1, np.float32)}),
+    "rows of nowhere": first("broadcast/0/rows", lambda rows: rows + 10**6),
+    "scores of fewer classes": first("broadcast/0/values", lambda values: values[:, :1].copy()),
+    "no scores": first("broadcast/0/values", None),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_checkpoint_with_right_checksums_is_named_and_passed_over(
+    make: Make, what: str
+) -> None:
+    folder = stopped(make(rounds=3), 3)
+    newest = folder / CHECKPOINTS_FOLDER / "round-000002"
+    forge(newest, FORGED[what])
+    run(resume=folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert event["reason"].startswith(f"checkpoint {newest}: ")
+    assert event["reason"].endswith("; went back to round-000001")
+    assert "\n" not in event["reason"]
+    assert bits(folder) == bits(run(make(rounds=3)).folder)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "one_way", "fml"])
+def test_what_other_algorithms_remember_is_looked_at_too(make: Make, strategy: str) -> None:
+    folder = stopped(make(strategy, rounds=3), 3)
+    newest = folder / CHECKPOINTS_FOLDER / "round-000002"
+
+    def reshape(_: object, arrays: dict[str, np.ndarray]) -> None:
+        for name in [name for name in arrays if name.startswith("strategy/")]:
+            arrays[name] = np.zeros((3, 1, 2), np.float32)
+
+    forge(newest, reshape)
+    run(resume=folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert event["reason"].startswith(f"checkpoint {newest}: ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        at("files", value=[]),
+        at("files", "state.json"),
+        at("files", "../../settings.yaml", value={"bytes": 1, "sha256": "0"}),
+        at("files", "state.json", "bytes", value="12"),
+        at("identity", value=["settings"]),
+        at("packages", value="torch"),
+        at("round", value="2"),
+        at("more", value=1),
+    ],
+)
+def test_a_forged_manifest_with_a_right_checksum_is_named_and_passed_over(
+    make: Make, change: Any
+) -> None:
+    folder = stopped(make(rounds=3), 3)
+    newest = folder / CHECKPOINTS_FOLDER / "round-000002"
+    sign(newest, change)
+    run(resume=folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert event["reason"].startswith(f"checkpoint {newest}: ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}", b"\xff\xfe", b""]
+)
+@pytest.mark.parametrize("name", ["state.json", "arrays-00001.safetensors"])
+def test_files_that_are_none_with_right_checksums_are_named(
+    make: Make, name: str, content: bytes
+) -> None:
+    folder = stopped(make(rounds=3), 3)
+    newest = folder / CHECKPOINTS_FOLDER / "round-000002"
+    (newest / name).write_bytes(content)
+    sign(newest)
+    run(resume=folder)
+    (event,) = events(folder, "checkpoint unusable")
+    assert event["reason"].startswith(f"checkpoint {newest}: ")
 
 
 # -- killed ------------------------------------------------------------------------------------
