@@ -49,7 +49,7 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a signal ends it in one line whatever it is at: imports, settings, data."""
+        """Run a command; a signal ends it in one line, be it at imports, settings or data."""
         with _stoppable():
             return super().invoke(ctx)
 

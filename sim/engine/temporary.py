@@ -77,7 +77,7 @@ def _make_private() -> tuple[Path, str]:
     wishes = [("RAY_TMPDIR", asked)] if asked else []
     wishes += [("TMPDIR", _temporary())]
     places = [*wishes, ("", "/tmp"), ("", os.environ.get("XDG_RUNTIME_DIR")), ("", "/var/tmp")]  # noqa: S108
-    problems = []
+    problems: list[str] = []
     for setting, place in places:
         if not place:
             continue
