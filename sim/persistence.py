@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkd.data import FederatedData
 from fedkd.training import Arrays, ClientState, check_state
-from fedkd.training.backends import Backend
 from sim.checkpoints import (
     STATE_FILE,
     Checkpoint,
@@ -20,7 +19,7 @@ from sim.checkpoints import (
     first_problem,
     one_line,
 )
-from sim.engine.grid import CohortGrid
+from sim.engine.grid import CohortGrid, GridMemory
 from sim.engine.runtime import ClientRuntime
 from sim.history import History
 from sim.identity import data_digest, fingerprint
@@ -29,6 +28,7 @@ from sim.records import (
     METRICS_FILE,
     ROW_FILES,
     RunFolder,
+    federated_row,
     iterate_rows,
     package_versions,
     storing,
@@ -55,15 +55,6 @@ class _Mark(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class _GridMemory(BaseModel):
-    """What a grid returns as its memory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    excluded: dict[str, str]
-    backends: dict[str, Backend]
-
-
 class _Values(BaseModel):
     """The plain values of a checkpoint; see `Persistence._values`."""
 
@@ -72,7 +63,7 @@ class _Values(BaseModel):
     marks: dict[Literal["metrics.jsonl", "exchange.jsonl", "events.jsonl"], _Mark] = Field(
         min_length=len(ROW_FILES)
     )
-    grid: _GridMemory
+    grid: GridMemory
     clients: int = Field(ge=0)
     strategy: dict[str, Any]
     broadcast: dict[str, Any]
@@ -328,8 +319,8 @@ class Persistence:
 def read_history(folder: Path) -> History:
     """Rebuild from the rows in a run folder what the rounds measured."""
     history = History()
-    history.add_metrics(iterate_rows(folder / METRICS_FILE))
-    history.add_exchange(iterate_rows(folder / EXCHANGE_FILE))
+    history.add_metrics(iterate_rows(folder / METRICS_FILE, federated_row))
+    history.add_exchange(iterate_rows(folder / EXCHANGE_FILE, federated_row))
     return history
 
 

@@ -9,7 +9,7 @@ import platform
 import secrets
 import subprocess
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -48,7 +48,7 @@ class StorageError(RuntimeError):
     """The run folder cannot be written; what is in it already is whole."""
 
 
-class DamagedFileError(RuntimeError):
+class DamagedFileError(ValueError):
     """A file of a run that is not as it was written; the text names it and the line."""
 
 
@@ -94,20 +94,36 @@ def read_rows(path: Path) -> list[Row]:
     return list(iterate_rows(path))
 
 
-def iterate_rows(path: Path) -> Iterator[Row]:
+def iterate_rows(
+    path: Path, row_of: Callable[[str, bytes], Row | None] | None = None
+) -> Iterator[Row]:
     """Read a JSON-lines file row by row; see `read_rows`.
+
+    Args:
+        path: of the file.
+        row_of: returns the row in a line of a file of some name, or None if it is none; by
+            default every table is a row. `federated_row` asks for what a federated run writes.
 
     Raises:
         DamagedFileError: names the line that is no row.
     """
+    read = row_of or _table
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return
-            row = row_of(path.name, line)
+            row = read(path.name, line)
             if row is None:
                 raise DamagedFileError(f"{path}: line {number} is damaged: no row of {path.name}")
             yield row
+
+
+def _table(_: str, line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 _NUMBERS = {
@@ -121,32 +137,23 @@ _TEXTS = {METRICS_FILE: "scope", EXCHANGE_FILE: "direction", EVENTS_FILE: "event
 """What every row of these files says of itself."""
 
 
-def row_of(name: str, line: bytes) -> Row | None:
-    """Return the row in a line of a file of this name, or None if there is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+def federated_row(name: str, line: bytes) -> Row | None:
+    """Return the row in a line of one of a federated run's files, or None if there is none."""
+    row = _table(name, line)
+    if row is None or not isinstance(row.get(_TEXTS[name]), str):
         return None
-    if not isinstance(row, dict):
-        return None
-    # Of other files, and of a distillation, whoever reads them knows what should be there.
-    of_federation = name in _TEXTS and not (name == METRICS_FILE and "model" in row)
-    return None if of_federation and not _is_federated(name, row) else row
-
-
-def _is_federated(name: str, row: Row) -> bool:
     numbers = [row.get(key) for key in _NUMBERS[name]]
     if row.get("scope") == "client":
         numbers.append(row.get("client"))
     if not all(type(number) is int and number >= 0 for number in numbers):
-        return False
-    if not isinstance(row.get(_TEXTS[name]), str):
-        return False
+        return None
     if row.get("scope") == "federation" and not isinstance(row.get("seconds"), int | float):
-        return False
+        return None
     # Measured is nothing but numbers; null stands for one that is not finite.
     measured = row.items() if name == METRICS_FILE else ()
-    return all(key == "scope" or isinstance(value, int | float | None) for key, value in measured)
+    if not all(key == "scope" or isinstance(value, int | float | None) for key, value in measured):
+        return None
+    return row
 
 
 def new_run_folder(output: Path, name: str, settings: str) -> Path:
@@ -410,8 +417,8 @@ def _rows_left(name: str, content: bytes, round: int) -> tuple[bytes, str]:
     kept: list[tuple[int, Row, bytes]] = []
     unreadable: list[int] = []
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        row = row_of(name, line) if line.endswith(b"\n") else None
-        if row is None or "round" not in row:
+        row = federated_row(name, line) if line.endswith(b"\n") else None
+        if row is None:
             unreadable.append(number)
             continue
         if row["round"] > round:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, cast, get_args
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from pydantic import BaseModel, ConfigDict
 
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
@@ -75,6 +76,16 @@ class Outcome:
     def failed(cls, packed: PackedCall, reason: str) -> "Outcome":
         """Return the outcome of a call that nobody answered."""
         return cls([reason] * len(packed.call.clients))
+
+
+class GridMemory(BaseModel):
+    """What `CohortGrid.memory` returns, as a checkpoint keeps it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    excluded: dict[str, str]
+    backends: dict[str, Backend]
+    trained_by: dict[str, list[Backend]]
 
 
 class CohortGrid(Grid, ABC, Generic[Handle]):
@@ -153,7 +164,10 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
             self._committed.update(zip((client for client, _ in some), handles, strict=True))
 
     def memory(self) -> dict[str, Any]:
-        """Return, as plain values, what a resumed run has to know besides the states."""
+        """Return, as plain values, what a resumed run has to know besides the states.
+
+        See `GridMemory`.
+        """
         return {
             "excluded": {str(client): reason for client, reason in self._excluded.items()},
             "backends": self._cutter.choices(),

@@ -321,7 +321,7 @@ def test_no_file_outside_the_checkpoint_is_read(store: CheckpointStore, tmp_path
         "arrays-00001.safetensors"
     )
     (folder / MANIFEST_FILE).write_bytes(checkpoints._manifest_text(manifest))
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json is not a manifest: files"):
         store.read(folder)
 
 
