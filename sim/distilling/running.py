@@ -21,7 +21,8 @@ from sim.interruption import Interruption, interruptible
 from sim.observers import Row
 from sim.provenance import provenance_of
 from sim.records import RESULT_FILE, StorageError, make_folder, new_run_folder
-from sim.settings import SettingsError, yaml_text
+from sim.settings import SettingsError
+from sim.tables import yaml_text
 
 
 @dataclass(frozen=True, slots=True)
