@@ -64,7 +64,8 @@ def test_help_and_version_load_no_library_that_computes() -> None:
 def test_an_inline_run_loads_nothing_that_it_does_not_use(
     tmp_path: Path, small_words: tuple[str, ...]
 ) -> None:
-    modules = loaded(PROGRAM, "run", *small_words, f"output={tmp_path}", "--quiet")
+    models = "clients.models=[mlp,cnn,gru,transformer]"
+    modules = loaded(PROGRAM, "run", *small_words, models, f"output={tmp_path}", "--quiet")
     assert len(list(tmp_path.glob("*/*/result.json"))) == 1
     assert not among(modules, (*NO_RUN_NEEDS, "ray"))
     # Were the names misspelt, the line above would say nothing.
