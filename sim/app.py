@@ -39,7 +39,13 @@ from sim.records import FolderBusyError, RunFolder, StorageError, new_run_folder
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop
 from sim.running import load_data, run_result
-from sim.settings import Settings, SettingsError, load_settings, settings_from_table
+from sim.settings import (
+    Settings,
+    SettingsError,
+    check_permission,
+    load_settings,
+    settings_from_table,
+)
 from strategies.knowledge import from_array_record, to_array_record
 
 server_app = ServerApp()
@@ -107,16 +113,20 @@ def read_settings(context: Context) -> Settings:
         SettingsError: names the setting that cannot work.
     """
     config = str(context.run_config.get("config", ""))
+    # An absolute path stays what it is.
+    return load_settings(PROJECT / config if config else None, _words(context))
+
+
+def _words(context: Context) -> list[str]:
+    """Return the words of ``overrides``, which server and nodes are told alike."""
     overrides = str(context.run_config.get("overrides", ""))
     try:
-        words = shlex.split(overrides)
+        return shlex.split(overrides)
     except ValueError as error:
         raise SettingsError(
             f"overrides are words as in a shell, key=value separated by spaces: {error} in "
             f"{overrides!r}"
         ) from None
-    # An absolute path stays what it is.
-    return load_settings(PROJECT / config if config else None, words)
 
 
 @client_app.query()
@@ -143,6 +153,8 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
         client = _number(context, "partition-id")
         count = _number(context, "num-partitions")
         settings = settings_from_table(json.loads(assignment.settings))
+        # To a node they are a file that came along: code needs a word given here, or to the run.
+        check_permission(settings, _words(context), ())
         if phase == "query":
             # Whatever keeps this node from taking part shows here, before anybody trains.
             said = introduction(settings, load_data(settings), client)

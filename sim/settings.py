@@ -180,10 +180,10 @@ class EngineSettings(_Section):
 class NodesSettings(_Section):
     """Clients that are nodes of Flower's own runtimes (``nodes``); ``fedkd run`` has none."""
 
-    wait_s: float = Field(
+    wait_s: Real = Field(
         120.0,
-        gt=0,
-        allow_inf_nan=False,
+        ge=0.001,
+        le=2_592_000,
         description="how long to wait for nodes that are not there: before round 1 for all "
         "clients', before a later round only while fewer than a quorum's are there",
     )

@@ -58,6 +58,7 @@ class Runtime(Grid):
         self._ids = itertools.count(1)
         self._node_ids = itertools.count(1000, 37)
         self._waiting: dict[str, Message] = {}
+        self.config: dict[str, str] = {}
         self.nodes: dict[int, Node] = {}
         self.happens: Callable[[str, int, int], str] = lambda *_: ""
         self.asked: list[tuple[str, int, int]] = []
@@ -117,7 +118,7 @@ class Runtime(Grid):
                 return self._error(message, ErrorCode.MESSAGE_UNAVAILABLE)
             case "restarts":
                 node.state = RecordDict()
-        context = Context(1, node.id, dict(node.config), node.state, {})
+        context = Context(1, node.id, dict(node.config), node.state, dict(self.config))
         reply = app.client_app(message, context)
         node.state = context.state
         return reply
@@ -145,6 +146,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     monkeypatch.setattr(sys, "tracebacklimit", None, raising=False)
 
     def run_app(grid: Runtime, config: dict[str, str]) -> dict[str, Any]:
+        grid.config = config
         app.server_app(grid, Context(1, 1, {}, RecordDict(), dict(config)))
         return left_behind(tmp_path)
 
@@ -472,6 +474,54 @@ def test_other_versions_of_packages_are_told(
     left = serve(Runtime(range(4), 4), words("rounds=1"))
     assert [row["event"] for row in left["events"]] == ["other versions"] * 4
     assert "has torch 1.0, the server has fedkd" in left["events"][0]["reason"]
+
+
+CODE = "tests_of_nodes:net"
+
+
+@pytest.fixture
+def package_of_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `CODE` importable, and let nobody allow it yet."""
+    source = "from torch import nn\n\ndef net(input_shape, num_classes):\n"
+    source += "    channels, height, width = input_shape\n"
+    source += "    rows = channels * height * width\n"
+    source += "    return nn.Sequential(nn.Flatten(), nn.Linear(rows, num_classes))\n"
+    (tmp_path / "tests_of_nodes.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("FEDKD_ALLOW", raising=False)
+
+
+@pytest.mark.usefixtures("package_of_net")
+def test_code_that_the_words_of_a_run_name_is_allowed_on_its_nodes(words: Any, serve: Any) -> None:
+    left = serve(Runtime(range(4), 4), words("rounds=1", f"clients.models=[{CODE}]"))
+    assert left["events"] == []
+    assert left["result"]["status"] == "finished"
+
+
+@pytest.mark.usefixtures("package_of_net")
+def test_a_node_runs_no_code_that_only_a_file_of_the_server_s_names(
+    words: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"clients: {{models: ['{CODE}']}}\n")
+    config = words("rounds=1")
+    config["overrides"] = config["overrides"].replace("'clients.models=[mlp,cnn]' ", "")
+    config["config"] = str(file)
+    monkeypatch.setenv("FEDKD_ALLOW", "tests_of_nodes")
+    grid = Runtime(range(4), 4)
+
+    def happens(phase: str, round: int, partition: int) -> str:
+        # The nodes' environment is not the server's: only node 0 has been told.
+        monkeypatch.setenv("FEDKD_ALLOW", "" if partition else "tests_of_nodes")
+        return ""
+
+    grid.happens = happens
+    config["overrides"] += " engine.quorum=0.25"
+    left = serve(grid, config)
+    refused = [row for row in left["events"] if row["event"] == "node refused"]
+    assert len(refused) == 3
+    assert f"'{CODE}' is code that only a file names" in refused[0]["reason"]
+    assert left["result"]["status"] == "finished"
 
 
 # -- settings ----------------------------------------------------------------------------------
