@@ -69,7 +69,8 @@ Real: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number; the field adds its bounds. (Of two bounds of one kind pydantic keeps the last,
 so what has bounds already, such as `Share`, takes no others.)"""
 
-Seed: TypeAlias = Annotated[Whole, Field(ge=0, le=2**32 - 1)]
+LAST_SEED = 2**32 - 1
+Seed: TypeAlias = Annotated[Whole, Field(ge=0, le=LAST_SEED)]
 Count: TypeAlias = Annotated[Whole, Field(ge=1, le=1_000_000)]
 """How many there are, or how often something is done: rounds, steps, rows of a step."""
 CountOrZero: TypeAlias = Annotated[Whole, Field(ge=0, le=1_000_000)]

@@ -250,7 +250,7 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Paired seeds; study.seeds by default.")
+        int | None, typer.Option(min=1, max=1000, help="Paired seeds; study.seeds by default.")
     ] = None,
     accept_code: AcceptCode = False,
     allow: Allow = None,
@@ -318,7 +318,9 @@ def distill(
     ] = False,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Paired repetitions: seed, seed + 1, ...; of the search, too."),
+        typer.Option(
+            min=1, max=1000, help="Paired repetitions: seed, seed + 1, ...; of the search, too."
+        ),
     ] = None,
     with_report: WithReport = False,
     accept_code: AcceptCode = False,

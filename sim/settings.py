@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from fedkd.bounds import (
+    LAST_SEED,
     Count,
     CountOrZero,
     Few,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     # A federated run, and every worker of it, does without the library of distillation.
     from fedkd.distillation.settings import DistillSettings
 
+MOST_SEEDS = 1000
 MOST_PROBLEMS = 5
 """So many problems of one file are told at once."""
 LONGEST_LINE = 600
@@ -337,6 +339,20 @@ class Settings(_Section):
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load_settings` reads back."""
         return yaml_text(self.to_table())
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Refuse a number of paired seeds that there are not, or that nobody has the time for.
+
+    Raises:
+        SettingsError: naming what it got.
+    """
+    if not 1 <= count <= MOST_SEEDS:
+        raise SettingsError(f"seeds must be from 1 to {MOST_SEEDS}, got {shown(count)}")
+    if first + count > LAST_SEED + 1:
+        raise SettingsError(
+            f"seeds must end at {LAST_SEED}, got {count} of them from seed = {first} on"
+        )
 
 
 def load_settings(

@@ -24,7 +24,13 @@ from sim.records import (
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.running import load_data, open_session, run
-from sim.settings import Settings, SettingsError, merge_tables, settings_from_table
+from sim.settings import (
+    Settings,
+    SettingsError,
+    check_seeds,
+    merge_tables,
+    settings_from_table,
+)
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -170,8 +176,7 @@ def compare(
     """
     settings = settings or Settings()
     count = seeds if seeds is not None else settings.study.seeds
-    if count < 1:
-        raise SettingsError(f"seeds must be >= 1, got {count}")
+    check_seeds(settings.seed, count)
     by_arm = arm_settings(settings, arms)
     baseline = baseline_arm(settings, by_arm, baseline)
     check_engine(settings.engine)

@@ -198,7 +198,7 @@ class TaskLabels(Term):
     needs: ClassVar[tuple[Need, ...]] = ("labels",)
 
     kind: Literal["task"] = "task"
-    classes: tuple[int, ...]
+    classes: tuple[CountOrZero, ...]
     label_smoothing: ShareBelowOne = 0.0
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:

@@ -22,6 +22,7 @@ from sim.provenance import Provenance, notes_on, place_run, provenance_of
 from sim.records import make_folder, storing, to_json, write_text
 from sim.reports.distillation import SEARCH_FILE
 from sim.reports.terminal import Column, FittedTable
+from sim.settings import check_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,7 @@ def search(
         KeyboardInterrupt: SIGINT or SIGTERM; the cells that are done are in the folder.
     """
     settings = settings or DistillSettings()
+    check_seeds(settings.seed, settings.search.seeds)
     rows = prepare(settings)
     with settings_at_fault():
         searched_term(settings.objective)

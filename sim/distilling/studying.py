@@ -19,6 +19,7 @@ from sim.reports.distillation import (
     write_distill_report,
 )
 from sim.reports.runs import STUDY_FILE
+from sim.settings import check_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ def repeat(
         KeyboardInterrupt: the next call goes on with the seeds that are not finished.
     """
     settings = settings or DistillSettings()
+    check_seeds(settings.seed, settings.seeds)
     folder = settings.output / settings.name
     goes_on = f"the same command goes on in {folder}"
     plan = [

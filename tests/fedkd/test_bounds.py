@@ -47,7 +47,6 @@ def numbers(annotation: Any, metadata: list[Any]) -> Iterator[tuple[type, list[A
             yield from numbers(part, metadata)
 
 
-@pytest.mark.slow
 def test_every_number_has_two_bounds_and_takes_neither_text_nor_true() -> None:
     lacking = []
     for model in models():

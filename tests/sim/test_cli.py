@@ -182,9 +182,45 @@ def test_a_model_of_one_s_own_is_found_in_the_current_folder(
         "    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     words = [*small_words, "clients.models=['my_own_models:net']", f"output={tmp_path / 'runs'}"]
     assert fedkd("run", *words, "--quiet") == (0, "", "")
+
+
+def test_code_that_only_a_file_names_runs_when_it_is_allowed(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_models.py").write_text(
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "Path(__file__).with_name('was-here').touch()\n"
+        "def net(*, input_shape, num_classes):\n"
+        "    c, h, w = input_shape\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, num_classes))\n"
+    )
+    config = tmp_path / "theirs.yaml"
+    config.write_text("clients: {models: ['their_models:net']}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    words = [str(config), *(word for word in small_words if "models" not in word)]
+    words.append(f"output={tmp_path / 'runs'}")
+    for command in ("run", "compare"):
+        code, _, err = fedkd(command, *words)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "add --allow their_models" in err
+    assert not (tmp_path / "was-here").exists()
+    code, out, err = fedkd("run", *words, "--allow", "their_models", "--json")
+    assert (code, err) == (0, "")
+    folder = json.loads(out)["folder"]
+    (tmp_path / "was-here").unlink()
+    sys.modules.pop("their_models")
+    code, _, err = fedkd("run", "--resume", folder)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "add --allow their_models" in err
+    assert fedkd("report", folder)[0] == 0
+    # Neither a refusal nor a report has run a line of theirs.
+    assert not (tmp_path / "was-here").exists()
+    assert fedkd("run", "--resume", folder, "--allow", "their_models", "--json")[0] == 0
 
 
 def test_a_finished_run_says_so_and_shows_its_result(

@@ -6,6 +6,7 @@ from fedkd.distillation.settings import DistillSettings
 from sim.settings import (
     Settings,
     SettingsError,
+    check_seeds,
     load_distill_settings,
     load_settings,
     merge_tables,
@@ -312,3 +313,13 @@ def test_an_arm_that_cannot_work_is_refused_where_it_is_read(tmp_path: Path) -> 
     config.write_text("study: {arms: {far: {clients: {optimizer: {lr: 1.0e+30}}}}}\n")
     with pytest.raises(SettingsError, match=r"^study\.arms\.far: clients\.optimizer\.lr"):
         load_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "complaint"),
+    [(0, 0, "from 1 to 1000, got 0"), (0, 10**20, "from 1 to 1000"), (2**32 - 2, 3, "must end at")],
+)
+def test_there_are_so_many_seeds_and_no_more(first: int, count: int, complaint: str) -> None:
+    with pytest.raises(SettingsError, match=complaint):
+        check_seeds(first, count)
+    check_seeds(2**32 - 2, 2)
