@@ -158,7 +158,7 @@ class EngineSettings(_Section):
     )
     deadline_s: Real = Field(
         3600.0,
-        ge=0.001,
+        ge=1e-6,
         le=2_592_000,
         description="a cohort that takes longer is given up and its clients named",
     )
@@ -597,7 +597,7 @@ def _checked(kind: type[SettingsT], table: Mapping[str, Any]) -> SettingsT:
 def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each problem: the setting, what is wrong, the value it got."""
     lines = []
-    problems = error.errors(include_url=False, include_context=False)
+    problems = _without_echoes(error.errors(include_url=False, include_context=False))
     unknown = [str(each["loc"][0]) for each in problems if _is_unknown_outermost(each)]
     if foreign := foreign_hint(kind, unknown, _commands()):
         return [foreign]
@@ -626,6 +626,20 @@ def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
     if len(problems) > MOST_PROBLEMS:
         lines.append(f"and {len(problems) - MOST_PROBLEMS} more")
     return [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines]
+
+
+def _without_echoes(problems: Sequence[Any]) -> list[Any]:
+    """Leave out that a list is too short where it is so only because of an item refused."""
+    return [
+        each
+        for each in problems
+        if each["type"] != "too_short"
+        or not any(_lies_in(each["loc"], other["loc"]) for other in problems)
+    ]
+
+
+def _lies_in(outer: Sequence[object], inner: Sequence[object]) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
 def _commands() -> Mapping[str, type[BaseModel]]:

@@ -1,13 +1,11 @@
 """Settings of ``fedkd distill``: one frozen, checked object."""
 
-from collections.abc import Callable
 from functools import reduce
-from math import inf
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
 from fedkd.bounds import Few, PathText, Rows, RowsOrZero, Seed, Share, Temperature, Whole, shown
 from fedkd.data import DataSettings
@@ -61,26 +59,12 @@ class SearchSettings(Section):
     )
     seeds: Few = Field(1, description="paired seeds a cell is averaged over")
 
-    @field_validator("temperatures")
+    @field_validator("temperatures", "weights")
     @classmethod
-    def _temperatures_are_positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        return _different(values, lambda value: 0 < value < inf, "search.temperatures", "> 0")
-
-    @field_validator("weights")
-    @classmethod
-    def _weights_are_shares(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        return _different(values, lambda value: 0 <= value <= 1, "search.weights", "in [0, 1]")
-
-
-def _different(
-    values: tuple[float, ...], allowed: Callable[[float], bool], name: str, range_: str
-) -> tuple[float, ...]:
-    for value in values:
-        if not allowed(value):
-            raise ValueError(f"{name} must be {range_}, got {value}")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} must differ, got {list(values)}")
-    return values
+    def _cells_differ(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"search.{info.field_name} must differ, got {list(values)}")
+        return values
 
 
 class DistillSettings(Section):

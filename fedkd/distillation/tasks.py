@@ -49,8 +49,8 @@ class TaskSettings(BaseModel):
                 f"a task needs at least 2 classes, or its rows give their class away, "
                 f"got {list(classes)}"
             )
-        if len(set(classes)) < len(classes) or min(classes) < 0:
-            raise ValueError(f"classes must differ and be >= 0, got {list(classes)}")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes must differ, got {list(classes)}")
         return classes
 
 

@@ -122,8 +122,8 @@ def test_weights_must_be_one_a_teacher():
     [
         ({"by": "weights"}, "weights belong to"),
         ({"weights": (1.0, 2.0)}, "weights belong to"),
-        ({"by": "weights", "weights": (1.0, 0.0)}, "must be > 0"),
-        ({"by": "weights", "weights": (1.0, float("inf"))}, "must be > 0 and finite"),
+        ({"by": "weights", "weights": (1.0, 0.0)}, "greater than or equal to"),
+        ({"by": "weights", "weights": (1.0, float("inf"))}, "less than or equal to|finite number"),
         ({"era_temperature": 0.0}, "era_temperature"),
     ],
 )

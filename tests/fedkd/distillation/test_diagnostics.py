@@ -418,7 +418,7 @@ def test_a_method_without_a_teacher_is_diagnosed_by_its_peers(toy_rows):
 
 
 def test_noise_must_be_positive():
-    with pytest.raises(ValidationError, match=r"diagnostics.noise must be > 0.*got -0.1"):
+    with pytest.raises(ValidationError, match=r"noise\.1\n.*input_value=-0\.1"):
         DiagnosticsSettings(noise=(0.1, -0.1))
 
 

@@ -9,7 +9,7 @@ from fedkd.distillation.search import Trial, search
 from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.workshop import DivergedError
 
-FAR_TOO_FAST = {"name": "sgd", "lr": 1e6}
+FAR_TOO_FAST = {"name": "sgd", "lr": 1e3}
 MLP = {"name": "mlp", "options": {"hidden": [8]}}
 
 

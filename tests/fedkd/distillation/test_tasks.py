@@ -266,7 +266,7 @@ def test_tasks_must_divide_the_classes(four_classes, tasks, problem):
     [
         ({"a": [0]}, "at least 2 classes"),
         ({"a": [0, 0]}, "must differ"),
-        ({"a": [-1, 0]}, ">= 0"),
+        ({"a": [-1, 0]}, "greater than or equal to 0"),
         ({"a.b": [0, 1]}, "teacher.tasks must be letters"),
         ({"a": {"classes": [0, 1], "weight": -1}}, "weight"),
     ],

@@ -163,7 +163,7 @@ def test_workers_that_die_while_they_start_end_the_run_instead_of_dying_for_ever
             os._exit(1)
 
     monkeypatch.setattr(ray_grid, "DEATHS_IN_A_ROW", 3)
-    monkeypatch.setattr(session, "_start_worker", lambda: ray.remote(Stillborn).remote())
+    monkeypatch.setattr(session, "_start_worker", lambda: ray.remote(Stillborn).remote("."))
     # One client has one worker, and none of those that take its place comes to life.
     one = ["clients.count=1", "engine.retries=1", "engine.below_quorum=abort"]
     with pytest.raises(QuorumError, match="workers died 4 times in a row"):

@@ -110,7 +110,7 @@ def test_a_worker_that_died_is_replaced(on_ray: Small, session: RaySession, smal
 
 def test_what_the_machine_lacks_is_refused_before_ray_starts() -> None:
     with pytest.raises(SettingsError, match=r"engine\.cpus_per_worker must be at most the"):
-        check_engine(EngineSettings(cpus_per_worker=10_000))
+        check_engine(EngineSettings(cpus_per_worker=1000))
     with pytest.raises(SettingsError, match=r"engine\.gpus_per_worker must be at most the"):
         check_engine(EngineSettings(gpus_per_worker=1000))
 
@@ -141,7 +141,7 @@ def test_a_worker_asks_ray_for_its_share_of_a_gpu(
             asked.append(resources)
             return self
 
-        def remote(self) -> None: ...
+        def remote(self, folder: str) -> None: ...
 
     monkeypatch.setattr(ray, "remote", lambda _: Remote())
     monkeypatch.setattr(session, "_engine", EngineSettings(cpus_per_worker=2, gpus_per_worker=0.5))
