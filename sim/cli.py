@@ -260,22 +260,28 @@ def compare(
 ) -> None:
     """Run arms x paired seeds and print a table with intervals and paired tests.
 
-    What is done is not done again: an interrupted study goes on where it stopped.
+    What is done is not done again: an interrupted study goes on where it stopped. What is said
+    here holds for every arm that has the setting.
 
     Examples:
     - `fedkd compare conf/quickstart.yaml`
     - `fedkd compare conf/quickstart.yaml --arms local,dml --seeds 10`
     - `fedkd compare --arms local,fedmd,dml rounds=10`
+    - `fedkd compare --arms one_way,dml strategy.temperature=8`
     - `fedkd compare conf/quickstart.yaml --baseline local`
     """
-    settings = _settings(arguments, allow, arms or "")
+    from sim.arms import load_study
+
+    chosen = [name.strip() for name in arms.split(",")] if arms else None
+    planned = load_study(*_split(arguments, arms or ""), arms=chosen, allow=allow or ())
     from sim.progress import ProgressObserver, signs_of_life
     from sim.records import to_json
     from sim.reports import summary_table, verdicts
     from sim.study import compare as compare_arms
 
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
-    goes_on = f"the same command goes on in {settings.output / settings.name}"
+    folder = planned.settings.output / planned.settings.name
+    goes_on = f"the same command goes on in {folder}"
     # Ray prints to standard output when a worker dies; what is printed there is for programs.
     with signs, _stoppable(goes_on), redirect_stdout(sys.stderr):
         told: list[str] = []
@@ -285,8 +291,7 @@ def compare(
             _tell(note)
 
         study = compare_arms(
-            settings,
-            arms=[name.strip() for name in arms.split(",")] if arms else None,
+            planned,
             seeds=seeds,
             baseline=baseline,
             accept_code=accept_code,

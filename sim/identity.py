@@ -34,11 +34,16 @@ def _harmless(path: tuple[str, ...]) -> bool:
     return section in HARMLESS or (section == "engine" and rest[0] in HARMLESS_ENGINE)
 
 
-def fingerprint(settings: "Settings | DistillSettings") -> str:
-    """Return a SHA-256 that changes with every setting that changes numbers."""
-    table = {
+def numbers_of(settings: "Settings | DistillSettings") -> dict[str, Any]:
+    """Return every setting that changes numbers, by its path."""
+    return {
         ".".join(path): value for path, value in _leaves(settings.to_table()) if not _harmless(path)
     }
+
+
+def fingerprint(settings: "Settings | DistillSettings") -> str:
+    """Return a SHA-256 that changes with every setting that changes numbers."""
+    table = numbers_of(settings)
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 

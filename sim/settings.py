@@ -419,7 +419,10 @@ def load_distill_settings(
 
 
 def check_permission(
-    settings: "Settings | DistillSettings", overrides: Sequence[str], allow: Sequence[str]
+    settings: "Settings | DistillSettings",
+    overrides: Sequence[str],
+    allow: Sequence[str],
+    arms: "Mapping[str, Settings] | None" = None,
 ) -> None:
     """Refuse callables that nobody but a file named.
 
@@ -427,6 +430,7 @@ def check_permission(
         settings: as read; arms of a study count.
         overrides: the words among them; what a word names is allowed.
         allow: packages, or ``package.module:callable``; beside those of `ALLOW_VARIABLE`.
+        arms: of a study, where they are known; else those that the settings describe.
 
     Raises:
         SettingsError: naming the first such callable and what to add.
@@ -437,7 +441,7 @@ def check_permission(
         raise SettingsError(str(error)) from None
     found = list(callables_in(settings))
     if isinstance(settings, Settings):
-        for name, of_arm in _arms(settings).items():
+        for name, of_arm in (_arms(settings) if arms is None else arms).items():
             found += [(f"study.arms.{name}.{where}", code) for where, code in callables_in(of_arm)]
     for where, code in found:
         if code not in named and not is_permitted(code, allowed):
@@ -467,26 +471,49 @@ Defaults = Callable[[Mapping[str, Any]], Mapping[tuple[str, ...], Mapping[str, A
 def _read_table(
     config: str | os.PathLike[str] | None, overrides: Sequence[str], defaults: Defaults
 ) -> dict[str, Any]:
-    """Merge file and overrides.
+    """Merge file and overrides; see `_overridden`."""
+    return _overridden(read_file(config), overrides, defaults)
+
+
+def read_file(config: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return what a YAML file says, with ``${...}`` left as it is; nothing where there is none."""
+    try:
+        return read_yaml(Path(config)) if config is not None else {}
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def read_over(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Lay words over the settings of a federated run and fill in ``${...}``.
+
+    Raises:
+        SettingsError: a word that cannot be read, or that refers to what is not there.
+    """
+    return _overridden(table, overrides, _objectives_of_strategy)
+
+
+def _overridden(
+    table: Mapping[str, Any], overrides: Sequence[str], defaults: Defaults
+) -> dict[str, Any]:
+    """Lay words over a table.
 
     Args:
-        config: the file.
+        table: as a file says it.
         overrides: words.
         defaults: of tables whose keys are free, so that a word may change one of them.
     """
     try:
-        table = read_yaml(Path(config)) if config is not None else {}
         words = [read_word(word) for word in overrides]
     except ValueError as error:
         raise SettingsError(str(error)) from None
     patch: dict[str, Any] = {}
     for path, value in words:
-        patch = merge_tables(patch, _nested(path, value))
+        patch = merge_tables(patch, nested_table(path, value))
     given = {path for path, _ in words}
     for place, default in defaults(merge_tables(table, patch)).items():
         changed = any(path[: len(place)] == place and path != place for path in given)
         if changed and place not in given and not _has(table, place):
-            patch = merge_tables(_nested(place, default), patch)
+            patch = merge_tables(nested_table(place, default), patch)
     for path, _ in words:
         # An objective is a sum: one that is written whole would gain the old one's terms.
         if path[-1].endswith("objective"):
@@ -501,7 +528,7 @@ def _objectives_of_strategy(
     table: Mapping[str, Any],
 ) -> Mapping[tuple[str, ...], Mapping[str, Any]]:
     """Return the default objectives of the strategy that a table names."""
-    strategy = _named("strategy", table.get("strategy", {}))
+    strategy = named("strategy", table.get("strategy", {}))
     name = strategy.get("name") if isinstance(strategy, Mapping) else None
     if not isinstance(name, str) or name not in STRATEGIES:
         return {}
@@ -521,9 +548,10 @@ def _has(table: object, path: Sequence[str]) -> bool:
     return True
 
 
-def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    nested: dict[str, Any] = reduce(lambda inner, key: {key: inner}, reversed(path), value)
-    return nested
+def nested_table(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a table that holds one value, at a path of at least one key."""
+    table: dict[str, Any] = reduce(lambda inner, key: {key: inner}, reversed(path), value)
+    return table
 
 
 def _without(table: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -550,7 +578,7 @@ def merge_tables(
     for key, value in patch.items():
         old = merged.get(key)
         if isinstance(value, Mapping):
-            old = _named(key, old)
+            old = named(key, old)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             merged[key] = merge_tables(old, value, nested=True)
         else:
@@ -562,7 +590,7 @@ NAMED = ("strategy", "method", "model", "meme")
 """Sections that may be written as their name alone."""
 
 
-def _named(key: str, value: Any) -> Any:
+def named(key: str, value: Any) -> Any:
     """Return a section that was written as its name alone as a table, which can be added to."""
     return {"name": value} if key in NAMED and isinstance(value, str) else value
 

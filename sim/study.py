@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.names import nearest
+from sim.arms import Study, difference_notes, study_of
 from sim.engine.resources import check_engine
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
@@ -24,21 +25,11 @@ from sim.records import (
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.running import load_data, open_session, run
-from sim.settings import (
-    Settings,
-    SettingsError,
-    check_seeds,
-    merge_tables,
-    settings_from_table,
-)
+from sim.settings import Settings, SettingsError, check_seeds
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from sim.engine.session import RaySession
-
-_COMMAS = "; arms are separated by commas: local,dml"
-
-DEFAULT_ARMS = ("local", "one_way", "fedmd", "dml", "fedavg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +41,10 @@ class StudyResult:
         report: path of the report.
         runs: the runs of each arm, by seed.
         baseline: the arm that the others are compared with.
-        notes: what a reader of the table has to know, a sentence each: runs that were kept and
-            made anew or taken as they are, models that arms did not train alike.
+        notes: what a reader of the table has to know, a sentence each: what arms differ in, arms
+            that are equal, runs that were kept and made anew or taken as they are, models that
+            arms did not train alike.
+        differs: each setting that arms differ in, with its value in every arm that has it.
     """
 
     folder: Path
@@ -59,6 +52,7 @@ class StudyResult:
     runs: Mapping[str, Sequence[RunRecord]]
     baseline: str
     notes: Sequence[str] = ()
+    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -70,45 +64,12 @@ class StudyResult:
             "pairs": pair_rows(self.runs),
             "verdicts": list(verdicts(self.runs, self.baseline)),
             "notes": list(self.notes),
+            "differs": {path: dict(values) for path, values in self.differs.items()},
             "weights_sha256": {
                 arm: [record.result.get("weights_sha256") for record in records]
                 for arm, records in self.runs.items()
             },
         }
-
-
-def arm_settings(base: Settings, arms: Sequence[str] | None = None) -> dict[str, Settings]:
-    """Return each arm's settings, in the order asked for.
-
-    Args:
-        base: what the arms have in common; ``study.arms`` says in what they differ.
-        arms: names from ``study.arms``, or of strategies with their defaults; by default all of
-            ``study.arms``, or a standard set where there are none.
-
-    Raises:
-        SettingsError: an unknown arm, or one whose settings cannot work.
-    """
-    table = base.to_table()
-    del table["study"]
-    known: dict[str, Mapping[str, Any]] = dict(base.study.arms)
-    chosen = list(arms or known or DEFAULT_ARMS)
-    resolved: dict[str, Settings] = {}
-    for name in chosen:
-        if name in known:
-            patch = known[name]
-        elif name in STRATEGIES:
-            patch = {"strategy": {"name": name}}
-        else:
-            names = [*known, *(strategy for strategy in STRATEGIES if strategy not in known)]
-            raise SettingsError(
-                f"unknown arm {name!r}; known: {', '.join(names)}"
-                + (_COMMAS if name.split()[1:] else nearest(name, names))
-            )
-        try:
-            resolved[name] = settings_from_table(merge_tables(table, patch))
-        except SettingsError as error:
-            raise SettingsError(f"study.arms.{name}: {error}") from None
-    return resolved
 
 
 def baseline_arm(
@@ -138,7 +99,7 @@ def baseline_arm(
 
 
 def compare(
-    settings: Settings | None = None,
+    settings: Settings | Study | None = None,
     *,
     arms: Sequence[str] | None = None,
     seeds: int | None = None,
@@ -156,7 +117,7 @@ def compare(
     else it is kept, and run anew beside it.
 
     Args:
-        settings: common settings and ``study``.
+        settings: common settings and ``study``; or a study that was read, whose arms are settled.
         arms: which arms, in the order of the table.
         seeds: how many seeds, from ``settings.seed`` on; ``study.seeds`` by default.
         baseline: the arm that the others are compared with; ``study.baseline`` by default, where it
@@ -165,7 +126,7 @@ def compare(
             with them; never with other data.
         observer_of: returns who is told about the run of an arm and a seed; called for runs
             that are started, not for those that are finished already.
-        tell: is told, before anything runs, what the notes say about earlier runs.
+        tell: is told, before anything runs, what the notes say about arms and earlier runs.
 
     Returns:
         The runs and the path of the report.
@@ -174,10 +135,10 @@ def compare(
         SettingsError: before anything runs, names the setting that cannot work.
         KeyboardInterrupt: the next call goes on where this one stopped, in the middle of a run.
     """
-    settings = settings or Settings()
+    study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
+    settings, by_arm = study.settings, study.arms
     count = seeds if seeds is not None else settings.study.seeds
     check_seeds(settings.seed, count)
-    by_arm = arm_settings(settings, arms)
     baseline = baseline_arm(settings, by_arm, baseline)
     check_engine(settings.engine)
     folder = make_folder(settings.output, settings.output / settings.name)
@@ -186,7 +147,7 @@ def compare(
         for arm, of_arm in by_arm.items()
     }
     folders, notes = _place_runs(folder, plan, accept_code=accept_code)
-    for note in notes:
+    for note in [*study.remarks, *study.notes, *notes]:
         (tell or _ignore)(note)
     unfinished = [
         (arm, of_run, run_folder)
@@ -200,7 +161,7 @@ def compare(
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
-    notes += backend_notes(runs)
+    notes = [*study.notes, *difference_notes(study.differs), *notes, *backend_notes(runs)]
     # Two commands may end at once; each finds the other's report whole.
     with only_one(folder):
         place = report_folder(folder, folders, baseline)
@@ -211,6 +172,7 @@ def compare(
                 arm: [os.path.relpath(run_folder, place) for run_folder in of_arm]
                 for arm, of_arm in folders.items()
             },
+            "differs": study.differs,
             "notes": notes,
         }
         write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")

@@ -119,8 +119,8 @@ def settings_blocks() -> list[Any]:
 @pytest.mark.parametrize("block", settings_blocks())
 def test_settings_on_a_page_are_valid(block: str, tmp_path: Path) -> None:
     from fedkd.distillation.settings import DistillSettings
+    from sim.arms import study_of
     from sim.settings import Settings, load_distill_settings, load_settings
-    from sim.study import arm_settings
 
     table = yaml.safe_load(block)
     known = Settings.model_fields.keys() | DistillSettings.model_fields.keys()
@@ -129,7 +129,7 @@ def test_settings_on_a_page_are_valid(block: str, tmp_path: Path) -> None:
     config = tmp_path / "page.yaml"
     config.write_text(block, encoding="utf-8")
     if table.keys() <= Settings.model_fields.keys():
-        arm_settings(load_settings(config))
+        study_of(load_settings(config))
     else:
         load_distill_settings(config)
 

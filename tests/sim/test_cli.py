@@ -56,6 +56,10 @@ BAD = {
     "model": (["run", "clients.models=[lenett]"], "unknown model 'lenett'; known: mlp"),
     "arm": (["compare", "--arms", "local,dmll"], "unknown arm 'dmll'; known: dml"),
     "nothing to accept": (["run", "--accept-code"], "--accept-code is about earlier runs"),
+    "a setting of no arm": (
+        ["compare", "--arms", "local,fedavg", "strategy.temperature=8"],
+        "unknown setting 'strategy.temperature' in all arms (local, fedavg)",
+    ),
     "missing folder": (["run", "data.source=./no/such/folder"], "data.source"),
     "missing config": (["run", "no.yaml"], "config 'no.yaml' does not exist"),
     "two configs": (["run", "a.yaml", "b.yaml"], "at most one config file"),

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sim.arms import study_of
 from sim.identity import fingerprint
 from sim.observers import Observer, Row
 from sim.records import is_finished, only_one
 from sim.reports import load_study
 from sim.running import run
 from sim.settings import Settings, SettingsError
-from sim.study import StudyResult, arm_settings, baseline_arm, compare
+from sim.study import StudyResult, baseline_arm, compare
 
 Small = Callable[..., Settings]
 
@@ -34,7 +35,7 @@ class Counting(Observer):
 
 
 def test_arms_differ_from_the_common_settings_only_where_they_say_so(small: Small) -> None:
-    arms = arm_settings(small(ARMS, "strategy.kd_weight=0.5"))
+    arms = study_of(small(ARMS, "strategy.kd_weight=0.5")).arms
     assert list(arms) == ["alone", "hot", "cold"]
     assert arms["alone"].strategy.name == "local"
     # The same strategy: its other settings stay.
@@ -44,16 +45,16 @@ def test_arms_differ_from_the_common_settings_only_where_they_say_so(small: Smal
 
 
 def test_a_strategy_s_name_is_an_arm_with_its_defaults(small: Small) -> None:
-    arms = arm_settings(small(ARMS), ["fedavg", "hot"])
+    arms = study_of(small(ARMS), ["fedavg", "hot"]).arms
     assert list(arms) == ["fedavg", "hot"]
     assert arms["fedavg"].strategy.name == "fedavg"
 
 
 def test_a_mistake_in_an_arm_is_named(small: Small) -> None:
     with pytest.raises(SettingsError, match=r"study\.arms\.a: unknown setting 'rouns'"):
-        arm_settings(small("study={arms: {a: {rouns: 3}}}"))
+        study_of(small("study={arms: {a: {rouns: 3}}}"))
     with pytest.raises(SettingsError, match=r"unknown arm 'hott'; .* did you mean 'hot'"):
-        arm_settings(small(ARMS), ["hott"])
+        study_of(small(ARMS), ["hott"])
 
 
 def test_a_study_runs_every_arm_with_every_seed_and_reports(small: Small) -> None:
@@ -76,7 +77,7 @@ def test_a_study_runs_every_arm_with_every_seed_and_reports(small: Small) -> Non
 
 
 def test_the_baseline_is_the_arm_asked_for_the_study_s_or_the_first(small: Small) -> None:
-    arms = arm_settings(small(ARMS))
+    arms = study_of(small(ARMS)).arms
     asks = small(ARMS, "study.baseline=hot")
     assert baseline_arm(small(ARMS), arms) == "alone"
     assert baseline_arm(asks, arms) == "hot"
@@ -131,7 +132,7 @@ def test_the_fingerprint_changes_with_what_changes_numbers_and_nothing_else(smal
 def test_paired_seeds_share_the_split(small: Small, tmp_path: Path) -> None:
     from sim.running import load_data
 
-    arms = arm_settings(small(ARMS))
+    arms = study_of(small(ARMS)).arms
     splits = [load_data(settings).client_rows for settings in arms.values()]
     assert all(
         (rows == others).all()
@@ -287,10 +288,14 @@ def test_arms_that_are_trained_by_different_backends_are_named(small: Small) -> 
     )
     settings = small(arms, "strategy.name=local", "clients.models=[mlp]")
     study = compare(settings)
-    (note,) = study.notes
-    assert note.startswith("mlp was trained by loop in one, three; by vmap in two")
+    (equal, differ, trained) = study.notes
+    assert equal.startswith("arms one, three are equal")
+    assert differ == "arms differ in engine.vectorize (loop in one, three; vmap in two)"
+    assert trained.startswith("mlp was trained by loop in one, three; by vmap in two")
     assert study.runs["two"][0].result["backends"] == {"mlp": ["vmap"]}
-    assert compare(settings, arms=["one", "three"]).notes == []
+    assert json.loads((study.folder / "study.json").read_text())["notes"] == list(study.notes)
+    alike = compare(settings, arms=["one", "three"]).notes
+    assert not [note for note in alike if "was trained" in note]
 
 
 def test_two_commands_on_one_study_wait_for_each_other(small: Small) -> None:
