@@ -1,5 +1,6 @@
 """What can be found wrong with a distillation before anything trains."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -7,12 +8,13 @@ import torch
 
 from fedkd.distillation.finishing import finish_student, quantised_student, settle
 from fedkd.distillation.fitting import Lesson, check_needs
+from fedkd.distillation.method import MethodSettings
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.participants import StudentPruning, TeacherPruning, TrainingSettings
 from fedkd.distillation.rows import Rows
 from fedkd.distillation.running import open_workshop
 from fedkd.distillation.settings import DistillSettings
-from fedkd.models import uses_batch_norm
+from fedkd.models import ModelSettings, uses_batch_norm
 
 Pruning = TypeVar("Pruning", TeacherPruning, StudentPruning)
 
@@ -44,6 +46,11 @@ def check(settings: DistillSettings, rows: Rows) -> None:
     workshop = open_workshop(
         settings.model_copy(update={**untrained, "teacher": teacher}), _few(rows)
     )
+    for setting, model in _models_of(settings.method):
+        try:
+            workshop.try_out(model)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from error
     METHODS[settings.method.name](settings.method).check(
         replace(workshop, student=settings.student)
     )
@@ -72,6 +79,15 @@ def check(settings: DistillSettings, rows: Rows) -> None:
                 f"{where}.batch_size must be >= 2 for a model with BatchNorm, which cannot train "
                 f"on a single row, got {training.batch_size}"
             )
+
+
+def _models_of(method: MethodSettings) -> Iterator[tuple[str, ModelSettings]]:
+    """Yield the architectures among a method's own settings, each with its setting."""
+    for name in type(method).model_fields:
+        value = getattr(method, name)
+        for model in value if isinstance(value, tuple) else (value,):
+            if isinstance(model, ModelSettings):
+                yield f"method.{name}", model
 
 
 def _without_epochs(training: TrainingSettings) -> TrainingSettings:

@@ -81,9 +81,7 @@ class Workshop:
         Raises:
             ValueError: naming the model, if it cannot be what it is to be.
         """
-        if model.key not in self.tried:
-            self.tried.add(model.key)
-            self._try_out(model, trains=trains)
+        self.try_out(model, trains=trains)
         module = build_model(
             model,
             input_shape=self.rows.input_shape,
@@ -92,7 +90,15 @@ class Workshop:
         )
         return module.to(self.rows.device)
 
-    def _try_out(self, model: ModelSettings, *, trains: bool) -> None:
+    def try_out(self, model: ModelSettings, *, trains: bool = True) -> None:
+        """Try an architecture, unless it was tried before.
+
+        Raises:
+            ValueError: naming the model, if it cannot be what it is to be.
+        """
+        if model.key in self.tried:
+            return
+        self.tried.add(model.key)
         rows, training = self.rows, self.training
         shape, classes = rows.input_shape, rows.num_classes
         check_memory(model, input_shape=shape, num_classes=classes, slots=training.optimizer.slots)

@@ -611,3 +611,21 @@ def test_a_commit_that_fails_leaves_nothing_that_could_be_saved_as_a_round(
     with pytest.raises(OSError, match="full"):
         loop.run()
     assert loop.boundary is None
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("odd_models:fixed", ["seed without effect"]),
+        ("odd_models:zeros", ["seed without effect"]),
+        ({"name": "odd_models:make", "options": {"kind": "Plain"}}, []),
+    ],
+)
+def test_a_model_that_ignores_the_seed_is_told_once(
+    model, told, tiny_settings, tiny_data, simulate
+):
+    run = simulate(tiny_settings("local", clients={"models": [model]}), tiny_data())
+    assert [row["event"] for row in run.events] == told
+    for row in run.events:
+        assert row["round"] == 0
+        assert row["reason"].endswith("the same first weights on every client and for every seed")

@@ -23,6 +23,7 @@ from sim.validation import (
     Expected,
     RejectedReplyError,
     bad_reply,
+    not_finite,
     read_valid_reply,
     valid_answer,
 )
@@ -714,3 +715,36 @@ def same_content(one, other):
         == {name: array.data for name, array in other.array_records[record].items()}
         for record in one.array_records
     )
+
+
+# -- constants that are no numbers -------------------------------------------------------------
+
+
+def test_a_constant_mask_comes_back_as_it_was_or_is_named():
+    mask = np.triu(np.full((2, 3), -np.inf, np.float32), 1)
+    expected = Expected.training(PLAN, "parameters", LAYOUT, not_finite({"weight": mask}))
+    assert reason(reply(parameters(weight=mask)), expected) is None
+    message = "parameter 'weight' is a constant with NaN or infinity and has changed"
+    for changed in (np.where(mask < 0, np.nan, mask), np.where(mask < 0, mask, 1), mask + 1):
+        assert reason(reply(parameters(weight=changed.astype(np.float32))), expected) == message
+    # What was a number has to stay one.
+    spoilt = np.array([1, np.inf, 1], np.float32)
+    assert "NaN or infinity" in reason(reply(parameters(weight=mask, running_var=spoilt)), expected)
+
+
+@pytest.mark.parametrize("kind", ["Masked", "Scaled"])
+@pytest.mark.parametrize(("strategy", "own"), [("fedavg", "models"), ("fml", "meme")])
+def test_odd_models_are_averaged_round_after_round(
+    strategy, own, kind, tiny_settings, tiny_data, simulate
+):
+    model = {"name": "odd_models:make", "options": {"kind": kind}}
+    place = {"clients": {"models": [model]}} if own == "models" else {"options": {"meme": model}}
+    run = simulate(tiny_settings(strategy, **place), tiny_data())
+    assert run.events == []
+    broadcast = run.loop.boundary.broadcast.to(0).arrays
+    if kind == "Masked":
+        assert np.isneginf(broadcast["mask"][0, 1])
+        assert np.isnan(broadcast["unset"])
+    else:
+        assert broadcast["scale"].shape == ()
+        assert bool(broadcast["is_used"])

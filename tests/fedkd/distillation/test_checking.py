@@ -104,3 +104,53 @@ def test_weights_that_are_no_numbers_of_the_model_are_refused_by_tensor(
     model = "models" if who == "teacher" else "model"
     with pytest.raises(ValueError, match=rf"^{who}\.weights: .*: 1\.weight {complaint}"):
         checked(**{who: {model: "mlp", "weights": str(path)}})
+
+
+def odd(kind: str) -> dict[str, Any]:
+    return {"name": "odd_models:make", "options": {"kind": kind}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"model": odd("HiddenMean")}}, "keeps something outside its state_dict"),
+        ({"teacher": {"models": odd("Auxiliary")}}, "got tuple in training mode"),
+        ({"teacher": {"models": odd("Softmax")}}, "returns probabilities"),
+        ({"student": {"model": odd("BFloat")}}, "as bfloat16"),
+        (
+            {"student": {"model": odd("Batched")}, "training": {"batch_size": 1}},
+            "cannot train on a single row",
+        ),
+        (
+            {"student": {"model": {"name": "mlp", "options": {"hidden": [10**9]}}}},
+            "of memory: make it smaller",
+        ),
+        (
+            {"method": {"name": "dml", "models": [odd("SharedCount")]}},
+            "method.models: model .* does not compute the same numbers twice",
+        ),
+    ],
+)
+def test_models_of_ones_own_are_tried(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(**changes)
+
+
+def test_odd_models_teach_and_learn_and_leave_the_rows_alone() -> None:
+    from fedkd.distillation.running import distill
+
+    table = {
+        "data": {"private_rows": 40, "public": {"size": 20}},
+        "teacher": {"models": odd("InPlace"), "training": {"epochs": 1}},
+        "student": {"model": odd("PythonDepth")},
+        "training": {"epochs": 1},
+    }
+    settings = DistillSettings.model_validate(table)
+    rows = load_rows(settings.data, seed=0, device=torch.device("cpu"))
+    before = rows.test_inputs.clone()
+    first, second = (distill(settings, rows=rows) for _ in range(2))
+    assert torch.equal(rows.test_inputs, before)
+    assert first.scores == second.scores
+    table["teacher"]["models"] = odd("OutOfPlace")
+    third = distill(DistillSettings.model_validate(table), rows=rows)
+    assert third.scores == first.scores

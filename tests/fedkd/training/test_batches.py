@@ -128,3 +128,20 @@ def test_steps_are_counted_as_they_are_cut(
 ) -> None:
     passes = Passes(batch_size=batch_size, epochs=epochs, steps=steps)
     assert passes.count(rows) == len(passes.batches(rows, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "smallest"),
+    # 9 = 4 + 5: a lone last row joins the batch before.
+    [(8, 4, 4), (9, 4, 4), (10, 4, 2), (3, 8, 3), (1, 8, 1), (3, 1, 1), (5, 4, 5)],
+)
+def test_the_smallest_step_is_known_beforehand(rows, batch_size, smallest):
+    passes = Passes(batch_size=batch_size, epochs=2)
+    assert passes.smallest(rows) == smallest
+    assert smallest == min(map(len, passes.batches(rows, np.random.default_rng(0))))
+
+
+def test_without_steps_there_is_no_smallest_one():
+    assert Passes(batch_size=4, epochs=0).smallest(9) is None
+    assert Passes(batch_size=4, steps=0).smallest(9) is None
+    assert Passes(batch_size=4, epochs=0, steps=1).smallest(9) == 4

@@ -1,5 +1,6 @@
 """The vmap backend: what the loop computes, whatever the sizes, the order and the model."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -715,3 +716,73 @@ def test_a_fit_without_rows_is_refused(kind):
     cohort = cohort_of(kind, EQUAL, data=rows_of(EQUAL), model=MLP, purpose=Purpose.TRAIN)
     with pytest.raises(ValueError, match="fit needs private rows, public rows or both"):
         cohort.fit(supervised)
+
+
+# -- private and public rows apart -------------------------------------------------------------
+
+NORM = {"channels": [4], "norm": "batch"}
+
+
+def apart(**options):
+    return replace(lesson(**options), apart=True)
+
+
+def taught(kind, sizes, public, *, model=None):
+    data = rows_of(sizes)
+    model = model or ModelSettings(name="cnn", options=NORM)
+    cohort = cohort_of(kind, sizes, data=data, model=model)
+    cohort.fit(partial(distilled, temperature=2.0), private=PASSES, public=public)
+    return cohort
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelSettings(name="cnn", options=NORM),
+        ModelSettings(name="mlp", options={"hidden": [8], "dropout": 0.4}),
+    ],
+    ids=["batch norm", "dropout"],
+)
+def test_a_stack_takes_rows_apart_as_the_loop_does(model, sizes):
+    one, other = (taught(kind, sizes, apart(), model=model) for kind in (LoopCohort, VmapCohort))
+    assert differences(one, other) < 1e-12
+    joint = taught(LoopCohort, sizes, lesson(), model=model)
+    assert differences(one, joint) > 1e-3
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("kind", [LoopCohort, VmapCohort])
+def test_batch_norm_sees_private_and_public_rows_one_after_the_other(kind):
+    # One step: BatchNorm's running mean moves by 0.1 towards the private mean, then by 0.1
+    # towards the public one; jointly by 0.1 towards the mean of all of them.
+    data = rows_of((8,))
+    model = ModelSettings(name="cnn", options=NORM)
+    found, counts = {}, {}
+    for name, public in (("joint", lesson(batch_size=16)), ("apart", apart(batch_size=16))):
+        cohort = cohort_of(kind, (8,), data=data, model=model)
+        before = cohort.weights()[0]
+        cohort.fit(partial(distilled, temperature=2.0), private=PASSES, public=public)
+        after = cohort.weights()[0]
+        found[name] = after["1.running_mean"]
+        counts[name] = int(after["1.num_batches_tracked"])
+    filters = torch.from_numpy(before["0.weight"])
+    private, public = (
+        F.conv2d(rows, filters, padding=1).mean((0, 2, 3)).numpy()
+        for rows in (data.train_inputs, data.public_inputs[lesson().rows])
+    )
+    np.testing.assert_allclose(found["apart"], 0.9 * 0.1 * private + 0.1 * public)
+    np.testing.assert_allclose(found["joint"], 0.1 * (8 * private + 10 * public) / 18)
+    assert counts == {"joint": 1, "apart": 2}
+
+
+def test_rows_go_together_where_there_is_one_kind_only():
+    data = rows_of((8,))
+    model = ModelSettings(name="cnn", options=NORM)
+    digests = []
+    for public in (lesson(), apart()):
+        cohort = cohort_of(LoopCohort, (8,), data=data, model=model)
+        cohort.fit(partial(distilled, temperature=2.0), public=public)
+        digests.append(cohort.states()[0].to_arrays())
+    assert largest_difference(*digests) == 0
