@@ -27,7 +27,7 @@ from fedkd.training.objectives import supervised
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool
 from fedkd.training.stacking import VmapUnsupportedError
-from fedkd.training.state import ClientState, copy_to_numpy
+from fedkd.training.state import ClientState, ModelState, copy_to_numpy
 from fedkd.training.vmap import VmapCohort
 
 MOST_ROWS = 4
@@ -133,7 +133,7 @@ class _Trial:
         self._try_outputs(again)
         if self._use.trains:
             with self._named("failed in a training step"):
-                self._compare_cohorts(other)
+                self._compare_cohorts(first, other)
             if self._use.stacked:
                 self._try_stack()
 
@@ -273,10 +273,12 @@ class _Trial:
         except Exception as error:
             raise self._bad(f"{what}: {_first_line(error)}") from error
 
-    def _compare_cohorts(self, other: nn.Module) -> None:
+    def _compare_cohorts(self, first: nn.Module, other: nn.Module) -> None:
         here, there = self._pool(), self._pool()
+        weights = {name: copy_to_numpy(tensor) for name, tensor in first.state_dict().items()}
+        initial = ClientState({MODEL: ModelState(weights)})
+        here.take_in(MODEL, self._model, first)
         there.take_in(MODEL, self._model, other)
-        initial = here.initial_state(self._model, seed=1)
         used, fresh = self._cohort(here, initial), self._cohort(there, initial)
         trained, told = used.train(), used.predict(self._data.train_inputs)
         for name, array in trained.models[MODEL].weights.items():
@@ -405,7 +407,12 @@ def _same(one: ClientState, other: ClientState) -> bool:
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    """Compare bits: NaN equals itself."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+    )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -337,13 +337,11 @@ class _Step:
                     ("private", rows["inputs"][: steps.num_private]),
                     ("public", rows["inputs"][steps.num_private :]),
                 ):
-                    counted = rows.get(f"{kind}_counted")
-                    skeleton.counted.weights = counted
+                    skeleton.counted.weights = rows.get(f"{kind}_counted")
                     skeleton.counted.fewest = steps.fewest_of[kind]
                     if skeleton.dropout is not None:
-                        skeleton.dropout.rows = (
-                            None if counted is None else counted.cumsum(0).long() - 1
-                        )
+                        # Each pass has its padding at its end, where it moves no row.
+                        skeleton.dropout.rows = None
                     passes.append((skeleton.logits(tensors, inputs), dict(seen)))
                 outputs[name] = Outputs.of_passes(*passes)
                 continue
