@@ -95,7 +95,10 @@ class ClientsSettings(_Section):
         max_length=1000,
         description="dealt out in turn: client i gets models[i % len(models)]",
     )
-    batch_size: Count = Field(32, description="private rows in a step")
+    batch_size: Count = Field(
+        32,
+        description="private rows in a step; a lone last row of a pass joins the batch before it",
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     local: LocalSettings = LocalSettings()
 

@@ -249,7 +249,7 @@ def build_model(
 def ignores_seed(settings: ModelSettings, *, input_shape: ImageShape, num_classes: int) -> bool:
     """Tell whether a model has the same first weights whatever the seed.
 
-    So it is where a factory calls ``torch.manual_seed``, reads weights or fills in constants.
+    So it is where a factory seeds torch itself, reads weights or fills in constants.
     """
     one, other = (
         build_model(settings, input_shape=input_shape, num_classes=num_classes, seed=seed)
