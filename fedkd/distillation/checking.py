@@ -46,9 +46,9 @@ def check(settings: DistillSettings, rows: Rows) -> None:
     workshop = open_workshop(
         settings.model_copy(update={**untrained, "teacher": teacher}), _few(rows)
     )
-    for setting, model in _models_of(settings.method):
+    for setting, architecture in _models_of(settings.method):
         try:
-            workshop.try_out(model)
+            workshop.try_out(architecture)
         except ValueError as error:
             raise ValueError(f"{setting}: {error}") from error
     METHODS[settings.method.name](settings.method).check(

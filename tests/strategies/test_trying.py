@@ -131,8 +131,10 @@ def weigh(name, **options):
 
 
 def test_weights_are_weighed_without_being_made():
-    # 64 * 10^9 + 10^9 weights and biases, then 10 * 10^9 and 10; four bytes each.
-    assert weigh("mlp", hidden=[10**9]) == 4 * (65 * 10**9 + 10 * 10**9 + 10)
+    # 64 inputs, 2^16 units twice, 10 classes, a bias for each; four bytes a number: 17 GB.
+    wide = 2**16
+    numbers = (64 + 1) * wide + (wide + 1) * wide + (wide + 1) * 10
+    assert weigh("mlp", hidden=[wide, wide]) == 4 * numbers
     assert weigh("odd_models:make", kind="Plain") == 4 * (64 * 8 + 8 + 8 * 10 + 10)
     # What cannot be built without numbers is not known.
     assert weigh("odd_models:make", kind="FixedBatch") >= 0
@@ -141,9 +143,9 @@ def test_weights_are_weighed_without_being_made():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("mlp", {"hidden": [10**9]}),
-        ("mlp", {"hidden": [10**13]}),
-        ("cnn", {"channels": [10**6, 10**6]}),
+        # Terabytes, both.
+        ("mlp", {"hidden": [2**16] * 90}),
+        ("lstm", {"hidden": 2**16, "layers": 90}),
     ],
 )
 def test_a_model_too_large_for_the_machine_is_refused_before_it_is_made(name, options, check):

@@ -122,7 +122,7 @@ def odd(kind: str) -> dict[str, Any]:
             "cannot train on a single row",
         ),
         (
-            {"student": {"model": {"name": "mlp", "options": {"hidden": [10**9]}}}},
+            {"student": {"model": {"name": "mlp", "options": {"hidden": [2**16] * 90}}}},
             "of memory: make it smaller",
         ),
         (
