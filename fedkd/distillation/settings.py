@@ -5,7 +5,7 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from fedkd.bounds import Few, PathText, Rows, RowsOrZero, Seed, Share, Temperature, Whole, shown
 from fedkd.data import DataSettings
@@ -61,7 +61,7 @@ class SearchSettings(Section):
 
     @field_validator("temperatures", "weights")
     @classmethod
-    def _cells_differ(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    def _cells_differ(cls, values: tuple[float, ...], info: Any) -> tuple[float, ...]:
         if len(set(values)) < len(values):
             raise ValueError(f"search.{info.field_name} must differ, got {list(values)}")
         return values
