@@ -268,9 +268,13 @@ class Nodes:
     def _introduce(self, node: int, reply: Message) -> None:
         """Take a node in, or say why not."""
         if reply.has_error():
+            reason = reply.error.reason or "unknown error"
+            if reply.error.code == ErrorCode.CLIENT_APP_CRASHED:
+                # Flower calls it so, too, where a process takes half a minute to start.
+                self._tell("node asked again", f"node {node}: {reason}")
+            elif reply.error.code not in _GONE:
+                self._refuse(node, reason)
             # One that is gone again is asked again when it is back.
-            if reply.error.code not in _GONE:
-                self._refuse(node, reply.error.reason or "unknown error")
             return
         try:
             said = read_introduction(reply.content)

@@ -50,7 +50,8 @@ class Runtime(Grid):
     """Stands for Flower's runtime: odd node ids, replies in any order, errors in its own name.
 
     ``happens(phase, round, partition, node)`` is asked before a node gets a message: ``"dies"``
-    takes the node away for good, ``"sleeps"`` for this message, ``"restarts"`` empties its state.
+    takes the node away for good, ``"sleeps"`` for this message, ``"crashes"`` ends its ClientApp,
+    ``"restarts"`` empties its state.
     """
 
     def __init__(self, partitions: Iterable[int], count: int) -> None:
@@ -116,6 +117,8 @@ class Runtime(Grid):
                 return self._error(message, ErrorCode.NODE_UNAVAILABLE)
             case "sleeps":
                 return self._error(message, ErrorCode.MESSAGE_UNAVAILABLE)
+            case "crashes":
+                return self._error(message, ErrorCode.CLIENT_APP_CRASHED)
             case "restarts":
                 node.state = RecordDict()
         context = Context(1, node.id, dict(node.config), node.state, dict(self.config))
@@ -397,6 +400,16 @@ def test_a_node_that_does_not_say_which_client_it_is_is_refused(
     (event,) = [row for row in left["events"] if row["event"] == "node refused"]
     assert words_of_it in event["reason"]
     assert "Traceback" not in event["reason"]
+
+
+def test_a_node_whose_process_did_not_start_in_time_is_asked_again(words: Any, serve: Any) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, round, partition: (
+        "crashes" if partition == 1 and grid.asked.count(("query", 0, 1)) == 1 else ""
+    )
+    left = serve(grid, words("nodes.wait_s=20", "rounds=1"))
+    assert kinds(left["events"]) == [(1, None, "node asked again")]
+    assert left["metrics"][0]["replies"] == 4
 
 
 def test_a_second_node_for_a_client_is_named_and_takes_over_when_the_first_is_gone(
