@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkd.data import FederatedData
-from fedkd.training import Arrays, ClientState, check_state
+from fedkd.training import PARTS, Arrays, ClientState, check_state
 from sim.checkpoints import (
     STATE_FILE,
     Checkpoint,
@@ -254,6 +254,7 @@ class Persistence:
                 ClientState.from_arrays(arrays),
                 self._first_states[self._loop.architectures[client]],
                 self._settings.clients.optimizer.remembers,
+                made_later=PARTS,
             )
         if len(seen) != values.clients:
             raise ValueError(f"{len(seen)} clients' states, expected {values.clients}")

@@ -36,12 +36,59 @@ Marks = dict[str, dict[str, Any]]
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether a run folder holds a finished run."""
+    """Tell whether a run folder holds a finished run, with its result as it was written."""
     try:
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_result(folder).get("status") == "finished"
+    except DamagedFileError:
         return False
-    return isinstance(result, dict) and result.get("status") == "finished"
+
+
+def read_result(folder: Path, *, rows: bool = False) -> Row:
+    """Return what a run ended with; empty where it has not ended.
+
+    Args:
+        folder: of the run.
+        rows: whether the files of rows have to be what they were then.
+
+    Raises:
+        DamagedFileError: names the file that is not as it was written.
+    """
+    path = folder / RESULT_FILE
+    try:
+        row = json.loads(path.read_bytes())
+        if not isinstance(row, dict) or row != sealed(unsealed := _without_seal(row)):
+            raise ValueError("it does not fit its own SHA-256")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFileError(path, error) from None
+    for name, mark in unsealed.pop(_FILES, {}).items() if rows else ():
+        if not _fits(folder / name, mark):
+            raise DamagedFileError(folder / name, "it is not what the run wrote")
+    unsealed.pop(_FILES, None)
+    return unsealed
+
+
+_SEAL = "sha256"
+_FILES = "files"
+
+
+def sealed(row: Row) -> Row:
+    """Return a row with its own SHA-256: nothing in it changes unseen."""
+    text = json.dumps(row, sort_keys=True)
+    return {**row, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _without_seal(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != _SEAL}
+
+
+def _fits(path: Path, mark: Any) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return bool(mark == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
 
 
 class StorageError(RuntimeError):
@@ -49,7 +96,17 @@ class StorageError(RuntimeError):
 
 
 class DamagedFileError(ValueError):
-    """A file of a run that is not as it was written; the text names it and the line."""
+    """A file of a run that is not as it was written.
+
+    Attributes:
+        path: of the file.
+        reason: what is wrong with it, and where.
+    """
+
+    def __init__(self, path: Path, reason: object) -> None:
+        self.path = path
+        self.reason = " ".join(str(reason).split())[:200]
+        super().__init__(f"{path} is damaged: {self.reason}")
 
 
 class FolderBusyError(RuntimeError):
@@ -114,7 +171,7 @@ def iterate_rows(
                 return
             row = read(path.name, line)
             if row is None:
-                raise DamagedFileError(f"{path}: line {number} is damaged: no row of {path.name}")
+                raise DamagedFileError(path, f"line {number} is no row of {path.name}")
             yield row
 
 
@@ -332,9 +389,15 @@ class Recorder:
             self._files[name].append("".join(to_json(row) + "\n" for row in rows).encode())
 
     def result(self, row: Row) -> None:
-        """Write the run's result; its presence means that the run has ended."""
+        """Write the run's result, sealed with what the rows are then.
+
+        Its presence means that the run has ended.
+        """
+        marks = {name: file.mark() for name, file in self._files.items()}
+        # As it is read again: JSON has no NaN, and no keys but texts.
+        plain = json.loads(to_json({**row, _FILES: marks}))
         with storing(self.folder, goes_on=self._goes_on):
-            write_text(self.folder / RESULT_FILE, to_json(row, indent=2) + "\n")
+            write_text(self.folder / RESULT_FILE, json.dumps(sealed(plain), indent=2) + "\n")
 
 
 class RunFolder(Recorder, Observer):

@@ -126,6 +126,8 @@ class RoundLoop:
                 layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
         if strategy.uploads == "parameters":
             check_arrays(memory.arrays, layouts.values())
+        if any(client >= self._federation.num_clients for client in broadcast.personal):
+            raise ValueError("what clients receive whom there are not")
         # Also what nobody receives as yet.
         for piece in broadcast:
             if isinstance(piece, Predictions):

@@ -1,6 +1,5 @@
 """`run`: one federation from settings to a run folder."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,12 +22,12 @@ from sim.permission import allow_flags
 from sim.persistence import Persistence, read_history
 from sim.provenance import Changes, check_same_make, provenance_of
 from sim.records import (
-    RESULT_FILE,
     SETTINGS_FILE,
     RunFolder,
     StorageError,
     is_finished,
     new_run_folder,
+    read_result,
 )
 from sim.replies import QuorumError
 from sim.rounds import RoundLoop
@@ -317,11 +316,15 @@ def _saved_settings(folder: Path) -> Settings:
         raise SettingsError(
             f"{str(folder)!r} is not the folder of a run: it has no {SETTINGS_FILE}"
         )
-    return read_settings(path)
+    try:
+        return read_settings(path)
+    except SettingsError as error:
+        # Whoever resumes has not written it, and looks for the mistake in the command.
+        raise SettingsError(f"{path}: {error}") from None
 
 
 def _finished_result(folder: Path, settings: Settings) -> RunResult:
-    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    result = read_result(folder, rows=True)
     return run_result(
         settings,
         folder,

@@ -97,12 +97,26 @@ def recall_broadcast(memory: Memory, architectures: Sequence[str]) -> Broadcast:
     Args:
         memory: what it returned.
         architectures: each client's, by partition id.
+
+    Raises:
+        ValueError: for a client, an architecture or a piece that there is not, or one named twice.
     """
     pieces = recall_knowledge(memory)
 
     def piece(number: int | None) -> Knowledge | None:
-        return None if number is None else pieces[number]
+        if number is None:
+            return None
+        if type(number) is not int or not 0 <= number < len(pieces):
+            raise ValueError(f"there is no piece {str(number)[:20]}")
+        return pieces[number]
 
+    clients = [client for client, _ in memory.values["personal"]]
+    known = all(type(client) is int and client >= 0 for client in clients)
+    named = [key for key, _ in memory.values["by_architecture"]]
+    if not known or len(set(clients)) < len(clients):
+        raise ValueError("it is for clients that there are not, or for one twice")
+    if not set(named) <= set(architectures) or len(set(named)) < len(named):
+        raise ValueError("it is for architectures that there are not, or for one twice")
     by_architecture = {key: piece(number) for key, number in memory.values["by_architecture"]}
     return Broadcast(
         shared=piece(memory.values["shared"]),

@@ -10,6 +10,7 @@ from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
 from fedkd.training import (
     MODEL,
+    PARTS,
     Arrays,
     ClientState,
     ComposedObjective,
@@ -79,7 +80,7 @@ class Server:
         state = ClientState.from_arrays(trained) if trained else None
         if state is not None:
             like = self._pool.initial_state(settings, seed=0)
-            check_state(state, like, self._optimizer.remembers)
+            check_state(state, like, self._optimizer.remembers, made_later=PARTS)
         return ServerModel(self, settings, rows, state)
 
     def initial_weights(self, client: int) -> Arrays:

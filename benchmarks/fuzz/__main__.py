@@ -15,11 +15,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import files
+import replies
 import settings
 from harness import OUTCOMES, Part, throw
 
 PARTS: dict[str, Part] = {
     "settings": Part(settings.cases, 2000),
+    "replies": Part(replies.cases, 500),
+    "files": Part(files.cases, 500),
 }
 """By name: what makes the cases, and how many."""
 

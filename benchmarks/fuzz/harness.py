@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-OUTCOMES = ("refused", "wrong", "traceback", "hang")
-"""Refused as it should be; accepted, or refused without naming what is wrong; an exception of
-another kind; more than `PATIENCE_S` of computing, or no answer at all."""
+OUTCOMES = ("refused", "harmless", "wrong", "traceback", "hang")
+"""Refused as it should be; accepted with the very numbers of the input that is not broken; accepted
+otherwise, or refused without naming what is wrong; an exception of another kind; more than
+`PATIENCE_S` of computing, or no answer at all."""
+
+HARMLESS = "harmless"
+"""What an attempt returns where the numbers are those of the input that is not broken."""
 
 PATIENCE_S = 10
 """Of computing, which a busy machine does not lengthen."""
@@ -26,8 +30,8 @@ class Case:
     Attributes:
         kind: its row in the table.
         text: what is needed to repeat it.
-        attempt: hands it over. Returns "" if all is as it should be, else what is wrong; any
-            exception is one that a user would have seen as a traceback.
+        attempt: hands it over. Returns "" if it is refused as it should be, `HARMLESS`, or what
+            is wrong; any exception is one that a user would have seen as a traceback.
     """
 
     kind: str
@@ -61,7 +65,7 @@ def throw(
     for case in part.cases(np.random.default_rng(seed), count, folder):
         outcome, words = _outcome(case)
         rows[case.kind][outcome] += 1
-        if outcome != "refused":
+        if outcome not in ("refused", HARMLESS):
             failures.append(f"{case.kind}: {outcome}: {case.text[:500]}\n  {words}")
     return dict(rows), failures
 
@@ -84,4 +88,6 @@ def _outcome(case: Case) -> tuple[str, str]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in zip((signal.SIGALRM, signal.SIGPROF), before, strict=True):
             signal.signal(number, handler)
+    if wrong == HARMLESS:
+        return HARMLESS, ""
     return ("wrong", wrong) if wrong else ("refused", "")

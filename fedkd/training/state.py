@@ -60,32 +60,41 @@ class ClientState:
         return _unpacked, packed(self.to_arrays())
 
 
-def check_state(state: ClientState, like: ClientState, slots: Collection[str]) -> None:
+def check_state(
+    state: ClientState, like: ClientState, slots: Collection[str], *, made_later: str
+) -> None:
     """Refuse a state that a client with these models cannot have; its numbers may be any.
 
     Args:
         state: to be looked at.
         like: a state of a client with the same models.
         slots: what its optimizer remembers of a parameter once that has been trained.
+        made_later: what training may have added to the models.
 
     Raises:
         ValueError: names the model and the array.
     """
-    if state.models.keys() != like.models.keys():
+    if state.models.keys() - {made_later} != like.models.keys() - {made_later}:
         raise ValueError(f"models {sorted(state.models)[:5]}, expected {sorted(like.models)}")
-    for model, known in like.models.items():
-        weights = state.models[model].weights
+    for model in like.models.keys() & state.models.keys():
+        known, weights = like.models[model], state.models[model].weights
         if weights.keys() != known.weights.keys():
             odd = sorted(weights.keys() ^ known.weights.keys())[:5]
             raise ValueError(f"weights of {model}: unexpected or missing {odd}")
         for name, array in known.weights.items():
             _check_layout(f"weights of {model}: {name!r}", weights[name], array.shape, array.dtype)
+        remembered: dict[str, set[str]] = {}
         for key, array in state.models[model].optimizer.items():
             slot, _, name = key.partition("/")
             if slot not in slots or name not in known.weights:
                 raise ValueError(f"optimizer of {model}: unexpected {key!r}")
             shape = () if slot == "step" else known.weights[name].shape
             _check_layout(f"optimizer of {model}: {key!r}", array, shape, np.dtype(np.float32))
+            remembered.setdefault(name, set()).add(slot)
+        for name, there in remembered.items():
+            if there != set(slots):
+                missing = sorted(set(slots) - there)
+                raise ValueError(f"optimizer of {model}: {name!r} has no {missing}")
 
 
 def _check_layout(what: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -1,6 +1,5 @@
 """`distill`: one distillation from settings to a run folder."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +19,8 @@ from sim.distilling.folder import DistillFolder
 from sim.interruption import Interruption, interruptible
 from sim.observers import Row
 from sim.provenance import provenance_of
-from sim.records import RESULT_FILE, StorageError, make_folder, new_run_folder
+from sim.records import StorageError, make_folder, new_run_folder
+from sim.records import read_result as read_row
 from sim.settings import SettingsError
 from sim.tables import yaml_text
 
@@ -127,8 +127,7 @@ def distill(
 
 def read_result(settings: DistillSettings, folder: Path) -> DistillResult:
     """Read a distillation that is finished."""
-    row = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    return DistillResult(settings, folder, row)
+    return DistillResult(settings, folder, read_row(folder, rows=True))
 
 
 def _measured(distillation: library.Distillation, recorder: DistillFolder) -> Row:

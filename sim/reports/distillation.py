@@ -13,9 +13,9 @@ from sim.observers import Row
 from sim.records import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
-    RESULT_FILE,
     SETTINGS_FILE,
     make_folder,
+    read_result,
     read_rows,
     write_text,
 )
@@ -172,7 +172,7 @@ def load_distillation(folder: Path) -> DistillRecord:
             folder=folder,
             seed=int(settings["seed"]),
             settings=settings,
-            result=_read_json(folder / RESULT_FILE),
+            result=read_result(folder, rows=True),
             epochs=tuple(read_rows(metrics)) if metrics.is_file() else (),
             diagnostics=_read_json(folder / DIAGNOSTICS_FILE),
             environment=_read_json(folder / ENVIRONMENT_FILE),

@@ -16,6 +16,8 @@ from sim.records import (
     METRICS_FILE,
     RESULT_FILE,
     SETTINGS_FILE,
+    DamagedFileError,
+    read_result,
     read_rows,
 )
 from sim.settings import SettingsError
@@ -164,7 +166,10 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
         raise _damaged(folder, SETTINGS_FILE, "clients.models must name models")
     metrics = _read_jsonl(folder, METRICS_FILE, ("round", "scope"))
     exchanged = _read_jsonl(folder, EXCHANGE_FILE, ("round", "client", "direction", "bytes"))
-    result = _read_json(folder, RESULT_FILE)
+    try:
+        result = read_result(folder, rows=True)
+    except DamagedFileError as error:
+        raise _damaged(folder, error.path.name, error.reason) from None
     for key in ("last", "selected"):
         if not isinstance(result.get(key, {}), dict):
             raise _damaged(folder, RESULT_FILE, f"{key!r} is not a table")
@@ -266,7 +271,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, name, error) from None
     if not isinstance(table, dict):
         raise _damaged(folder, name, "it is not a table")
@@ -279,7 +284,7 @@ def _read_jsonl(folder: Path, name: str, keys: tuple[str, ...]) -> list[Row]:
         raise SettingsError(f"{str(folder)!r} is not a run folder: it has no {name}")
     try:
         rows = read_rows(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, name, error) from None
     texts = ("scope", "direction")
     for row in rows:

@@ -350,7 +350,7 @@ def test_a_signal_before_anything_runs_is_one_line_and_its_own_exit_status(
     code: int,
     library: str,
 ) -> None:
-    def settings(_: object) -> None:
+    def settings(*_: object) -> None:
         try:
             signal.raise_signal(number)
         except KeyboardInterrupt:

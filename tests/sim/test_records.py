@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from sim.records import (
+    DamagedFileError,
     FolderBusyError,
     RunFolder,
     StorageError,
     cpu_model,
     environment,
     git_commit,
+    is_finished,
     make_folder,
     new_run_folder,
+    read_result,
     read_rows,
     to_json,
     write_text,
@@ -39,7 +42,52 @@ def test_every_row_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
         assert read_rows(tmp_path / "events.jsonl") == [{"round": 1, "event": "rejected"}]
         assert not (tmp_path / "result.json").exists()
         folder.result({"status": "finished"})
-    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "finished"}
+    assert read_result(tmp_path, rows=True) == {"status": "finished"}
+
+
+def finished(folder: Path) -> Path:
+    with RunFolder(folder, Settings()) as recorder:
+        recorder.metrics([{"round": 1}])
+        recorder.result({"status": "finished", "loss": float("nan"), "bytes": {"0": [1, 2.5]}})
+    return folder
+
+
+def test_no_bit_of_a_result_changes_unseen(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    path = folder / "result.json"
+    content = path.read_bytes()
+    whole = read_result(folder)
+    assert whole == {"status": "finished", "loss": None, "bytes": {"0": [1, 2.5]}}
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            read = read_result(folder)
+        except DamagedFileError:
+            assert not is_finished(folder)
+        else:
+            assert read == whole
+    for other in (b"", b"[]", b"[" * 100_000, b'{"status": "finished"}', b"\xff", b"1" * 5000):
+        path.write_bytes(other)
+        with pytest.raises(DamagedFileError) as raised:
+            read_result(folder)
+        assert str(raised.value).startswith(f"{path} is damaged: ")
+        assert not is_finished(folder)
+    path.unlink()
+    assert read_result(folder) == {}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "longer", "gone"])
+def test_rows_that_are_not_those_of_the_result_are_named(tmp_path: Path, damage: str) -> None:
+    folder = finished(tmp_path)
+    metrics = folder / "metrics.jsonl"
+    content = metrics.read_bytes()
+    metrics.unlink()
+    if damage != "gone":
+        metrics.write_bytes(content.replace(b"1", b"2") if damage == "flipped" else 2 * content)
+    with pytest.raises(DamagedFileError) as raised:
+        read_result(folder, rows=True)
+    assert str(raised.value) == f"{metrics} is damaged: it is not what the run wrote"
+    assert read_result(folder)["status"] == "finished"
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -479,6 +479,10 @@ FORGED: dict[str, Any] = {
     "another shape": first("client-0/", lambda array: np.zeros((2, 2), np.float32)),
     "another type": first("client-0/", lambda array: array.astype(np.float64)),
     "a weight less": first("client-0/model/weights/", None),
+    "a slot less": first("client-0/model/optimizer/exp_avg/", None),
+    "a client twice": at("broadcast", "personal", 1, 0, value=0),
+    "a client who is not there": at("broadcast", "personal", 1, 0, value=99),
+    "a piece from behind": at("broadcast", "personal", 1, 1, value=-1),
     "a slot of another name": lambda _, arrays: arrays.update(
         {"client-0/model/optimizer/speed/0": np.zeros(1, np.float32)}
     ),
@@ -510,6 +514,35 @@ def test_a_forged_checkpoint_with_right_checksums_is_named_and_passed_over(
     assert event["reason"].endswith("; went back to round-000001")
     assert "\n" not in event["reason"]
     assert bits(folder) == bits(run(make(rounds=3)).folder)
+
+
+BATCH_NORM = [{"name": "cnn", "options": {"channels": [4], "norm": "batch"}}]
+LEARNED = {"ce": 1.0, "kd": {"learned": True}, "sp": {"weight": 1, "on": "logits"}}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        ("dml", {"clients": {"optimizer": {"name": "sgd", "lr": 0.1}}}),
+        ("dml", {"clients": {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}}),
+        ("dml", {"clients": {"optimizer": {"name": "rmsprop", "momentum": 0.9}}}),
+        ("dml", {"clients": {"models": BATCH_NORM}}),
+        ("fedavg", {"clients": {"models": BATCH_NORM}}),
+        ("dml", {"clients": {"models": BATCH_NORM}, "engine": {"vectorize": "vmap"}}),
+        ("dml", {"options": {"objective": LEARNED}}),
+        ("one_way", {"options": {"direction": "server_to_clients", "objective": LEARNED}}),
+        ("pooled", {}),
+        ("dml", {"options": {"include_self": True}}),
+        ("dml", {"clients": {"participants": 2}}),
+    ],
+)
+def test_what_was_saved_is_never_taken_for_a_forgery(
+    make: Make, strategy: str, changes: dict[str, Any]
+) -> None:
+    engine = {"backend": "inline", **changes.get("engine", {})}
+    folder = stopped(make(strategy, rounds=3, **{**changes, "engine": engine}), 3)
+    run(resume=folder)
+    assert events(folder, "checkpoint unusable") == []
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "one_way", "fml"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedkd.models import ModelSettings
 from fedkd.training import Passes
 from sim.bad_replies import BAD_REPLIES
+from sim.engine.flower import identify_process
 from sim.engine.messages import ClientReply, reply_content
 from sim.validation import (
     ACCURACIES,
@@ -643,6 +644,7 @@ def test_a_rejection_tells_what_was_carried_where_it_could_be_read():
 
 
 def test_an_error_in_the_place_of_a_reply_is_kept_within_bounds():
+    identify_process(1)
     asked = Message(RecordDict(), 2, "train")
     text = "Traceback\n" + "x" * 10**6 + "\n\x1b[2JOSError: gone"
     with pytest.raises(RejectedReplyError) as raised:

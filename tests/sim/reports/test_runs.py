@@ -82,7 +82,7 @@ def test_a_round_without_validation_accuracy_is_not_selected(tmp_path, run_folde
 
 
 def test_a_client_whose_evaluation_failed_is_not_in_the_last_round(tmp_path, run_folder):
-    folder = run_folder(tmp_path / "run", accuracies=(0.5,))
+    folder = run_folder(tmp_path / "run", accuracies=(0.5,), status=None)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     del rows[1]["accuracy"]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
