@@ -212,7 +212,7 @@ def test_learning_rate_follows_warm_up_and_decay_at_every_step(make_cohort, tens
 
 def test_kd_term_is_the_divergence_that_pytorch_computes(make_cohort):
     # The hand-written loop above spells the formula; this is PyTorch's own.
-    cohort = make_cohort(optimizer=OptimizerSettings(name="sgd", lr=1e-12))
+    cohort = make_cohort(optimizer=OptimizerSettings(name="sgd", decay=0.0))
     taught = lesson(batch_size=7)
     before = torch.from_numpy(cohort.predict_public(taught.rows)[0])
     cohort.fit(kd, public=taught)
