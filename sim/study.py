@@ -177,7 +177,14 @@ def compare(
         }
         write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")
         report = write_report(runs, place, title=settings.name, baseline=baseline)
-    return StudyResult(folder=place, report=report, runs=runs, baseline=baseline, notes=notes)
+    return StudyResult(
+        folder=place,
+        report=report,
+        runs=runs,
+        baseline=baseline,
+        notes=notes,
+        differs=study.differs,
+    )
 
 
 def _ignore(_note: str) -> None:

@@ -74,6 +74,8 @@ def test_a_study_runs_every_arm_with_every_seed_and_reports(small: Small) -> Non
         ("hot", "cold"),
     ]
     assert all((study.folder / run).is_dir() for runs in table["arms"].values() for run in runs)
+    assert study.to_row()["differs"] == table["differs"]
+    assert list(table["differs"]["strategy.temperature"]) == ["hot", "cold"]
 
 
 def test_the_baseline_is_the_arm_asked_for_the_study_s_or_the_first(small: Small) -> None:
