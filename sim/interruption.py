@@ -3,6 +3,7 @@
 So does what another thread calls off because it cannot go on; see `call_off`.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -134,14 +135,27 @@ def keeping_handlers() -> Iterator[None]:
 def signals_waiting() -> Iterator[None]:
     """Keep SIGINT and SIGTERM from this thread, and from those it starts, until the block is done.
 
-    For libraries whose own handlers, in C, would see them; `uninterrupted` is enough otherwise.
-    Processes that are started in the block would never see these signals.
+    For libraries that start threads and install handlers in C, which would see them;
+    `uninterrupted` is enough otherwise. Processes that Python forks in the block see them as ever.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    _waiting.append(before)
     try:
         yield
     finally:
+        _waiting.pop()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_waiting: list[set[int]] = []
+
+
+def _wait_no_more() -> None:
+    if _waiting:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _waiting[0])
+
+
+os.register_at_fork(after_in_child=_wait_no_more)
 
 
 @contextmanager

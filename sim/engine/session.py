@@ -314,23 +314,15 @@ def _ray_processes() -> "dict[str, Popen[bytes]]":
 
 @contextmanager
 def _ray_starts() -> Iterator[None]:
-    """Keep our handlers of signals while Ray starts: it installs its own, in Python and in C."""
-    connect = ray_worker.connect
+    """Keep our handlers of signals while Ray starts.
 
-    def connect_undisturbed(*arguments: Any, **options: Any) -> Any:
-        # From here on Ray's handlers in C would see a signal, and leave with a dump; no process
-        # is started here.
-        with signals_waiting(), keeping_handlers():
-            return connect(*arguments, **options)
-
-    ray_worker.connect = connect_undisturbed
+    Ray installs its own, in Python and in C, where any of its threads may take a signal and end
+    the process with a dump. So signals wait until it has started, which takes seconds.
+    """
     # Else the last twenty lines of its log appear where a process of Ray's ends.
     ray_worker._worker_logs_enabled = False
-    try:
-        with keeping_handlers():
-            yield
-    finally:
-        ray_worker.connect = connect
+    with signals_waiting(), keeping_handlers():
+        yield
 
 
 def _start_ray(folder: PrivateFolder) -> None:

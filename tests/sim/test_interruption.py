@@ -1,4 +1,6 @@
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -158,3 +160,18 @@ def test_a_signal_that_waits_comes_afterwards() -> None:
     with interruptible(), pytest.raises(Interruption):
         work()
     assert done == ["first"]
+
+
+def test_processes_that_are_forked_meanwhile_do_not_wait() -> None:
+    program = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+
+    def blocked() -> str:
+        # As Ray starts its processes: with something to do between fork and exec.
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=int).stdout
+
+    before = blocked()
+    with signals_waiting():
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert blocked() == before
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -33,8 +33,6 @@ def test_a_process_of_ray_s_that_ends_calls_the_run_off() -> None:
 
 
 def test_what_is_used_of_ray_s_own_is_there() -> None:
-    # Signals wait while this starts its threads; no process is started in it.
-    assert callable(ray_worker.connect)
     assert ray_worker._worker_logs_enabled in (True, False)
 
 
@@ -120,7 +118,7 @@ def test_a_lost_process_of_ray_s_is_one_line_an_event_and_the_way_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0])
+@pytest.mark.parametrize("after_s", [0.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0])
 def test_sigterm_while_ray_starts_is_one_line(
     start: Callable[..., Started], after_s: float
 ) -> None:
