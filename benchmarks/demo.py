@@ -3,7 +3,7 @@
     python benchmarks/demo.py            # about 40 s
     python benchmarks/demo.py --check    # exit status 1 where a target is missed
 
-Runs ``fedkd compare conf/quickstart.yaml`` (5 arms x 3 seeds, 6 clients of 3 architectures, digits,
+Runs ``fedkd compare conf/quickstart.yaml`` (3 arms x 6 seeds, 6 clients of 3 architectures, digits,
 Dirichlet 0.3) into an empty folder. Timed from the start of the process to its end: imports, Ray's
 start, all rounds, the report.
 """
