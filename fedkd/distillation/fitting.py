@@ -354,11 +354,7 @@ class _Fit:
         if entropy is not None:
             row["targets/entropy"] = entropy
         row |= validated(self._student, self._rows)
-        for name, bound in self._bound.terms.items():
-            row[f"weight/{name}"] = bound.term.weight.at(progress)
-        for name, temperature in self._bound.temperatures(progress).items():
-            row[f"temperature/{name}"] = temperature
-        return row
+        return row | self._bound.in_force(progress)
 
 
 def _target(

@@ -208,6 +208,14 @@ class BoundObjective:
             if isinstance(bound.term, SoftenedTerm)
         }
 
+    def in_force(self, progress: float) -> dict[str, float]:
+        """Return every term's ``weight/<term>`` and ``temperature/<term>`` for the record."""
+        weights = {
+            f"weight/{name}": bound.term.weight.at(progress) for name, bound in self.terms.items()
+        }
+        temperatures = self.temperatures(progress).items()
+        return weights | {f"temperature/{name}": value for name, value in temperatures}
+
     def target_temperature(self, progress: float) -> float:
         """Return the temperature that softens the teacher: the first such term's, 1 without one.
 

@@ -285,11 +285,7 @@ class _DataFreeFit:
             row[f"loss/{name}"] = float(values.sum()) / self._settings.steps_per_epoch
         row |= validated(self._student, self._workshop.rows)
         self._student.train()
-        for name, bound in self._bound.terms.items():
-            row[f"weight/{name}"] = bound.term.weight.at(progress)
-        for name, temperature in self._bound.temperatures(progress).items():
-            row[f"temperature/{name}"] = temperature
-        return row
+        return row | self._bound.in_force(progress)
 
 
 class DataFree(Method[DAFLSettings]):
