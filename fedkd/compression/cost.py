@@ -17,6 +17,7 @@ from fedkd.compression.pruning import dense_state
 from fedkd.compression.quantisation import quantised_header
 from fedkd.compression.storage import plain_tensors
 from fedkd.models import ImageShape
+from fedkd.threads import computing_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def measure_cost(
     try:
         with torch.no_grad():
             flops = _count_flops(module, torch.zeros(1, *input_shape))
-            with _one_thread():
+            with computing_threads(1):
                 latency_s = {
                     size: _median_seconds(module, torch.zeros(size, *input_shape), warm_up, repeats)
                     for size in batch_sizes
@@ -130,13 +131,3 @@ def _median_seconds(module: nn.Module, inputs: Tensor, warm_up: int, repeats: in
         module(inputs)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedkd.models import ModelSettings
 from fedkd.models.outside import Outside
 from fedkd.randomness import seeded_everything
+from fedkd.threads import computing_threads
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import MODEL, Member, Streams, TrainingData
 from fedkd.training.feeds import FitKeys
@@ -85,7 +86,8 @@ def try_model(
     """
     if not model.is_own:
         return
-    with warnings.catch_warnings(), _one_thread(), _unchanged_process(model.label):
+    # With one thread, as workers compute.
+    with warnings.catch_warnings(), computing_threads(1), _unchanged_process(model.label):
         # Not a place to see the warnings of somebody else's code for the first time of many.
         warnings.simplefilter("ignore")
         _Trial(model, rows, num_classes, use).run()
@@ -457,17 +459,6 @@ _PROCESS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
 }
 """What a model could change for every other one, by the function that does so."""
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as workers do: how a sum is split over threads changes its last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedkd.distillation import running as library
 from fedkd.distillation.checking import check
 from fedkd.distillation.diagnostics import diagnose
 from fedkd.distillation.rows import Rows, load_rows
 from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.workshop import Observer
+from fedkd.threads import computing_threads
 from sim.distilling.folder import DistillFolder
 from sim.interruption import Interruption, interruptible
 from sim.observers import Row
@@ -50,7 +49,7 @@ def prepare(settings: DistillSettings) -> Rows:
     Raises:
         SettingsError: names the setting that cannot work.
     """
-    with settings_at_fault(), computing(settings):
+    with settings_at_fault(), computing_threads(settings.threads):
         device = library.choose_device(settings.device)
         rows = load_rows(settings.data, seed=settings.seed, device=device)
         check(settings, rows)
@@ -102,7 +101,7 @@ def distill(
         DistillFolder(
             folder, settings, device=rows.device.type, goes_on=goes_on, identity=identity
         ) as recorder,
-        computing(settings),
+        computing_threads(settings.threads),
     ):
 
         def watch(name: str, epoch: Mapping[str, Any]) -> None:
@@ -151,17 +150,6 @@ def _measured(distillation: library.Distillation, recorder: DistillFolder) -> Ro
         "models": measured,
         "notes": distillation.notes,
     }
-
-
-@contextmanager
-def computing(settings: DistillSettings) -> Iterator[None]:
-    """Compute with the number of threads that the settings ask for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

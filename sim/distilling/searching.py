@@ -13,8 +13,9 @@ from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.workshop import Observer
 from fedkd.objectives.basic import HardLabels
 from fedkd.objectives.terms import SoftenedTerm
+from fedkd.threads import computing_threads
 from sim.distilling.folder import DistillFolder
-from sim.distilling.running import computing, nobody, prepare, settings_at_fault
+from sim.distilling.running import nobody, prepare, settings_at_fault
 from sim.identity import fingerprint
 from sim.interruption import Interruption, interruptible
 from sim.observers import Row
@@ -202,7 +203,7 @@ def search(
             identity=now.to_row(),
             anew=not done,
         ) as recorder,
-        computing(settings),
+        computing_threads(settings.threads),
     ):
 
         def watcher(trial: Trial) -> Observer:

@@ -17,6 +17,9 @@ NOTHING = "–"  # noqa: RUF001
 MOST_TITLE = 12
 """A longer word of a column's title is folded."""
 
+MOST_NAMES = 12
+"""So many columns that found no room are named."""
+
 READABLE_WIDTH = 100
 """Lines of words are not longer than this, however wide a table is."""
 
@@ -90,15 +93,18 @@ class FittedTable:
         """Return the columns that find room on a width, and those that do not, in their order."""
         filled = [column for column in self.columns if not column.empty]
         room = width - self._narrowest_label(width)
-        chosen: list[str] = []
-        for column in sorted(filled, key=lambda column: column.rank):
-            alone = column.needs and column.needs not in chosen
+        # By their place: two columns may have one title, such as classes with long names.
+        chosen: set[int] = set()
+        titles: set[str] = set()
+        for place, column in sorted(enumerate(filled), key=lambda each: each[1].rank):
+            alone = column.needs and column.needs not in titles
             if not alone and 1 + column.width <= room:
-                chosen.append(column.title)
+                chosen.add(place)
+                titles.add(column.title)
                 room -= 1 + column.width
         return (
-            [column for column in filled if column.title in chosen],
-            [column for column in filled if column.title not in chosen],
+            [column for place, column in enumerate(filled) if place in chosen],
+            [column for place, column in enumerate(filled) if place not in chosen],
         )
 
     @property
@@ -142,7 +148,9 @@ class FittedTable:
         if self.caption:
             yield _words(self.caption, lines, console)
         if left_out:
-            names = ", ".join(column.title for column in left_out)
+            names = ", ".join(column.title for column in left_out[:MOST_NAMES])
+            if len(left_out) > MOST_NAMES:
+                names += f" and {len(left_out) - MOST_NAMES} more"
             yield _words(f"left out for want of room: {names}; --wide shows all", lines, console)
 
 

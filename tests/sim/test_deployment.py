@@ -441,7 +441,7 @@ def test_a_node_that_was_restarted_has_lost_its_client_s_state(
 
 
 @pytest.mark.slow
-def test_a_key_that_is_not_registered_and_a_node_without_tls_are_refused(
+def test_a_key_that_is_not_registered_is_refused(
     deploy: Callable[..., Deployment],
 ) -> None:
     deployment = deploy(secure=True)

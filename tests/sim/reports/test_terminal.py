@@ -12,7 +12,7 @@ from rich.console import Console
 from sim.overview import DataOverview
 from sim.reports import summary_table
 from sim.reports.distillation import DistillRecord, distill_table
-from sim.reports.terminal import Column, FittedTable
+from sim.reports.terminal import MOST_NAMES, Column, FittedTable
 
 WIDTHS = [20, 40, 60, 80]
 NUMBER = re.compile(r"[-+±<]?\d[\d.,]*\*?")
@@ -39,7 +39,7 @@ def check_fits(table, width):
         for cell in column.cells:
             pattern = rf"(?<![\d.,]){re.escape(cell.strip())}(?![\d.,%*])"
             assert any(re.search(pattern, line) for line in lines), cell
-    for column in left_out:
+    for column in left_out[:MOST_NAMES]:
         assert column.title in " ".join(text.split())
     assert ("--wide shows" in " ".join(text.split())) == bool(left_out)
     return text
@@ -226,3 +226,14 @@ def test_names_are_neither_markup_nor_escape_codes():
         assert shown in text
     for hidden in "\x1b\x07\u202e":
         assert hidden not in text
+
+
+def test_columns_of_one_title_are_two_and_many_that_find_no_room_are_counted():
+    columns = [
+        Column(title="class a", cells=[str(number)], rank=number) for number in range(100, 130)
+    ]
+    table = FittedTable(label="client", labels=["0"], columns=columns)
+    shown, left_out = table.fitting(20)
+    assert [column.cells for column in shown] == [["100"], ["101"]]
+    assert len(left_out) == 28
+    assert "and 16 more; --wide shows all" in " ".join(printed(table, 20).split())
