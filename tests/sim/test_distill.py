@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -347,7 +348,7 @@ def test_a_search_never_looks_at_test_rows(
         from dataclasses import replace
 
         def rows_of(seed: int) -> Any:
-            rows = running.load_rows(of.data, seed=seed, device=running.torch.device("cpu"))
+            rows = running.load_rows(of.data, seed=seed, device=torch.device("cpu"))
             return replace(
                 rows, test_inputs=rows.test_inputs * float("nan"), test_labels=rows.test_labels - 99
             )
