@@ -214,7 +214,7 @@ class RoundLoop:
                 federation["server_accuracy"] = server["accuracy"]
         entropies = [
             target_entropy(knowledge.probabilities())
-            for knowledge in broadcast.received(range(self._settings.clients.count))
+            for knowledge in broadcast.received(self._settings.clients.count)
             if isinstance(knowledge, Predictions)
         ]
         federation = {

@@ -90,9 +90,20 @@ class Broadcast:
             return self.by_architecture.get(self.architectures[client], self.shared)
         return self.shared
 
-    def received(self, clients: Iterable[int]) -> list[Knowledge]:
-        """Return what any of these clients receives; a piece that several receive stands once."""
-        pieces = (self.to(client) for client in clients)
+    def received(self, num_clients: int) -> list[Knowledge]:
+        """Return what any of so many clients receives; a piece that several receive stands once.
+
+        Asks no client by itself: there may be a hundred thousand, and every round comes here.
+        """
+        pieces = list(self.personal.values())
+        if len(self.personal) < num_clients:
+            others: Iterable[str] = self.architectures
+            if self.personal:
+                named = enumerate(self.architectures)
+                others = [key for client, key in named if client not in self.personal]
+            pieces += [self.by_architecture.get(key, self.shared) for key in dict.fromkeys(others)]
+            if not self.by_architecture:
+                pieces.append(self.shared)
         return list({id(piece): piece for piece in pieces if piece is not None}.values())
 
     def __iter__(self) -> Iterator[Knowledge]:

@@ -418,7 +418,7 @@ def test_the_entropy_of_targets_is_that_of_those_which_somebody_receives(
     expected = np.mean([target_entropy(knowledge.probabilities()) for knowledge in received])
     assert run.history.federation[0]["target_entropy"] == pytest.approx(expected, abs=1e-12)
     shared = run.loop.boundary.broadcast.shared
-    last = list(run.loop.boundary.broadcast.received(range(4)))
+    last = list(run.loop.boundary.broadcast.received(4))
     assert shared is not None
     assert all(knowledge is not shared for knowledge in last)
 

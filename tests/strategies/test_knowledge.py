@@ -151,3 +151,21 @@ def test_what_clients_share_is_remembered_once_and_shared_again():
     again = recall_broadcast(memory, ())
     assert again.to(1) is again.to(0)
     assert again.to(1) is not again.to(2)
+
+
+@pytest.mark.parametrize("personal", [(), (1,), (0, 1), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("of_architectures", [(), ("mlp",), ("mlp", "cnn")])
+def test_what_is_received_is_what_asking_every_client_would_find(personal, of_architectures):
+    def piece():
+        return Predictions(kind="logits", rows=np.arange(1), values=np.zeros((1, 2), np.float32))
+
+    broadcast = Broadcast(
+        piece(),
+        personal={client: piece() if client else None for client in personal},
+        by_architecture={key: piece() for key in of_architectures},
+        architectures=("mlp", "cnn", "mlp"),
+    )
+    asked = {id(broadcast.to(client)) for client in range(3)} - {id(None)}
+    received = broadcast.received(3)
+    assert {id(each) for each in received} == asked
+    assert len(received) == len(asked)
