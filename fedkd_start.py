@@ -85,7 +85,7 @@ def main() -> None:
     """Run the command line, and say so where PYTHONPATH keeps it from starting."""
     settle_path()
     try:
-        from sim.cli import main as command
+        from sim.commands.cli import main as command
 
         command()
     except Exception as error:

@@ -30,13 +30,13 @@ from measurement import Samples, describe, machine, ratios, row, stopwatch
 from fedkd.data import FederatedData
 from fedkd.randomness import Purpose, generator_for, seeded_torch
 from fedkd.training import weights_digest
+from sim.commands.running import open_grid
 from sim.engine.grid import FIRST_NODE_ID, reply_message
 from sim.engine.ray_grid import RayGrid
 from sim.engine.resources import available_cpus
 from sim.engine.session import RaySession
-from sim.observers import Observer
-from sim.rounds import RoundLoop
-from sim.running import open_grid
+from sim.server.observers import Observer
+from sim.server.rounds import RoundLoop
 from sim.settings import Settings, settings_from_table
 
 BALANCE_AT_MOST = 1.10

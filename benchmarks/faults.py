@@ -24,10 +24,10 @@ from typing import Any
 
 from measurement import describe, machine, row
 
-from sim.bad_replies import BAD_REPLIES
+from sim.adversity.bad_replies import BAD_REPLIES
+from sim.commands.running import run
 from sim.engine.session import RaySession
-from sim.records import EVENTS_FILE, read_rows
-from sim.running import run
+from sim.keeping.records import EVENTS_FILE, read_rows
 from sim.settings import Settings, settings_from_table
 
 RETRIED = ("delay", "kill", "exit", "segfault")

@@ -51,10 +51,10 @@ from fedkd.data import FederatedData, build_federated_data
 from fedkd.models import ModelSettings, build_model
 from fedkd.randomness import Purpose, generator_for
 from fedkd.training import MODEL, Arrays, Passes, initial_model_seed
+from sim.commands.running import open_grid
 from sim.engine.resources import available_cpus
-from sim.observers import Observer, Row
-from sim.rounds import RoundLoop
-from sim.running import open_grid
+from sim.server.observers import Observer, Row
+from sim.server.rounds import RoundLoop
 from sim.settings import Settings, settings_from_table
 
 ROWS_PER_CLIENT = 50

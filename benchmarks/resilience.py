@@ -33,9 +33,9 @@ import numpy as np
 from measurement import describe, machine, row
 
 import sim
-from sim.checkpoints import CheckpointStore
-from sim.records import read_rows
-from sim.running import run
+from sim.commands.running import run
+from sim.keeping.checkpoints import CheckpointStore
+from sim.keeping.records import read_rows
 from sim.settings import Settings, load_settings
 
 Visit = tuple[str, int, int]

@@ -115,9 +115,9 @@ def federation(size: int, rounds: int) -> dict[str, float]:
 
     import psutil
 
-    from sim.observers import Observer
-    from sim.rounds import RoundLoop
-    from sim.running import open_grid
+    from sim.commands.running import open_grid
+    from sim.server.observers import Observer
+    from sim.server.rounds import RoundLoop
     from sim.settings import settings_from_table
 
     settings = settings_from_table(

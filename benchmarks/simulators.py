@@ -336,9 +336,9 @@ class Clock:
 
 def fedkd_side(task: Task) -> Measured:
     from fedkd.data import FederatedData
+    from sim.commands.running import open_grid
     from sim.engine.resources import available_cpus
-    from sim.rounds import RoundLoop
-    from sim.running import open_grid
+    from sim.server.rounds import RoundLoop
     from sim.settings import settings_from_table
 
     strategies = {

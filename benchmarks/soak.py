@@ -23,9 +23,9 @@ import numpy as np
 import psutil
 from measurement import describe, machine, row
 
-from sim.observers import Observer
-from sim.records import EVENTS_FILE, read_rows
-from sim.running import run
+from sim.commands.running import run
+from sim.keeping.records import EVENTS_FILE, read_rows
+from sim.server.observers import Observer
 from sim.settings import settings_from_table
 
 MOST_MIB = 1.0

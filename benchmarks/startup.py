@@ -40,7 +40,7 @@ IMPORT_TORCH = [sys.executable, "-c", "import torch"]
 RAY_START = """
 import time
 from sim import load_settings
-from sim.running import load_data, open_grid
+from sim.commands.running import load_data, open_grid
 settings = load_settings(None, ["rounds=1"])
 data = load_data(settings)
 started = time.perf_counter()

@@ -24,7 +24,7 @@ from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
 from fedkd.objectives import Objective
 from fedkd.schedules import Between, ConstantSchedule, Schedule
-from sim.faults import FaultRule
+from sim.adversity.faults import FaultRule
 from sim.settings import Settings
 from strategies import STRATEGIES
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
-    from sim.distilling.running import distill
-    from sim.overview import data
+    from sim.commands.distilling.running import distill
+    from sim.commands.overview import data
+    from sim.commands.running import run
+    from sim.commands.study import compare
     from sim.reports import report
-    from sim.running import run
     from sim.settings import Settings, load_distill_settings, load_settings
-    from sim.study import compare
 
 # Nothing that we start reports to anybody; both are read when Flower and Ray are imported.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -25,10 +25,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 _FUNCTIONS = {
-    "run": "sim.running",
-    "compare": "sim.study",
-    "distill": "sim.distilling.running",
-    "data": "sim.overview",
+    "run": "sim.commands.running",
+    "compare": "sim.commands.study",
+    "distill": "sim.commands.distilling.running",
+    "data": "sim.commands.overview",
     "report": "sim.reports",
     "Settings": "sim.settings",
     "load_settings": "sim.settings",

@@ -21,8 +21,23 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd.data import build_federated_data
 from fedkd.training import ClientState
-from sim.engine.flower import end_without_traceback
-from sim.engine.messages import (
+from sim.commands.running import load_data, run_result
+from sim.engine.nodes import NodesError, introduction
+from sim.engine.runtime import ClientRuntime
+from sim.keeping.provenance import provenance_of
+from sim.keeping.records import FolderBusyError, RunFolder, StorageError, new_run_folder
+from sim.server.observers import Observer, Row
+from sim.server.replies import QuorumError
+from sim.server.rounds import RoundLoop
+from sim.settings import (
+    Settings,
+    SettingsError,
+    check_permission,
+    load_settings,
+    settings_from_table,
+)
+from sim.wire.flower import end_without_traceback
+from sim.wire.messages import (
     CohortCall,
     Phase,
     introduction_content,
@@ -30,21 +45,6 @@ from sim.engine.messages import (
     read_instruction,
     reply_content,
     say_state_was_lost,
-)
-from sim.engine.nodes import NodesError, introduction
-from sim.engine.runtime import ClientRuntime
-from sim.observers import Observer, Row
-from sim.provenance import provenance_of
-from sim.records import FolderBusyError, RunFolder, StorageError, new_run_folder
-from sim.replies import QuorumError
-from sim.rounds import RoundLoop
-from sim.running import load_data, run_result
-from sim.settings import (
-    Settings,
-    SettingsError,
-    check_permission,
-    load_settings,
-    settings_from_table,
 )
 from strategies.knowledge import from_array_record, to_array_record
 

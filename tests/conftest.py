@@ -115,8 +115,8 @@ def simulate() -> Callable[..., Simulated]:
     from fedkd.training import weights_digest
     from sim.engine.inline import InlineGrid
     from sim.engine.runtime import ClientRuntime
-    from sim.observers import Observer
-    from sim.rounds import RoundLoop
+    from sim.server.observers import Observer
+    from sim.server.rounds import RoundLoop
 
     class Recorder(Observer):
         def __init__(self) -> None:
@@ -195,7 +195,7 @@ def lose() -> Callable[..., Any]:
 
     from flwr.app import Error, Message
 
-    from sim.engine.messages import read_reply, reply_content
+    from sim.wire.messages import read_reply, reply_content
     from strategies.knowledge import Predictions
 
     def spoil(knowledge: Any) -> Any:

@@ -30,13 +30,13 @@ from safetensors.numpy import load_file, save
 from fedkd.data import DataSettings, build_federated_data
 from fedkd.distillation.first_weights import load_weights
 from fedkd.models import ModelSettings, build_model
-from sim import running
-from sim.checkpoints import _manifest_text
-from sim.cli import _code_of
-from sim.observers import Observer, Row
-from sim.records import read_rows
+from sim.commands import running
+from sim.commands.cli import _code_of
+from sim.commands.running import run
+from sim.keeping.checkpoints import _manifest_text
+from sim.keeping.records import read_rows
 from sim.reports import report
-from sim.running import run
+from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError, load_settings
 
 ROWS = ("metrics.jsonl", "exchange.jsonl", "events.jsonl")

@@ -19,15 +19,15 @@ from harness import HARMLESS, Case
 
 from fedkd.models import ModelSettings
 from fedkd.training import Passes
-from sim.engine.flower import identify_process
-from sim.engine.messages import ClientReply, reply_content
-from sim.validation import (
+from sim.server.validation import (
     ACCURACIES,
     LONGEST_REASON,
     Expected,
     RejectedReplyError,
     valid_answer,
 )
+from sim.wire.flower import identify_process
+from sim.wire.messages import ClientReply, reply_content
 from strategies.knowledge import Parameters, Predictions
 from strategies.plan import Federation
 

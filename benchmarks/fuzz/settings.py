@@ -29,7 +29,7 @@ from fedkd.objectives import Objective
 from fedkd.objectives.table import TERMS
 from fedkd.schedules import Between, ConstantSchedule
 from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
-from sim.tables import yaml_text
+from sim.settings.tables import yaml_text
 from strategies import STRATEGIES
 
 Load = Callable[..., object]

@@ -12,8 +12,8 @@ import numpy as np
 from fedkd.data import FederatedData
 from fedkd.models import ModelSettings
 from fedkd.training.backends import Backend, choose_backend
-from sim.engine.messages import Phase
 from sim.settings import Settings
+from sim.wire.messages import Phase
 from strategies.base import DistillationStrategy, StrategySettings
 
 QUERY_CLIENTS = 256

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedkd.data import FederatedData
-from sim.engine.messages import Phase
 from sim.settings import Settings
+from sim.wire.messages import Phase
 
 _FIRST_GUESS = {"query": 1e-6, "train": 1e-3, "evaluate": 1e-3}
 """Seconds for a client and row before anything was measured."""

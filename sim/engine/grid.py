@@ -20,9 +20,12 @@ from pydantic import BaseModel, ConfigDict
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
 from fedkd.training.backends import Backend
+from sim.adversity.faults import FaultPlan
 from sim.engine.cohorts import CohortCutter
-from sim.engine.flower import Run, empty_run, identify_process, set_message_id
-from sim.engine.messages import (
+from sim.engine.runtime import build_strategy, federation_of
+from sim.settings import Settings
+from sim.wire.flower import Run, empty_run, identify_process, set_message_id
+from sim.wire.messages import (
     ClientReply,
     CohortCall,
     Instruction,
@@ -30,9 +33,6 @@ from sim.engine.messages import (
     read_instruction,
     reply_content,
 )
-from sim.engine.runtime import build_strategy, federation_of
-from sim.faults import FaultPlan
-from sim.settings import Settings
 from strategies.knowledge import Knowledge
 
 FIRST_NODE_ID = 2

@@ -14,8 +14,14 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
-from sim.engine.flower import SERVER_NODE_ID
-from sim.engine.messages import (
+from sim.adversity.faults import FaultPlan
+from sim.keeping.identity import data_digest
+from sim.keeping.provenance import Provenance, changes, code_of
+from sim.keeping.records import package_versions
+from sim.server.observers import Row
+from sim.settings import Settings
+from sim.wire.flower import SERVER_NODE_ID
+from sim.wire.messages import (
     Assignment,
     Introduction,
     Phase,
@@ -24,12 +30,6 @@ from sim.engine.messages import (
     read_introduction,
     take_word_of_lost_state,
 )
-from sim.faults import FaultPlan
-from sim.identity import data_digest
-from sim.observers import Row
-from sim.provenance import Provenance, changes, code_of
-from sim.records import package_versions
-from sim.settings import Settings
 from strategies.knowledge import Knowledge
 
 _LOG = logging.getLogger("flwr")

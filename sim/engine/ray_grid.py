@@ -27,9 +27,9 @@ from fedkd.data import FederatedData
 from fedkd.training import ClientState
 from sim.engine.costs import Costs
 from sim.engine.grid import CohortGrid, Outcome, PackedCall, StatesLostError
-from sim.engine.messages import ClientReply, CohortCall
 from sim.engine.session import NOTHING, Answered, Parcel, RaySession
 from sim.settings import Settings, SettingsError
+from sim.wire.messages import ClientReply, CohortCall
 from strategies.knowledge import Knowledge
 
 Ref = Any

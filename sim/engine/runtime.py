@@ -32,11 +32,11 @@ from fedkd.training import (
     as_tensor,
 )
 from fedkd.training.backends import measure_backends, open_cohort
-from sim.bad_replies import BAD_REPLIES
+from sim.adversity.bad_replies import BAD_REPLIES
+from sim.adversity.faults import FaultPlan
 from sim.engine.deadline import DeadlineError, deadline
-from sim.engine.messages import ClientReply, CohortCall
-from sim.faults import FaultPlan
 from sim.settings import Settings
+from sim.wire.messages import ClientReply, CohortCall
 from strategies import STRATEGIES
 from strategies.base import DistillationStrategy, StrategySettings
 from strategies.knowledge import Knowledge, Predictions

@@ -26,13 +26,13 @@ from ray.job_config import JobConfig
 from fedkd.data import FederatedData
 from fedkd.training import ClientState
 from fedkd_start import find_last
+from sim.commands.interruption import call_off, keeping_handlers, signals_waiting
 from sim.engine.grid import EngineLostError
-from sim.engine.messages import ClientReply, CohortCall
 from sim.engine.resources import available_cpus, check_engine
 from sim.engine.runtime import ClientRuntime
 from sim.engine.temporary import PrivateFolder
-from sim.interruption import call_off, keeping_handlers, signals_waiting
 from sim.settings import EngineSettings, SettingsError, settings_from_table
+from sim.wire.messages import ClientReply, CohortCall
 from strategies.knowledge import Knowledge
 
 NOTHING = -1

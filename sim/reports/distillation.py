@@ -9,8 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sim.observers import Row
-from sim.records import (
+from sim.keeping.records import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     SETTINGS_FILE,
@@ -44,8 +43,9 @@ from sim.reports.tables import FEW, p_text, points
 from sim.reports.terminal import NOTHING, FittedTable
 from sim.reports.terminal import Column as TerminalColumn
 from sim.reports.verdicts import few_seeds
+from sim.server.observers import Row
 from sim.settings import SettingsError
-from sim.tables import fill_in, read_yaml
+from sim.settings.tables import fill_in, read_yaml
 
 DISTILLATIONS = "distillations"
 """Kind of a ``study.json`` whose runs are distillations."""

@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedkd.distillation.figures import draw
-from sim.observers import Row
 from sim.reports.figures import (
     DASHES,
     PALETTE,
@@ -21,6 +20,7 @@ from sim.reports.figures import (
     title_axes,
 )
 from sim.reports.runs import number
+from sim.server.observers import Row
 
 Epochs = Mapping[int, Sequence[Row]]
 """The rows of every model's epochs, by seed."""

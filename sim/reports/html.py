@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.names import printable
-from sim.records import SETTINGS_FILE, make_folder, write_text
+from sim.keeping.records import SETTINGS_FILE, make_folder, write_text
 from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,

@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedkd.models import ModelSettings
-from sim.observers import Row
-from sim.records import (
+from sim.keeping.records import (
     EXCHANGE_FILE,
     METRICS_FILE,
     RESULT_FILE,
@@ -20,8 +19,9 @@ from sim.records import (
     read_result,
     read_rows,
 )
+from sim.server.observers import Row
 from sim.settings import SettingsError
-from sim.tables import fill_in, read_yaml
+from sim.settings.tables import fill_in, read_yaml
 
 STUDY_FILE = "study.json"
 REPORT_OF = "study-"

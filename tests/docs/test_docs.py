@@ -119,7 +119,7 @@ def settings_blocks() -> list[Any]:
 @pytest.mark.parametrize("block", settings_blocks())
 def test_settings_on_a_page_are_valid(block: str, tmp_path: Path) -> None:
     from fedkd.distillation.settings import DistillSettings
-    from sim.arms import study_of
+    from sim.commands.arms import study_of
     from sim.settings import Settings, load_distill_settings, load_settings
 
     table = yaml.safe_load(block)

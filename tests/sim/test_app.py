@@ -18,12 +18,12 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from sim import app
-from sim.engine.flower import Run, empty_run, identify_process, set_message_id
+from sim.commands.running import run
 from sim.engine.nodes import NodesError
-from sim.records import read_rows
-from sim.replies import QuorumError
-from sim.running import run
+from sim.keeping.records import read_rows
+from sim.server.replies import QuorumError
 from sim.settings import Settings, SettingsError, load_settings
+from sim.wire.flower import Run, empty_run, identify_process, set_message_id
 
 
 def over_the_wire(message: Message) -> Message:

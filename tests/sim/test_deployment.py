@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from sim.records import read_rows
-from sim.running import run
+from sim.commands.running import run
+from sim.keeping.records import read_rows
 from sim.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]

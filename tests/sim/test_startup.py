@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-from sim.cli import main
+from sim.commands.cli import main
 sys.argv = ["fedkd", *sys.argv[1:]]
 try:
     main()

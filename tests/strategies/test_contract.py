@@ -14,9 +14,9 @@ from flwr.app import RecordDict
 
 import strategies
 from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
-from sim.engine.messages import read_reply
 from sim.engine.runtime import ClientRuntime
 from sim.settings import Settings
+from sim.wire.messages import read_reply
 from strategies import STRATEGIES
 from strategies.base import DistillationStrategy
 from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
@@ -318,7 +318,7 @@ class EnoughError(Exception):
 def stop_after(tiny_settings):
     """Run the first rounds; return the boundary and the states they end with, copied."""
     from sim.engine.inline import InlineGrid
-    from sim.rounds import RoundLoop
+    from sim.server.rounds import RoundLoop
 
     def run(settings, data, rounds):
         grid = InlineGrid(settings, data)
@@ -348,8 +348,8 @@ def test_what_is_remembered_is_all_that_is_needed_to_go_on(
     name, options, tiny_settings, tiny_data, simulate, stop_after
 ):
     from sim.engine.inline import InlineGrid
-    from sim.history import History
-    from sim.rounds import Boundary, RoundLoop
+    from sim.server.history import History
+    from sim.server.rounds import Boundary, RoundLoop
 
     settings, data = tiny_settings(name, options=options, rounds=4), tiny_data()
     whole = simulate(settings, data)

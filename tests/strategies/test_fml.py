@@ -158,7 +158,7 @@ def test_without_a_share_of_the_meme_the_private_model_learns_as_if_alone(
 def test_memes_travel_and_projectors_and_private_models_stay_at_home(
     tiny_settings, tiny_data, simulate, listening_grid
 ):
-    from sim.engine.messages import read_reply
+    from sim.wire.messages import read_reply
 
     clients = {"models": ["cnn"]}
     settings, data = tiny_settings("fml", options=HINT, clients=clients, rounds=2), tiny_data()

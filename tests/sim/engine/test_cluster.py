@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sim.engine.session import RaySession
-from sim.records import EVENTS_FILE, METRICS_FILE, read_rows
+from sim.keeping.records import EVENTS_FILE, METRICS_FILE, read_rows
 from sim.settings import EngineSettings, Settings, SettingsError
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -25,8 +25,8 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_
 machine = cluster.add_node(num_cpus=1)
 
 from sim.engine.session import RaySession
-from sim.observers import Observer
-from sim.running import run
+from sim.server.observers import Observer
+from sim.commands.running import run
 from sim.settings import load_settings
 
 folder, *words = sys.argv[1:]
@@ -57,7 +57,7 @@ cluster.shutdown()
 def test_a_run_over_two_machines_survives_the_loss_of_one(
     small: Callable[..., Settings], small_words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    from sim.running import run
+    from sim.commands.running import run
 
     words = [
         *small_words,

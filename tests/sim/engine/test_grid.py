@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from fedkd.training import ClientState, ModelState
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid, Outcome, PackedCall
-from sim.engine.messages import ClientReply, Phase, instruction, read_reply
+from sim.wire.messages import ClientReply, Phase, instruction, read_reply
 from strategies.knowledge import Predictions
 
 

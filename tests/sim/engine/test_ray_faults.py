@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from sim.commands.running import RunResult, run
 from sim.engine.session import RaySession, Worker
-from sim.records import EVENTS_FILE, read_rows
-from sim.running import RunResult, run
+from sim.keeping.records import EVENTS_FILE, read_rows
 from sim.settings import EngineSettings, Settings
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -127,7 +127,7 @@ def test_a_run_with_faults_repeats_bit_for_bit(faulty: Faulty) -> None:
 ALONE = """
 import sys, time
 import psutil
-from sim.running import run
+from sim.commands.running import run
 from sim.settings import load_settings
 result = run(load_settings(None, sys.argv[1:]))
 deadline = time.monotonic() + 15
@@ -156,7 +156,7 @@ def test_workers_that_die_while_they_start_end_the_run_instead_of_dying_for_ever
     small: Small, session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sim.engine import ray_grid
-    from sim.replies import QuorumError
+    from sim.server.replies import QuorumError
 
     class Stillborn(Worker):
         def configure(self, settings: object, data: object) -> None:
@@ -173,8 +173,8 @@ def test_workers_that_die_while_they_start_end_the_run_instead_of_dying_for_ever
 def test_bundles_of_which_little_is_needed_are_packed_anew(
     small: Small, session: RaySession
 ) -> None:
-    from sim.rounds import RoundLoop
-    from sim.running import load_data, open_grid
+    from sim.commands.running import load_data, open_grid
+    from sim.server.rounds import RoundLoop
 
     settings = small(
         "engine.backend=ray",

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import ray
 
+from sim.commands.running import open_grid, run
 from sim.engine.resources import available_cpus, check_engine
 from sim.engine.session import RaySession
-from sim.running import open_grid, run
 from sim.settings import EngineSettings, Settings, SettingsError
 
 # One process of a parallel test run starts Ray, not each of them.
@@ -87,7 +87,7 @@ def test_workers_compute_with_one_thread(session: RaySession) -> None:
 def test_a_call_beyond_its_deadline_fails_and_the_run_names_the_clients(
     on_ray: Small, session: RaySession, small: Small
 ) -> None:
-    from sim.replies import QuorumError
+    from sim.server.replies import QuorumError
 
     with pytest.raises(QuorumError, match=r"engine\.deadline_s"):
         run(
@@ -118,8 +118,8 @@ def test_what_the_machine_lacks_is_refused_before_ray_starts() -> None:
 def test_states_stay_with_the_driver_when_a_worker_is_lost(
     on_ray: Small, session: RaySession, tmp_path: Path
 ) -> None:
-    from sim.rounds import RoundLoop
-    from sim.running import load_data
+    from sim.commands.running import load_data
+    from sim.server.rounds import RoundLoop
 
     settings = on_ray("strategy.name=local")
     data = load_data(settings)
@@ -153,8 +153,8 @@ def test_a_worker_asks_ray_for_its_share_of_a_gpu(
 def test_a_worker_trains_on_the_gpu_that_ray_gave_it(
     small: Small, monkeypatch: pytest.MonkeyPatch, gpus: list[int], device: str
 ) -> None:
+    from sim.commands.running import load_data
     from sim.engine import session
-    from sim.running import load_data
 
     chosen: list[str] = []
 

@@ -14,9 +14,9 @@ import psutil
 import pytest
 from ray._private import worker as ray_worker
 
+from sim.commands.interruption import interruptible
 from sim.engine.grid import EngineLostError
 from sim.engine.session import _Watch
-from sim.interruption import interruptible
 
 pytestmark = pytest.mark.xdist_group("ray")
 

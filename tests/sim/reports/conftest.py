@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sim.records import RunFolder
+from sim.keeping.records import RunFolder
 from sim.reports.runs import RunRecord, load_run
 from sim.settings import settings_from_table
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sim.history import summary
+from sim.commands.running import run
 from sim.reports import load_run, load_study
 from sim.reports.runs import model_label, number
-from sim.running import run
+from sim.server.history import summary
 from sim.settings import SettingsError, settings_from_table
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sim.overview import DataOverview
+from sim.commands.overview import DataOverview
 from sim.reports import summary_table
 from sim.reports.distillation import DistillRecord, distill_table
 from sim.reports.terminal import MOST_NAMES, Column, FittedTable

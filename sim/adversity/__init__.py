@@ -1,0 +1,1 @@
+"""Faults and bad replies on purpose."""

@@ -1,0 +1,320 @@
+"""The arms of a study: what they have in common, what each says itself, what holds for all.
+
+From weak to strong: defaults; what the file says for all; what an arm says; what the command line
+says for all; what the command line says for an arm. A setting of a strategy holds for every arm
+whose strategy has it. Which strategy an arm has is the arm's own to say.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedkd.names import nearest
+from sim.keeping.identity import fingerprint, numbers_of
+from sim.settings import (
+    Settings,
+    SettingsError,
+    check_permission,
+    merge_tables,
+    named,
+    nested_table,
+    read_file,
+    read_over,
+    settings_from_table,
+)
+from sim.settings.tables import read_word
+from strategies import STRATEGIES
+
+DEFAULT_ARMS = ("local", "one_way", "fedmd", "dml", "fedavg")
+
+_COMMAS = "; arms are separated by commas: local,dml"
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What `sim.commands.study.compare` runs.
+
+    Attributes:
+        settings: what all arms have in common, and ``study``; its strategy is no arm's.
+        arms: the settings of each, in the order of the table.
+        remarks: arms that do not have what was said for all.
+        notes: arms that are equal, and what makes them so.
+    """
+
+    settings: Settings
+    arms: Mapping[str, Settings]
+    remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def differs(self) -> dict[str, dict[str, Any]]:
+        """Each setting that arms differ in: its value in every arm that has it."""
+        return differing(self.arms)
+
+
+def load_study(
+    config: str | None = None,
+    words: Sequence[str] = (),
+    *,
+    arms: Sequence[str] | None = None,
+    allow: Sequence[str] = (),
+) -> Study:
+    """Read a study: a file, and words that hold for every arm.
+
+    Args:
+        config: a YAML file.
+        words: such as ``strategy.temperature=8``; over what an arm says itself, too.
+        arms: names from ``study.arms``, or of strategies with their defaults; by default all of
+            ``study.arms``, or a standard set where there are none.
+        allow: packages, or ``package.module:callable``, whose code the file may name.
+
+    Raises:
+        SettingsError: a file that cannot be read, an unknown arm or setting, one that no arm has,
+            a value that cannot work, or a callable that only the file names.
+    """
+    study = _Reader(read_file(config), words).study(arms)
+    check_permission(study.settings, words, allow, study.arms)
+    return study
+
+
+def study_of(
+    settings: Settings, arms: Sequence[str] | None = None, words: Sequence[str] = ()
+) -> Study:
+    """Return the study that settings describe; what was set in them holds for every arm."""
+    whole = settings.to_table()
+    table = {key: whole[key] for key in whole if key in settings.model_fields_set}
+    if "strategy" in table:
+        said = {"name", *settings.strategy.model_fields_set}
+        strategy = table["strategy"]
+        table["strategy"] = {key: strategy[key] for key in strategy if key in said}
+    return _Reader(table, words).study(arms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What the command line says, sorted by whom it is for.
+
+    Attributes:
+        study: words on the study itself.
+        common: words for every arm; a table of strategy settings is one word for each of them.
+        strategy: the strategy that is named; for arms that name none.
+        arms: what is said for single arms.
+    """
+
+    study: Sequence[str]
+    common: Sequence[str]
+    strategy: str | None
+    arms: Mapping[str, Any]
+
+    @classmethod
+    def sorted(cls, words: Sequence[str]) -> "_Words":
+        study, common = [], []
+        strategy: str | None = None
+        arms: Mapping[str, Any] = {}
+        for word in words:
+            try:
+                path, value = read_word(word)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
+            if path[0] == "study":
+                study.append(word)
+                told = nested_table(path, value)["study"]
+                of_arms = told.get("arms") if isinstance(told, Mapping) else None
+                if isinstance(of_arms, Mapping):
+                    arms = merge_tables(arms, of_arms)
+            elif path in (("strategy",), ("strategy", "name")):
+                table = named("strategy", value) if len(path) == 1 else {"name": value}
+                if isinstance(table, Mapping):
+                    strategy = table.get("name", strategy)
+                    keys = [key for key in table if key != "name"]
+                    common += [f"strategy.{key}={_text(table[key])}" for key in keys]
+                else:
+                    common.append(word)
+            else:
+                common.append(word)
+        return cls(study, common, strategy, arms)
+
+
+@dataclass
+class _Reader:
+    """Puts the arms together.
+
+    Attributes:
+        table: what the file says.
+        words: what the command line says.
+        absent: settings said for all, each with the arms that do not have it.
+    """
+
+    table: Table
+    words: Sequence[str]
+    absent: dict[str, list[str]] = field(default_factory=dict)
+
+    def study(self, chosen: Sequence[str] | None) -> Study:
+        said = _Words.sorted(self.words)
+        of_all = [word for word in said.common if not word.startswith("strategy")]
+        bare = {key: value for key, value in self.table.items() if key != "strategy"}
+        # Without the strategy, whose settings are the arms': mistakes of all are told once.
+        settings = settings_from_table(read_over(bare, [*of_all, *said.study]))
+        known: Table = settings.study.arms
+        names = list(chosen or known or DEFAULT_ARMS)
+        arms = {name: self._arm(name, known, said, said.common) for name in names}
+        self._check_absent(names)
+        return Study(settings, arms, self._remarks(names), self._equal(arms, known, said))
+
+    def _arm(self, name: str, known: Table, said: _Words, words: Sequence[str]) -> Settings:
+        if name in known:
+            patch = known[name]
+        elif name in STRATEGIES:
+            patch = {"strategy": {"name": name}}
+        else:
+            names = [*known, *(strategy for strategy in STRATEGIES if strategy not in known)]
+            raise SettingsError(
+                f"unknown arm {name!r}; known: {', '.join(names)}"
+                + (_COMMAS if name.split()[1:] else nearest(name, names))
+            )
+        common = {key: value for key, value in self.table.items() if key != "study"}
+        if said.strategy is not None:
+            common = merge_tables(common, {"strategy": {"name": said.strategy}})
+        try:
+            table = self._laid_over(common, patch, name)
+            table = read_over(table, self._had(words, table, name))
+            own = said.arms.get(name)
+            return settings_from_table(merge_tables(table, own) if own else table)
+        except SettingsError as error:
+            raise SettingsError(f"study.arms.{name}: {error}") from None
+
+    def _laid_over(self, common: Table, patch: Table, arm: str) -> dict[str, Any]:
+        """Lay what an arm says over what all have in common, as far as its strategy has it."""
+        merged = merge_tables(common, patch)
+        shared, own = (named("strategy", table.get("strategy")) for table in (common, patch))
+        if not (isinstance(shared, Mapping) and isinstance(own, Mapping)):
+            return merged
+        strategy = own.get("name", shared.get("name", _default_strategy()))
+        kept = {}
+        for key, value in shared.items():
+            if key == "name":
+                continue
+            if _has(strategy, key):
+                kept[key] = value
+            else:
+                self.absent.setdefault(f"strategy.{key}", []).append(arm)
+        merged["strategy"] = merge_tables({**kept, "name": strategy}, own)
+        return merged
+
+    def _had(self, words: Sequence[str], table: Table, arm: str) -> list[str]:
+        """Return the words that an arm's strategy has a setting for."""
+        strategy = named("strategy", table.get("strategy", _default_strategy()))
+        name = strategy.get("name", _default_strategy()) if isinstance(strategy, Mapping) else None
+        had = []
+        for word in words:
+            path, _ = read_word(word)
+            if path[0] == "strategy" and len(path) > 1 and not _has(name, path[1]):
+                self.absent.setdefault(".".join(path[:2]), []).append(arm)
+            else:
+                had.append(word)
+        return had
+
+    def _check_absent(self, names: Sequence[str]) -> None:
+        for setting, arms in self.absent.items():
+            if set(arms) == set(names):
+                key = setting.partition(".")[2]
+                known = {name for s in STRATEGIES.values() for name in s.Settings.model_fields}
+                raise SettingsError(
+                    f"unknown setting {setting!r} in all arms ({', '.join(names)})"
+                    f"{nearest(key, sorted(known - {'name'}))}"
+                )
+
+    def _remarks(self, names: Sequence[str]) -> list[str]:
+        together: dict[tuple[str, ...], list[str]] = {}
+        for setting, arms in self.absent.items():
+            without = tuple(name for name in names if name in arms)
+            together.setdefault(without, []).append(setting)
+        return [
+            f"{', '.join(settings)}: not for {', '.join(arms)}, without such a setting"
+            for arms, settings in together.items()
+        ]
+
+    def _equal(self, arms: Mapping[str, Settings], known: Table, said: _Words) -> list[str]:
+        notes = []
+        for group in _groups(arms):
+            before = {name: self._arm(name, known, said, ()) for name in group}
+            if len(set(map(fingerprint, before.values()))) > 1:
+                why = f"have become equal: {', '.join(said.common)} holds for every arm"
+            else:
+                why = "are equal: they differ in nothing that changes a number"
+            notes.append(f"arms {', '.join(group)} {why}")
+        return notes
+
+
+def _groups(arms: Mapping[str, Settings]) -> list[list[str]]:
+    """Return the arms that are equal to another one, together."""
+    alike: dict[str, list[str]] = {}
+    for name, settings in arms.items():
+        alike.setdefault(fingerprint(settings), []).append(name)
+    return [group for group in alike.values() if len(group) > 1]
+
+
+def differing(arms: Mapping[str, Settings]) -> dict[str, dict[str, Any]]:
+    """Return each setting that arms have different values of, with the values.
+
+    A setting of a strategy counts whole, and where an arm's strategy does not have it the arm is
+    left out; which strategy an arm has goes without saying.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    for arm, settings in arms.items():
+        for path, value in numbers_of(settings).items():
+            if not path.startswith("strategy."):
+                values.setdefault(path, {})[arm] = value
+        for key, value in settings.to_table()["strategy"].items():
+            if key != "name":
+                values.setdefault(f"strategy.{key}", {})[arm] = value
+    return {
+        path: of_arms
+        for path, of_arms in values.items()
+        if any(value != next(iter(of_arms.values())) for value in of_arms.values())
+    }
+
+
+def difference_notes(differs: Mapping[str, Mapping[str, Any]], most: int = 6) -> list[str]:
+    """Say in words what arms differ in, besides their strategies."""
+    if not differs:
+        return []
+    told = []
+    for path, of_arms in list(differs.items())[:most]:
+        alike: dict[str, list[str]] = {}
+        for arm, value in of_arms.items():
+            alike.setdefault(_short(value), []).append(arm)
+        values = [f"{text} in {', '.join(some)}" for text, some in alike.items()]
+        told.append(f"{path} ({'; '.join(values)})")
+    more = f" and {len(differs) - most} more" if len(differs) > most else ""
+    return [f"arms differ in {', '.join(told)}{more}"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and value.get("kind") == "constant":
+        return _short(value["value"])
+    if isinstance(value, Mapping) and {"kind", "start", "end"} <= value.keys():
+        return f"{value['kind']} {value['start']:g} to {value['end']:g}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else _text(value)
+
+
+def _text(value: Any) -> str:
+    """Write a value as a word has it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _default_strategy() -> str:
+    name: str = Settings.model_fields["strategy"].default.name
+    return name
+
+
+def _has(strategy: object, key: str) -> bool:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        # Of a strategy that does not exist nothing is known; that is another error.
+        return True
+    return key in STRATEGIES[strategy].Settings.model_fields

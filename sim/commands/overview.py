@@ -1,0 +1,117 @@
+"""`data`: how the rows of a run are split, as a table and a figure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkd.data.overview import plot_split, shortened, split_table
+from sim.commands.running import load_data
+from sim.keeping.records import make_folder
+from sim.reports.terminal import Column, FittedTable
+from sim.server.observers import Row
+from sim.settings import Settings, SettingsError
+
+FIGURE_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+
+
+@dataclass(frozen=True, slots=True)
+class DataOverview:
+    """The split of a run.
+
+    Attributes:
+        rows: a row for each client: rows, classes held, label entropy in nats, rows per class.
+        sizes: rows of the private, public, validation and test sets.
+        figure: where the figure was written.
+        notes: what was left aside, and which rows repeat.
+    """
+
+    source: str
+    rows: list[dict[str, Any]]
+    sizes: dict[str, int]
+    figure: Path
+    notes: tuple[str, ...] = ()
+
+    def to_row(self) -> Row:
+        """Return the overview as plain values."""
+        return {
+            "source": self.source,
+            "sizes": self.sizes,
+            "clients": self.rows,
+            "figure": str(self.figure),
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> FittedTable:
+        """Return the table for a terminal: classes that find no room are named below it."""
+        sizes = ", ".join(f"{count} {name}" for name, count in self.sizes.items())
+        label, *names = self.rows[0]
+        return FittedTable(
+            label=label,
+            labels=[str(row[label]) for row in self.rows],
+            columns=[
+                Column(
+                    title=shortened(name.removeprefix("class ").replace("_", " "), MOST_LETTERS),
+                    cells=[_text(row[name]) for row in self.rows],
+                    rank=rank,
+                )
+                for rank, name in enumerate(names)
+            ],
+            title=f"{self.source}: {sizes}",
+        )
+
+
+MOST_LETTERS = 30
+"""Of the name of a class in a terminal; a longer one would make the head of the table the table."""
+
+
+def _text(cell: int | float) -> str:
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def data(settings: Settings | None = None, *, figure: Path | None = None) -> DataOverview:
+    """Load a run's data and show who holds what.
+
+    Args:
+        settings: the run; the digits default if None.
+        figure: where to draw the split; ``<output>/<name>/split.png`` if None.
+
+    Raises:
+        SettingsError: names the setting that cannot work.
+    """
+    settings = settings or Settings()
+    if figure is not None:
+        _check_figure(figure)
+    loaded = load_data(settings)
+    if figure is None:
+        figure = make_folder(settings.output, settings.output / settings.name) / "split.png"
+    try:
+        plot_split(loaded).savefig(figure, dpi=150)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"figure: cannot write {str(figure)!r}: {error}") from None
+    return DataOverview(
+        source=loaded.name,
+        rows=split_table(loaded),
+        sizes={
+            "private": len(loaded.train_labels),
+            "public": len(loaded.public_inputs),
+            "validation": len(loaded.validation_labels),
+            "test": len(loaded.test_labels),
+        },
+        figure=figure,
+        notes=loaded.notes,
+    )
+
+
+def _check_figure(figure: Path) -> None:
+    """Refuse what is no picture file, before the data are loaded.
+
+    Without a known ending the figure would silently go to another file than the one named.
+    """
+    if figure.is_dir() or figure.suffix.lower() not in FIGURE_ENDINGS:
+        what = "the folder " if figure.is_dir() else ""
+        raise SettingsError(
+            f"figure: must be a file such as split.png, got {what}{str(figure)!r}; known endings: "
+            f"{', '.join(FIGURE_ENDINGS)}"
+        )
+    if figure.exists() and not figure.is_file():
+        raise SettingsError(f"figure: {str(figure)!r} is not a regular file")

@@ -1,0 +1,372 @@
+"""`run`: one federation from settings to a run folder."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from fedkd.data import FederatedData, build_federated_data
+from fedkd.training import initial_model_seed, weights_digest
+from sim.commands.interruption import Interruption, interruptible
+from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
+from sim.engine.inline import InlineGrid
+from sim.engine.resources import check_engine
+from sim.engine.runtime import build_strategy, federation_of
+from sim.keeping.identity import check_same_run
+from sim.keeping.provenance import Changes, check_same_make, provenance_of
+from sim.keeping.records import (
+    SETTINGS_FILE,
+    RunFolder,
+    StorageError,
+    is_finished,
+    new_run_folder,
+    read_result,
+)
+from sim.keeping.resume import Persistence, read_history
+from sim.server.history import History, summary
+from sim.server.observers import Observer, Row
+from sim.server.replies import QuorumError
+from sim.server.rounds import RoundLoop
+from sim.settings import (
+    EngineSettings,
+    Settings,
+    SettingsError,
+    load_settings,
+    read_settings,
+)
+from sim.settings.permission import allow_flags
+from strategies.base import DistillationStrategy, StrategySettings
+from strategies.trying import check_models
+
+if TYPE_CHECKING:
+    from sim.engine.session import RaySession
+
+MOST_RETURNS = 3
+"""How often in a row a run goes back because states are lost before it gives up; a round that was
+never reached before starts the count anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        settings: as resolved.
+        folder: where everything is written.
+        status: ``finished``, ``interrupted`` or ``failed``.
+        weights_sha256: digest of all clients' weights, in client order; None unless finished.
+        history: what each round measured.
+        seconds: wall time of the rounds, without loading data and starting workers.
+        backends: what trained the clients of each architecture: ``loop``, ``vmap`` or both.
+    """
+
+    settings: Settings
+    folder: Path
+    status: str
+    weights_sha256: str | None
+    history: History
+    seconds: float
+    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def to_row(self) -> Row:
+        """Return the result as plain values: the content of ``result.json``."""
+        return {
+            "status": self.status,
+            "name": self.settings.name,
+            "strategy": self.settings.strategy.name,
+            "seed": self.settings.seed,
+            "rounds": len(self.history.federation),
+            "weights_sha256": self.weights_sha256,
+            "seconds": self.seconds,
+            "backends": {model: list(names) for model, names in self.backends.items()},
+            "folder": str(self.folder),
+            **summary(self.history, self.settings.clients.count),
+        }
+
+
+def load_data(settings: Settings) -> FederatedData:
+    """Load the run's data and check everything that can be checked before a worker starts.
+
+    Raises:
+        SettingsError: names the setting that cannot work.
+    """
+    check_engine(settings.engine)
+    try:
+        data = build_federated_data(
+            settings.data, num_clients=settings.clients.count, seed=settings.seed
+        )
+        strategy = build_strategy(settings, federation_of(settings, data))
+        if strategy.needs_public and not len(data.public_inputs):
+            raise ValueError(
+                f"data.public.size must be > 0 for strategy {settings.strategy.name!r}, which "
+                "learns from predictions on public rows, got 0"
+            )
+        check_models(
+            strategy,
+            data,
+            optimizer=settings.clients.optimizer,
+            stacked=settings.engine.vectorize == "vmap",
+            keeps_states=settings.engine.address is None,
+        )
+        strategy.check(data.input_shape)
+        if settings.engine.vectorize == "vmap":
+            _check_stacking(strategy, data)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return data
+
+
+def _check_stacking(strategy: DistillationStrategy[StrategySettings], data: FederatedData) -> None:
+    """Refuse to stack clients whose objective cannot be, or whose batches would be padded."""
+    federation = strategy.federation
+    for architecture, stacking in strategy.stackings(data.input_shape).items():
+        reason = stacking.obstacle
+        rows = {
+            count
+            for count, own in zip(federation.num_examples, federation.architectures, strict=True)
+            if own == architecture
+        }
+        # Equal clients have equal batches, and full ones are equal anyway.
+        padded = len(rows) > 1 and any(count % federation.local.batch_size for count in rows)
+        if stacking.mixes_rows and padded:
+            reason = (
+                f"{stacking.mixes_rows} compares the rows of a batch with each other and cannot "
+                "leave out those that pad the batches of clients with fewer"
+            )
+        if reason:
+            raise ValueError(
+                f"engine.vectorize: vmap cannot stack these clients: {reason}; use auto or loop"
+            )
+
+
+def open_session(engine: EngineSettings) -> "RaySession":
+    """Start or join Ray; it takes a second to import, which a run in this process need not do."""
+    from sim.engine.session import RaySession
+
+    return RaySession(engine)
+
+
+@contextmanager
+def open_grid(
+    settings: Settings, data: FederatedData, session: "RaySession | None" = None
+) -> Iterator[CohortGrid[Any]]:
+    """Open the grid that the settings ask for; a given Ray session is used and left open."""
+    if settings.engine.backend == "inline":
+        yield InlineGrid(settings, data)
+        return
+    own = open_session(settings.engine) if session is None else None
+    from sim.engine.ray_grid import RayGrid  # imported late, as in `open_session`
+
+    try:
+        grid = RayGrid(session or own, settings, data)  # type: ignore[arg-type]
+        try:
+            yield grid
+        finally:
+            grid.close()
+    finally:
+        if own is not None:
+            own.close()
+
+
+# While data is loaded and Ray starts as well; what comes then is told by its number.
+@interruptible()
+def run(
+    settings: Settings | None = None,
+    *,
+    folder: Path | None = None,
+    resume: Path | None = None,
+    accept_code: bool = False,
+    observers: Sequence[Observer] = (),
+    session: "RaySession | None" = None,
+) -> RunResult:
+    """Run a federation, or go on with one that was stopped.
+
+    A resumed run ends with the bits of an uninterrupted one.
+
+    Args:
+        settings: what to run; the digits default if None. With ``resume``: the run's own if
+            None; they may differ from those in what changes no number.
+        folder: where to write; by default a new folder ``<output>/<name>/<time>-<id>``.
+        resume: the folder of the run to go on with; a finished one is only read.
+        accept_code: go on with a run although its code, or a library, has changed since.
+        observers: told about every round while it happens.
+        session: a Ray session to run in; by default one is started and stopped.
+
+    Returns:
+        The result; the same is on disk in ``result.json``.
+
+    Raises:
+        SettingsError: before anything starts, names the setting that cannot work.
+        FolderBusyError: another process runs in the folder.
+        CheckpointError: the run to be resumed has no checkpoint that can be used.
+        QuorumError: too few clients gave a usable answer.
+        StatesLostError: clients' states went with lost machines again and again.
+        EngineLostError: Ray's own processes on this machine ended.
+        StorageError: the folder cannot be written.
+        KeyboardInterrupt: SIGINT or SIGTERM. After this and the errors above the run can be
+            resumed from its last complete round.
+    """
+    if resume is not None:
+        # What was handed over in Python is allowed by that; what only the folder says is not.
+        own = settings_of_run(resume) if settings is None else _saved_settings(resume)
+        settings = settings or own
+        check_same_run(own, settings)
+        if is_finished(resume):
+            return _finished_result(resume, settings)
+        made_of, accepted = check_same_make(
+            resume, provenance_of(settings), accept_code=accept_code
+        )
+        data = load_data(settings)
+    else:
+        settings = settings or Settings()
+        check_engine(settings.engine)
+        folder = folder or new_run_folder(settings.output, settings.name, settings.to_yaml())
+        with _removed_if_empty(folder):
+            made_of = provenance_of(settings)
+            data = load_data(settings)
+            accepted = Changes()
+    place: Path = resume or folder  # type: ignore[assignment]
+    status, digest = "failed", None
+    loop: RoundLoop | None = None
+    backends: Mapping[str, Sequence[str]] = {}
+    with RunFolder(place, settings, made_of.to_row()) as recorder:
+        try:
+            with interruptible(), open_grid(settings, data, session) as grid:
+                loop = RoundLoop(grid, settings, data, [recorder, *observers])
+                keeper = Persistence(recorder, settings, data, grid, loop)
+                try:
+                    if resume is not None:
+                        keeper.restore()
+                    if accepted:
+                        reached = 0 if loop.boundary is None else loop.boundary.round
+                        row = {"round": reached, "event": "code changed", "reason": str(accepted)}
+                        loop.tell(row)
+                    digest = _run_rounds(loop, keeper, grid, settings)
+                    backends = grid.backends()
+                except BaseException:
+                    # Whatever the last of it was, what is complete shall not be lost. Where even
+                    # this fails, what happened first is what matters.
+                    with suppress(StorageError, StatesLostError, EngineLostError):
+                        keeper.save()
+                    raise
+            status = "finished"
+        except KeyboardInterrupt as stop:
+            status = "interrupted"
+            raise Interruption.of(stop, place) from None
+        except (QuorumError, StatesLostError, EngineLostError) as error:
+            if isinstance(error, EngineLostError) and loop is not None:
+                loop.tell_of_loss(str(error))
+            again = f"fedkd run --resume {place}{allow_flags(settings)}"
+            error.add_note(f"{again} goes on after the last complete round")
+            raise
+        finally:
+            history = loop.history if loop is not None else History()
+            result = run_result(
+                settings, place, history, status=status, digest=digest, backends=backends
+            )
+            with suppress(StorageError) if status != "finished" else nullcontext():
+                recorder.result(result.to_row())
+    return result
+
+
+def _run_rounds(
+    loop: RoundLoop, keeper: Persistence, grid: CohortGrid[Any], settings: Settings
+) -> str:
+    """Run the rounds that are left, if need be several times over; return the weights' digest."""
+    furthest = returns = 0
+    while True:
+        try:
+            loop.run(keeper.after_round)
+            return _digest(grid, settings)
+        except StatesLostError as error:
+            reached = 0 if loop.boundary is None else loop.boundary.round
+            returns = 1 if reached > furthest else returns + 1
+            furthest = max(furthest, reached)
+            if returns > MOST_RETURNS:
+                raise
+            keeper.recover(str(error))
+
+
+def settings_of_run(
+    folder: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] = ()
+) -> Settings:
+    """Read the settings that a run was started with, and override some.
+
+    Args:
+        folder: of the run.
+        overrides: ``key=value``.
+        allow: packages, or ``package.module:callable``, whose code the folder may name.
+
+    Raises:
+        SettingsError: it is not a run folder, an override would change its numbers, or it names
+            code that nobody allowed.
+    """
+    saved = _saved_settings(folder)
+    settings = load_settings(folder / SETTINGS_FILE, overrides, allow=allow)
+    check_same_run(saved, settings)
+    return settings
+
+
+def _saved_settings(folder: Path) -> Settings:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise SettingsError(
+            f"{str(folder)!r} is not the folder of a run: it has no {SETTINGS_FILE}"
+        )
+    try:
+        return read_settings(path)
+    except SettingsError as error:
+        # Whoever resumes has not written it, and looks for the mistake in the command.
+        raise SettingsError(f"{path}: {error}") from None
+
+
+def _finished_result(folder: Path, settings: Settings) -> RunResult:
+    result = read_result(folder, rows=True)
+    return run_result(
+        settings,
+        folder,
+        read_history(folder),
+        digest=result.get("weights_sha256"),
+        backends=result.get("backends", {}),
+    )
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind where the block fails: nothing was run there."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [SETTINGS_FILE]:
+                (folder / SETTINGS_FILE).unlink()
+            folder.rmdir()
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+        raise
+
+
+def run_result(
+    settings: Settings,
+    folder: Path,
+    history: History,
+    *,
+    status: str = "finished",
+    digest: str | None = None,
+    backends: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> RunResult:
+    """Gather what a run measured."""
+    seconds = math.fsum(row["seconds"] for row in history.federation)
+    return RunResult(settings, folder, status, digest, history, seconds, backends)
+
+
+def _digest(grid: CohortGrid[Any], settings: Settings) -> str:
+    clients = range(settings.clients.count)
+    return weights_digest(
+        # Who has not trained has the weights that the seed gives it; no need to make them.
+        initial_model_seed(settings.seed, client) if state is None else state
+        for client, state in zip(clients, grid.client_states(clients), strict=True)
+    )

@@ -1,0 +1,306 @@
+"""`compare`: arms x paired seeds, each a run; what is done already is not done again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkd.names import nearest
+from sim.commands.arms import Study, difference_notes, study_of
+from sim.commands.running import load_data, open_session, run
+from sim.engine.resources import check_engine
+from sim.keeping.identity import fingerprint
+from sim.keeping.provenance import Place, Provenance, notes_on, place_run, provenance_of
+from sim.keeping.records import (
+    SETTINGS_FILE,
+    is_finished,
+    make_folder,
+    only_one,
+    to_json,
+    write_text,
+)
+from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
+from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
+from sim.server.observers import Observer, Row
+from sim.settings import Settings, SettingsError, check_seeds
+from strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from sim.engine.session import RaySession
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """What a study leaves behind.
+
+    Attributes:
+        folder: holds the arms' runs, ``study.json``, ``report.html`` and ``figures/``.
+        report: path of the report.
+        runs: the runs of each arm, by seed.
+        baseline: the arm that the others are compared with.
+        notes: what a reader of the table has to know, a sentence each: what arms differ in, arms
+            that are equal, runs that were kept and made anew or taken as they are, models that
+            arms did not train alike.
+        differs: each setting that arms differ in, with its value in every arm that has it.
+    """
+
+    folder: Path
+    report: Path
+    runs: Mapping[str, Sequence[RunRecord]]
+    baseline: str
+    notes: Sequence[str] = ()
+    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_row(self) -> Row:
+        """Return the table as plain values."""
+        return {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "baseline": self.baseline,
+            "arms": summary_rows(self.runs, self.baseline),
+            "pairs": pair_rows(self.runs),
+            "verdicts": list(verdicts(self.runs, self.baseline)),
+            "notes": list(self.notes),
+            "differs": {path: dict(values) for path, values in self.differs.items()},
+            "weights_sha256": {
+                arm: [record.result.get("weights_sha256") for record in records]
+                for arm, records in self.runs.items()
+            },
+        }
+
+
+def baseline_arm(
+    settings: Settings, arms: Mapping[str, object], baseline: str | None = None
+) -> str:
+    """Return the arm that the others are compared with.
+
+    Args:
+        settings: ``study.baseline`` counts where none is asked for and it is among the arms.
+        arms: that are compared, in their order; the first is the default.
+        baseline: the arm asked for.
+
+    Raises:
+        SettingsError: if it is none of the arms; or if ``study.baseline`` names no arm at all.
+    """
+    wanted = baseline if baseline is not None else settings.study.baseline
+    if wanted is None or wanted in arms:
+        return wanted or next(iter(arms))
+    left_out = baseline is None and (wanted in settings.study.arms or wanted in STRATEGIES)
+    if left_out:
+        # The file's question is about arms that this study is not.
+        return next(iter(arms))
+    key = "study.baseline" if baseline is None else "baseline"
+    raise SettingsError(
+        f"{key} must be one of the arms ({', '.join(arms)}), got {wanted!r}{nearest(wanted, arms)}"
+    )
+
+
+def compare(
+    settings: Settings | Study | None = None,
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: int | None = None,
+    baseline: str | None = None,
+    accept_code: bool = False,
+    observer_of: Callable[[str, int], Sequence[Observer]] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> StudyResult:
+    """Run every arm with every seed and report on them.
+
+    Seeds are paired: with one seed, all arms have the same split and the same initial weights
+    for each client, so that differences between arms are differences of the algorithms.
+
+    A finished run is taken again only where settings, data, code and libraries are what they were;
+    else it is kept, and run anew beside it.
+
+    Args:
+        settings: common settings and ``study``; or a study that was read, whose arms are settled.
+        arms: which arms, in the order of the table.
+        seeds: how many seeds, from ``settings.seed`` on; ``study.seeds`` by default.
+        baseline: the arm that the others are compared with; ``study.baseline`` by default, where it
+            is one of the arms, and else the first.
+        accept_code: take runs whose code or libraries have changed since as they are, and go on
+            with them; never with other data.
+        observer_of: returns who is told about the run of an arm and a seed; called for runs
+            that are started, not for those that are finished already.
+        tell: is told, before anything runs, what the notes say about arms and earlier runs.
+
+    Returns:
+        The runs and the path of the report.
+
+    Raises:
+        SettingsError: before anything runs, names the setting that cannot work.
+        KeyboardInterrupt: the next call goes on where this one stopped, in the middle of a run.
+    """
+    study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
+    settings, by_arm = study.settings, study.arms
+    count = seeds if seeds is not None else settings.study.seeds
+    check_seeds(settings.seed, count)
+    baseline = baseline_arm(settings, by_arm, baseline)
+    check_engine(settings.engine)
+    folder = make_folder(settings.output, settings.output / settings.name)
+    plan = {
+        arm: [of_arm.model_copy(update={"seed": settings.seed + offset}) for offset in range(count)]
+        for arm, of_arm in by_arm.items()
+    }
+    folders, notes = _place_runs(folder, plan, accept_code=accept_code)
+    for note in [*study.remarks, *study.notes, *notes]:
+        (tell or _ignore)(note)
+    unfinished = [
+        (arm, of_run, run_folder)
+        # Seed by seed, so that a study that is cut short has whole pairs.
+        for offset in range(count)
+        for arm in plan
+        for of_run, run_folder in [(plan[arm][offset], folders[arm][offset])]
+        if not is_finished(run_folder)
+    ]
+    _run_all(unfinished, observer_of, accept_code=accept_code)
+    runs = {
+        arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
+    }
+    notes = [*study.notes, *difference_notes(study.differs), *notes, *backend_notes(runs)]
+    # Two commands may end at once; each finds the other's report whole.
+    with only_one(folder):
+        place = report_folder(folder, folders, baseline)
+        table = {
+            "name": settings.name,
+            "baseline": baseline,
+            "arms": {
+                arm: [os.path.relpath(run_folder, place) for run_folder in of_arm]
+                for arm, of_arm in folders.items()
+            },
+            "differs": study.differs,
+            "notes": notes,
+        }
+        write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")
+        report = write_report(runs, place, title=settings.name, baseline=baseline)
+    return StudyResult(
+        folder=place,
+        report=report,
+        runs=runs,
+        baseline=baseline,
+        notes=notes,
+        differs=study.differs,
+    )
+
+
+def _ignore(_note: str) -> None:
+    """Tell nobody."""
+
+
+def _place_runs(
+    folder: Path, plan: Mapping[str, Sequence[Settings]], *, accept_code: bool
+) -> tuple[dict[str, list[Path]], list[str]]:
+    """Find or name the folder of every run, and say which earlier ones do not count and why."""
+    folders: dict[str, list[Path]] = {}
+    places: dict[str, Place] = {}
+    made_of: dict[str, Provenance] = {}
+    for arm, of_arm in plan.items():
+        folders[arm] = []
+        for settings in of_arm:
+            of_all_seeds = fingerprint(settings.model_copy(update={"seed": 0}))
+            if of_all_seeds not in made_of:
+                made_of[of_all_seeds] = provenance_of(settings)
+            named = folder / arm / f"seed-{settings.seed}-{fingerprint(settings)[:8]}"
+            place = place_run(
+                named, made_of[of_all_seeds], accept_code=accept_code, begun=_is_begun
+            )
+            folders[arm].append(place.folder)
+            places[f"{arm} seed {settings.seed}"] = place
+    return folders, notes_on(places)
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / SETTINGS_FILE).is_file()
+
+
+def backend_notes(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """Say which models the arms did not train with one backend, whose last bits differ."""
+    used: dict[str, dict[str, list[str]]] = {}
+    for arm, of_arm in runs.items():
+        for record in of_arm:
+            for model, backends in record.backends.items():
+                by = used.setdefault(model, {}).setdefault(" and ".join(backends), [])
+                if arm not in by:
+                    by.append(arm)
+    return [
+        f"{model} was trained by "
+        + "; by ".join(f"{backends} in {', '.join(arms)}" for backends, arms in by.items())
+        + ": they differ by rounding as well; engine.vectorize=loop or vmap trains all alike"
+        for model, by in used.items()
+        if len(by) > 1
+    ]
+
+
+def report_folder(folder: Path, runs: Mapping[str, Sequence[Path]], baseline: str) -> Path:
+    """Return where the report on these runs belongs, so that it replaces no report on others.
+
+    A report is replaced by one that holds all its runs and has its baseline: more seeds of the
+    same study, or more arms, go where it was. Any other goes into a folder of its own inside.
+    """
+    mine = {arm: {run.name for run in of_arm} for arm, of_arm in runs.items()}
+    text = json.dumps([baseline, {arm: sorted(of_arm) for arm, of_arm in mine.items()}])
+    own = f"{REPORT_OF}{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    for place in (folder, *sorted(folder.glob(f"{REPORT_OF}*"))):
+        theirs = _reported(place)
+        if theirs is None and place == folder:
+            return folder
+        if theirs is not None and _holds((baseline, mine), theirs):
+            return place
+    return make_folder(folder, folder / own)
+
+
+Reported = tuple[str, Mapping[str, set[str]]]
+"""A report's baseline, and the runs that it is on, by arm."""
+
+
+def _reported(place: Path) -> Reported | None:
+    """Return what the report in a folder is on; None where there is no report."""
+    try:
+        table = json.loads((place / STUDY_FILE).read_text(encoding="utf-8"))
+        arms = {str(arm): {Path(run).name for run in runs} for arm, runs in table["arms"].items()}
+        return str(table["baseline"]), arms
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _holds(mine: Reported, theirs: Reported) -> bool:
+    (baseline, runs), (other, their_runs) = mine, theirs
+    return baseline == other and all(
+        of_arm <= runs.get(arm, set()) for arm, of_arm in their_runs.items()
+    )
+
+
+def _run_all(
+    runs: Sequence[tuple[str, Settings, Path]],
+    observer_of: Callable[[str, int], Sequence[Observer]] | None,
+    *,
+    accept_code: bool,
+) -> None:
+    # What cannot work should fail before the first run, not before the last.
+    checked: set[str] = set()
+    for _, settings, _ in runs:
+        key = fingerprint(settings.model_copy(update={"seed": 0}))
+        if key not in checked:
+            load_data(settings)
+            checked.add(key)
+    session: RaySession | None = None
+    try:
+        for arm, settings, folder in runs:
+            if settings.engine.backend == "ray" and session is None:
+                session = open_session(settings.engine)
+            make_folder(settings.output, folder)
+            run(
+                settings,
+                folder=folder,
+                resume=folder if _is_begun(folder) else None,
+                accept_code=accept_code,
+                observers=observer_of(arm, settings.seed) if observer_of is not None else (),
+                session=session,
+            )
+    finally:
+        if session is not None:
+            session.close()

@@ -1,0 +1,609 @@
+"""A run's folder: settings, environment, metrics, exchange and events, readable at any moment."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+import subprocess
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sim.server.observers import Observer, Row
+from sim.settings import Settings, SettingsError
+
+SETTINGS_FILE = "settings.yaml"
+METRICS_FILE = "metrics.jsonl"
+EXCHANGE_FILE = "exchange.jsonl"
+EVENTS_FILE = "events.jsonl"
+RESULT_FILE = "result.json"
+ENVIRONMENT_FILE = "environment.json"
+IDENTITY_FILE = "identity.json"
+LOCK_FILE = ".lock"
+ROW_FILES = (METRICS_FILE, EXCHANGE_FILE, EVENTS_FILE)
+
+Marks = dict[str, dict[str, Any]]
+"""For each file of rows, how long it was at some moment and what the SHA-256 of that was."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a run folder holds a finished run, with its result as it was written."""
+    try:
+        return read_result(folder).get("status") == "finished"
+    except DamagedFileError:
+        return False
+
+
+def read_result(folder: Path, *, rows: bool = False) -> Row:
+    """Return what a run ended with; empty where it has not ended.
+
+    Args:
+        folder: of the run.
+        rows: whether the files of rows have to be what they were then.
+
+    Raises:
+        DamagedFileError: names the file that is not as it was written.
+    """
+    path = folder / RESULT_FILE
+    try:
+        row = json.loads(path.read_bytes())
+        if not isinstance(row, dict) or row != sealed(unsealed := _without_seal(row)):
+            raise ValueError("it does not fit its own SHA-256")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFileError(path, error) from None
+    for name, mark in unsealed.pop(_FILES, {}).items() if rows else ():
+        if not _fits(folder / name, mark):
+            raise DamagedFileError(folder / name, "it is not what the run wrote")
+    unsealed.pop(_FILES, None)
+    return unsealed
+
+
+_SEAL = "sha256"
+_FILES = "files"
+
+
+def sealed(row: Row) -> Row:
+    """Return a row with its own SHA-256: nothing in it changes unseen."""
+    text = json.dumps(row, sort_keys=True)
+    return {**row, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _without_seal(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != _SEAL}
+
+
+def _fits(path: Path, mark: Any) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return bool(mark == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+
+
+class StorageError(RuntimeError):
+    """The run folder cannot be written; what is in it already is whole."""
+
+
+class DamagedFileError(ValueError):
+    """A file of a run that is not as it was written.
+
+    Attributes:
+        path: of the file.
+        reason: what is wrong with it, and where.
+    """
+
+    def __init__(self, path: Path, reason: object) -> None:
+        self.path = path
+        self.reason = " ".join(str(reason).split())[:200]
+        super().__init__(f"{path} is damaged: {self.reason}")
+
+
+class FolderBusyError(RuntimeError):
+    """Another process is writing into the run folder."""
+
+
+@contextmanager
+def storing(folder: Path, *, goes_on: str | None = None) -> Iterator[None]:
+    """Turn what the file system refuses inside the block into a `StorageError`.
+
+    Args:
+        folder: of the run.
+        goes_on: what to do when it can be written again; None: resume the federated run.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; what is there "
+            "is whole, so when it can be written again: "
+            f"{goes_on or f'fedkd run --resume {folder}'}"
+        ) from error
+
+
+def to_json(row: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Write a row as strict JSON: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(row), indent=indent, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a JSON-lines file; a last line that was cut off by a crash is left out."""
+    return list(iterate_rows(path))
+
+
+def iterate_rows(
+    path: Path, row_of: Callable[[str, bytes], Row | None] | None = None
+) -> Iterator[Row]:
+    """Read a JSON-lines file row by row; see `read_rows`.
+
+    Args:
+        path: of the file.
+        row_of: returns the row in a line of a file of some name, or None if it is none; by
+            default every table is a row. `federated_row` asks for what a federated run writes.
+
+    Raises:
+        DamagedFileError: names the line that is no row.
+    """
+    read = row_of or _table
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            row = read(path.name, line)
+            if row is None:
+                raise DamagedFileError(path, f"line {number} is no row of {path.name}")
+            yield row
+
+
+def _table(_: str, line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+_NUMBERS = {
+    METRICS_FILE: ("round",),
+    EXCHANGE_FILE: ("round", "client", "bytes"),
+    EVENTS_FILE: ("round",),
+}
+"""What is a whole number >= 0 in every row of a file of a federated run."""
+
+_TEXTS = {METRICS_FILE: "scope", EXCHANGE_FILE: "direction", EVENTS_FILE: "event"}
+"""What every row of these files says of itself."""
+
+
+def federated_row(name: str, line: bytes) -> Row | None:
+    """Return the row in a line of one of a federated run's files, or None if there is none."""
+    row = _table(name, line)
+    if row is None or not isinstance(row.get(_TEXTS[name]), str):
+        return None
+    numbers = [row.get(key) for key in _NUMBERS[name]]
+    if row.get("scope") == "client":
+        numbers.append(row.get("client"))
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return None
+    if row.get("scope") == "federation" and not isinstance(row.get("seconds"), int | float):
+        return None
+    # Measured is nothing but numbers; null stands for one that is not finite.
+    measured = row.items() if name == METRICS_FILE else ()
+    if not all(key == "scope" or isinstance(value, int | float | None) for key, value in measured):
+        return None
+    return row
+
+
+def new_run_folder(output: Path, name: str, settings: str) -> Path:
+    """Make ``output/name/<time>-<id>`` with the settings in it: a run that can be resumed.
+
+    Args:
+        output: the folder of all runs.
+        name: of this run, and of others.
+        settings: the resolved settings as YAML.
+
+    Raises:
+        SettingsError: names ``output`` if nothing can be written there.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = output / name / f"{stamp}-{secrets.token_hex(3)}"
+    # Killed in between, a process leaves nothing that looks like a run and is none.
+    partial = make_folder(output, folder.with_name(f".{folder.name}.partial"))
+    with storing(folder, goes_on="repeat the command"):
+        write_text(partial / SETTINGS_FILE, settings)
+        os.rename(partial, folder)
+    return folder
+
+
+def make_folder(output: Path, folder: Path) -> Path:
+    """Make a folder inside ``output`` and return it.
+
+    Raises:
+        SettingsError: if nothing can be written there, or the folder would lie outside.
+    """
+    if not folder.resolve().is_relative_to(output.resolve()):
+        raise SettingsError(f"output: {folder} lies outside {output}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"output: cannot write to {str(output)!r}: {error.strerror or error}"
+        ) from None
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader never sees half of it."""
+    # A name of its own: two commands may write one study.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that can decide a run's bits."""
+    packages = ("fedkd", "flwr", "ray", "torch", "numpy", "scikit-learn", "datasets")
+    return {package: version(package) for package in packages}
+
+
+def environment(device: str) -> Row:
+    """Describe what the run ran on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpu": cpu_model(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "packages": package_versions(),
+        "git_commit": git_commit(Path(__file__).resolve().parents[2]),
+    }
+
+
+def cpu_model() -> str | None:
+    """Return what the processor is called, on which the last bits of a sum can depend."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return _answer("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
+    lines = [line.partition(":") for line in text.splitlines()]
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    # Not every architecture has a name there; on ARM these numbers stand for it.
+    parts = [f"{key} {told[key]}" for key in ("CPU implementer", "CPU part") if key in told]
+    return told.get("model name") or ", ".join(parts) or platform.processor() or None
+
+
+CODE = ("fedkd", "strategies", "sim")
+"""The folders whose changes matter to a run's numbers."""
+
+
+def git_commit(root: Path) -> str | None:
+    """Return the commit of a working tree, with ``-dirty`` where the code is not that commit's.
+
+    Files that git does not know count as well; None where there is no repository.
+    """
+    if not (root / ".git").exists():
+        return None
+    commit = _answer("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = _answer("git", "-C", str(root), "status", "--porcelain", "--", *CODE)
+    if commit is None or changed is None:
+        return commit
+    return f"{commit}-dirty" if changed else commit
+
+
+def _answer(*command: str) -> str | None:
+    try:
+        answer = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+class Recorder:
+    """A folder that rows are written into as they come; each is in its file when the call returns.
+
+    Only one process at a time can have a folder open.
+
+    Args:
+        folder: exists already.
+        settings: the resolved settings as YAML.
+        device: that the run computes on.
+        files: names of the files that grow by rows.
+        identity: what the run is made of; None leaves what is recorded.
+        goes_on: what to do after a `StorageError`, see `storing`.
+
+    Raises:
+        FolderBusyError: names the process that has it.
+        StorageError: if it cannot be written, now or by any method.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        settings: str,
+        device: str,
+        files: Sequence[str],
+        identity: Row | None = None,
+        goes_on: str | None = None,
+    ) -> None:
+        self.folder = folder
+        self._goes_on = goes_on
+        with storing(folder, goes_on=goes_on):
+            self._lock = _lock(folder)
+            try:
+                if identity is not None:
+                    # First: a run that can be gone on with says what it is made of.
+                    write_text(folder / IDENTITY_FILE, to_json(identity, indent=1) + "\n")
+                write_text(folder / SETTINGS_FILE, settings)
+                if not (folder / ENVIRONMENT_FILE).exists():
+                    text = to_json(environment(device), indent=2)
+                    write_text(folder / ENVIRONMENT_FILE, text)
+                self._files = {name: _RowFile(folder / name) for name in files}
+            except BaseException:
+                os.close(self._lock)
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        os.close(self._lock)
+
+    def append(self, name: str, rows: Iterable[Row]) -> None:
+        """Append rows to one of the files."""
+        with storing(self.folder / name, goes_on=self._goes_on):
+            self._files[name].append("".join(to_json(row) + "\n" for row in rows).encode())
+
+    def result(self, row: Row) -> None:
+        """Write the run's result, sealed with what the rows are then.
+
+        Its presence means that the run has ended.
+        """
+        marks = {name: file.mark() for name, file in self._files.items()}
+        # As it is read again: JSON has no NaN, and no keys but texts.
+        plain = json.loads(to_json({**row, _FILES: marks}))
+        with storing(self.folder, goes_on=self._goes_on):
+            write_text(self.folder / RESULT_FILE, json.dumps(sealed(plain), indent=2) + "\n")
+
+
+class RunFolder(Recorder, Observer):
+    """The folder of a federated run."""
+
+    def __init__(self, folder: Path, settings: Settings, identity: Row | None = None) -> None:
+        self.marks: Marks = {}
+        super().__init__(
+            folder,
+            settings=settings.to_yaml(),
+            device="cuda" if settings.engine.gpus_per_worker else "cpu",
+            files=ROW_FILES,
+            identity=identity,
+        )
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        """Append rows of (round, scope, ...)."""
+        self.append(METRICS_FILE, rows)
+
+    def exchange(self, rows: Sequence[Row]) -> None:
+        """Append rows of (round, client, direction, kind, bytes)."""
+        self.append(EXCHANGE_FILE, rows)
+
+    def event(self, row: Row) -> None:
+        """Append one event."""
+        self.append(EVENTS_FILE, [row])
+
+    def completed(self, round: int) -> None:
+        """Note where the files stand at the end of a round; see `rewind`."""
+        self.marks = {name: file.mark() for name, file in self._files.items()}
+
+    def sync(self) -> None:
+        """Force all rows onto the disk."""
+        with storing(self.folder):
+            for file in self._files.values():
+                file.sync()
+
+    def reason_not_to_rewind(self, marks: Marks) -> str | None:
+        """Return why the files cannot be what they were at some moment, or None if they can."""
+        for name, file in self._files.items():
+            if not file.begins_with(marks[name]):
+                return f"it was written beside another {name}, which was damaged since"
+        return None
+
+    def mend(self, marks: Marks, round: int) -> list[str]:
+        """Make the best of files that were damaged: what is left of the rounds until ``round``.
+
+        Returns:
+            For each damaged file what was lost; it is kept beside the mended one. ``marks`` then
+            fit the files.
+        """
+        told = []
+        with storing(self.folder):
+            for name, file in self._files.items():
+                if file.begins_with(marks[name]):
+                    continue
+                kept, lost = _rows_left(name, (self.folder / name).read_bytes(), round)
+                damaged = file.replace(kept)
+                marks[name] = file.mark()
+                told.append(
+                    f"{name} is not what was written until round {round}: {lost}; it is "
+                    f"kept as {damaged.name}"
+                )
+        return told
+
+    def rewind(self, marks: Marks | None) -> None:
+        """Cut the files back to what they were; None empties them. The run has not ended."""
+        with storing(self.folder):
+            for name, file in self._files.items():
+                file.cut(0 if marks is None else marks[name]["bytes"])
+            (self.folder / RESULT_FILE).unlink(missing_ok=True)
+        self.marks = {} if marks is None else marks
+
+
+def _rows_left(name: str, content: bytes, round: int) -> tuple[bytes, str]:
+    """Return the lines that are rows of the rounds until ``round``, and what else there was."""
+    kept: list[tuple[int, Row, bytes]] = []
+    unreadable: list[int] = []
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        row = federated_row(name, line) if line.endswith(b"\n") else None
+        if row is None:
+            unreadable.append(number)
+            continue
+        if row["round"] > round:
+            continue
+        kept.append((number, row, line))
+    federation = [
+        (row["round"], number) for number, row, _ in kept if row.get("scope") == "federation"
+    ]
+    in_order = _longest_rise(federation)
+    odd = {number for _, number in federation} - {number for _, number in in_order}
+    unreadable = sorted({*unreadable, *odd})
+    rounds = {of_round for of_round, _ in in_order}
+    lost = []
+    if unreadable:
+        some = ", ".join(map(str, unreadable[:10])) + (", ..." if len(unreadable) > 10 else "")
+        lost.append(f"line{'s' if len(unreadable) > 1 else ''} {some} left out")
+    if name == METRICS_FILE:
+        missing = sorted(set(range(1, round + 1)) - rounds)
+        if missing:
+            some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            lost.append(
+                f"no figures of the whole federation in round{'s'[: len(missing) - 1]} {some}"
+            )
+    content = b"".join(line for number, _, line in kept if number not in odd)
+    return content, "; ".join(lost) or "every line is a row, but not all numbers are right"
+
+
+def _longest_rise(items: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return as many (round, line) as can be, in their order, whose rounds rise."""
+    ends: list[int] = []
+    rises: list[list[tuple[int, int]]] = []
+    for item in items:
+        place = bisect_left(ends, item[0])
+        rise = [*(rises[place - 1] if place else ()), item]
+        ends[place : place + 1] = [item[0]]
+        rises[place : place + 1] = [rise]
+    return rises[-1] if rises else []
+
+
+class _RowFile:
+    """A file that grows, knows its own SHA-256, and can be cut back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = self._open()
+        self._size, self._digest = self._read(None)
+
+    def append(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        self._size += len(content)
+        self._digest.update(content)
+
+    def mark(self) -> dict[str, Any]:
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def replace(self, content: bytes) -> Path:
+        """Start anew with other content; return where the old file is now."""
+        number = 1
+        while (old := self._path.with_name(f"{self._path.name}.damaged-{number}")).exists():
+            number += 1
+        os.close(self._descriptor)
+        os.rename(self._path, old)
+        self._descriptor = self._open()
+        self._size, self._digest = 0, hashlib.sha256()
+        self.append(content)
+        return old
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def begins_with(self, mark: Mapping[str, Any]) -> bool:
+        size, digest = self._read(mark["bytes"])
+        return (size, digest.hexdigest()) == (mark["bytes"], mark["sha256"])
+
+    def cut(self, size: int) -> None:
+        os.ftruncate(self._descriptor, size)
+        self._size, self._digest = self._read(None)
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, limit: int | None) -> "tuple[int, hashlib._Hash]":
+        """Return size and SHA-256 of the first ``limit`` bytes, or of all."""
+        digest = hashlib.sha256()
+        size = 0
+        with self._path.open("rb") as file:
+            while block := file.read(2**20 if limit is None else min(2**20, limit - size)):
+                digest.update(block)
+                size += len(block)
+        return size, digest
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the folder; nobody else gets in."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a run folder for this process and return the lock; it ends with the process."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode().strip() or "unknown"
+        os.close(descriptor)
+        raise FolderBusyError(
+            f"run folder {folder} is in use by process {holder}; wait for it or stop it first"
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,71 @@
+"""What a run's rounds measured, as far as the end of the run needs it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sim.server.observers import Row
+
+
+@dataclass
+class History:
+    """What a run's rounds measured; grows by a row a round, whatever the number of clients.
+
+    The rows of every round and client are in the run folder.
+
+    Attributes:
+        federation: a row for each round.
+        clients: each client's row of the last round in which it was judged.
+        server: the last row of the server's model, where there is one.
+        bytes_up, bytes_down: totals by client.
+    """
+
+    federation: list[Row] = field(default_factory=list)
+    clients: dict[int, Row] = field(default_factory=dict)
+    server: Row | None = None
+    bytes_up: dict[int, int] = field(default_factory=dict)
+    bytes_down: dict[int, int] = field(default_factory=dict)
+
+    def add_metrics(self, rows: Iterable[Row]) -> None:
+        """Take in rows of ``metrics.jsonl``."""
+        for row in rows:
+            match row["scope"]:
+                case "federation":
+                    self.federation.append(row)
+                case "client" if "accuracy" in row:
+                    self.clients[row["client"]] = row
+                case "server":
+                    self.server = row
+
+    def add_exchange(self, rows: Iterable[Row]) -> None:
+        """Take in rows of ``exchange.jsonl``."""
+        for row in rows:
+            totals = self.bytes_up if row["direction"] == "up" else self.bytes_down
+            totals[row["client"]] = totals.get(row["client"], 0) + row["bytes"]
+
+
+def selected_round(history: History) -> Row:
+    """Return the federation's row of the round with the best mean validation accuracy.
+
+    The earliest of equals; the test split has no say in it.
+    """
+    judged = [row for row in history.federation if row.get("validation_accuracy") is not None]
+    if not judged:
+        return {}
+    best = int(np.argmax([row["validation_accuracy"] for row in judged]))
+    return judged[best]
+
+
+def summary(history: History, num_clients: int) -> dict[str, Any]:
+    """Return the last round, the selected round, each client's last row and bytes by client."""
+    judged = [row for row in history.federation if "accuracy" in row]
+    return {
+        "last": judged[-1] if judged else {},
+        "selected": selected_round(history),
+        "clients": [row for _, row in sorted(history.clients.items())],
+        "server": history.server,
+        "bytes_up": [history.bytes_up.get(client, 0) for client in range(num_clients)],
+        "bytes_down": [history.bytes_down.get(client, 0) for client in range(num_clients)],
+    }

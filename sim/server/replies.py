@@ -1,0 +1,198 @@
+"""A round's replies as the aggregator sees them: validated uploads, one after the other."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+
+from fedkd.metrics.diversity import VoteCounter
+from sim.server.observers import Row
+from sim.server.validation import Expected, RejectedReplyError, valid_answer
+from sim.settings import EngineSettings
+from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
+from strategies.plan import RoundPlan
+
+Ask = Callable[[Sequence[int], int], Iterator[tuple[int, Message]]]
+"""Asks clients, the so many-th time in this round, and yields (client, reply) in client order."""
+
+
+class QuorumError(RuntimeError):
+    """Too few clients gave a usable answer to a round, or too few could be judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """How many of those who are asked have to answer, and what is done where fewer do.
+
+    Attributes:
+        round: 1-based.
+        asked: how many clients.
+        what: what a client is counted for, such as ``gave a usable answer``.
+        engine: says how many, and what to do below.
+    """
+
+    round: int
+    asked: int
+    what: str
+    engine: EngineSettings
+
+    def attempts(self) -> range:
+        """Return the numbers of the attempts: who fails is asked so often."""
+        retried = self.engine.below_quorum == "retry"
+        return range(1, 2 + (self.engine.round_retries if retried else 0))
+
+    def is_reached(self, count: int) -> bool:
+        """Tell whether so many are enough."""
+        return count >= self.engine.quorum * self.asked
+
+    def retry(self, count: int, attempt: int) -> Row:
+        """Return the event of asking the others again."""
+        return {
+            "round": self.round,
+            "event": "round retried",
+            "attempt": attempt,
+            "reason": f"{count} of {self.asked} clients {self.what}; "
+            f"asking {self.asked - count} again",
+        }
+
+    def error(self, count: int, reasons: Mapping[int, str]) -> QuorumError:
+        """Return the error of a count below the quorum, with the first clients' reasons."""
+        told = "; ".join(
+            f"client {client}: {_last_line(reason)}" for client, reason in list(reasons.items())[:3]
+        )
+        return QuorumError(
+            f"round {self.round}: {count} of {self.asked} clients {self.what}, "
+            f"engine.quorum = {self.engine.quorum:g} asks for more ({told or 'no answer'})"
+        )
+
+
+class Replies:
+    """Iterating asks the clients of a round and yields their uploads.
+
+    Aggregation so overlaps with training; what else the replies say is noted in passing. Where
+    fewer answers are usable than the quorum asks for and ``engine.below_quorum`` is ``retry``,
+    those who failed are asked again, and their uploads come last, in client order.
+
+    Args:
+        plan: the round.
+        clients: who is asked, sorted.
+        broadcast: what they receive.
+        ask: asks them.
+        expected: returns what a client has to answer.
+        num_examples: private rows of each client.
+        engine: says what to do below the quorum.
+        event: is told of each reply that is left out.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: RoundPlan,
+        clients: Sequence[int],
+        broadcast: Broadcast,
+        ask: Ask,
+        expected: Callable[[int], Expected],
+        num_examples: Sequence[int],
+        engine: EngineSettings,
+        event: Callable[[Row], None],
+    ) -> None:
+        self._plan = plan
+        self._clients = clients
+        self._broadcast = broadcast
+        self._expected = expected
+        self._num_examples = num_examples
+        self._quorum = Quorum(plan.round, len(clients), "gave a usable answer", engine)
+        self._event = event
+        self._votes: VoteCounter | None = None
+        self._uploads = self._all_uploads(ask)
+        self.rejected: dict[int, str] = {}
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.exchanged: list[Row] = []
+
+    def __iter__(self) -> Iterator[ClientUpload]:
+        return self._uploads
+
+    def drain(self) -> None:
+        """Take in what the aggregator did not ask for.
+
+        Raises:
+            QuorumError: too few answers are usable. An aggregator that takes in everything
+                meets it there.
+        """
+        for _ in self._uploads:
+            pass
+
+    @property
+    def valid(self) -> int:
+        """Clients that gave a usable answer so far."""
+        return len(self.metrics)
+
+    def disagreement(self) -> float | None:
+        """Return how often two peers' top classes differ on public rows, in [0, 1]."""
+        return None if self._votes is None else self._votes.disagreement()
+
+    def _all_uploads(self, ask: Ask) -> Iterator[ClientUpload]:
+        clients = self._clients
+        for attempt in self._quorum.attempts():
+            if attempt > 1:
+                self._event(self._quorum.retry(self.valid, attempt))
+            yield from self._read(ask(clients, attempt))
+            if self._quorum.is_reached(self.valid):
+                return
+            clients = [client for client in clients if client not in self.metrics]
+        raise self._quorum.error(self.valid, self.rejected)
+
+    def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[ClientUpload]:
+        for client, message in messages:
+            received = self._broadcast.to(client)
+            unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
+            if received is not None and not unreached:
+                self._count(client, "down", received)
+            try:
+                reply = valid_answer(message, self._expected(client), again=client in self.metrics)
+            except RejectedReplyError as error:
+                if error.knowledge is not None:
+                    self._count(client, "up", error.knowledge)
+                self._reject(client, error.told)
+                continue
+            self.metrics[client] = reply.metrics
+            self.rejected.pop(client, None)
+            if reply.knowledge is not None:
+                self._count(client, "up", reply.knowledge)
+                self._vote(reply.knowledge)
+                yield ClientUpload(client, reply.knowledge, self._num_examples[client])
+
+    def _vote(self, knowledge: Knowledge) -> None:
+        if isinstance(knowledge, Predictions):
+            values = knowledge.values
+            if self._votes is None:
+                self._votes = VoteCounter(*values.shape)
+            self._votes.add(values.argmax(-1))
+
+    def _reject(self, client: int, reason: str) -> None:
+        self.rejected[client] = reason
+        self._event(
+            {
+                "round": self._plan.round,
+                "client": client,
+                "event": "rejected",
+                "reason": reason,
+            }
+        )
+
+    def _count(self, client: int, direction: str, knowledge: Knowledge) -> None:
+        self.exchanged.append(
+            {
+                "round": self._plan.round,
+                "client": client,
+                "direction": direction,
+                "kind": knowledge.kind,
+                "bytes": knowledge.payload_bytes,
+            }
+        )
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""

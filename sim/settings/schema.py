@@ -1,0 +1,340 @@
+"""Settings of a run: YAML and ``key=value`` text turned once into frozen, checked objects.
+
+Below this line code takes typed objects or plain values, never a table of text.
+"""
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
+
+from fedkd.bounds import (
+    LAST_SEED,
+    Count,
+    CountOrZero,
+    Few,
+    PathText,
+    PositiveShare,
+    Real,
+    Rows,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    shown,
+)
+from fedkd.data import DataSettings
+from fedkd.models import ModelSettings
+from fedkd.names import check_name, nearest
+from fedkd.training import OptimizerSettings, Passes
+from sim.adversity.faults import PROCESS_FAULTS, FaultRule
+from sim.settings.tables import yaml_text
+from strategies import STRATEGIES
+from strategies.base import StrategySettings
+
+if TYPE_CHECKING:
+    # A federated run, and every worker of it, does without the library of distillation.
+    pass
+
+MOST_SEEDS = 1000
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work; the text is one readable line that names it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LocalSettings(_Section):
+    """How long a client trains on its private rows in a round (``clients.local``)."""
+
+    epochs: CountOrZero = Field(5, description="passes over the private rows")
+    steps: Count | None = Field(
+        None, description="optimizer steps instead of epochs; 1 exchanges at every step"
+    )
+
+
+class ClientsSettings(_Section):
+    """Who takes part and how they learn (``clients``)."""
+
+    count: Whole = Field(10, ge=1, le=100_000, description="registered clients")
+    participation: PositiveShare = Field(1.0, description="fraction drawn each round")
+    participants: Count | None = Field(None, description="number drawn each round instead")
+    models: tuple[ModelSettings, ...] = Field(
+        tuple(ModelSettings(name=name) for name in ("mlp", "cnn", "gru", "transformer")),
+        max_length=1000,
+        description="dealt out in turn: client i gets models[i % len(models)]",
+    )
+    batch_size: Count = Field(
+        32,
+        description="private rows in a step; a lone last row of a pass joins the batch before it",
+    )
+    optimizer: OptimizerSettings = OptimizerSettings()
+    local: LocalSettings = LocalSettings()
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _one_model_or_many(cls, value: object) -> object:
+        if value in ([], ()):
+            raise ValueError("need at least one model, got none")
+        if isinstance(value, str) and "," in value:
+            raise ValueError(f"several models are a list: clients.models=[{value}], got {value!r}")
+        return [value] if isinstance(value, str | dict) else value
+
+    @model_validator(mode="after")
+    def _participants_exist(self) -> "ClientsSettings":
+        if self.participants is not None and self.participants > self.count:
+            raise ValueError(
+                f"clients.participants must be at most clients.count ({self.count}), "
+                f"got {self.participants}"
+            )
+        return self
+
+
+class ExchangeSettings(_Section):
+    """What is exchanged (``exchange``)."""
+
+    rows_per_round: Rows | None = Field(
+        None, description="public rows drawn anew each round; none: the whole public set"
+    )
+
+
+class EngineSettings(_Section):
+    """What runs the clients (``engine``)."""
+
+    backend: Literal["ray", "inline"] = Field(
+        "ray", description="ray: worker processes; inline: this process, for debugging"
+    )
+    cpus_per_worker: Real = Field(
+        1.0,
+        ge=0.01,
+        le=1024,
+        description="workers = CPUs // this; a worker computes with one thread",
+    )
+    gpus_per_worker: Real = Field(
+        0.0, ge=0, le=1024, description="may be a fraction; 0 trains on the CPU"
+    )
+    address: Text | None = Field(
+        None,
+        description="auto or HOST:PORT joins a running Ray cluster; none: this machine only",
+    )
+    vectorize: Literal["auto", "measure", "loop", "vmap"] = Field(
+        "auto",
+        description="loop: one client's model after the other; vmap: a cohort's models stacked; "
+        "auto: by a fixed rule; measure: by timing both once in a run",
+    )
+    cohort_size: Whole = Field(
+        32,
+        ge=1,
+        le=100_000,
+        description="most clients of one architecture whose models are stacked",
+    )
+    deadline_s: Real = Field(
+        3600.0,
+        ge=1e-6,
+        le=2_592_000,
+        description="a cohort that takes longer is given up and its clients named",
+    )
+    retries: Whole = Field(
+        2,
+        ge=0,
+        le=1000,
+        description="how often clients whose worker died are tried again, then excluded",
+    )
+    quorum: Share = Field(
+        0.5,
+        description="fraction of the clients asked that must answer, in training and in judging",
+    )
+    below_quorum: Literal["retry", "skip", "abort"] = Field(
+        "retry",
+        description="retry: ask those who failed again, then abort; skip: leave the round out",
+    )
+    round_retries: Few = Field(1, description="how often a round below the quorum is asked")
+
+
+class NodesSettings(_Section):
+    """Clients that are nodes of Flower's own runtimes (``nodes``); ``fedkd run`` has none."""
+
+    wait_s: Real = Field(
+        120.0,
+        ge=0.001,
+        le=2_592_000,
+        description="how long to wait for nodes that are not there: before round 1 for all "
+        "clients', before a later round only while fewer than a quorum's are there",
+    )
+    restarted: Literal["accept", "refuse"] = Field(
+        "accept",
+        description="a node that was restarted has lost its client's state; accept: the client "
+        "starts anew from the weights that the seed gives; refuse: it is not heard again",
+    )
+
+
+class EvaluationSettings(_Section):
+    """When models are judged (``evaluation``)."""
+
+    every: Count = Field(1, description="rounds between evaluations; the last is always judged")
+    clients: Literal["all", "participants"] | Count = Field(
+        "all",
+        description="whose models: all; participants: the round's; a number: so many, drawn once",
+    )
+
+    @field_validator("clients", mode="before")
+    @classmethod
+    def _known_choice(cls, clients: object) -> object:
+        is_number = isinstance(clients, int | float) and not isinstance(clients, bool)
+        if is_number or clients in ("all", "participants"):
+            return clients
+        raise ValueError(f"must be all, participants or a number >= 1, got {clients!r}")
+
+
+class CheckpointSettings(_Section):
+    """How a run is kept so that it can be resumed (``checkpoints``); changes no result."""
+
+    every: Count | None = Field(
+        None,
+        description="rounds between checkpoints; none: as often as costs at most 5 % of the time",
+    )
+    keep: Few = Field(2, description="checkpoints kept; an older one serves if one is bad")
+
+
+class StudySettings(_Section):
+    """What ``fedkd compare`` runs (``study``)."""
+
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        max_length=1000,
+        description="by name, the settings in which an arm differs; a strategy replaces the whole",
+    )
+    seeds: Few = Field(3, description="paired seeds: seed, seed + 1, ...")
+    baseline: Text | None = Field(
+        None, description="the arm that the others are compared with; none: the first"
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _names_are_file_names(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in arms:
+            check_name(name, "the name of an arm")
+        return arms
+
+
+if TYPE_CHECKING:
+    StrategyField = SerializeAsAny[StrategySettings]
+else:
+    StrategyField = Annotated[
+        reduce(or_, (strategy.Settings for strategy in STRATEGIES.values())),
+        Field(discriminator="name"),
+    ]
+
+
+class Settings(_Section):
+    """Everything that decides a run. Without arguments: the digits default."""
+
+    name: str = Field("default", description="names the folder of the run")
+    seed: Seed = Field(0, description="decides every draw of the run")
+    rounds: Count = Field(20, description="communication rounds")
+    output: PathText = Field(Path("runs"), description="where run folders are made")
+    data: DataSettings = DataSettings()
+    clients: ClientsSettings = ClientsSettings()
+    strategy: StrategyField = Field(STRATEGIES["dml"].Settings(name="dml"))
+    exchange: ExchangeSettings = ExchangeSettings()
+    engine: EngineSettings = EngineSettings()
+    nodes: NodesSettings = NodesSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    faults: tuple[FaultRule, ...] = Field(
+        (), max_length=1000, description="faults to inject, a list of rules"
+    )
+    study: StudySettings = StudySettings()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        return check_name(name, "name")
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _known_strategy(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            return value
+        name = value.get("name", "dml")
+        if not isinstance(name, str) or name not in STRATEGIES:
+            raise ValueError(
+                f"unknown strategy {shown(name)}; known: {', '.join(STRATEGIES)}"
+                + nearest(str(name), STRATEGIES)
+            )
+        return {**value, "name": name}
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Settings":
+        rows, size = self.exchange.rows_per_round, self.data.public.size
+        if rows is not None and rows > size:
+            raise ValueError(
+                f"exchange.rows_per_round must be at most data.public.size ({size}), got {rows}"
+            )
+        judged, count = self.evaluation.clients, self.clients.count
+        if isinstance(judged, int) and judged > count:
+            raise ValueError(
+                f"evaluation.clients must be at most clients.count ({count}), got {judged}"
+            )
+        kinds = [rule.kind for rule in self.faults if rule.kind in PROCESS_FAULTS]
+        if kinds and self.engine.backend == "inline":
+            raise ValueError(
+                f"faults.kind {kinds[0]!r} would end this process: it needs engine.backend: ray, "
+                "got inline"
+            )
+        return self
+
+    def model_of(self, client: int) -> ModelSettings:
+        """Return the model of one client."""
+        return self.clients.models[client % len(self.clients.models)]
+
+    @property
+    def local(self) -> Passes:
+        """The training on private rows in a round."""
+        local = self.clients.local
+        return Passes(batch_size=self.clients.batch_size, epochs=local.epochs, steps=local.steps)
+
+    @property
+    def participation(self) -> float:
+        """The fraction of clients drawn each round."""
+        clients = self.clients
+        if clients.participants is not None:
+            return clients.participants / clients.count
+        return clients.participation
+
+    def to_table(self) -> dict[str, Any]:
+        """Return the settings as plain values, all defaults included."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that `load_settings` reads back."""
+        return yaml_text(self.to_table())
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Refuse a number of paired seeds that there are not, or that nobody has the time for.
+
+    Raises:
+        SettingsError: naming what it got.
+    """
+    if not 1 <= count <= MOST_SEEDS:
+        raise SettingsError(f"seeds must be from 1 to {MOST_SEEDS}, got {shown(count)}")
+    if first + count > LAST_SEED + 1:
+        raise SettingsError(
+            f"seeds must end at {LAST_SEED}, got {count} of them from seed = {first} on"
+        )

@@ -1,0 +1,318 @@
+import importlib
+import io
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sim.commands.arms import study_of
+from sim.commands.running import run
+from sim.commands.study import StudyResult, baseline_arm, compare
+from sim.keeping.identity import fingerprint
+from sim.keeping.records import is_finished, only_one
+from sim.reports import load_study
+from sim.server.observers import Observer, Row
+from sim.settings import Settings, SettingsError
+
+Small = Callable[..., Settings]
+
+ARMS = (
+    "study={seeds: 2, arms: {alone: {strategy: local}, "
+    "hot: {strategy: {name: dml, temperature: 3}}, cold: {strategy: {temperature: 1}}}}"
+)
+
+
+class Counting(Observer):
+    def __init__(self, started: list[tuple[str, int]], arm: str, seed: int) -> None:
+        started.append((arm, seed))
+
+
+def test_arms_differ_from_the_common_settings_only_where_they_say_so(small: Small) -> None:
+    arms = study_of(small(ARMS, "strategy.kd_weight=0.5")).arms
+    assert list(arms) == ["alone", "hot", "cold"]
+    assert arms["alone"].strategy.name == "local"
+    # The same strategy: its other settings stay.
+    assert arms["hot"].strategy.kd_weight.value == 0.5  # type: ignore[attr-defined]
+    assert arms["hot"].strategy.temperature.value == 3.0  # type: ignore[attr-defined]
+    assert arms["cold"].clients == small().clients
+
+
+def test_a_strategy_s_name_is_an_arm_with_its_defaults(small: Small) -> None:
+    arms = study_of(small(ARMS), ["fedavg", "hot"]).arms
+    assert list(arms) == ["fedavg", "hot"]
+    assert arms["fedavg"].strategy.name == "fedavg"
+
+
+def test_a_mistake_in_an_arm_is_named(small: Small) -> None:
+    with pytest.raises(SettingsError, match=r"study\.arms\.a: unknown setting 'rouns'"):
+        study_of(small("study={arms: {a: {rouns: 3}}}"))
+    with pytest.raises(SettingsError, match=r"unknown arm 'hott'; .* did you mean 'hot'"):
+        study_of(small(ARMS), ["hott"])
+
+
+def test_a_study_runs_every_arm_with_every_seed_and_reports(small: Small) -> None:
+    started: list[tuple[str, int]] = []
+    study = compare(small(ARMS), observer_of=lambda a, s: [Counting(started, a, s)])
+    # Seed by seed: a study that is cut short has whole pairs.
+    assert started == [(arm, seed) for seed in (0, 1) for arm in ("alone", "hot", "cold")]
+    assert study.report.is_file()
+    assert {arm: len(runs) for arm, runs in study.runs.items()} == dict.fromkeys(
+        ("alone", "hot", "cold"), 2
+    )
+    table = json.loads((study.folder / "study.json").read_text())
+    assert study.baseline == table["baseline"] == "alone"
+    assert [(pair["first"], pair["other"]) for pair in study.to_row()["pairs"]] == [
+        ("alone", "hot"),
+        ("alone", "cold"),
+        ("hot", "cold"),
+    ]
+    assert all((study.folder / run).is_dir() for runs in table["arms"].values() for run in runs)
+    assert study.to_row()["differs"] == table["differs"]
+    assert list(table["differs"]["strategy.temperature"]) == ["hot", "cold"]
+
+
+def test_the_baseline_is_the_arm_asked_for_the_study_s_or_the_first(small: Small) -> None:
+    arms = study_of(small(ARMS)).arms
+    asks = small(ARMS, "study.baseline=hot")
+    assert baseline_arm(small(ARMS), arms) == "alone"
+    assert baseline_arm(asks, arms) == "hot"
+    assert baseline_arm(asks, arms, "cold") == "cold"
+    # A file's question is about arms that are not all asked for.
+    assert baseline_arm(asks, {"alone": None, "cold": None}) == "alone"
+    for settings, baseline in ((asks, "hott"), (small(ARMS, "study.baseline=hott"), None)):
+        with pytest.raises(SettingsError, match=r"baseline must be one of .* did you mean 'hot'"):
+            baseline_arm(settings, arms, baseline)
+    assert fingerprint(asks) == fingerprint(small(ARMS))
+
+
+def test_what_is_finished_is_not_run_again(small: Small) -> None:
+    first = compare(small(ARMS), seeds=1)
+    started: list[tuple[str, int]] = []
+    second = compare(small(ARMS), seeds=2, observer_of=lambda a, s: [Counting(started, a, s)])
+    assert started == [(arm, 1) for arm in ("alone", "hot", "cold")]
+    digests = second.to_row()["weights_sha256"]
+    assert {arm: of_arm[:1] for arm, of_arm in digests.items()} == first.to_row()["weights_sha256"]
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(small: Small) -> None:
+    class Interrupt(Observer):
+        def metrics(self, rows: Sequence[Row]) -> None:
+            raise KeyboardInterrupt
+
+    def stop_in_hot(arm: str, seed: int) -> Sequence[Observer]:
+        return [Interrupt()] if arm == "hot" else []
+
+    settings = small(ARMS)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, seeds=1, observer_of=stop_in_hot)
+    folder = settings.output / settings.name
+    assert [is_finished(run) for run in sorted(folder.glob("*/seed-*"))] == [True, False]
+    started: list[tuple[str, int]] = []
+    resumed = compare(settings, seeds=1, observer_of=lambda a, s: [Counting(started, a, s)])
+    assert started == [("hot", 0), ("cold", 0)]
+    fresh = compare(settings.model_copy(update={"name": "fresh"}), seeds=1)
+    assert resumed.to_row()["weights_sha256"] == fresh.to_row()["weights_sha256"]
+
+
+def test_the_fingerprint_changes_with_what_changes_numbers_and_nothing_else(small: Small) -> None:
+    base = fingerprint(small())
+    harmless = ["engine.backend=ray", "engine.quorum=1", "checkpoints.every=3"]
+    assert fingerprint(small(*harmless, "name=other", "study.seeds=9")) == base
+    # Models that are stacked may round differently in other company.
+    assert fingerprint(small("engine.cohort_size=3")) != base
+    assert fingerprint(small("clients.optimizer.lr=0.01")) != base
+    assert fingerprint(small("seed=1")) != base
+
+
+def test_paired_seeds_share_the_split(small: Small, tmp_path: Path) -> None:
+    from sim.commands.running import load_data
+
+    arms = study_of(small(ARMS)).arms
+    splits = [load_data(settings).client_rows for settings in arms.values()]
+    assert all(
+        (rows == others).all()
+        for split in splits
+        for rows, others in zip(split, splits[0], strict=True)
+    )
+
+
+# -- what a study may take again ---------------------------------------------------------------
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of one's own with a linear model, whose weights are drawn with a gain."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    path = folder / "own_linear.py"
+    path.write_text(OWN_LINEAR)
+    yield path
+    sys.modules.pop("own_linear", None)
+
+
+OWN_LINEAR = """
+import math
+from torch import nn
+
+def make(*, input_shape, num_classes):
+    linear = nn.Linear(math.prod(input_shape), num_classes)
+    nn.init.xavier_uniform_(linear.weight, gain=1.0)
+    return nn.Sequential(nn.Flatten(), linear)
+"""
+OWN = ("clients.models=['own_linear:make']", "study={seeds: 1, arms: {a: {strategy: local}}}")
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+    sys.modules.pop(path.stem, None)
+    importlib.invalidate_caches()
+
+
+def test_an_edited_model_is_run_anew_and_the_old_run_is_kept(small: Small, own_model: Path) -> None:
+    first = compare(small(*OWN))
+    old = {path: path.read_bytes() for path in first.runs["a"][0].folder.rglob("*.json*")}
+    edit(own_model, "gain=1.0", "gain=2.00")
+    told: list[str] = []
+    second = compare(small(*OWN), tell=told.append)
+    (note,) = told
+    assert note.startswith("a seed 0: code: own_linear.py changed; the earlier run is kept")
+    assert second.notes[0] == note
+    assert second.to_row()["weights_sha256"] != first.to_row()["weights_sha256"]
+    assert all(path.read_bytes() == content for path, content in old.items())
+    # Either is found again, by what it is made of.
+    edit(own_model, "gain=2.00", "gain=1.0")
+    started: list[tuple[str, int]] = []
+    third = compare(small(*OWN), observer_of=lambda a, s: [Counting(started, a, s)])
+    assert started == []
+    assert third.to_row()["weights_sha256"] == first.to_row()["weights_sha256"]
+
+
+def test_edited_code_can_be_accepted(small: Small, own_model: Path) -> None:
+    first = compare(small(*OWN))
+    edit(own_model, "gain=1.0", "gain=2.00")
+    started: list[tuple[str, int]] = []
+    second = compare(
+        small(*OWN), accept_code=True, observer_of=lambda a, s: [Counting(started, a, s)]
+    )
+    assert started == []
+    assert second.to_row()["weights_sha256"] == first.to_row()["weights_sha256"]
+    assert "taken as it is, made with other code (code: own_linear.py changed)" in second.notes[0]
+
+
+def test_other_rows_in_the_same_folder_are_run_anew(small: Small, tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+
+    def study(*, mirrored: bool, accept_code: bool = False) -> StudyResult:
+        rng = np.random.default_rng(0)
+        pictures = rng.integers(0, 255, (400, 8, 8), dtype=np.uint8)
+        labels = np.where(pictures.mean((1, 2)) > np.median(pictures.mean((1, 2))), 1, 0)
+        cells = []
+        for picture in pictures[:, ::-1] if mirrored else pictures:
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, "png")
+            cells.append({"bytes": buffer.getvalue()})
+        pq.write_table(pa.table({"image": cells, "label": labels}), source / "train-0.parquet")
+        one_arm = "study={seeds: 1, arms: {a: {strategy: local}}}"
+        return compare(small(one_arm, f"data.source={source}"), accept_code=accept_code)
+
+    first = study(mirrored=False).to_row()
+    assert study(mirrored=False).to_row()["weights_sha256"] == first["weights_sha256"]
+    # Labels, sizes and counts are what they were; other code may be accepted, other rows never.
+    for accept_code in (True, False):
+        other = study(mirrored=True, accept_code=accept_code).to_row()
+        assert other["weights_sha256"] != first["weights_sha256"]
+
+
+def test_an_interrupted_run_goes_on_with_other_code_only_if_told_to(
+    small: Small, own_model: Path
+) -> None:
+    class Interrupt(Observer):
+        def completed(self, round: int) -> None:
+            raise KeyboardInterrupt
+
+    settings = small(*OWN)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, observers=[Interrupt()])
+    (folder,) = (settings.output / settings.name).iterdir()
+    edit(own_model, "gain=1.0", "gain=2.00")
+    with pytest.raises(SettingsError, match=r"own_linear\.py changed.*--accept-code"):
+        run(settings, resume=folder)
+    assert run(settings, resume=folder, accept_code=True).status == "finished"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "code changed"] == [
+        "code: own_linear.py changed"
+    ]
+
+
+# -- reports -----------------------------------------------------------------------------------
+
+
+def test_a_report_replaces_none_on_other_runs(small: Small) -> None:
+    arms = "study={seeds: 1, arms: {a: {strategy: local}, b: {strategy: fedavg}}}"
+    first = compare(small(arms), arms=["a"])
+    text = first.report.read_bytes()
+    # Other settings, and another baseline: reports of their own, each of which stays.
+    others = [compare(small(arms, "clients.optimizer.lr=0.02"), arms=["a"])]
+    others += [compare(small(arms), arms=["b", "a"])]
+    assert len({first.report, *(other.report for other in others)}) == 3
+    assert first.report.read_bytes() == text
+    # More seeds and more arms of the same study are the same report.
+    again = [compare(small(arms), arms=["a"], seeds=2), compare(small(arms), seeds=2)]
+    assert [study.report for study in again] == [first.report] * 2
+    # Fewer would lose some of it.
+    assert compare(small(arms), seeds=1).report != first.report
+    for other in (first, *others):
+        (shown, *_) = load_study(other.folder)["a"]
+        assert shown.folder.resolve() in {run.folder.resolve() for run in other.runs["a"]}
+
+
+def test_a_report_in_a_study_reaches_no_further_than_the_study(small: Small) -> None:
+    place = small().output / "default" / "study-0"
+    place.mkdir(parents=True)
+    (place / "study.json").write_text(json.dumps({"arms": {"a": ["../../elsewhere"]}}))
+    with pytest.raises(SettingsError, match="lies outside the study"):
+        load_study(place)
+
+
+def test_arms_that_are_trained_by_different_backends_are_named(small: Small) -> None:
+    arms = (
+        "study={seeds: 1, arms: {one: {engine: {vectorize: loop}}, "
+        "two: {engine: {vectorize: vmap}}, three: {engine: {vectorize: loop}}}}"
+    )
+    settings = small(arms, "strategy.name=local", "clients.models=[mlp]")
+    study = compare(settings)
+    (equal, differ, trained) = study.notes
+    assert equal.startswith("arms one, three are equal")
+    assert differ == "arms differ in engine.vectorize (loop in one, three; vmap in two)"
+    assert trained.startswith("mlp was trained by loop in one, three; by vmap in two")
+    assert study.runs["two"][0].result["backends"] == {"mlp": ["vmap"]}
+    assert json.loads((study.folder / "study.json").read_text())["notes"] == list(study.notes)
+    alike = compare(settings, arms=["one", "three"]).notes
+    assert not [note for note in alike if "was trained" in note]
+
+
+def test_two_commands_on_one_study_wait_for_each_other(small: Small) -> None:
+    compare(small("study={seeds: 1, arms: {a: {strategy: local}}}"))
+    folder = small().output / "default"
+    order = []
+
+    def late() -> None:
+        with only_one(folder):
+            order.append("late")
+
+    with only_one(folder):
+        thread = threading.Thread(target=late)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "late"]
