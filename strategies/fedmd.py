@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedkd.bounds import CountOrZero, Real
-from fedkd.losses.response import logit_l1, logit_mse, soft_target_loss
+from fedkd.losses.distances import logit_l1, logit_mse
+from fedkd.losses.response import soft_target_loss
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
 from strategies.base import (

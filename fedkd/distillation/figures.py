@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedkd import plots
+from fedkd import figures as plots
 from fedkd.distillation.diagnostics import diagnose
 from fedkd.distillation.running import Distillation
 from fedkd.metrics import ConfidenceHistogram, NoisePoint, ReliabilityBins, ThresholdCurve

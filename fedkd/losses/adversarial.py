@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedkd.losses.response import row_mean
+from fedkd.losses.rows import row_mean
 from fedkd.targets import at_least_float32
 
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedkd.losses.response import hard_label_loss, row_mean, soft_cross_entropy
+from fedkd.losses.response import hard_label_loss, soft_cross_entropy
+from fedkd.losses.rows import row_mean
 from fedkd.targets import at_least_float32, check_temperature, confidence_mask, soften
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedkd.losses.response import row_mean
+from fedkd.losses.rows import row_mean
 from fedkd.targets import at_least_float32
 
 LOWEST, SPAN = 1.0, 20.0

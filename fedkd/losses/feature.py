@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fedkd.losses.response import cosine_similarity, row_mean
+from fedkd.losses.rows import cosine_similarity, row_mean
 from fedkd.targets import at_least_float32
 
 

@@ -4,7 +4,7 @@ How good it is (``classification``), whether its confidence can be believed (``c
 closely it follows a teacher (``agreement``), how much peers differ (``diversity``), what a
 confidence threshold keeps (``filtering``), whether two networks compute alike (``similarity``,
 ``geometry``), how far its weights may move (``flatness``) and whether two loss terms pull the same
-way (``gradients``). The plots of these are in `fedkd.plots`.
+way (``gradients``). Figures of these are in `fedkd.figures`.
 """
 
 from fedkd.metrics.agreement import (

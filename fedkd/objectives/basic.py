@@ -14,13 +14,8 @@ from fedkd.losses.curriculum_temperature import (
     LearnedTemperature,
     learned_temperature_kl,
 )
-from fedkd.losses.response import (
-    hard_label_loss,
-    logit_l1,
-    logit_mse,
-    soft_cross_entropy,
-    soft_target_loss,
-)
+from fedkd.losses.distances import logit_l1, logit_mse
+from fedkd.losses.response import hard_label_loss, soft_cross_entropy, soft_target_loss
 from fedkd.objectives.terms import LayerPairs, Need, Parts, Shapes, SoftenedTerm, Term
 from fedkd.objectives.view import View
 from fedkd.schedules import PositiveSchedule

@@ -7,21 +7,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedkd.losses.feature import (
-    attention_transfer,
-    cosine_feature_loss,
-    hint_loss,
-    pool_maps,
-)
+from fedkd.losses.feature import attention_transfer, cosine_feature_loss, hint_loss, pool_maps
 from fedkd.objectives.taps import LAST_MAP, vector_width, vectors
-from fedkd.objectives.terms import (
-    LayerPairs,
-    LayerTerm,
-    Parts,
-    Shapes,
-    default_weight,
-    total_of,
-)
+from fedkd.objectives.terms import LayerPairs, LayerTerm, Parts, Shapes, default_weight, total_of
 from fedkd.objectives.view import View
 from fedkd.schedules import NonNegativeSchedule
 

@@ -7,18 +7,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import PositiveShare, Real, Temperature, Weight
-from fedkd.losses.response import (
-    annealing_kd,
+from fedkd.losses.correlation import dist_loss
+from fedkd.losses.distances import annealing_kd, probability_mse
+from fedkd.losses.other_classes import decoupled_kd, normalised_kd, not_true_loss
+from fedkd.losses.row_temperatures import (
     confidence_temperatures,
-    decoupled_kd,
     disagreement_temperatures,
-    dist_loss,
-    normalised_kd,
-    not_true_loss,
-    probability_mse,
     row_temperature_kl,
-    standardised_kd,
 )
+from fedkd.losses.standardised import standardised_kd
 from fedkd.objectives.terms import (
     LayerPairs,
     Need,

@@ -3,21 +3,9 @@
 from typing import Any
 
 from fedkd.objectives.adversarial import Adversarial
-from fedkd.objectives.basic import (
-    HardLabels,
-    LogitL1,
-    LogitMSE,
-    SoftCrossEntropy,
-    SoftTargets,
-)
+from fedkd.objectives.basic import HardLabels, LogitL1, LogitMSE, SoftCrossEntropy, SoftTargets
 from fedkd.objectives.feature import AttentionTransfer, CosineFeatures, Hint
-from fedkd.objectives.relation import (
-    PKT,
-    RkdAngle,
-    RkdDistance,
-    RowContrast,
-    SimilarityPreserving,
-)
+from fedkd.objectives.relation import PKT, RkdAngle, RkdDistance, RowContrast, SimilarityPreserving
 from fedkd.objectives.response import (
     DIST,
     AnnealingKD,

@@ -20,7 +20,7 @@ PRINTS = "print('loaded', *sorted(sys.modules))"
 NO_RUN_NEEDS = (
     "datasets",
     "fedkd.distillation",
-    "fedkd.plots",
+    "fedkd.figures",
     "flwr_datasets",
     "jinja2",
     "matplotlib",

@@ -19,9 +19,10 @@ from fedkd.distillation.peers import (
     peer_names,
 )
 from fedkd.distillation.workshop import Workshop
-from fedkd.losses.mutual import mutual_losses, progressive_weights, two_way_losses
 from fedkd.losses.response import soft_target_kl
 from fedkd.models import ModelSettings
+from fedkd.mutual.pairwise import mutual_losses
+from fedkd.mutual.two_way import progressive_weights, two_way_losses
 from fedkd.targets import leave_one_out, soften
 
 # --- Deep mutual learning: peers of one rank -------------------------------------------------

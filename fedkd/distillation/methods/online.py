@@ -27,32 +27,23 @@ from fedkd.distillation.peers import (
 )
 from fedkd.distillation.predicting import predict_logits
 from fedkd.distillation.workshop import Workshop
-from fedkd.losses.online import (
-    BranchGate,
-    PeerAttention,
-    StalePeers,
-    codistillation_loss,
-    gated_logits,
+from fedkd.mutual.kdcl import (
     kdcl_general,
     kdcl_general_weights,
     kdcl_linear,
     kdcl_losses,
     kdcl_minlogit,
     kdcl_naive,
-    okddip_losses,
-    one_losses,
-    pcl_losses,
-    update_mean_teacher,
 )
+from fedkd.mutual.mean_teacher import update_mean_teacher
+from fedkd.mutual.native_ensemble import BranchGate, gated_logits, one_losses
+from fedkd.mutual.okddip import PeerAttention, okddip_losses
+from fedkd.mutual.pcl import pcl_losses
+from fedkd.mutual.stale import StalePeers, codistillation_loss
 from fedkd.objectives import PENULTIMATE, layer_shapes, tapped, vectors
 from fedkd.objectives.terms import LayerName
 from fedkd.randomness import seeded_torch
-from fedkd.schedules import (
-    ConstantSchedule,
-    NonNegativeSchedule,
-    PositiveSchedule,
-    RampUpSchedule,
-)
+from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule, RampUpSchedule
 
 RAMP = RampUpSchedule(end=1.0, until=0.27)
 """The weight of ONE, OKDDip and PCL as published: a Gaussian rise over 80 of 300 epochs."""

@@ -27,8 +27,8 @@ from fedkd.distillation.peers import (
     fit_group,
     peer_names,
 )
-from fedkd.losses.online import StalePeers
 from fedkd.models import ModelSettings
+from fedkd.mutual.stale import StalePeers
 
 FAST = {"name": "adam", "lr": 0.01}
 BATCH_NORM = ModelSettings(name="cnn", options={"channels": [4], "norm": "batch"})

@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkd.losses.feature import (
-    attention_transfer,
-    cosine_feature_loss,
-    hint_loss,
-)
+from fedkd.losses.feature import attention_transfer, cosine_feature_loss, hint_loss
 
 # Batch, channels, height and width all differ.
 STUDENT = torch.sin(torch.arange(60, dtype=torch.float64)).reshape(2, 3, 5, 2)

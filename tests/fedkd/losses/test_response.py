@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from fedkd.losses.distances import logit_l1, logit_mse
 from fedkd.losses.response import (
     hard_label_loss,
-    logit_l1,
-    logit_mse,
     soft_cross_entropy,
     soft_target_kl,
     soft_target_loss,

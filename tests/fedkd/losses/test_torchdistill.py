@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkd.losses import relation, response
+from fedkd.losses import correlation, relation, response, standardised
 from fedkd.losses.feature import attention_transfer
 
 theirs = pytest.importorskip("torchdistill.losses.mid_level")
@@ -68,8 +68,9 @@ def test_distillation_with_labels(temperature: float):
 )
 def test_dist(beta: float, gamma: float, temperature: float):
     student, teacher = random(5, 4, seed=1), random(5, 4, seed=2)
+    weights = {"beta": beta, "gamma": gamma}
     agree(
-        lambda s: response.dist_loss(s, teacher, beta=beta, gamma=gamma, temperature=temperature),
+        lambda s: correlation.dist_loss(s, teacher, temperature=temperature, **weights),
         theirs.DISTLoss(*ENDS, beta, gamma, temperature),
         student,
         teacher,
@@ -80,7 +81,7 @@ def test_logit_standardisation():
     student, teacher = random(5, 4, seed=1), random(5, 4, seed=2)
 
     def ours(logits: Tensor) -> Tensor:
-        kd = response.standardised_kd(logits, teacher, temperature=2.0)
+        kd = standardised.standardised_kd(logits, teacher, temperature=2.0)
         return 0.1 * F.cross_entropy(logits, LABELS) + 9 * kd
 
     agree(ours, theirs.LogitStdKDLoss(*ENDS, 2.0, alpha=0.1, beta=9), student, teacher)

@@ -4,18 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd.losses.response import (
-    annealing_kd,
+from fedkd.losses.correlation import dist_loss
+from fedkd.losses.distances import annealing_kd, probability_mse
+from fedkd.losses.other_classes import decoupled_kd, normalised_kd, not_true_loss
+from fedkd.losses.row_temperatures import (
     confidence_temperatures,
-    decoupled_kd,
     disagreement_temperatures,
-    dist_loss,
-    normalised_kd,
-    not_true_loss,
-    probability_mse,
     row_temperature_kl,
-    standardised_kd,
 )
+from fedkd.losses.standardised import standardised_kd
 from fedkd.objectives import Objective, View
 
 ROWS, CLASSES = 5, 4

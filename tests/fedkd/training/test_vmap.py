@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedkd.losses.response import logit_l1, logit_mse
+from fedkd.losses.distances import logit_l1, logit_mse
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
 from fedkd.training import (

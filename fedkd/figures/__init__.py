@@ -1,0 +1,33 @@
+"""Figures of what `fedkd.metrics` computes, as matplotlib figures that nothing else knows of.
+
+No display and no global list of figures: each function returns a ``Figure`` for the caller to save
+(``figure.savefig("reliability.png")``). Importing this room imports matplotlib, so import it where
+something is drawn.
+"""
+
+from fedkd.figures.confidence import confidence_plot, reliability_diagram, threshold_plot
+from fedkd.figures.curves import entropy_curves, flatness_plot, gradient_plot, schedules_in_force
+from fedkd.figures.heat_maps import (
+    agreement_heat_map,
+    cka_heat_map,
+    confusion_heat_map,
+    correlation_difference_heat_map,
+    error_correlation_heat_map,
+    kl_heat_map,
+)
+
+__all__ = [
+    "agreement_heat_map",
+    "cka_heat_map",
+    "confidence_plot",
+    "confusion_heat_map",
+    "correlation_difference_heat_map",
+    "entropy_curves",
+    "error_correlation_heat_map",
+    "flatness_plot",
+    "gradient_plot",
+    "kl_heat_map",
+    "reliability_diagram",
+    "schedules_in_force",
+    "threshold_plot",
+]

@@ -1,0 +1,76 @@
+"""How every figure looks, and what they share: colours, dashes, names and ticks."""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours that people with any common colour blindness tell apart.
+
+Source:
+    Okabe and Ito, 2008. https://jfly.uni-koeln.de/color/ (without yellow, which white swallows).
+"""
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+STYLE: Any = MappingProxyType(
+    {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "text.parse_math": False,  # a name such as a$b is no formula
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#666666",
+        "axes.axisbelow": True,
+        "grid.color": "#e4e4e4",
+        "legend.frameon": False,
+        "savefig.dpi": 160,
+    }
+)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches, that no window and no global list knows of."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_names(names: Sequence[str], wanted: int) -> None:
+    """Refuse names that are not one for each row or column."""
+    if len(names) != wanted:
+        raise ValueError(f"names must be {wanted}, one for each row or column, got {len(names)}")
+
+
+def one_per_step(
+    name: str, values: Sequence[int | float], steps: Sequence[int | float]
+) -> Sequence[int | float]:
+    """Return the values of a curve; refuse one that has not a value for each step."""
+    if len(values) != len(steps):
+        raise ValueError(
+            f"{name!r} must have one value for each of {len(steps)} steps, got {len(values)}"
+        )
+    return values
+
+
+def visible(name: str) -> str:
+    """Return a label that a legend shows, whatever it starts with."""
+    # A label that starts with _ would be left out of the legend; a zero-width space is not seen.
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
+def integer_steps(axes: Axes, steps: Sequence[int | float]) -> None:
+    """Number the steps by whole numbers where all of them are."""
+    if all(float(step).is_integer() for step in steps):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def whole_numbers(axes: Axes, axis: str) -> None:
+    """Write whole numbers only along an axis of counts."""
+    getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))

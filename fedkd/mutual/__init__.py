@@ -1,0 +1,1 @@
+"""Rules of mutual learning: who learns what from whose predictions."""

@@ -1,0 +1,261 @@
+"""KDCL: five ways to make one teacher out of the peers, which all of them learn from.
+
+Conventions: peers are the first axis; targets are constants; the terms of a loss come back by name,
+weighted already, summed over the peers as published, and what is minimised is their sum. A weight
+that ramps up is a schedule of progress: pass its value in force.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedkd.losses.rows import check_weights
+from fedkd.mutual.peers import Terms, peer_cross_entropies, peer_kl
+from fedkd.targets import at_least_float32, mean_by_row, soften
+
+
+def kdcl_naive(
+    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch classes"]:
+    """For every row take the logits of the peer with the lowest cross-entropy.
+
+    Args:
+        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        labels: class of each row, in [0, classes).
+
+    Returns:
+        Target logits. Among equals the first peer is taken.
+
+    Source:
+        Guo et al., 2020, Online Knowledge Distillation via Collaborative Learning (KDCL), section
+        3.2. https://openaccess.thecvf.com/content_CVPR_2020/html/
+        Guo_Online_Knowledge_Distillation_via_Collaborative_Learning_CVPR_2020_paper.html
+    """
+    constants = at_least_float32(logits.detach())
+    best = torch.logsumexp(_margins(constants, labels), dim=2).argmin(dim=0)
+    return constants.gather(0, best[None, :, None].expand(1, -1, logits.shape[2])).squeeze(0)
+
+
+def kdcl_minlogit(
+    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch classes"]:
+    """For every row and class take the smallest margin over the label's logit among the peers.
+
+    The label's own logit becomes 0. The cross-entropy of this target is never above that of any
+    peer.
+
+    Args:
+        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        labels: class of each row, in [0, classes).
+
+    Returns:
+        Target logits.
+
+    Source:
+        Guo et al., 2020, KDCL-MinLogit, section 3.2; see `kdcl_naive`.
+    """
+    return _margins(at_least_float32(logits.detach()), labels).amin(dim=0)
+
+
+def kdcl_linear(
+    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch classes"]:
+    """For every row mix the peers' logits so that the mixture's cross-entropy is lowest.
+
+    Args:
+        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        labels: class of each row, in [0, classes).
+
+    Returns:
+        Target logits, `mean_by_row` with the shares of `kdcl_linear_shares`. Their cross-entropy
+        is at most that of `kdcl_naive`, within the tolerance stated there.
+
+    Source:
+        Guo et al., 2020, KDCL-Linear, section 3.2; see `kdcl_naive`.
+    """
+    return mean_by_row(logits.detach(), kdcl_linear_shares(logits, labels))
+
+
+_NEWTON_STEPS = 48
+_LAST_BARRIER = 1e-8
+_STEP_SIZES = [2.0**-k for k in range(12)]
+
+
+def kdcl_linear_shares(
+    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "peers batch"]:
+    """Find the mixture of the peers' logits that has the lowest cross-entropy, row by row.
+
+    The problem is convex, its solution in general neither a peer nor unique. Solved by a
+    primal-dual interior point method in float64, a fixed number of steps for any data.
+
+    Args:
+        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        labels: class of each row, in [0, classes).
+
+    Returns:
+        Shares > 0, float64, that sum to 1 over the peers. The cross-entropy of the mixture is
+        within 1e-6 nats of the lowest there is, for logits up to +-300.
+    """
+    margins = _margins(logits.detach().double(), labels).transpose(0, 1)
+    num_rows, num_peers, _ = margins.shape
+    shares = margins.new_full((num_rows, num_peers), 1.0 / num_peers)
+    bounds = torch.ones_like(shares)  # the multipliers of shares >= 0
+    step_sizes = margins.new_tensor(_STEP_SIZES)
+    spread = margins.abs().amax(dim=(1, 2)).clamp_min(1.0)[:, None]
+    for step in range(_NEWTON_STEPS):
+        # From as steep as the problem itself down to nothing, the last steps at one height.
+        done = min(1.0, step / (_NEWTON_STEPS - 6))
+        barrier = spread ** (1 - done) * _LAST_BARRIER**done
+        mixture = torch.einsum("bk,bkc->bc", shares, margins)
+        probabilities = torch.softmax(mixture, dim=1)
+        slope = torch.einsum("bkc,bc->bk", margins, probabilities)
+        # Centred first: a difference of large squares would not stay positive.
+        centred = (margins - slope[:, :, None]) * probabilities.sqrt()[:, None, :]
+        curvature = centred @ centred.transpose(1, 2)
+        pull = bounds / shares
+        system = curvature + torch.diag_embed(pull)
+        right = torch.stack([barrier / shares - slope, torch.ones_like(shares)], dim=2)
+        free, tilt = torch.linalg.solve(system, right).unbind(dim=2)
+        # The multiplier of "shares sum to 1" keeps their sum where it is.
+        move = free - tilt * (free.sum(1, keepdim=True) / tilt.sum(1, keepdim=True))
+        bounds_move = barrier / shares - bounds - pull * move
+        # Every row looks along its direction at several step sizes and takes the best: a search
+        # that stops early would branch on data.
+        steps = _longest_step(shares, move) * step_sizes
+        candidates = shares[:, None, :] + steps[:, :, None] * move[:, None, :]
+        mixtures = torch.einsum("bsk,bkc->bsc", candidates, margins)
+        heights = torch.logsumexp(mixtures, dim=2)
+        merits = heights - barrier * candidates.log().sum(dim=2)
+        best = merits.argmin(dim=1, keepdim=True)
+        shares = shares + steps.gather(1, best) * move
+        shares = shares / shares.sum(dim=1, keepdim=True)
+        bounds = bounds + _longest_step(bounds, bounds_move) * bounds_move
+    return shares.transpose(0, 1)
+
+
+def _longest_step(
+    values: Float[Tensor, "rows peers"], move: Float[Tensor, "rows peers"]
+) -> Float[Tensor, "rows 1"]:
+    """Return the step in (0, 1] along ``move`` that leaves every positive value 1 % of itself."""
+    limits = torch.where(move < 0, -0.99 * values / move, torch.ones_like(values))
+    longest: Tensor = limits.amin(dim=1, keepdim=True).clamp(max=1.0)
+    return longest
+
+
+def kdcl_general_weights(
+    logits: Float[Tensor, "peers rows classes"], labels: Int[Tensor, "rows"], *, ridge: float = 0.1
+) -> Float[Tensor, "peers"]:
+    """Weigh the peers so that their average errs least, given how their errors go together.
+
+    With C the peers' error correlation on held-out rows, ``C_kl = mean (p_k - y) . (p_l - y)``,
+    the weights are ``C^-1 1 / (1' C^-1 1)``. Peers that err alike make C nearly singular and the
+    weights huge, with either sign; so C gets a ridge, and what is negative still becomes 0.
+
+    Args:
+        logits: unnormalised scores of all peers on rows that they were not trained on; treated as
+            constants.
+        labels: class of each row, in [0, classes).
+        ridge: > 0, added to the diagonal of C as a fraction of its mean; large values tend to
+            uniform weights.
+
+    Returns:
+        Weights >= 0 that sum to 1, float64; uniform where no peer errs.
+
+    Raises:
+        ValueError: if there is no row or ``ridge`` is not positive.
+
+    Source:
+        Guo et al., 2020, KDCL-General, section 3.2; see `kdcl_naive`. The ridge and the clipping
+        are ours.
+    """
+    num_peers, num_rows, num_classes = logits.shape
+    if num_rows == 0:
+        raise ValueError("error correlation needs at least 1 held-out row, got 0")
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge must be > 0 and finite, got {ridge}")
+    truth = F.one_hot(labels.long(), num_classes)
+    errors = (torch.softmax(logits.detach().double(), dim=2) - truth).flatten(1)
+    correlation = errors @ errors.t() / num_rows
+    scale = correlation.trace() / num_peers
+    # Peers that never err leave only the ridge, whose inverse weighs all alike.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    ones = errors.new_ones(num_peers, 1)
+    identity = torch.eye(num_peers, dtype=errors.dtype, device=errors.device)
+    solution = torch.linalg.solve(correlation + ridge * scale * identity, ones).squeeze(1)
+    # Their sum is positive, so at least one of them is.
+    weights: Tensor = solution.clamp_min(0.0)
+    return weights / weights.sum()
+
+
+def kdcl_general(
+    logits: Float[Tensor, "peers batch classes"], weights: Float[Tensor, "peers"]
+) -> Float[Tensor, "batch classes"]:
+    """Average the peers' logits with one weight per peer.
+
+    Args:
+        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        weights: >= 0, such as `kdcl_general_weights`, renewed from time to time.
+
+    Returns:
+        Target logits.
+
+    Source:
+        Guo et al., 2020, KDCL-General, section 3.2; see `kdcl_naive`.
+    """
+    return mean_by_row(logits.detach(), weights[:, None].expand(-1, logits.shape[1]))
+
+
+def kdcl_losses(
+    logits: Float[Tensor, "peers batch classes"],
+    target_logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"] | None,
+    *,
+    ce_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    temperature: float = 2.0,
+    scale_by_t2: bool = True,
+    sample_weights: Float[Tensor, "batch"] | None = None,
+) -> Terms:
+    """Collaborative learning: every peer fits the labels and the group's common target.
+
+    In the paper every peer sees its own augmentation of a row; whoever makes the logits decides.
+
+    Args:
+        logits: unnormalised scores of all peers.
+        target_logits: what `kdcl_naive`, `kdcl_linear`, `kdcl_minlogit` or `kdcl_general` made of
+            them; treated as constants.
+        labels: class of each row, in [0, classes); None leaves out the terms that need labels.
+        ce_weight: weight of the labels, >= 0.
+        kd_weight: weight of the common target, >= 0; the paper's lambda.
+        temperature: softening divisor, > 0.
+        scale_by_t2: False leaves the factor ``temperature**2`` out.
+        sample_weights: >= 0, one per row, for both terms.
+
+    Returns:
+        ``ce`` and ``kd``, summed over the peers.
+
+    Raises:
+        ValueError: if a weight or ``temperature`` is out of range.
+
+    Source:
+        Guo et al., 2020, equation 5; see `kdcl_naive`.
+    """
+    check_weights(ce_weight=ce_weight, kd_weight=kd_weight)
+    target = soften(target_logits.detach(), temperature=temperature)
+    divergences = peer_kl(logits, target, temperature, scale_by_t2, sample_weights)
+    terms = {"kd": kd_weight * divergences.sum()}
+    if labels is None:
+        return terms
+    return {"ce": ce_weight * peer_cross_entropies(logits, labels, sample_weights).sum(), **terms}
+
+
+def _margins(
+    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
+) -> Float[Tensor, "peers batch classes"]:
+    """Return how far each class's logit is above the label's; its log-sum-exp is the CE."""
+    known = labels.long()[None, :, None].expand(len(logits), -1, 1)
+    return logits - logits.gather(2, known)
