@@ -614,6 +614,7 @@ WATCHED = {
         "keeping/checkpoints.py",
         "keeping/records.py",
         "keeping/resume.py",
+        "server/history.py",
         "server/replies.py",
         "server/rounds.py",
     )

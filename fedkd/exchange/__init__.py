@@ -1,0 +1,1 @@
+"""What leaves a client and what comes back: payloads, and the pipeline that each one passes."""

@@ -1,0 +1,19 @@
+"""The kinds of payloads, one a file."""
+
+from fedkd.exchange.payloads.bundle import Bundle
+from fedkd.exchange.payloads.class_table import ClassTable
+from fedkd.exchange.payloads.orders import Orders
+from fedkd.exchange.payloads.predictions import Predictions
+from fedkd.exchange.payloads.prototypes import Prototypes
+from fedkd.exchange.payloads.row_features import RowFeatures
+from fedkd.exchange.payloads.weights import Weights
+
+__all__ = [
+    "Bundle",
+    "ClassTable",
+    "Orders",
+    "Predictions",
+    "Prototypes",
+    "RowFeatures",
+    "Weights",
+]

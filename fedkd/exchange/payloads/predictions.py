@@ -1,0 +1,185 @@
+"""Predictions: scores or soft labels of public rows."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from fedkd.exchange.payload import (
+    INT64,
+    Asked,
+    AtMost,
+    Limit,
+    Payload,
+    RowIds,
+    ids_bytes,
+)
+from fedkd.metrics.diversity import target_entropy
+from fedkd.targets import soften
+from fedkd.training import as_tensor
+
+LARGEST_SCORE = 1e4
+"""Logits beyond this are refused: honest training does not produce them, attacks do."""
+
+FEWEST_ROWS = 4
+"""Rows that have to look like distributions before they are taken for some."""
+
+SUM_TOLERANCE = 1e-3
+"""By how much the sum of a distribution may miss 1: the rounding of half precision."""
+
+Scale = Literal["logits", "probabilities"]
+
+
+def are_distributions(values: np.ndarray) -> bool:
+    """Tell whether every row is a distribution over classes."""
+    # The first rows settle it for honest logits.
+    return all(
+        bool(rows.size == 0 or rows.min() >= 0)
+        and np.allclose(rows.sum(axis=-1), 1, rtol=0, atol=SUM_TOLERANCE)
+        for rows in (values[:16], values)
+    )
+
+
+def _softmax(sent: "Predictions") -> "Predictions":
+    values = sent.values
+    if values.dtype.kind != "f" or values.ndim != 2 or not values.size:
+        return sent
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(values - values.max(axis=-1, keepdims=True))
+        return replace(sent, values=powers / powers.sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions(Payload):
+    """Scores or soft labels of public rows.
+
+    Attributes:
+        rows: int64 positions in the public set, strictly increasing.
+        values: float32 ``[rows, classes]``.
+        scale: what the values are; probabilities are softened already.
+        temperature: what probabilities were softened with, and what logits are to be softened
+            with, > 0.
+        averaged: whether they are an average of several models' and not one model's own.
+        ids: how the rows relate to those that were planned, which decides what their ids cost.
+        planned: how many were planned, where these are a subset.
+        weights: float32 ``[rows]``, how much each row counts; None: all the same.
+    """
+
+    kind: ClassVar[str] = "predictions"
+    lies: ClassVar[Any] = {
+        "probabilities": _softmax,
+        "reversed_rows": lambda sent: replace(sent, rows=sent.rows[::-1].copy()),
+        "other_rows": lambda sent: replace(sent, rows=sent.rows + 1),
+        "softened": lambda sent: replace(sent, temperature=4.0),
+        "averaged": lambda sent: replace(sent, averaged=True),
+    }
+
+    rows: np.ndarray
+    values: np.ndarray
+    scale: Scale = "logits"
+    temperature: float = 1.0
+    averaged: bool = False
+    ids: RowIds = "planned"
+    planned: int = 0
+    weights: np.ndarray | None = None
+
+    @property
+    def label(self) -> str:
+        """``logits``, ``probabilities``, ``mean_logits`` or ``mean_probabilities``."""
+        return f"mean_{self.scale}" if self.averaged else self.scale
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the values and weights, and of the rows' ids where they cost any."""
+        weights = 0 if self.weights is None else self.weights.nbytes
+        return self.values.nbytes + weights + ids_bytes(self.ids, len(self.rows), self.planned)
+
+    def probabilities(self) -> np.ndarray:
+        """Return the values as soft labels: logits are softened with ``temperature``."""
+        if self.scale == "probabilities":
+            return self.values
+        return soften(as_tensor(self.values), temperature=self.temperature).numpy()
+
+    @classmethod
+    def asked(
+        cls, rows: np.ndarray, classes: int, *, ids: RowIds = "planned", scale: Scale = "logits"
+    ) -> Asked:
+        """Describe a client's own predictions of planned rows.
+
+        Args:
+            rows: those that were planned.
+            classes: how many scores a row has.
+            ids: ``planned``: exactly these; ``subset``: some of them, also none.
+            scale: logits, or soft labels at temperature 1.
+
+        Raises:
+            ValueError: for rows of the client's own: public rows are everybody's.
+        """
+        if ids == "own":
+            raise ValueError("predictions are of public rows, of which nobody has his own")
+        size: int | AtMost = len(rows) if ids == "planned" else AtMost(len(rows), "rows")
+        limits = {
+            "rows": Limit(shape=(size,), dtype=INT64),
+            "values": Limit(
+                shape=(size, classes),
+                largest=LARGEST_SCORE,
+                subject="a score",
+                where="among the scores",
+            ),
+            "weights": Limit(
+                shape=(size,), smallest=0.0, largest=1e6, subject="a weight", where="in the weights"
+            ),
+        }
+        about = {"rows": rows, "ids": ids, "scale": scale}
+        return Asked(kind=cls, limits=limits, optional=frozenset({"weights"}), about=about)
+
+    def problem(self, asked: Asked) -> str | None:
+        """Return why a client cannot have sent this, or None."""
+        rows, scale = asked.about["rows"], asked.about["scale"]
+        if self.averaged:
+            return "an average of several models, expected the client's own predictions"
+        if self.scale != scale:
+            return f"scale {self.scale!r}, expected {scale!r}"
+        if self.temperature != 1:
+            return f"temperature {self.temperature:g}, expected 1"
+        if self.ids != asked.about["ids"]:
+            return f"ids {self.ids!r}, expected {asked.about['ids']!r}"
+        if self.ids == "subset" and self.planned != len(rows):
+            return f"a subset of {self.planned} rows, expected one of {len(rows)}"
+        reason = super().problem(asked)
+        if reason is not None:
+            return reason
+        if not _are_of(self.rows, rows, self.ids):
+            kind = "the" if self.ids == "planned" else "of the"
+            return f"rows are not {kind} {len(rows)} public rows of the round"
+        return self._bad_scale()
+
+    def _bad_scale(self) -> str | None:
+        """Name a table that is of the other scale.
+
+        Honest logits look like distributions by chance only, which a few rows rule out; so nothing
+        is said of fewer than `FEWEST_ROWS`, nor of a single class. A model that ends in a softmax
+        of its own is named as well: its outputs are no logits.
+        """
+        rows, classes = self.values.shape
+        if self.scale == "probabilities":
+            if not are_distributions(self.values):
+                return "soft labels are no distributions: negative, or a sum other than 1"
+        elif rows >= FEWEST_ROWS and classes > 1 and are_distributions(self.values):
+            return "every row of scores sums to 1: probabilities, expected logits"
+        return None
+
+    def votes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the rows and the class that each is given."""
+        return self.rows, self.values.argmax(-1)
+
+    def targets_entropy(self) -> float | None:
+        """Return the mean entropy of the soft labels, in nats; None without rows."""
+        return target_entropy(self.probabilities()) if len(self.rows) else None
+
+
+def _are_of(rows: np.ndarray, planned: np.ndarray, ids: RowIds) -> bool:
+    if ids == "planned":
+        return np.array_equal(rows, planned)
+    in_order = bool((np.diff(rows) > 0).all())
+    return in_order and bool(np.isin(rows, planned, assume_unique=True).all())

@@ -1,0 +1,55 @@
+"""Weights: a model's parameters and buffers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedkd.exchange.payload import Asked, Limit, Payload
+
+LARGEST_PARAMETER = 1e8
+"""Weights and statistics beyond this are refused: one of them ruins every client's model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Payload):
+    """A model's parameters and buffers, by name.
+
+    Attributes:
+        arrays: of the types and shapes that the model has.
+    """
+
+    kind: ClassVar[str] = "weights"
+
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    @classmethod
+    def asked(cls, like: Mapping[str, np.ndarray]) -> Asked:
+        """Describe the weights of one model.
+
+        Args:
+            like: any weights of that model. Its arrays that hold NaN or infinity, such as a mask of
+                -inf, have to come back as they are.
+        """
+        limits = {}
+        for name, array in like.items():
+            subject = f"parameter {name!r}"
+            finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
+            # BatchNorm takes the root of its variance, and its counter only counts.
+            is_count = name.endswith(("running_var", "num_batches_tracked"))
+            limits[f"arrays/{name}"] = Limit(
+                shape=array.shape,
+                dtype=array.dtype,
+                largest=LARGEST_PARAMETER,
+                smallest=0.0 if is_count else -LARGEST_PARAMETER,
+                subject=subject,
+                where=f"in {subject}",
+                constant=None if finite else array,
+            )
+        return Asked(kind=cls, limits=limits)
