@@ -104,7 +104,8 @@ class FedMD(DistillationStrategy[FedMDSettings]):
         """Approach the consensus: the distance of a member's logits to the mean logits."""
         if outputs.public is None or batch.targets is None:
             raise ValueError("a digest needs public rows with targets")
-        student, consensus, counted = outputs.public, batch.targets, batch.public_counted
+        student, consensus = outputs.public, batch.targets.logits()
+        counted = batch.public_counted
         match self.settings.digest_loss:
             case "l1":
                 loss = logit_l1(student, consensus, sample_weights=counted)

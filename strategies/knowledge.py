@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedkd.targets import soften
+from fedkd.targets import Targets, soften
 from fedkd.training import Arrays, as_tensor
 
 PredictionKind = Literal["logits", "mean_logit", "mean_probability"]
@@ -40,6 +40,12 @@ class Predictions:
     def payload_bytes(self) -> int:
         """Bytes on the wire for one client: the values, uncompressed."""
         return self.values.nbytes if self.values.ndim == 2 else self.values[0].nbytes
+
+    def targets(self) -> Targets:
+        """Return the values as what is to be learnt."""
+        if self.kind == "mean_probability":
+            return Targets(self.values, scale="probabilities", temperature=self.temperature)
+        return Targets(self.values)
 
     def probabilities(self) -> np.ndarray:
         """Return the values as soft labels: logits are softened with ``temperature``."""

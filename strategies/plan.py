@@ -108,7 +108,7 @@ class RoundPlan:
     def public(self, received: Predictions, *, epochs: int = 1) -> PublicLesson:
         """The lesson of what was received: its public rows and targets."""
         passes = Passes(batch_size=self.local.batch_size, epochs=epochs)
-        return PublicLesson(rows=received.rows, targets=received.values, passes=passes)
+        return PublicLesson(rows=received.rows, targets=received.targets(), passes=passes)
 
     def labelled_public(self, *, epochs: int) -> PublicLesson:
         """The whole labelled public set, for pre-training."""

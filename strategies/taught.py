@@ -130,7 +130,6 @@ def lesson_of(
         learners={MODEL: _learner(objective)},
         progress=plan.progress,
         temperature=received.temperature,
-        targets_are_logits=received.kind != "mean_probability",
         confidence_threshold=settings.confidence_threshold,
     )
 
@@ -187,7 +186,6 @@ def learn(
     both = partial(
         distilled,
         temperature=received.temperature,
-        targets_are_logits=received.kind != "mean_probability",
         ce_weight=ce_weight,
         kd_weight=kd_weight,
         scale_by_t2=settings.scale_by_t2,

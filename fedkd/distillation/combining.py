@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedkd.bounds import PositiveWeight, Temperature
-from fedkd.objectives.view import logits_from_probabilities
 from fedkd.targets import (
+    Targets,
     confidence,
     entropy_reduction,
     mean_by_row,
@@ -55,16 +55,14 @@ class Combination(BaseModel):
         return self
 
 
-def combined_logits(
+def combined_target(
     logits: Float[Tensor, "teachers rows classes"],
     combination: Combination,
     *,
     temperature: float,
     labels: Int[Tensor, " rows"] | None = None,
-) -> Float[Tensor, "rows classes"]:
-    """Return logits whose softmax at ``temperature`` is the ensemble's target.
-
-    K identical teachers are one.
+) -> Targets:
+    """Return the ensemble's target, made for a temperature; K identical teachers are one.
 
     Args:
         logits: of every teacher; treated as constants.
@@ -79,13 +77,13 @@ def combined_logits(
     logits = logits.detach()
     shares = teacher_shares(logits, combination, labels)
     if combination.average == "logit":
-        return mean_by_row(logits, shares)
+        return Targets.from_model(mean_by_row(logits, shares))
     if combination.average == "probability":
         target = mean_by_row(soften(logits, temperature=temperature), shares)
     else:
         mean = mean_by_row(soften(logits, temperature=1.0), shares)
         target = entropy_reduction(mean, temperature=combination.era_temperature)
-    return logits_from_probabilities(target, temperature=temperature)
+    return Targets.softened(target, temperature=temperature)
 
 
 def teacher_shares(

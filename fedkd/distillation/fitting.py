@@ -24,12 +24,12 @@ from fedkd.distillation.rows import Rows
 from fedkd.distillation.selection import RowSelector, Selection
 from fedkd.distillation.teachers import Teacher, TeacherCache
 from fedkd.models.dropout import connect_dropout, step_keys
-from fedkd.objectives import BoundObjective, Objective, View, logits_from_probabilities
+from fedkd.objectives import BoundObjective, Objective, View
 from fedkd.objectives.basic import LogitL1, LogitMSE, SoftTargets
 from fedkd.objectives.response import AnnealingKD, DisagreementKD, StandardisedKD
 from fedkd.objectives.terms import Need, SoftenedTerm
 from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
-from fedkd.targets import soften
+from fedkd.targets import Targets
 from fedkd.training.objectives import total
 
 Watcher = Callable[[Mapping[str, Any]], None]
@@ -38,7 +38,7 @@ Watcher = Callable[[Mapping[str, Any]], None]
 LOGIT_TERMS = (LogitMSE, LogitL1, AnnealingKD, DisagreementKD, StandardisedKD)
 """Terms that compare logits as they are, and not the probabilities made of them."""
 
-Target = Callable[[float], Tensor]
+Target = Callable[[float], Targets]
 """Makes the teacher's target for a temperature: logits whose softmax at it is the target."""
 
 EpochRow = dict[str, int | float]
@@ -240,11 +240,11 @@ class _Fit:
         view, target = self._view(
             self._row_views, transfer, labelled, features, progress, temperature
         )
-        if view.teacher_logits is not None:
-            self._target_entropy.add(view.teacher_logits, temperature=temperature)
+        if view.targets is not None:
+            self._target_entropy.add(view.targets, temperature=temperature)
         if self._selector is not None:
             # It looks at the target without temperature.
-            weights, shares = self._selector.weights(view._replace(teacher_logits=target(1.0)))
+            weights, shares = self._selector.weights(view._replace(targets=target(1.0)))
             view = view._replace(weights=weights)
             for name, share in shares.items():
                 noted.add(f"targets/{name}", torch.as_tensor(share))
@@ -286,7 +286,7 @@ class _Fit:
             labels=labels,
             mix=mix,
             logits=logits,
-            teacher_logits=target(temperature),
+            targets=target(temperature),
             transfer_labels=known_labels,
             features={name: tensor[:num_transfer] for name, tensor in features[0].items()},
             teacher_features=features[1],
@@ -305,10 +305,10 @@ class _Fit:
         cache = self._cache or TeacherCache(teacher, rows.inputs)
         every = torch.arange(len(rows.inputs), device=rows.device)
         labels = rows.labels if rows.labelled == len(every) else None
-        target_logits = teacher.combine(
+        targets = teacher.combine(
             cache.logits(every), temperature=1.0, labels=labels, tasks=self._row_tasks
         )
-        return RowSelector(selection, target_logits, labels)
+        return RowSelector(selection, targets, labels)
 
     def _gradients(
         self, features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], progress: float
@@ -364,13 +364,13 @@ def _target(
     tasks: Int[Tensor, " rows"] | None,
     views: Views,
     temperature: float,
-) -> Float[Tensor, "rows classes"]:
+) -> Targets:
     """Make the target of a batch for a temperature."""
-    logits = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
+    target = teacher.combine(each, temperature=temperature, labels=labels, tasks=tasks)
     if views.mix is None or views.teacher_is_mixed:
-        return logits
-    mixed = views.targets(soften(logits, temperature=temperature))
-    return logits_from_probabilities(mixed, temperature=temperature)
+        return target
+    mixed = views.targets(target.probabilities(temperature))
+    return Targets.softened(mixed, temperature=temperature)
 
 
 def check_needs(lesson: Lesson) -> None:

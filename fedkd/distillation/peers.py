@@ -33,10 +33,10 @@ from fedkd.distillation.workshop import Workshop, labels_only
 from fedkd.metrics.diversity import pairwise_disagreement
 from fedkd.models import ModelSettings
 from fedkd.models.dropout import DropoutStream, connect_dropout, step_keys
-from fedkd.objectives import Parts, View, logits_from_probabilities
+from fedkd.objectives import Parts, View
 from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
-from fedkd.targets import mean_probability
+from fedkd.targets import Targets, mean_probability
 from fedkd.training.early_stopping import EarlyStopping
 
 
@@ -500,7 +500,7 @@ class Ensemble(nn.Module):
     ) -> Float[Tensor, "rows classes"]:
         """Return logits whose softmax is the members' mean."""
         logits = torch.stack([member(inputs) for member in self.members])
-        return logits_from_probabilities(mean_probability(logits), temperature=1.0)
+        return Targets.softened(mean_probability(logits), temperature=1.0).logits()
 
 
 def disagreement(models: Sequence[nn.Module], workshop: Workshop) -> float:

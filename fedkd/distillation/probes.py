@@ -4,7 +4,6 @@ import copy
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from fedkd.metrics.gradients import compare_gradients
 from fedkd.objectives import BoundObjective, View
 from fedkd.objectives.basic import HardLabels
 from fedkd.randomness import seeded_torch
-from fedkd.targets import entropy, soften
+from fedkd.targets import Targets, entropy, soften
 
 GRADIENT_ROWS = 256
 """Rows with and without labels, at most, on which gradients are compared: always the same."""
@@ -67,19 +66,19 @@ class TargetEntropy:
         self._sum = 0.0
         self._rows = 0
 
-    def add(self, logits: Float[Tensor, "rows classes"], *, temperature: float) -> None:
+    def add(self, targets: Targets, *, temperature: float) -> None:
         """Take in the targets of a step.
 
         Args:
-            logits: whose softmax at ``temperature`` is the target.
-            temperature: > 0.
+            targets: of the step.
+            temperature: at which they are looked at, > 0.
         """
         if self._known is not None:
             return
         if temperature != self._temperature or len(self._buffer) == BUFFERED_STEPS:
             self._flush()
             self._temperature = temperature
-        self._buffer.append(logits.detach())
+        self._buffer.append(targets.logits())
 
     def take(self) -> float | None:
         """Return the mean over rows in nats and start anew; None where there was no target."""

@@ -156,8 +156,8 @@ def teacher_on_training_rows(
         each = torch.stack(
             [predictions.logits(member, predictions.training[kind]) for member in teacher.members]
         )
-        logits = teacher.combine(
+        target = teacher.combine(
             each, temperature=1.0, labels=labels, tasks=teacher.task_ids(labels)
         )
-        taught[kind] = logits.float().cpu().numpy()
+        taught[kind] = target.logits().float().cpu().numpy()
     return taught

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedkd.bounds import PositiveShare, ShareBelowOne
 from fedkd.objectives.view import View
 from fedkd.targets import (
+    Targets,
     certainty_weights,
     confidence_mask,
     confidence_weights,
@@ -116,14 +117,14 @@ class RowSelector:
     def __init__(
         self,
         selection: Selection,
-        target_logits: Float[Tensor, "rows classes"] | None = None,
+        targets: Targets | None = None,
         labels: Int[Tensor, " rows"] | None = None,
     ) -> None:
         """Measure how hard each row is, where a curriculum asks for it.
 
         Args:
             selection: the rules.
-            target_logits: the teacher's for all transfer rows, by row id, unaugmented; for a
+            targets: the teacher's for all transfer rows, by row id, unaugmented; for a
                 curriculum.
             labels: of the same rows, for a curriculum by the teacher's loss.
 
@@ -135,10 +136,10 @@ class RowSelector:
         self._mask: Float[Tensor, " rows"] | None = None
         self._mask_point = -1
         if selection.curriculum is not None:
-            if target_logits is None:
+            if targets is None:
                 raise ValueError("targets.curriculum needs the targets of all transfer rows")
             self._hardness = _hardness(
-                View(logits=target_logits, teacher_logits=target_logits, transfer_labels=labels),
+                View(logits=targets.logits(), targets=targets, transfer_labels=labels),
                 selection.difficulty,
             )
 
@@ -154,8 +155,7 @@ class RowSelector:
             weights are 0, and so is a loss that they weigh.
         """
         selection = self._selection
-        _, teacher = view.pair()
-        target = soften(teacher.detach(), temperature=1.0)
+        _, target = view.softened_pair(1.0)
         mask = confidence_mask(target, selection.confidence_threshold)
         if selection.curriculum is not None:
             mask = mask * self._curriculum(selection.curriculum, view)

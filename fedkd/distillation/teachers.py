@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedkd.distillation.combining import Combination, combined_logits
+from fedkd.distillation.combining import Combination, combined_target
 from fedkd.distillation.predicting import finite, predict_logits
 from fedkd.distillation.tasks import routed_logits
+from fedkd.targets import Targets
 
 
 class Teacher(nn.Module):
@@ -95,7 +96,7 @@ class Teacher(nn.Module):
         temperature: float,
         labels: Int[Tensor, " rows"] | None = None,
         tasks: Int[Tensor, " rows"] | None = None,
-    ) -> Float[Tensor, "rows classes"]:
+    ) -> Targets:
         """Make one target of all models' logits.
 
         Args:
@@ -106,14 +107,14 @@ class Teacher(nn.Module):
                 answer.
 
         Raises:
-            ValueError: if labels are needed and missing; see `combined_logits`.
+            ValueError: if labels are needed and missing; see `combined_target`.
         """
         if tasks is not None and self._task_of_class is not None:
             owners = self._task_of_class.to(logits.device)
             logits = torch.stack([routed_logits(each, tasks, owners) for each in logits])
         if len(logits) == 1 and self.combination.average != "era":
-            return logits[0]
-        return combined_logits(logits, self.combination, temperature=temperature, labels=labels)
+            return Targets.from_model(logits[0])
+        return combined_target(logits, self.combination, temperature=temperature, labels=labels)
 
     def check_inputs_suffice(self, method: str) -> None:
         """Refuse a target that depends on labels or tasks, for a method whose rows have none.
@@ -146,7 +147,7 @@ class Teacher(nn.Module):
         if self.needs_labels:
             uniform = self.combination.model_copy(update={"by": "uniform"})
             teacher = Teacher(list(self.members), uniform)
-        return teacher.combine(logits, temperature=1.0)
+        return teacher.combine(logits, temperature=1.0).logits()
 
 
 class TeacherCache:

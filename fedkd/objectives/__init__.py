@@ -4,7 +4,7 @@ from fedkd.objectives.composed import BoundObjective, Objective
 from fedkd.objectives.table import TERMS, describe_terms
 from fedkd.objectives.taps import LAST_MAP, PENULTIMATE, layer_shapes, tapped, vectors
 from fedkd.objectives.terms import LayerTerm, Parts, Term
-from fedkd.objectives.view import View, logits_from_probabilities
+from fedkd.objectives.view import View
 
 __all__ = [
     "LAST_MAP",
@@ -18,7 +18,6 @@ __all__ = [
     "View",
     "describe_terms",
     "layer_shapes",
-    "logits_from_probabilities",
     "tapped",
     "vectors",
 ]

@@ -15,11 +15,10 @@ from fedkd.losses.curriculum_temperature import (
     learned_temperature_kl,
 )
 from fedkd.losses.distances import logit_l1, logit_mse
-from fedkd.losses.response import hard_label_loss, soft_cross_entropy, soft_target_loss
+from fedkd.losses.response import hard_label_loss, soft_cross_entropy, soft_target_kl
 from fedkd.objectives.terms import LayerPairs, Need, Parts, Shapes, SoftenedTerm, Term
 from fedkd.objectives.view import View
 from fedkd.schedules import PositiveSchedule
-from fedkd.targets import soften
 
 
 class HardLabels(Term):
@@ -118,8 +117,8 @@ class SoftTargets(SoftenedTerm):
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
         """Return the mean over the transfer rows, in nats."""
-        student, teacher = view.pair()
         if self.learned:
+            student, teacher = view.pair()
             temperature = parts.call("temperature", view.progress)
             return learned_temperature_kl(
                 student,
@@ -128,14 +127,11 @@ class SoftTargets(SoftenedTerm):
                 scale_by_t2=self.scale_by_t2,
                 sample_weights=view.weights,
             )
-        teacher_temperature = self.teacher_temperature
-        return soft_target_loss(
+        student, target = view.softened_pair(self.target_temperature_at(view.progress, parts))
+        return soft_target_kl(
             student,
-            teacher,
+            target,
             temperature=self.temperature.at(view.progress),
-            teacher_temperature=(
-                None if teacher_temperature is None else teacher_temperature.at(view.progress)
-            ),
             scale_by_t2=self.scale_by_t2,
             sample_weights=view.weights,
         )
@@ -153,11 +149,9 @@ class SoftCrossEntropy(SoftenedTerm):
 
     def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
         """Return the mean over the transfer rows, in nats."""
-        student, teacher = view.pair()
         temperature = self.temperature.at(view.progress)
         return soft_cross_entropy(
-            student,
-            soften(teacher, temperature=temperature),
+            *view.softened_pair(temperature),
             temperature=temperature,
             scale_by_t2=self.scale_by_t2,
             sample_weights=view.weights,

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.data.augmentation import Mix
+from fedkd.targets import Targets
 
 NO_FEATURES: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -25,7 +25,7 @@ class View(NamedTuple):
         labelled_weights: >= 0, how much each of those rows counts; None: all the same.
         mix: how the labelled rows were mixed with each other; None where they were not.
         logits: the student's logits for the transfer rows.
-        teacher_logits: the teacher's logits for the same rows; a constant.
+        targets: what the teacher says of the same rows; a constant.
         transfer_labels: classes of the transfer rows, where the student may see them.
         weights: >= 0, how much each transfer row counts; None: all the same.
         features: what the student's tapped layers put out for the transfer rows, by layer.
@@ -39,7 +39,7 @@ class View(NamedTuple):
     labelled_weights: Float[Tensor, " labelled"] | None = None
     mix: Mix | None = None
     logits: Float[Tensor, "rows classes"] | None = None
-    teacher_logits: Float[Tensor, "rows classes"] | None = None
+    targets: Targets | None = None
     transfer_labels: Int[Tensor, " rows"] | None = None
     weights: Float[Tensor, " rows"] | None = None
     features: Mapping[str, Tensor] = NO_FEATURES
@@ -53,9 +53,24 @@ class View(NamedTuple):
         Raises:
             ValueError: in a step without transfer rows or without a teacher.
         """
-        if self.logits is None or self.teacher_logits is None:
-            raise ValueError("this step has no rows with a teacher's logits")
-        return self.logits, self.teacher_logits
+        student, targets = self._taught()
+        return student, targets.logits()
+
+    def softened_pair(
+        self, temperature: float
+    ) -> tuple[Float[Tensor, "rows classes"], Float[Tensor, "rows classes"]]:
+        """Return the student's logits, and the teacher's probabilities at a temperature.
+
+        Raises:
+            ValueError: in a step without transfer rows or without a teacher.
+        """
+        student, targets = self._taught()
+        return student, targets.probabilities(temperature)
+
+    def _taught(self) -> tuple[Float[Tensor, "rows classes"], Targets]:
+        if self.logits is None or self.targets is None:
+            raise ValueError("this step has no rows that a teacher speaks about")
+        return self.logits, self.targets
 
     def known_labels(self) -> Int[Tensor, " rows"]:
         """Return the classes of the transfer rows.
@@ -66,15 +81,3 @@ class View(NamedTuple):
         if self.transfer_labels is None:
             raise ValueError("this step has no labels of the transfer rows")
         return self.transfer_labels
-
-
-def logits_from_probabilities(
-    probabilities: Float[Tensor, "*batch classes"], *, temperature: float
-) -> Float[Tensor, "*batch classes"]:
-    """Return logits whose softmax at ``temperature`` is ``probabilities``.
-
-    A teacher that sent soft labels can then serve every loss that takes logits. A class that is
-    ruled out gets the logarithm of the smallest normal float32, not minus infinity.
-    """
-    floor = torch.finfo(torch.float32).tiny
-    return temperature * probabilities.detach().float().clamp_min(floor).log()

@@ -13,6 +13,7 @@ from fedkd.targets.averages import (
     mean_probability,
     trimmed_mean,
 )
+from fedkd.targets.scale import Scale, Targets
 from fedkd.targets.selection import (
     certainty_weights,
     confidence,
@@ -38,7 +39,9 @@ from fedkd.targets.teachers import (
 __all__ = [
     "HEAD_PADDING",
     "PredictionSpool",
+    "Scale",
     "StreamingMean",
+    "Targets",
     "at_least_float32",
     "certainty_weights",
     "check_temperature",

@@ -1,5 +1,6 @@
 """Training over cohorts of clients: state, batches, optimizers, objectives and backends."""
 
+from fedkd.tensors import as_tensor
 from fedkd.training.backends import (
     Backend,
     BackendTimes,
@@ -18,7 +19,6 @@ from fedkd.training.cohort import (
     PublicLesson,
     Streams,
     TrainingData,
-    as_tensor,
 )
 from fedkd.training.learners import ComposedObjective, Learner
 from fedkd.training.loop import LoopCohort

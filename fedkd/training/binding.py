@@ -17,6 +17,7 @@ from fedkd.models import ModelSettings, build_model
 from fedkd.models.options import ImageShape
 from fedkd.objectives import BoundObjective, Parts, layer_shapes
 from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
+from fedkd.targets import Targets
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, Losses, Outputs
 from fedkd.training.stacking import Skeleton
@@ -179,14 +180,19 @@ class BoundLearners:
             }
             rows = TRIED_ROWS - 1
 
-            def stacked(outputs: Any, batch: Any, tensors: Any) -> dict[str, Tensor]:
+            def stacked(outputs: Any, fields: dict[str, Any], tensors: Any) -> dict[str, Tensor]:
+                targets = Targets.from_model(fields["targets"])
+                batch = Batch(**{**fields, "targets": targets})
                 skeleton.counted.weights = torch.ones(TRIED_ROWS, device=self._inputs.device)
                 skeleton.counted.weights[rows:] = 0
                 skeleton.counted.fewest = rows
                 parts = self.parts_with(partial(skeleton.run_at, tensors))
                 return self._unweighted(outputs, batch, parts)
 
-            together = torch.vmap(stacked, randomness="different")(outputs, batch, tensors)
+            assert batch.targets is not None  # noqa: S101
+            together = torch.vmap(stacked, randomness="different")(
+                outputs, {**batch._asdict(), "targets": batch.targets.tensor}, tensors
+            )
             for member in range(2):
                 # A part's buffers may have moved: both begin with the same ones.
                 self.parts.load_state_dict(initial[member])
@@ -235,7 +241,7 @@ class BoundLearners:
         counted = torch.ones(2, rows, device=device)
         counted[:, -1] = 0
         ids = torch.arange(rows, device=device).expand(2, rows)
-        targets = torch.softmax(draw(rows, classes), -1)
+        targets = Targets.from_model(draw(rows, classes))
         batch = Batch(labels, targets, labels, counted, counted, ids, ids)
         return outputs, batch, settings
 
@@ -244,6 +250,8 @@ def _of_member(value: Any, member: int, rows: int) -> Any:
     """Take one client's first rows out of stacked outputs or a stacked batch; nothing counts."""
     if isinstance(value, Tensor):
         return value[member, :rows]
+    if isinstance(value, Targets):
+        return value.of(value.tensor[member, :rows])
     if isinstance(value, Mapping):
         return {name: _of_member(entry, member, rows) for name, entry in value.items()}
     if isinstance(value, Outputs | Batch):

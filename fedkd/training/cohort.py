@@ -4,7 +4,6 @@ A single client is a cohort of one. Algorithms are written against `Cohort`; `Lo
 `fedkd.training.loop` is the reference that `VmapCohort` in `fedkd.training.vmap` matches.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,8 @@ from torch import Tensor
 from fedkd.data import FederatedData
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
+from fedkd.targets import Targets
+from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
@@ -42,19 +43,6 @@ def named_models(architecture: Architecture) -> dict[str, ModelSettings]:
     if PARTS in architecture:
         raise ValueError(f"a client's model cannot be called {PARTS!r}")
     return dict(architecture)
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """View an array as a tensor without a copy; arrays in shared memory are read-only, so is this.
-
-    PyTorch has no read-only tensors and warns; nothing here ever writes to a data tensor.
-    """
-    if array.flags.writeable:
-        # Most arrays are, and to silence a warning takes longer than to make the tensor.
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,18 +95,29 @@ class PublicLesson:
 
     Attributes:
         rows: int64 positions in the public set.
-        targets: float32 ``[rows, classes]`` for every member, ``[members, rows, classes]`` where
-            each member has its own, or None when the objective uses public labels.
+        targets: of ``[rows, classes]`` for every member, of ``[members, rows, classes]`` where each
+            member has its own, or None when the objective uses public labels.
         passes: how to walk through the rows; ignored (except ``epochs``) beside private rows,
             over whose steps they are then spread.
         apart: whether they go through the model in a forward pass of their own, where a step has
             private rows too.
+
+    Raises:
+        TypeError: for bare numbers as targets.
     """
 
     rows: np.ndarray
-    targets: np.ndarray | None
+    targets: Targets | None
     passes: Passes
     apart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.targets is not None and not isinstance(self.targets, Targets):
+            raise TypeError(
+                f"targets of a lesson must be Targets, got {type(self.targets).__name__}: write "
+                "Targets(values, scale='logits') or Targets(values, scale='probabilities', "
+                "temperature=...)"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

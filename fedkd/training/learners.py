@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from fedkd.objectives import Objective, View, logits_from_probabilities
-from fedkd.targets import confidence_mask, soften
+from fedkd.objectives import Objective, View
+from fedkd.targets import Targets, confidence_mask
 from fedkd.training.objectives import Batch, Outputs
 
 
@@ -38,10 +38,9 @@ class ComposedObjective:
         learners: by the name of the model. The first one's terms keep their names in the
             metrics; those of another are called ``<model>/<term>``.
         progress: where schedules are read, in [0, 1].
-        temperature: softens the targets of public rows, or has softened them; > 0.
-        targets_are_logits: False takes targets as probabilities that are softened already.
         confidence_threshold: public rows whose largest target probability is below it do not
             count.
+        temperature: at which these probabilities are taken; > 0.
 
     Raises:
         ValueError: if there is no learner, or a teacher is none of them.
@@ -49,9 +48,8 @@ class ComposedObjective:
 
     learners: Mapping[str, Learner]
     progress: float = 0.0
-    temperature: float = 1.0
-    targets_are_logits: bool = True
     confidence_threshold: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.learners:
@@ -98,15 +96,14 @@ class ComposedObjective:
         teacher = self.learners[name].teacher
         own = outputs[name]
         if teacher is None:
-            targets, weights = self._lesson(batch)
             return View(
                 labelled_logits=own.private,
                 labels=batch.labels,
                 labelled_weights=batch.private_counted,
                 logits=own.public,
-                teacher_logits=targets,
+                targets=batch.targets,
                 transfer_labels=batch.public_labels,
-                weights=weights,
+                weights=self._public_weights(batch),
                 rows=batch.public_rows,
                 progress=self.progress,
             )
@@ -119,7 +116,7 @@ class ComposedObjective:
             labels=batch.labels,
             labelled_weights=batch.private_counted,
             logits=own.private,
-            teacher_logits=other.private.detach(),
+            targets=Targets.from_model(other.private.detach()),
             transfer_labels=batch.labels,
             weights=batch.private_counted,
             features={layer: tensor[:rows] for layer, tensor in own.features.items()},
@@ -130,19 +127,11 @@ class ComposedObjective:
             progress=self.progress,
         )
 
-    def _lesson(
-        self, batch: Batch
-    ) -> tuple[Float[Tensor, "public classes"] | None, Float[Tensor, " public"] | None]:
-        """Return the targets of the public rows as logits, and how much each row counts."""
-        targets, weights = batch.targets, batch.public_counted
-        if targets is None:
-            return None, weights
-        if self.confidence_threshold:
-            probabilities = targets
-            if self.targets_are_logits:
-                probabilities = soften(targets, temperature=self.temperature)
-            kept = confidence_mask(probabilities, self.confidence_threshold)
-            weights = kept if weights is None else kept * weights
-        if not self.targets_are_logits:
-            targets = logits_from_probabilities(targets, temperature=self.temperature)
-        return targets.detach(), weights
+    def _public_weights(self, batch: Batch) -> Float[Tensor, " public"] | None:
+        """Return how much each public row counts."""
+        weights = batch.public_counted
+        if batch.targets is None or not self.confidence_threshold:
+            return weights
+        probabilities = batch.targets.probabilities(self.temperature)
+        kept = confidence_mask(probabilities, self.confidence_threshold)
+        return kept if weights is None else kept * weights

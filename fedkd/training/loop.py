@@ -15,6 +15,8 @@ from fedkd.models.dropout import step_keys
 from fedkd.objectives import tapped
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
+from fedkd.targets import Targets
+from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     PARTS,
@@ -24,7 +26,6 @@ from fedkd.training.cohort import (
     PublicLesson,
     Streams,
     TrainingData,
-    as_tensor,
     named_models,
     predicting,
     public_inputs,
@@ -278,7 +279,7 @@ class _Steps:
         self._data = data
         self._private: Sequence[Tensor] | None = None
         self._public: Sequence[tuple[Tensor, Tensor]] | None = None
-        self._targets: Tensor | None = None
+        self._targets: Targets | None = None
         device = data.train_inputs.device
         if feed.private is not None:
             self._private = _on_device(feed.private, device)
@@ -288,9 +289,9 @@ class _Steps:
                 zip(_on_device(rows, device), _on_device(feed.public, device), strict=True)
             )
             if public.targets is not None:
-                targets = public.targets
-                own = targets[position] if targets.ndim == 3 else targets
-                self._targets = as_tensor(own).to(device)
+                values = public.targets.tensor
+                own = values[position] if values.ndim == 3 else values
+                self._targets = public.targets.of(own.to(device))
 
     def take(self, step: int) -> tuple[Tensor, int, Batch]:
         """Return a step's inputs, how many of them are private, and the batch."""
@@ -306,7 +307,7 @@ class _Steps:
             public_rows, positions = self._public[step]
             inputs.append(self._data.public_inputs.index_select(0, public_rows))
             if self._targets is not None:
-                targets = self._targets.index_select(0, positions)
+                targets = self._targets.of(self._targets.tensor.index_select(0, positions))
             if self._data.public_labels is not None:
                 public_labels = self._data.public_labels.index_select(0, public_rows)
         batch = Batch(

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.losses.response import hard_label_loss, soft_target_kl
 from fedkd.objectives.view import NO_FEATURES
-from fedkd.targets import confidence_mask
+from fedkd.targets import Targets, confidence_mask
 
 
 class Batch(NamedTuple):
@@ -23,8 +22,8 @@ class Batch(NamedTuple):
 
     Attributes:
         labels: classes of the private rows, or None in a step without private rows.
-        targets: what to learn about the public rows (probabilities or logits, as the objective
-            expects), or None.
+        targets: what to learn about the public rows; asked for logits, or for probabilities at a
+            temperature. None in a step without.
         public_labels: classes of the public rows where the public set is labelled, or None.
         private_counted: 1 for each private row that counts, 0 for padding; None: all count. A
             mean over private rows is a mean over those that count.
@@ -34,7 +33,7 @@ class Batch(NamedTuple):
     """
 
     labels: Int[Tensor, " private"] | None = None
-    targets: Float[Tensor, "public classes"] | None = None
+    targets: Targets | None = None
     public_labels: Int[Tensor, " public"] | None = None
     private_counted: Float[Tensor, " private"] | None = None
     public_counted: Float[Tensor, " public"] | None = None
@@ -108,7 +107,6 @@ def distilled(
     batch: Batch,
     *,
     temperature: float,
-    targets_are_logits: bool = False,
     ce_weight: float = 1.0,
     kd_weight: float = 1.0,
     scale_by_t2: bool = True,
@@ -122,8 +120,7 @@ def distilled(
     Args:
         outputs: the student's logits.
         batch: labels of the private rows, targets of the public rows.
-        temperature: softens the student, and the targets where they are logits; > 0.
-        targets_are_logits: False takes targets as probabilities that are softened already.
+        temperature: softens the student and the targets; > 0.
         ce_weight: weight of the private term, >= 0.
         kd_weight: weight of the public term, >= 0.
         scale_by_t2: multiply the public term by ``temperature**2``.
@@ -137,9 +134,7 @@ def distilled(
     if outputs.private is not None and batch.labels is not None:
         losses["ce"] = _weighted(ce_weight, _private_loss(outputs.private, batch.labels, batch))
     if outputs.public is not None and batch.targets is not None:
-        targets = batch.targets
-        if targets_are_logits:
-            targets = F.softmax(targets / temperature, dim=-1)
+        targets = batch.targets.probabilities(temperature)
         counted = batch.public_counted
         if confidence_threshold:
             kept = confidence_mask(targets, confidence_threshold)

@@ -10,13 +10,13 @@ from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout
 from fedkd.models.outside import Outside
 from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.tensors import as_tensor
 from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
     Member,
     TrainingData,
-    as_tensor,
     check_weights,
     named_models,
 )

@@ -22,7 +22,8 @@ from torch.func import functional_call
 from fedkd.models.dropout import connect_dropout
 from fedkd.models.outside import Outside
 from fedkd.randomness import seeded_for
-from fedkd.training.cohort import as_tensor, check_weights
+from fedkd.tensors import as_tensor
+from fedkd.training.cohort import check_weights
 from fedkd.training.optimizers import FUSED, OptimizerSettings
 from fedkd.training.state import Arrays, ModelState, copy_to_numpy
 

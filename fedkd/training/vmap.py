@@ -25,6 +25,8 @@ from fedkd.models.dropout import step_keys
 from fedkd.objectives import tapped
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
+from fedkd.targets import Targets
+from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     PARTS,
@@ -34,7 +36,6 @@ from fedkd.training.cohort import (
     PublicLesson,
     Streams,
     TrainingData,
-    as_tensor,
     named_models,
     predicting,
     public_inputs,
@@ -350,7 +351,7 @@ class _Step:
             outputs[name] = Outputs.split(logits, steps.num_private, dict(seen))
         batch = Batch(
             labels=rows.get("labels"),
-            targets=rows.get("targets"),
+            targets=None if steps.targets is None else steps.targets.of(rows["targets"]),
             public_labels=rows.get("public_labels"),
             private_counted=rows.get("private_counted"),
             public_counted=rows.get("public_counted"),
@@ -432,6 +433,7 @@ class _StackedSteps:
         seed: of torch's global generators during the fit.
         padded: whether any step has rows that do not count.
         apart: whether private and public rows go through the models one after the other.
+        targets: of the lesson, every member's below one another where each has its own.
         num_private, fewest: of the step last taken: private rows of its width, and rows of its
             smallest batch.
         fewest_of: the latter for private and public rows alone.
@@ -460,20 +462,20 @@ class _StackedSteps:
         if own:
             self._private = _Padded(own, device)
         shared = [feed.public for feed in feeds if feed.public is not None]
-        self._targets: Tensor | None = None
+        self.targets: Targets | None = None
         self._first_targets: Tensor | None = None
         self.apart = public is not None and public.apart and bool(own) and bool(shared)
         if public is not None and shared:
             self._public = _Padded(shared, device)
             self._public_rows = as_tensor(public.rows).to(device)
             if public.targets is not None:
-                targets = as_tensor(public.targets).to(device)
+                targets = public.targets.tensor.to(device)
                 if targets.ndim == 3:
                     # Each member's targets below one another, found by where they begin.
                     self._first_targets = torch.tensor(order, device=device)[:, None] * len(
                         public.rows
                     )
-                self._targets = targets.flatten(0, -2)
+                self.targets = public.targets.of(targets.flatten(0, -2))
         self._keys: Tensor | None = None
         if has_dropout:
             keys = np.stack([step_keys(seed, self.total) for seed in seeds], axis=1)
@@ -522,10 +524,10 @@ class _StackedSteps:
             self.fewest_of["public"] = int(self._public.sizes[:active, step].min())
             if weights is not None:
                 rows["public_counted"] = weights
-            if self._targets is not None:
+            if self.targets is not None:
                 if self._first_targets is not None:
                     positions = positions + self._first_targets[:active]
-                rows["targets"] = _rows_of(self._targets, positions)
+                rows["targets"] = _rows_of(self.targets.tensor, positions)
             if self._data.public_labels is not None:
                 rows["public_labels"] = _rows_of(self._data.public_labels, shared)
         rows["inputs"] = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
+from fedkd.targets import Targets
 from fedkd.training import Batch, Member, ModelPool, Outputs, Streams, TrainingData, open_cohort
 from strategies import STRATEGIES
 from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
@@ -118,8 +119,8 @@ def test_a_digest_is_over_the_rows_that_count(loss, tiny_settings, tiny_data, pa
     draw = torch.Generator().manual_seed(0)
     student, consensus = torch.randn(2, 4, 3, generator=draw)
     counted = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    padded = Batch(targets=consensus, public_counted=counted)
-    only = Batch(targets=consensus[[0, 2]])
+    padded = Batch(targets=Targets(consensus), public_counted=counted)
+    only = Batch(targets=Targets(consensus[[0, 2]]))
     torch.testing.assert_close(
         strategy._digest(Outputs(public=student), padded),
         strategy._digest(Outputs(public=student[[0, 2]]), only),

@@ -139,7 +139,8 @@ def test_nobody_teaches_nothing(dml):
 
 
 def received_by(plan, kind="mean_probability"):
-    values = np.full((len(plan.public_rows), 3), 1 / 3, np.float32)
+    value = 1 / 3 if kind == "mean_probability" else 2.0
+    values = np.full((len(plan.public_rows), 3), value, np.float32)
     return Predictions(kind=kind, rows=plan.public_rows, values=values, temperature=2.5)
 
 
@@ -161,14 +162,13 @@ def test_a_client_minimises_both_terms_in_every_step_and_then_predicts(spy, dml,
     assert fit["objective"].func is distilled
     assert fit["objective"].keywords == {
         "temperature": 2.5,
-        "targets_are_logits": kind == "mean_logit",
         "ce_weight": 0.5,
         "kd_weight": pytest.approx(2.0),
         "scale_by_t2": False,
         "confidence_threshold": 0.25,
     }
     assert fit["private"] == plan.local
-    assert fit["public"].targets is received.values
+    assert fit["public"].targets.values is received.values
     assert fit["public"].passes == Passes(batch_size=8, epochs=2)
     assert np.array_equal(cohort.asked[-1][1]["rows"], plan.public_rows)
     assert [answer.kind for answer in answers] == ["logits", "logits"]

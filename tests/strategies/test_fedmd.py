@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedkd.targets import coordinate_median, trimmed_mean
+from fedkd.targets import Targets, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
 from strategies.knowledge import Broadcast, Predictions
 
@@ -35,7 +35,7 @@ def test_a_round_digests_then_revisits_then_communicates(spy, fedmd):
     assert cohort.order == ["fit", "fit", "predict_public"]
     digest, revisit = cohort.fits
     assert digest["private"] is None
-    assert digest["public"].targets is received.values
+    assert digest["public"].targets.values is received.values
     assert digest["public"].rows is received.rows
     assert digest["public"].passes == Passes(batch_size=8, epochs=2)
     assert revisit == {"objective": supervised, "private": plan.local, "public": None}
@@ -176,7 +176,7 @@ def test_digest_losses_by_hand(spy, fedmd, name, expected):
     cohort, plan = spy(), strategy.federation.plan(2)
     strategy.client_round(cohort, consensus(plan), plan)
     objective = cohort.fits[0]["objective"]
-    losses = objective(Outputs(public=STUDENT), Batch(targets=CONSENSUS))
+    losses = objective(Outputs(public=STUDENT), Batch(targets=Targets(CONSENSUS)))
     assert list(losses) == ["digest"]
     assert losses["digest"].item() == pytest.approx(expected, rel=1e-6)
 

@@ -153,7 +153,7 @@ def test_the_ensemble_teaches_the_server_model(one_way, scores, direction):
     assert fit["objective"].keywords == {"temperature": 2.0, "scale_by_t2": False}
     powers = np.exp(np.stack([u.knowledge.values for u in uploads]).astype(np.float64) / 2.0)
     by_hand = (powers / powers.sum(-1, keepdims=True)).mean(axis=0)
-    np.testing.assert_allclose(fit["public"].targets, by_hand, atol=1e-6)
+    np.testing.assert_allclose(fit["public"].targets.values, by_hand, atol=1e-6)
     assert np.array_equal(fit["public"].rows, plan.public_rows)
     assert fit["public"].passes == Passes(batch_size=8, epochs=2)
 
@@ -228,14 +228,13 @@ def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, direction
     assert fit["objective"].func is distilled
     assert fit["objective"].keywords == {
         "temperature": 2.5,
-        "targets_are_logits": True,
         "ce_weight": 0.5,
         "kd_weight": 2.0,
         "scale_by_t2": True,
         "confidence_threshold": 0.0,
     }
     assert fit["private"] == plan.local
-    assert fit["public"].targets is received.values
+    assert fit["public"].targets.values is received.values
     assert fit["public"].passes == Passes(batch_size=8, epochs=3)
     assert len(answers) == (direction == "server_to_clients")
 

@@ -21,12 +21,12 @@ from fedkd.distillation.peers import (
 )
 from fedkd.distillation.workshop import Workshop
 from fedkd.losses.self_distillation import be_your_own_teacher_losses
-from fedkd.objectives import PENULTIMATE, layer_shapes, logits_from_probabilities, tapped, vectors
+from fedkd.objectives import PENULTIMATE, layer_shapes, tapped, vectors
 from fedkd.objectives.taps import resolved_layer
 from fedkd.objectives.terms import LayerName
 from fedkd.randomness import seeded_torch
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
-from fedkd.targets import mean_probability
+from fedkd.targets import Targets, mean_probability
 
 
 class BeYourOwnTeacherSettings(SoftenedSettings):
@@ -151,7 +151,7 @@ class BranchEnsemble(nn.Module):
     ) -> Float[Tensor, "rows classes"]:
         """Return logits whose softmax is the branches' mean."""
         _, logits = self.network.everything(inputs)
-        return logits_from_probabilities(mean_probability(logits), temperature=1.0)
+        return Targets.softened(mean_probability(logits), temperature=1.0).logits()
 
 
 def inner_layers(

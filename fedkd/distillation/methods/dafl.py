@@ -267,7 +267,7 @@ class _DataFreeFit:
         temperature = self._bound.target_temperature(progress)
         view = View(
             logits=self._student(images.detach()),
-            teacher_logits=self._teacher.combine(each.detach(), temperature=temperature),
+            targets=self._teacher.combine(each.detach(), temperature=temperature),
             features=features[0],
             teacher_features={name: tensor.detach() for name, tensor in features[1].items()},
             progress=progress,

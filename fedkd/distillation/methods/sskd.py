@@ -195,7 +195,8 @@ class _SelfSupervised(Group[SSKDSettings]):
         each = self._teacher.member_logits(rotated_views(exchange.inputs[0]).flatten(0, 1))
         taught = vectors(self._theirs[PENULTIMATE])
         temperature = settings.temperature.at(step.progress)
-        said = self._teacher.combine(each, temperature=temperature).unflatten(0, (4, rows))
+        said = self._teacher.combine(each, temperature=temperature)
+        said = said.logits().unflatten(0, (4, rows))
         # Only the first rows have labels; for the others the teacher's word on the upright image
         # says which class a turned one should have.
         labelled = exchange.ids < self.workshop.rows.labelled

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedkd.distillation.combining import Combination, combined_logits, teacher_shares
+from fedkd.distillation.combining import Combination, combined_target, teacher_shares
 from fedkd.targets import (
     entropy_reduction,
     mean_logit,
@@ -24,16 +24,16 @@ def combination(by="uniform", average="probability"):
 
 
 def target(logits, chosen, temperature=2.0):
-    combined = combined_logits(logits, chosen, temperature=temperature, labels=LABELS)
-    return soften(combined, temperature=temperature)
+    combined = combined_target(logits, chosen, temperature=temperature, labels=LABELS)
+    return combined.probabilities(temperature)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("by", RULES)
 def test_identical_teachers_are_one(by, average):
     three = LOGITS[:1].expand(3, -1, -1)
-    one = combined_logits(LOGITS[:1], Combination(average=average), temperature=2.0, labels=LABELS)
-    expected = soften(one, temperature=2.0)
+    one = combined_target(LOGITS[:1], Combination(average=average), temperature=2.0, labels=LABELS)
+    expected = one.probabilities(2.0)
     assert target(three, combination(by, average)) == pytest.approx(expected, abs=1e-6)
     if average != "era":
         assert expected == pytest.approx(soften(LOGITS[0], temperature=2.0), abs=1e-6)
@@ -46,16 +46,16 @@ def test_the_order_of_teachers_classes_and_rows_means_nothing(by, average):
     expected = target(LOGITS, chosen)
     swapped = chosen.model_copy(update={"weights": chosen.weights[::-1]})
     assert target(LOGITS.flip(0), swapped) == pytest.approx(expected, abs=1e-6)
-    combined = combined_logits(LOGITS.flip(1), chosen, temperature=2.0, labels=LABELS.flip(0))
-    assert soften(combined.flip(0), temperature=2.0) == pytest.approx(expected, abs=1e-6)
-    combined = combined_logits(LOGITS.flip(2), chosen, temperature=2.0, labels=3 - LABELS)
-    assert soften(combined.flip(1), temperature=2.0) == pytest.approx(expected, abs=1e-6)
+    combined = combined_target(LOGITS.flip(1), chosen, temperature=2.0, labels=LABELS.flip(0))
+    assert combined.probabilities(2.0).flip(0) == pytest.approx(expected, abs=1e-6)
+    combined = combined_target(LOGITS.flip(2), chosen, temperature=2.0, labels=3 - LABELS)
+    assert combined.probabilities(2.0).flip(1) == pytest.approx(expected, abs=1e-6)
 
 
 def test_uniform_and_given_weights_match_the_plain_averages():
     for by, weights in (("uniform", None), ("weights", [1, 2, 5])):
-        logit = combined_logits(LOGITS, combination(by, "logit"), temperature=2.0)
-        assert logit == pytest.approx(mean_logit(LOGITS, weights=weights), abs=1e-6)
+        logit = combined_target(LOGITS, combination(by, "logit"), temperature=2.0)
+        assert logit.logits() == pytest.approx(mean_logit(LOGITS, weights=weights), abs=1e-6)
         mean = mean_probability(LOGITS, temperature=2.0, weights=weights)
         assert target(LOGITS, combination(by)) == pytest.approx(mean, abs=1e-6)
 
@@ -84,8 +84,8 @@ def test_by_labels_a_teacher_that_is_right_moves_the_target():
     logits = torch.tensor([[[6.0, 0.0]], [[0.0, 6.0]]])
     chosen = Combination(by="labels")
     for label in (0, 1):
-        combined = combined_logits(logits, chosen, temperature=1.0, labels=torch.tensor([label]))
-        assert combined.softmax(-1)[0, label] > 0.95
+        combined = combined_target(logits, chosen, temperature=1.0, labels=torch.tensor([label]))
+        assert combined.probabilities(1.0)[0, label] > 0.95
 
 
 def test_a_sure_teacher_counts_more_row_by_row():
@@ -101,20 +101,20 @@ def test_no_gradient_reaches_a_teacher():
     logits = LOGITS.clone().requires_grad_()
     for by in RULES:
         for average in AVERAGES:
-            combined = combined_logits(
+            combined = combined_target(
                 logits, combination(by, average), temperature=2.0, labels=LABELS
             )
-            assert not combined.requires_grad
+            assert not combined.tensor.requires_grad
 
 
 def test_labels_that_are_missing_are_an_error():
     with pytest.raises(ValueError, match=r"teacher.combine.by: labels needs .* use uniform"):
-        combined_logits(LOGITS, Combination(by="labels"), temperature=2.0)
+        combined_target(LOGITS, Combination(by="labels"), temperature=2.0)
 
 
 def test_weights_must_be_one_a_teacher():
     with pytest.raises(ValueError, match=r"one number a model \(3\), got 2"):
-        combined_logits(LOGITS, Combination(by="weights", weights=(1, 2)), temperature=2.0)
+        combined_target(LOGITS, Combination(by="weights", weights=(1, 2)), temperature=2.0)
 
 
 @pytest.mark.parametrize(

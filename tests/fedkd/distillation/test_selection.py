@@ -9,7 +9,7 @@ import torch
 from fedkd.distillation.fitting import Lesson, check_needs
 from fedkd.distillation.selection import RowSelector, Selection
 from fedkd.objectives import View
-from fedkd.targets import entropy, soften
+from fedkd.targets import Targets, entropy, soften
 
 # Five rows of three classes; probabilities of the surest class 0.9, 0.5, 0.8, 0.4, 1/3.
 PROBABILITIES = torch.tensor(
@@ -24,7 +24,7 @@ def view(*, rows=None, progress=0.0):
     chosen = torch.arange(5) if rows is None else rows
     return View(
         logits=STUDENT[chosen],
-        teacher_logits=TEACHER[chosen],
+        targets=Targets(TEACHER[chosen]),
         transfer_labels=LABELS[chosen],
         rows=chosen,
         progress=progress,
@@ -32,7 +32,7 @@ def view(*, rows=None, progress=0.0):
 
 
 def weights(step=None, **rules):
-    found, noted = RowSelector(Selection(**rules), TEACHER, LABELS).weights(step or view())
+    found, noted = RowSelector(Selection(**rules), Targets(TEACHER), LABELS).weights(step or view())
     return found, noted["kept"].item()
 
 
@@ -103,7 +103,7 @@ def test_a_curriculum_goes_by_row_id_and_lets_the_hard_rows_in_last():
     # From easy to hard: rows 0, 2, 1, 3, 4. A batch in another order is not misled.
     batch = torch.tensor([3, 0, 4, 2])
     curriculum = {"curriculum": {"start": 0.4, "until": 0.5}}
-    selector = RowSelector(Selection(**curriculum), TEACHER)
+    selector = RowSelector(Selection(**curriculum), Targets(TEACHER))
     # Shares 0.4, 0.7 and 1 of five rows are 2, 4 and 5.
     for progress, expected in ((0.0, [0, 1, 0, 1]), (0.25, [1, 1, 0, 1]), (0.5, [1, 1, 1, 1])):
         found, _ = selector.weights(view(rows=batch, progress=progress))
@@ -125,7 +125,7 @@ def test_nothing_kept_is_weight_zero_everywhere():
 
 
 def test_a_row_of_weight_zero_is_still_kept():
-    agreeing = View(logits=TEACHER, teacher_logits=TEACHER, rows=torch.arange(5))
+    agreeing = View(logits=TEACHER, targets=Targets(TEACHER), rows=torch.arange(5))
     found, kept = weights(agreeing, weight_by="difficulty", difficulty="disagreement")
     assert found == pytest.approx(torch.ones(5))
     assert kept == 1
@@ -247,7 +247,7 @@ def test_labels_of_unlabelled_rows_decide_no_weight(workshop, trained_teacher, t
 
 
 def test_confidence_is_that_of_the_target_without_temperature():
-    step = view()._replace(teacher_logits=TEACHER * 4)
+    step = view()._replace(targets=Targets(TEACHER * 4))
     sure = soften(TEACHER * 4, temperature=1.0).amax(1) >= 0.6
     found, _ = RowSelector(Selection(confidence_threshold=0.6)).weights(step)
     assert found.bool().tolist() == sure.tolist()

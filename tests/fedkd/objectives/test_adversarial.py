@@ -9,6 +9,7 @@ from torch import nn
 from fedkd.losses.adversarial import Discriminator
 from fedkd.objectives import Objective, View
 from fedkd.randomness import seeded_torch
+from fedkd.targets import Targets
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import Slot
 
@@ -30,7 +31,9 @@ def view(step=0, **fields):
     generator = torch.Generator().manual_seed(step)
     student = torch.randn(5, 4, generator=generator)
     teacher = 3 + torch.randn(5, 4, generator=generator)
-    return View(logits=student.requires_grad_(), teacher_logits=teacher.requires_grad_(), **fields)
+    return View(
+        logits=student.requires_grad_(), targets=Targets(teacher.requires_grad_()), **fields
+    )
 
 
 def same_discriminator():
@@ -44,7 +47,7 @@ def test_it_learns_as_with_torchs_adam_and_the_student_is_judged_by_what_it_lear
     for step in range(4):
         seen = view(step, weights=WEIGHTS)
         optimizer.zero_grad()
-        reference.loss(seen.logits, seen.teacher_logits, sample_weights=WEIGHTS).backward()
+        reference.loss(seen.logits, seen.targets.values, sample_weights=WEIGHTS).backward()
         optimizer.step()
         loss = objective.losses(seen)["adversarial"]
         expected = reference.fooling_loss(seen.logits, sample_weights=WEIGHTS)
@@ -60,7 +63,7 @@ def test_its_step_gives_neither_model_a_gradient_and_the_students_gives_it_none(
     learned = adversary_of(objective).weights.clone()
     loss.backward()
     assert seen.logits.grad.abs().sum() > 0
-    assert seen.teacher_logits.grad is None
+    assert seen.targets.values.grad is None
     assert torch.equal(adversary_of(objective).weights, learned)
     assert not adversary_of(objective).weights.requires_grad
 
@@ -104,7 +107,7 @@ def test_two_views_may_be_taken_before_the_first_is_gone_back_through():
 
 def test_its_accuracy_is_noted_a_half_for_equal_models_and_near_one_for_different_ones():
     objective, seen = bound(), view()
-    equal = View(logits=seen.logits, teacher_logits=seen.logits.detach())
+    equal = View(logits=seen.logits, targets=Targets(seen.logits.detach()))
     assert objective.notes(equal)["adversarial/accuracy"].item() == 0.5
     for step in range(100):
         objective.losses(view(step))

@@ -16,6 +16,7 @@ from fedkd.distillation.teachers import Teacher
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import TERMS, Objective, View
 from fedkd.objectives.terms import LayerTerm
+from fedkd.targets import Targets
 from fedkd.training import (
     PARTS,
     ClientState,
@@ -175,7 +176,7 @@ def test_half_precision_gives_a_float32_loss(kind, dtype):
         labelled_logits=logits,
         labels=torch.tensor([0, 1, 2, 0, 1]),
         logits=logits,
-        teacher_logits=drawn(5, 3),
+        targets=Targets(drawn(5, 3)),
         transfer_labels=torch.tensor([0, 1, 2, 0, 1]),
         features=ours,
         teacher_features=theirs,

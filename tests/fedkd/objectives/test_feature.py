@@ -7,6 +7,7 @@ from torch import nn
 from fedkd.losses.feature import attention_transfer, cosine_feature_loss, hint_loss, pool_maps
 from fedkd.objectives import Objective, View
 from fedkd.randomness import seeded_torch
+from fedkd.targets import Targets
 
 INPUTS = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 PURE = {"hint": hint_loss, "cosine": cosine_feature_loss}
@@ -38,7 +39,7 @@ def seen(objective, student, teacher, **fields):
             teacher_logits = teacher(INPUTS)
     return View(
         logits=logits,
-        teacher_logits=teacher_logits,
+        targets=Targets(teacher_logits),
         features=ours,
         teacher_features=theirs,
         **fields,

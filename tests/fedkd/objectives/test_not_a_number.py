@@ -8,6 +8,7 @@ import torch
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import TERMS, Objective, View
 from fedkd.objectives.terms import LayerTerm
+from fedkd.targets import Targets
 
 NOT_A_NUMBER = {"nan": math.nan, "inf": math.inf}
 FROM_TEACHER = [kind for kind in TERMS if TERMS[kind]().needs != ("labels",)]
@@ -25,7 +26,7 @@ def a_step(objective, kind):
         labelled_logits=torch.randn(5, 3, generator=generator),
         labels=torch.tensor([0, 1, 2, 0, 1]),
         logits=torch.randn(5, 3, generator=generator),
-        teacher_logits=torch.randn(5, 3, generator=generator),
+        targets=Targets(torch.randn(5, 3, generator=generator)),
         transfer_labels=torch.tensor([0, 1, 2, 0, 1]),
         rows=torch.tensor([4, 1, 7, 0, 2]),
         progress=0.5,
@@ -64,7 +65,7 @@ def test_what_a_teacher_says_wrongly_is_seen_in_the_loss(kind, value):
         if view.teacher_features:
             features = {n: spoilt(t, value) for n, t in view.teacher_features.items()}
             return view._replace(teacher_features=features)
-        return view._replace(teacher_logits=spoilt(view.teacher_logits, value))
+        return view._replace(targets=Targets(spoilt(view.targets.values, value)))
 
     assert math.isfinite(loss_of(kind, lambda view: view))
     assert not math.isfinite(loss_of(kind, change))

@@ -13,6 +13,7 @@ from fedkd.losses.relation import (
     similarity_preserving_loss,
 )
 from fedkd.objectives import Objective, View
+from fedkd.targets import Targets
 
 PURE = {
     "rkd_distance": (rkd_distance_loss, 25),
@@ -93,7 +94,7 @@ def test_on_logits_a_term_needs_no_layers_of_the_teacher(kind):
     known = bound(table, teacher=False)
     assert known.student_layers == ()
     ours, theirs = drawn(5, 4).requires_grad_(), drawn(5, 4, seed=1).requires_grad_()
-    loss = known.losses(View(logits=ours, teacher_logits=theirs, rows=ROWS))[kind]
+    loss = known.losses(View(logits=ours, targets=Targets(theirs), rows=ROWS))[kind]
     if kind in PURE:
         assert loss.item() == pytest.approx(PURE[kind][0](ours, theirs).item(), rel=1e-6)
     loss.backward()

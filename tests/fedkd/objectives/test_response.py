@@ -14,6 +14,7 @@ from fedkd.losses.row_temperatures import (
 )
 from fedkd.losses.standardised import standardised_kd
 from fedkd.objectives import Objective, View
+from fedkd.targets import Targets
 
 ROWS, CLASSES = 5, 4
 LABELS = torch.tensor([3, 0, 1, 1, 2])
@@ -112,7 +113,7 @@ def test_a_term_is_its_pure_function_times_its_weight(kind):
     student, teacher = logits()
     view = View(
         logits=student,
-        teacher_logits=teacher,
+        targets=Targets(teacher),
         transfer_labels=LABELS,
         weights=WEIGHTS,
         progress=0.5,
@@ -140,7 +141,7 @@ def test_a_term_is_its_pure_function_times_its_weight(kind):
 )
 def test_defaults_are_those_of_the_paper(kind, pure):
     student, teacher = logits()
-    view = View(logits=student, teacher_logits=teacher, transfer_labels=LABELS, progress=0.5)
+    view = View(logits=student, targets=Targets(teacher), transfer_labels=LABELS, progress=0.5)
     loss = bound({kind: None}).losses(view)[kind]
     assert loss.item() == pytest.approx(pure(student, teacher).item(), rel=1e-12)
 
@@ -153,13 +154,13 @@ def test_two_classes_are_refused_when_the_objective_is_bound(kind):
     assert Objective.model_validate({kind: 1}).needs("transfer_labels") == (kind,)
     student, teacher = logits()
     with pytest.raises(ValueError, match="no labels of the transfer rows"):
-        bound({kind: 1}).losses(View(logits=student, teacher_logits=teacher))
+        bound({kind: 1}).losses(View(logits=student, targets=Targets(teacher)))
 
 
 def test_annealing_ends_with_the_teacher_as_it_is():
     student, teacher = logits()
     table = {"annealing": {"until": 0.5}, "mse": 1}
     for progress in (0.5, 0.8):
-        view = View(logits=student, teacher_logits=teacher, progress=progress)
+        view = View(logits=student, targets=Targets(teacher), progress=progress)
         losses = bound(table).losses(view)
         assert losses["annealing"].item() == pytest.approx(losses["mse"].item(), rel=1e-12)

@@ -11,6 +11,7 @@ from torch import nn
 from fedkd.losses.relation import rkd_distance_loss
 from fedkd.models import ModelSettings
 from fedkd.objectives import TERMS, LayerTerm, Objective, Term, vectors
+from fedkd.targets import Targets
 from fedkd.training import (
     PARTS,
     ClientState,
@@ -258,13 +259,13 @@ def test_every_kind_of_term_agrees_in_both_backends(double, table, models, sizes
 
 def test_terms_on_public_rows_agree_in_both_backends(double):
     targets = torch.softmax(torch.randn(10, 3, generator=torch.Generator().manual_seed(3)), -1)
-    lesson = PublicLesson(rows=np.arange(4, 14), targets=targets.numpy(), passes=PASSES)
+    soft = Targets(targets.numpy(), scale="probabilities", temperature=2.0)
+    lesson = PublicLesson(rows=np.arange(4, 14), targets=soft, passes=PASSES)
     table = {"ce": 0.7, "kd": {"learned": True, "learned_until": 1.0}, "l1": 0.1}
     composed = ComposedObjective(
         learners={"model": Learner(objective=Objective.model_validate(table))},
         progress=0.5,
         temperature=2.0,
-        targets_are_logits=False,
         confidence_threshold=0.4,
     )
     cohorts = [cohort_of(kind, UNEQUAL, NARROW) for kind in (LoopCohort, VmapCohort)]

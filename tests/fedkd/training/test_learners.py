@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fedkd.objectives import Objective
+from fedkd.targets import Targets
 from fedkd.training import Batch, ComposedObjective, Learner, Outputs
 
 CE_KD = {"ce": 0.5, "kd": {"weight": 0.5, "temperature": 2.0}}
@@ -50,11 +50,11 @@ def test_a_peer_teaches_on_private_rows_and_is_a_constant(outputs, batch):
     view = mutual(progress=0.25).view("private", outputs, batch)
     assert view.logits is outputs["private"].private
     assert view.labelled_logits is outputs["private"].private
-    assert torch.equal(view.teacher_logits, outputs["meme"].private)
+    assert torch.equal(view.targets.logits(), outputs["meme"].private)
     assert torch.equal(view.features["2"], outputs["private"].features["2"][:ROWS])
     assert torch.equal(view.teacher_features["2"], outputs["meme"].features["2"][:ROWS])
     assert view.features["2"].requires_grad
-    assert not view.teacher_logits.requires_grad
+    assert not view.targets.logits().requires_grad
     assert not view.teacher_features["2"].requires_grad
     for weights in (view.weights, view.labelled_weights):
         assert torch.equal(weights, batch.private_counted)
@@ -65,8 +65,8 @@ def test_a_peer_teaches_on_private_rows_and_is_a_constant(outputs, batch):
 
 def test_each_of_two_peers_is_the_others_teacher(outputs, batch):
     views = {name: mutual().view(name, outputs, batch) for name in outputs}
-    assert torch.equal(views["private"].logits, views["meme"].teacher_logits)
-    assert torch.equal(views["meme"].logits, views["private"].teacher_logits)
+    assert torch.equal(views["private"].logits, views["meme"].targets.logits())
+    assert torch.equal(views["meme"].logits, views["private"].targets.logits())
 
 
 def taught(**options):
@@ -74,33 +74,26 @@ def taught(**options):
 
 
 def test_received_targets_teach_on_public_rows(outputs, batch):
-    targets = torch.randn(PUBLIC, CLASSES)
+    targets = Targets(torch.randn(PUBLIC, CLASSES))
     classes = torch.tensor([0, 1, 2, 1, 0])
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
     batch = batch._replace(targets=targets, public_labels=classes, public_counted=weights)
-    view = taught(temperature=3.0).view("model", {"model": outputs["private"]}, batch)
+    view = taught().view("model", {"model": outputs["private"]}, batch)
     assert view.logits is outputs["private"].public
     assert view.labelled_logits is outputs["private"].private
-    assert torch.equal(view.teacher_logits, targets)
+    assert view.targets is targets
     assert torch.equal(view.transfer_labels, classes)
     assert torch.equal(view.weights, weights)
     assert torch.equal(view.labelled_weights, batch.private_counted)
     assert torch.equal(view.rows, batch.public_rows)
 
 
-def test_received_probabilities_become_logits_that_soften_to_them(outputs, batch):
-    targets = torch.softmax(torch.randn(PUBLIC, CLASSES), -1)
-    composed = taught(temperature=3.0, targets_are_logits=False)
-    view = composed.view("model", {"model": outputs["private"]}, batch._replace(targets=targets))
-    torch.testing.assert_close(F.softmax(view.teacher_logits / 3.0, -1), targets)
-
-
 @pytest.mark.parametrize("are_logits", [True, False])
 def test_a_row_of_an_unsure_target_does_not_count(are_logits, outputs, batch):
     sure = torch.tensor([[0.8, 0.1, 0.1], [0.4, 0.3, 0.3], [0.1, 0.7, 0.2]]).repeat(2, 1)[:PUBLIC]
     counted = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
-    composed = taught(temperature=2.0, targets_are_logits=are_logits, confidence_threshold=0.6)
-    targets = 2.0 * sure.log() if are_logits else sure
+    composed = taught(temperature=2.0, confidence_threshold=0.6)
+    targets = Targets(2.0 * sure.log()) if are_logits else Targets(sure, "probabilities", 2.0)
     batch = batch._replace(targets=targets, public_counted=counted)
     view = composed.view("model", {"model": outputs["private"]}, batch)
     assert view.weights.tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]

@@ -13,6 +13,7 @@ from torch import nn
 from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.randomness import Purpose, generator_for
+from fedkd.targets import Targets
 from fedkd.training import (
     ModelPool,
     OptimizerSettings,
@@ -74,7 +75,7 @@ def lesson(rows=(0, 3, 4, 8, 11, 15, 19), *, members=None, seed=0, epochs=1, bat
     scores = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return PublicLesson(
         rows=rows,
-        targets=F.softmax(scores, -1).numpy(),
+        targets=Targets(F.softmax(scores, -1).numpy(), scale="probabilities", temperature=2.0),
         passes=Passes(batch_size=batch_size, epochs=epochs),
     )
 
@@ -127,7 +128,7 @@ def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
                 if private:
                     loss = F.cross_entropy(logits[:count], data.train_labels[rows])
                 if public is not None:
-                    target = torch.from_numpy(public.targets)[positions]
+                    target = public.targets.tensor[positions]
                     log_p = F.log_softmax(logits[count:] / 2.0, -1)
                     divergence = (torch.xlogy(target, target) - target * log_p).sum(-1)
                     loss = loss + divergence.sum() / len(target) * 4.0
@@ -217,7 +218,7 @@ def test_kd_term_is_the_divergence_that_pytorch_computes(make_cohort):
     before = torch.from_numpy(cohort.predict_public(taught.rows)[0])
     cohort.fit(kd, public=taught)
     expected = 4 * F.kl_div(
-        F.log_softmax(before / 2, -1), torch.from_numpy(taught.targets), reduction="batchmean"
+        F.log_softmax(before / 2, -1), taught.targets.tensor, reduction="batchmean"
     )
     assert cohort.metrics()[0] == {"loss/kd": pytest.approx(expected.item(), rel=1e-5)}
 
@@ -234,7 +235,8 @@ def test_a_cohort_of_three_is_three_cohorts_of_one(make_cohort, tensors, same_bi
     rows = np.arange(20)
     for position, client in enumerate((0, 1, 3)):
         alone = make_cohort((client,), model=model, data=data)
-        own = PublicLesson(rows=taught.rows, targets=taught.targets[position], passes=taught.passes)
+        targets = taught.targets.of(taught.targets.values[position])
+        own = PublicLesson(rows=taught.rows, targets=targets, passes=taught.passes)
         alone.fit(kd, private=PRIVATE, public=own)
         alone.fit(supervised, private=PRIVATE)
         assert same_bits(together.states()[position].to_arrays(), alone.states()[0].to_arrays())
@@ -330,7 +332,8 @@ def test_every_fit_draws_anew(make_cohort):
 def test_a_teacher_that_knows_the_labels_is_agreed_with(make_cohort, tensors):
     data = tensors(labelled=True)
     rows = np.arange(20)
-    targets = F.one_hot(data.public_labels, 3).float().numpy()
+    sure = F.one_hot(data.public_labels, 3).float().numpy()
+    targets = Targets(sure, scale="probabilities", temperature=2.0)
     cohort = make_cohort(data=data, optimizer=OptimizerSettings(name="adam", lr=0.05))
     passes = Passes(batch_size=6, epochs=15)
     cohort.fit(kd, public=PublicLesson(rows=rows, targets=targets, passes=passes))
@@ -360,7 +363,7 @@ def test_each_public_row_meets_its_own_target_in_every_step(
     def spy(outputs, batch):
         shown = outputs.public.detach()[:, 0] - 1000
         met.extend(shown.round().long().tolist())
-        assert torch.equal(shown + 1000, batch.targets[:, 0])
+        assert torch.equal(shown + 1000, batch.targets.logits()[:, 0])
         assert torch.equal(batch.public_labels, shown.round().long() % 3)
         return {"nothing": 0 * outputs.public.sum()}
 
@@ -368,7 +371,7 @@ def test_each_public_row_meets_its_own_target_in_every_step(
     cohort.fit(
         spy,
         private=PRIVATE if beside_private_rows else None,
-        public=PublicLesson(rows=rows, targets=numbers, passes=Passes(batch_size=3)),
+        public=PublicLesson(rows=rows, targets=Targets(numbers), passes=Passes(batch_size=3)),
     )
     assert set(met) == set(rows.tolist())
 
@@ -405,7 +408,7 @@ def test_rows_in_another_order_bring_their_targets_along(make_cohort):
     targets = lesson(rows).targets
     order = np.array([2, 0, 3, 1])
     results = []
-    for listed, belonging in ((rows, targets), (rows[order], targets[order])):
+    for listed, belonging in ((rows, targets), (rows[order], targets.of(targets.values[order]))):
         cohort = make_cohort()
         passes = Passes(batch_size=4, epochs=5)
         cohort.fit(kd, public=PublicLesson(rows=listed, targets=belonging, passes=passes))
@@ -445,7 +448,7 @@ def test_while_one_member_trains_the_others_keep_weights_and_have_no_gradients(
                 assert all(p.grad is None for p in modules[other].parameters())
             if other < training:
                 assert same_bits(weights[other], done.setdefault(other, weights[other]))
-        assert not batch.targets.requires_grad
+        assert not batch.targets.logits().requires_grad
         return kd(outputs, batch)
 
     cohort.fit(spy, private=PRIVATE, public=lesson(members=3))
@@ -473,7 +476,7 @@ def test_gradients_of_a_step_are_its_own(make_cohort, tensors, calls):
 def test_data_and_targets_are_never_written_to(make_cohort, tensors):
     data, taught = tensors(labelled=True), lesson(members=2)
     before = [t.clone() for t in (data.train_inputs, data.public_inputs, data.train_labels)]
-    targets = taught.targets.copy()
+    targets = taught.targets.values.copy()
     cohort = make_cohort((0, 1), data=data)
     cohort.fit(kd, private=PRIVATE, public=taught)
     cohort.predict_public(np.arange(20))
@@ -481,7 +484,7 @@ def test_data_and_targets_are_never_written_to(make_cohort, tensors):
         (data.train_inputs, data.public_inputs, data.train_labels), before, strict=True
     ):
         assert torch.equal(tensor, copy)
-    assert np.array_equal(taught.targets, targets)
+    assert np.array_equal(taught.targets.values, targets)
 
 
 # -- modes -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedkd.targets import Targets
 from fedkd.training import Batch, Outputs, distilled, supervised, supervised_public
 from fedkd.training.objectives import total
 
@@ -11,6 +12,10 @@ from fedkd.training.objectives import total
 def logits(*shape, seed=0):
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.requires_grad_()
+
+
+def soft(probabilities, temperature):
+    return Targets(probabilities, scale="probabilities", temperature=temperature)
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def outputs():
 def batch():
     return Batch(
         labels=torch.tensor([0, 2, 1, 1]),
-        targets=F.softmax(logits(5, 3, seed=2).detach(), -1),
+        targets=soft(F.softmax(logits(5, 3, seed=2).detach(), -1), 2.0),
         public_labels=torch.tensor([1, 1, 0, 2, 2]),
     )
 
@@ -46,7 +51,7 @@ def test_supervised_public_looks_at_public_labels_only(outputs, batch):
 def test_distilled_weights_its_two_terms(outputs, batch):
     losses = distilled(outputs, batch, temperature=2.0, ce_weight=0.25, kd_weight=3.0)
     divergence = F.kl_div(
-        F.log_softmax(outputs.public / 2, -1), batch.targets, reduction="batchmean"
+        F.log_softmax(outputs.public / 2, -1), batch.targets.values, reduction="batchmean"
     )
     assert losses["ce"].item() == pytest.approx(
         0.25 * F.cross_entropy(outputs.private, batch.labels).item(), rel=1e-6
@@ -65,10 +70,8 @@ def test_the_square_of_the_temperature_can_be_left_out(outputs, batch):
 
 def test_logit_targets_are_softened_with_the_temperature(outputs, batch):
     scores = logits(5, 3, seed=3).detach()
-    softened = batch._replace(targets=F.softmax(scores / 2.5, -1))
-    from_logits = distilled(
-        outputs, batch._replace(targets=scores), temperature=2.5, targets_are_logits=True
-    )
+    softened = batch._replace(targets=soft(F.softmax(scores / 2.5, -1), 2.5))
+    from_logits = distilled(outputs, batch._replace(targets=Targets(scores)), temperature=2.5)
     from_probabilities = distilled(outputs, softened, temperature=2.5)
     assert torch.equal(from_logits["kd"], from_probabilities["kd"])
 
@@ -79,11 +82,14 @@ def test_unsure_rows_do_not_count_and_the_mean_is_over_the_rows_that_stay(output
     )
     kept = [0, 2]
     masked = distilled(
-        outputs, batch._replace(targets=targets), temperature=1.0, confidence_threshold=0.8
+        outputs,
+        batch._replace(targets=soft(targets, 1.0)),
+        temperature=1.0,
+        confidence_threshold=0.8,
     )
     only = distilled(
         outputs._replace(public=outputs.public[kept]),
-        batch._replace(targets=targets[kept]),
+        batch._replace(targets=soft(targets[kept], 1.0)),
         temperature=1.0,
     )
     assert masked["kd"].item() == pytest.approx(only["kd"].item(), rel=1e-6)
@@ -98,10 +104,9 @@ def test_no_row_sure_enough_costs_nothing(outputs, batch):
 
 @pytest.mark.parametrize("are_logits", [False, True])
 def test_no_gradient_reaches_the_targets(outputs, batch, are_logits):
-    targets = batch.targets.clone().requires_grad_()
-    losses = distilled(
-        outputs, batch._replace(targets=targets), temperature=2.0, targets_are_logits=are_logits
-    )
+    targets = torch.rand(5, 3).requires_grad_()
+    handed = Targets(targets) if are_logits else soft(targets, 2.0)
+    losses = distilled(outputs, batch._replace(targets=handed), temperature=2.0)
     total(losses).backward()
     assert outputs.public.grad.abs().max() > 0
     assert outputs.private.grad.abs().max() > 0
@@ -131,7 +136,7 @@ def test_ce_weight_zero_makes_labels_irrelevant(outputs, batch):
 
 def test_a_teacher_that_agrees_leaves_nothing_to_learn(outputs, batch):
     targets = F.softmax(outputs.public.detach() / 2, -1)
-    loss = distilled(outputs, batch._replace(targets=targets), temperature=2.0)["kd"]
+    loss = distilled(outputs, batch._replace(targets=soft(targets, 2.0)), temperature=2.0)["kd"]
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert outputs.public.grad.abs().max().item() == pytest.approx(0, abs=1e-6)

@@ -12,6 +12,7 @@ from torch import nn
 from fedkd.losses.distances import logit_l1, logit_mse
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
+from fedkd.targets import Targets
 from fedkd.training import (
     LoopCohort,
     Member,
@@ -83,8 +84,10 @@ def lesson(*, members=None, logits=False, seed=3, batch_size=8):
     rows = np.array([1, 2, 4, 5, 8, 9, 11, 12, 15, 19])
     shape = (len(rows), 3) if members is None else (members, len(rows), 3)
     scores = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    targets = scores if logits else F.softmax(scores, -1)
-    return PublicLesson(rows=rows, targets=targets.numpy(), passes=Passes(batch_size=batch_size))
+    targets = Targets(scores.numpy())
+    if not logits:
+        targets = Targets(F.softmax(scores, -1).numpy(), scale="probabilities", temperature=2.0)
+    return PublicLesson(rows=rows, targets=targets, passes=Passes(batch_size=batch_size))
 
 
 def largest_difference(one, other):
@@ -216,7 +219,7 @@ def test_every_optimizer_agrees_with_the_loop(double, options, sizes):
 
 def digest(outputs, batch, *, distance):
     counted = batch.public_counted
-    return {"digest": distance(outputs.public, batch.targets, sample_weights=counted)}
+    return {"digest": distance(outputs.public, batch.targets.logits(), sample_weights=counted)}
 
 
 OBJECTIVES = {
@@ -226,7 +229,7 @@ OBJECTIVES = {
     "soft labels": (kd, {"private": PASSES, "public": lesson()}),
     "own soft labels": (kd, {"private": PASSES, "public": lesson(members=3)}),
     "logits": (
-        partial(distilled, temperature=3.0, targets_are_logits=True, kd_weight=0.3),
+        partial(distilled, temperature=3.0, kd_weight=0.3),
         {"private": PASSES, "public": lesson(logits=True)},
     ),
     # Padding repeats the first row, which is among those that are sure enough.
@@ -328,7 +331,8 @@ def test_padded_rows_reach_neither_loss_nor_statistics(double):
         )
         cohort.fit(supervised, private=PASSES)
         taught = lesson()
-        own = PublicLesson(rows=taught.rows[1:], targets=taught.targets[1:], passes=taught.passes)
+        fewer = taught.targets.of(taught.targets.values[1:])
+        own = PublicLesson(rows=taught.rows[1:], targets=fewer, passes=taught.passes)
         cohort.fit(kd, private=PASSES, public=own)
         results.append([state.to_arrays() for state in cohort.states()])
     for one, other in zip(*results, strict=True):
@@ -391,7 +395,9 @@ def test_the_order_of_members_changes_no_more_than_rounding(double, model):
     permuted = cohort_of(VmapCohort, UNEQUAL, data=data, model=model, order=order)
     straight.fit(kd, private=PASSES, public=targets)
     own = PublicLesson(
-        rows=targets.rows, targets=targets.targets[list(order)], passes=targets.passes
+        rows=targets.rows,
+        targets=targets.targets.of(targets.targets.values[list(order)]),
+        passes=targets.passes,
     )
     permuted.fit(kd, private=PASSES, public=own)
     assert permuted.clients == order
@@ -644,7 +650,7 @@ def mutual(outputs, batch):
     """Each model learns the labels and imitates the other, which is a constant to it."""
     losses = {}
     for name, other in (("private", "proxy"), ("proxy", "private")):
-        seen = batch._replace(targets=F.softmax(outputs[other].public.detach() / 2, -1))
+        seen = batch._replace(targets=Targets.from_model(outputs[other].public.detach()))
         for term, loss in distilled(outputs[name], seen, temperature=2.0).items():
             losses[f"{name}/{term}"] = loss
     return losses
