@@ -14,9 +14,11 @@ from fedkd.training.cohort import (
     MODEL,
     PARTS,
     Architecture,
+    Average,
     Cohort,
     Member,
     PublicLesson,
+    RowOutputs,
     Streams,
     TrainingData,
 )
@@ -36,6 +38,7 @@ from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool, initial_model_seed
 from fedkd.training.stacking import VmapUnsupportedError
 from fedkd.training.state import Arrays, ClientState, ModelState, check_state, weights_digest
+from fedkd.training.tables import Table
 from fedkd.training.vmap import VmapCohort
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "PARTS",
     "Architecture",
     "Arrays",
+    "Average",
     "Backend",
     "BackendTimes",
     "Batch",
@@ -61,8 +65,10 @@ __all__ = [
     "Outputs",
     "Passes",
     "PublicLesson",
+    "RowOutputs",
     "Stacking",
     "Streams",
+    "Table",
     "TrainingData",
     "VmapCohort",
     "VmapUnsupportedError",

@@ -242,7 +242,7 @@ class BoundLearners:
         counted[:, -1] = 0
         ids = torch.arange(rows, device=device).expand(2, rows)
         targets = Targets.from_model(draw(rows, classes))
-        batch = Batch(labels, targets, labels, counted, counted, ids, ids)
+        batch = Batch(labels, targets, labels, counted, counted, ids, ids, {})
         return outputs, batch, settings
 
 

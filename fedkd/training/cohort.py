@@ -7,7 +7,8 @@ A single client is a cohort of one. Algorithms are written against `Cohort`; `Lo
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
+from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.state import Arrays, ClientState
+from fedkd.training.tables import Table
 
 MODEL = "model"
 """The name of a client's model where it has only one."""
@@ -40,9 +43,32 @@ def named_models(architecture: Architecture) -> dict[str, ModelSettings]:
         return {MODEL: architecture}
     if not architecture:
         raise ValueError("a client needs at least one model, got none")
+    odd = [name for name in architecture if not name or "/" in name]
+    if odd:
+        raise ValueError(f"a client's model needs a name without '/', got {odd[0]!r}")
     if PARTS in architecture:
         raise ValueError(f"a client's model cannot be called {PARTS!r}")
     return dict(architecture)
+
+
+WeightsForMembers = Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
+"""Parameters and buffers by name: one set for all members of a cohort, or one for each."""
+
+
+def weights_of_each(weights: WeightsForMembers, members: int) -> list[Mapping[str, np.ndarray]]:
+    """Return one set of weights for each member.
+
+    Raises:
+        ValueError: for another number of sets.
+    """
+    if isinstance(weights, Mapping):
+        return [weights] * members
+    if len(weights) != members:
+        raise ValueError(
+            f"weights must be one set for all or one for each of {members} members, got "
+            f"{len(weights)} sets"
+        )
+    return list(weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +120,12 @@ class PublicLesson:
     """Public rows to learn from.
 
     Attributes:
-        rows: int64 positions in the public set.
-        targets: of ``[rows, classes]`` for every member, of ``[members, rows, classes]`` where each
-            member has its own, or None when the objective uses public labels.
+        rows: int64 positions in the public set, the same for every member; or a sequence of
+            them, one for each member. A member without any takes its private steps alone, and
+            none in a fit on public rows alone.
+        targets: of ``[rows, classes]`` for every member; of ``[members, rows, classes]``, or a
+            sequence of targets, where each member has its own; or None when the objective uses
+            public labels.
         passes: how to walk through the rows; ignored (except ``epochs``) beside private rows,
             over whose steps they are then spread.
         apart: whether they go through the model in a forward pass of their own, where a step has
@@ -106,18 +135,113 @@ class PublicLesson:
         TypeError: for bare numbers as targets.
     """
 
-    rows: np.ndarray
-    targets: Targets | None
+    rows: np.ndarray | Sequence[np.ndarray]
+    targets: Targets | Sequence[Targets] | None
     passes: Passes
     apart: bool = False
 
     def __post_init__(self) -> None:
-        if self.targets is not None and not isinstance(self.targets, Targets):
+        given = [] if self.targets is None else self.targets
+        each = [given] if isinstance(given, Targets | np.ndarray) else list(given)
+        odd = [own for own in each if not isinstance(own, Targets)]
+        if odd:
             raise TypeError(
-                f"targets of a lesson must be Targets, got {type(self.targets).__name__}: write "
+                f"targets of a lesson must be Targets, got {type(odd[0]).__name__}: write "
                 "Targets(values, scale='logits') or Targets(values, scale='probabilities', "
                 "temperature=...)"
             )
+
+    def own(self, position: int) -> "PublicLesson":
+        """Return the lesson of one member, with rows and targets of its own."""
+        return replace(self, rows=self.rows_of(position), targets=self.targets_of(position))
+
+    def rows_of(self, position: int) -> np.ndarray:
+        """Return one member's positions in the public set."""
+        return self.rows if isinstance(self.rows, np.ndarray) else self.rows[position]
+
+    def targets_of(self, position: int) -> Targets | None:
+        """Return what one member is to learn about its rows."""
+        if self.targets is None or not self.has_own_targets:
+            assert not isinstance(self.targets, Sequence)  # noqa: S101 (each would have its own)
+            return self.targets
+        if isinstance(self.targets, Targets):
+            return self.targets.of(self.targets.tensor[position])
+        return self.targets[position]
+
+    @property
+    def has_own_targets(self) -> bool:
+        """Whether each member has targets of its own."""
+        return isinstance(self.targets, Sequence) or (
+            self.targets is not None and self.targets.values.ndim == 3
+        )
+
+    def check(self, members: int) -> None:
+        """Refuse a lesson for another number of members, and targets of other rows.
+
+        Raises:
+            ValueError: naming what there is and what would fit.
+        """
+        counts = {}
+        if not isinstance(self.rows, np.ndarray):
+            counts["rows"] = len(self.rows)
+        if isinstance(self.targets, Sequence):
+            counts["targets"] = len(self.targets)
+        elif self.targets is not None and self.has_own_targets:
+            counts["targets"] = len(self.targets.values)
+        for what, count in counts.items():
+            if count != members:
+                raise ValueError(
+                    f"a public lesson's {what} must be one for all or one for each of {members} "
+                    f"members, got {count}"
+                )
+        if self.targets is None:
+            return
+        for position in range(members if counts else 1):
+            rows, targets = self.rows_of(position), self.targets_of(position)
+            if targets is not None and len(targets.values) != len(rows):
+                raise ValueError(
+                    f"a public lesson needs a target for each of its {len(rows)} rows, got "
+                    f"{len(targets.values)}"
+                )
+        if isinstance(self.targets, Sequence):
+            scales = {(own.scale, own.temperature) for own in self.targets}
+            if len(scales) > 1:
+                raise ValueError(
+                    "targets of a cohort's members must have one scale and temperature, got "
+                    f"{sorted(scales)}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowOutputs:
+    """What a member's model put out for some rows.
+
+    Attributes:
+        rows: int64 ids of the rows: of private ones among all clients' training rows, of public
+            ones their positions in the public set, of given inputs their numbers. Rows that a
+            fit took in several steps stand there several times.
+        labels: int64 classes of the rows, None where they are not known.
+        logits: float32 ``[rows, classes]``.
+        features: ``[rows, ...]`` of each layer that was asked for.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray | None
+    logits: Float[np.ndarray, "rows classes"]
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+Mode = Literal["eval", "train"]
+"""``eval``: as a model is used; ``train``: as it trains, by statistics of the batch and with
+dropout."""
+
+Layers = Sequence[str] | Mapping[str, Sequence[str]]
+"""Layers of every model, or of some by the name of the model: module paths, ``penultimate`` (what
+the last linear layer reads) or ``last_map`` (the last feature maps)."""
+
+Asked = Literal["private"] | np.ndarray | Sequence[np.ndarray] | Tensor
+"""Rows to put through a model: each member's private ones, int64 positions in the public set (the
+same for all, or one array for each member), or inputs ``[rows, channels, height, width]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +262,35 @@ class Streams:
         return min(1.0, (self.round - 1 + step / max(steps, 1)) / self.rounds)
 
 
+@dataclass(frozen=True, slots=True)
+class Average:
+    """A running average of a model's weights, updated after every step (a mean teacher).
+
+    ``average = a * average + (1 - a) * weights`` with ``a = min(1 - 1 / (t + 1), decay)`` where t
+    counts the updates before: the plain mean of all steps until the exponential one has seen
+    enough. Floating-point buffers, such as BatchNorm's statistics, are averaged like weights;
+    counters are copied. Before its first update it is the model as the fit found it.
+
+    Attributes:
+        decay: largest share of the past, in [0, 1).
+        model: whose weights; None: the first model's.
+
+    Source:
+        Tarvainen and Valpola, 2017. https://arxiv.org/abs/1703.01780
+    """
+
+    decay: float = 0.999
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay of a running average must be in [0, 1), got {self.decay}")
+
+    def share_of_new(self, updates: int) -> float:
+        """Return the weight of the newest weights after so many updates."""
+        return 1 - min(1 - 1 / (updates + 1), self.decay)
+
+
 class Cohort(ABC):
     """What an algorithm may ask of K clients of one architecture.
 
@@ -154,7 +307,13 @@ class Cohort(ABC):
         private: Passes | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
-    ) -> None:
+        frozen: Sequence[str] = (),
+        layers: Layers = (),
+        tables: Mapping[str, Table] | None = None,
+        optimizer: OptimizerSettings | None = None,
+        averages: Mapping[str, Average] | None = None,
+        keep_outputs: bool = False,
+    ) -> list[RowOutputs]:
         """Minimise ``objective``; a step takes one batch of each kind of rows that is given.
 
         Private and public rows of one step go through the model in a single forward pass, in which
@@ -163,15 +322,58 @@ class Cohort(ABC):
         composed objective trains beside the models stays with each member, in its state alone.
 
         Args:
-            objective: sees the model's `Outputs`; with several ``models``, a mapping from their
-                names to the outputs of each on the same rows. A composed objective says itself
-                which models learn; without a term in force it leaves everything as it is.
+            objective: sees the model's `Outputs`; with several ``models``, or ``frozen`` ones
+                beside them, a mapping from their names to the outputs of each on the same rows. A
+                composed objective says itself which models learn; without a term in force it
+                leaves everything as it is.
             private: how to walk through each member's own rows.
             public: public rows and what to learn about them.
             models: which models to train in one step, each by its own optimizer; None: the first.
+            frozen: models that do not learn and whose outputs the objective sees too: names that
+                were given to `freeze` or that a running average has. They are in evaluation mode,
+                get no gradient, and none of their tensors moves.
+            layers: what these layers put out is in the outputs' ``features``.
+            tables: what the objective sees as ``batch.tables``, by name.
+            optimizer: of this fit alone. It begins without memory and ends with the fit; what the
+                clients' own optimizer remembers stays as it is. None: the clients' own.
+            averages: running averages of weights, by name, that follow every step of this fit.
+                They stay with the clients. One that is named in ``frozen`` teaches as it stood
+                before the step.
+            keep_outputs: whether to return what the first model put out while it trained.
+
+        Returns:
+            With ``keep_outputs`` one entry a member: what its first model put out for its private
+            rows in training mode, before the step that they were part of, in the order of the
+            steps. Without, an empty list.
 
         Raises:
             VmapUnsupportedError: if the members are stacked and ``objective`` cannot be.
+            ValueError: for names that nobody has, tables and lessons that do not fit the members,
+                and outputs to keep of a fit without private rows.
+        """
+
+    @abstractmethod
+    def outputs(
+        self,
+        *,
+        on: Asked,
+        mode: Mode = "eval",
+        layers: Sequence[str] = (),
+        model: str | None = None,
+        batch_rows: int | None = None,
+    ) -> list[RowOutputs]:
+        """Return what each member's model puts out, without gradients; nothing is changed by it.
+
+        In training mode BatchNorm takes its statistics from the batch and dropout drops, by a
+        stream of its own for each call; running statistics stay as they are.
+
+        Args:
+            on: which rows.
+            mode: evaluation or training.
+            layers: what these layers put out is in ``features``.
+            model: a model, one that was frozen, or a running average; None: the first model.
+            batch_rows: rows that go through the model at once, in the order given; None: all of
+                them in training mode. Numbers in evaluation mode do not depend on it.
         """
 
     @abstractmethod
@@ -191,11 +393,40 @@ class Cohort(ABC):
 
     @abstractmethod
     def weights(self, *, model: str | None = None) -> list[Arrays]:
-        """Return a copy of each member's parameters and buffers."""
+        """Return a copy of each member's parameters and buffers, or of a running average's."""
 
     @abstractmethod
-    def load_weights(self, weights: Mapping[str, np.ndarray], *, model: str | None = None) -> None:
-        """Give every member these parameters and buffers."""
+    def load_weights(self, weights: WeightsForMembers, *, model: str | None = None) -> None:
+        """Give every member these parameters and buffers: one set for all, or one for each."""
+
+    @abstractmethod
+    def freeze(self, name: str, weights: WeightsForMembers, *, like: str | None = None) -> None:
+        """Bring in a model that never trains, for as long as this cohort lives.
+
+        Args:
+            name: what `fit` and `outputs` call it; a model that it had before is replaced.
+            weights: its parameters and buffers: one set for all members, or one for each.
+            like: the model whose architecture it has; None: the first.
+
+        Raises:
+            ValueError: if a model of the members has that name, or the weights do not fit.
+        """
+
+    @abstractmethod
+    def keep(self, name: str, values: Sequence[np.ndarray | None]) -> None:
+        """Keep an array with each member, under a name; it stays in the clients' states.
+
+        Args:
+            name: 1 to 300 characters; not ``average/...``, which running averages use.
+            values: one for each member, of any shape; None forgets what it had.
+
+        Raises:
+            ValueError: for another number of arrays, and types that no state can hold.
+        """
+
+    @abstractmethod
+    def kept(self, name: str) -> list[np.ndarray | None]:
+        """Return what each member keeps under a name, read-only; None where it has nothing."""
 
     @abstractmethod
     def reset_optimizers(self, *, model: str | None = None) -> None:

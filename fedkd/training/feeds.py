@@ -46,12 +46,15 @@ class Feed:
     Attributes:
         steps: optimizer steps.
         private: row ids of the private rows of each step, or None in a fit without any.
-        public: positions in the lesson's rows of each step, or None in a fit without any.
+        public: positions in the lesson's rows of each step, or None in a fit without any, also
+            where the lesson has no rows for the member and private ones are there.
+        places: where the private rows of each step are among the member's rows.
     """
 
     steps: int
     private: list[np.ndarray] | None
     public: list[np.ndarray] | None
+    places: list[np.ndarray] | None = None
 
     @classmethod
     def drawn(
@@ -74,18 +77,21 @@ class Feed:
         public: PublicLesson | None,
         rng: np.random.Generator,
     ) -> "Feed":
-        """Draw a member's batches."""
+        """Draw a member's batches; the lesson is that member's own."""
         if private is None and public is None:
             raise ValueError("fit needs private rows, public rows or both")
-        own = shared = None
+        own = shared = places = None
         steps = 0
         if private is not None:
-            own = [member.rows[batch] for batch in private.batches(len(member.rows), rng)]
+            places = private.batches(len(member.rows), rng)
+            own = [member.rows[batch] for batch in places]
             steps = len(own)
-        if public is not None:
+        if public is not None and len(public.rows):
             passes = public.passes
             if private is not None:
                 passes = passes.spread_over(steps, len(public.rows))
             shared = passes.batches(len(public.rows), rng)
             steps = len(shared)
-        return cls(steps, own, shared)
+        elif public is not None and private is None:
+            shared = []
+        return cls(steps, own, shared, places)

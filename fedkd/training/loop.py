@@ -1,18 +1,17 @@
 """The loop backend: a cohort's members train one after the other. The reference for any other."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedkd.models.dropout import step_keys
-from fedkd.objectives import tapped
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
 from fedkd.targets import Targets
@@ -21,16 +20,32 @@ from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
-    Cohort,
+    Asked,
+    Average,
+    Layers,
     Member,
+    Mode,
     PublicLesson,
+    RowOutputs,
     Streams,
     TrainingData,
-    named_models,
+    WeightsForMembers,
     predicting,
     public_inputs,
+    weights_of_each,
 )
-from fedkd.training.feeds import Feed, FitKey, FitKeys
+from fedkd.training.common import (
+    NO_PATHS,
+    BackendCohort,
+    Fit,
+    Paths,
+    chunks,
+    named,
+    row_outputs,
+    tapping,
+)
+from fedkd.training.feeds import Feed
+from fedkd.training.frozen import copied_tensors, fold_in, to_arrays
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
     Batch,
@@ -50,14 +65,13 @@ from fedkd.training.pool import (
     with_parts,
 )
 from fedkd.training.state import Arrays, ClientState, ModelState
+from fedkd.training.tables import Table
 
 StepLosses = Callable[[Mapping[str, Outputs], Batch], Losses]
-"""One step's named losses from the outputs of every model that trains, by name."""
-
-NOT_TAPPED: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
+"""One step's named losses from the outputs of every model in it, by name."""
 
 
-class LoopCohort(Cohort):
+class LoopCohort(BackendCohort):
     """Members train one after the other; each has models of its own while the call lasts."""
 
     def __init__(
@@ -70,23 +84,24 @@ class LoopCohort(Cohort):
         pool: ModelPool,
         streams: Streams,
     ) -> None:
-        self.clients = tuple(member.client for member in members)
-        self._members = tuple(members)
-        self._optimizer_settings = optimizer
-        self._data = data
-        self._streams = streams
-        self._fit_keys = FitKeys(streams)
+        states = states_of(members, model, pool, streams.seed)
+        super().__init__(
+            members,
+            states,
+            model=model,
+            optimizer=optimizer,
+            data=data,
+            pool=pool,
+            streams=streams,
+        )
+        self._members = self._given
         self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
-        self._pool = pool
-        self._models = named_models(model)
-        self._first = next(iter(self._models))
-        self._has_own_code = any(settings.is_own for settings in self._models.values())
         self._slots = {
             name: pool.slots(name, settings, len(members))
             for name, settings in self._models.items()
         }
         self._parts: list[ModelState | None] = []
-        for position, state in enumerate(states_of(members, model, pool, streams.seed)):
+        for position, state in enumerate(states):
             for name, slots in self._slots.items():
                 slots[position].load(state.models[name])
             self._parts.append(state.models.get(PARTS))
@@ -98,103 +113,209 @@ class LoopCohort(Cohort):
         private: Passes | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
-    ) -> None:
-        key = self._fit_keys.next(private=private is not None)
+        frozen: Sequence[str] = (),
+        layers: Layers = (),
+        tables: Mapping[str, Table] | None = None,
+        optimizer: OptimizerSettings | None = None,
+        averages: Mapping[str, Average] | None = None,
+        keep_outputs: bool = False,
+    ) -> list[RowOutputs]:
+        fit = self._resolved(
+            self._learning(objective, models),
+            private=private,
+            public=public,
+            frozen=frozen,
+            layers=layers,
+            tables=tables,
+            optimizer=optimizer,
+            averages=averages,
+            keep_outputs=keep_outputs,
+        )
         if not isinstance(objective, ComposedObjective):
-            names = tuple(models) if models is not None else (self._first,)
-            for position in range(len(self._members)):
-                self._fit_member(key, position, names, _on_outputs(objective), private, public)
-            return
-        if objective.idle:
-            return
-        names = tuple(objective.learners)
-        bound = self._pool.bound(objective, self._models)
-        parts = self._pool.parts_slot(objective, self._models)
-        losses_of = partial(bound.losses, objective)
-        for position, member in enumerate(self._members):
-            if parts is not None:
-                kept = self._parts[position]
-                parts.load(parts_of(bound, kept, self._streams.seed, member.client))
-            with ExitStack() as taps:
-                features = {
-                    name: taps.enter_context(tapped(self._slots[name][position].module, layers))
-                    for name, layers in bound.layers.items()
-                    if layers
-                }
-                self._fit_member(key, position, names, losses_of, private, public, features, parts)
-            if parts is not None:
-                self._parts[position] = with_parts(self._parts[position], parts.state())
+            losses_of = _on_outputs(objective)
+            kept = [
+                self._fit_member(fit, position, losses_of) for position in range(len(self._members))
+            ]
+        elif objective.idle:
+            return self._nothing_kept(keep_outputs=keep_outputs)
+        else:
+            bound = self._pool.bound(objective, self._models)
+            parts = self._pool.parts_slot(objective, self._models)
+            losses_of = partial(bound.losses, objective)
+            fit = fit.with_layers(bound.layers)
+            kept = []
+            for position, member in enumerate(self._members):
+                if parts is not None:
+                    own = self._parts[position]
+                    parts.load(parts_of(bound, own, self._streams.seed, member.client))
+                kept.append(self._fit_member(fit, position, losses_of, parts))
+                if parts is not None:
+                    self._parts[position] = with_parts(self._parts[position], parts.state())
+        return [own for own in kept if own is not None]
 
     def _fit_member(
-        self,
-        key: FitKey,
-        position: int,
-        names: Sequence[str],
-        losses_of: StepLosses,
-        private: Passes | None,
-        public: PublicLesson | None,
-        features: Mapping[str, Mapping[str, Tensor]] = NOT_TAPPED,
-        parts: Slot | None = None,
-    ) -> None:
+        self, fit: Fit, position: int, losses_of: StepLosses, parts: Slot | None = None
+    ) -> RowOutputs | None:
         """Train one member's models, and the parts in a slot."""
-        seed, feed = Feed.drawn(self._members[position], self._streams, key, private, public)
-        slots = {name: self._slots[name][position] for name in names}
-        steps = _Steps(self._data, feed, public, position)
-        # Functions such as F.dropout draw from torch's global generator, a model of one's own
-        # from wherever it likes.
-        with seeded_for(own_code=self._has_own_code, seed=seed):
-            self._take_steps(slots, steps, losses_of, seed, self._terms[position], features, parts)
+        lesson = fit.lesson(position)
+        seed, feed = Feed.drawn(
+            self._members[position], self._streams, fit.key, fit.private, lesson
+        )
+        slots = {name: self._slots[name][position] for name in fit.learning}
+        tables = {name: (table.of, table.own(position)) for name, table in fit.tables.items()}
+        steps = _Steps(self._data, feed, lesson, tables)
+        averages = {
+            name: self._average(name, average, position) for name, average in fit.averages.items()
+        }
+        kept = _Kept() if fit.keep_outputs else None
+        with ExitStack() as stack:
+            features = {
+                name: stack.enter_context(tapping(slot.module, fit.paths[name]))
+                for name, slot in slots.items()
+                if name in fit.paths
+            }
+            frozen = {
+                name: stack.enter_context(self._frozen_of(name, like, position, averages, fit))
+                for name, like in fit.frozen.items()
+            }
+            for slot in [*slots.values(), *([] if parts is None else [parts])]:
+                stack.enter_context(slot.with_optimizer(fit.optimizer))
+            # Functions such as F.dropout draw from torch's global generator, a model of one's own
+            # from wherever it likes.
+            stack.enter_context(seeded_for(own_code=self._has_own_code, seed=seed))
+            step = _Step(slots, fit, features, frozen, losses_of)
+            self._take_steps(step, steps, seed, position, parts, averages, kept)
+        for name, live in averages.items():
+            self._kept.keep_average(
+                name, live.model, position, to_arrays(live.tensors), live.updates
+            )
+        return None if kept is None else kept.outputs(feed, self._data)
 
     def _take_steps(
         self,
-        slots: Mapping[str, Slot],
+        step: "_Step",
         steps: "_Steps",
-        losses_of: StepLosses,
         seed: int,
-        terms: dict[str, list[Tensor]],
-        features: Mapping[str, Mapping[str, Tensor]],
+        position: int,
         parts: Slot | None,
+        averages: Mapping[str, "_LiveAverage"],
+        kept: "_Kept | None",
     ) -> None:
+        slots, terms = step.slots, self._terms[position]
         learning = [*slots.values(), *([] if parts is None else [parts])]
-        device = self._data.train_inputs.device
         has_dropout = any(slot.dropout for slot in slots.values())
-        keys = as_tensor(step_keys(seed, steps.count)).to(device) if has_dropout else None
-        schedule = None if self._optimizer_settings.constant else self._streams.progress
+        keys = as_tensor(step_keys(seed, steps.count)).to(self._device) if has_dropout else None
+        settings = step.fit.optimizer or self._optimizer_settings
+        schedule = None if settings.constant else self._streams.progress
         for slot in learning:
             # Every fit, because an evaluation in between leaves the model in evaluation mode.
             slot.module.train()
-            slot.set_learning_rate(self._optimizer_settings.learning_rate(0.0))
-        for step in range(steps.count):
-            inputs, num_private, batch = steps.take(step)
+            slot.set_learning_rate(settings.learning_rate(0.0))
+        for number in range(steps.count):
+            inputs, num_private, batch = steps.take(number)
             if schedule is not None:
-                rate = self._optimizer_settings.learning_rate(schedule(step, steps.count))
+                rate = settings.learning_rate(schedule(number, steps.count))
                 for slot in learning:
                     slot.set_learning_rate(rate)
-            outputs = {}
-            for number, (name, slot) in enumerate(slots.items()):
-                if slot.dropout is not None and keys is not None:
-                    slot.dropout.begin(keys[step], model=number)
-                seen = features.get(name, NO_FEATURES)
-                if steps.apart:
-                    outputs[name] = Outputs.of_passes(
-                        (slot.module(inputs[:num_private]), dict(seen)),
-                        (slot.module(inputs[num_private:]), dict(seen)),
-                    )
-                else:
-                    outputs[name] = Outputs.split(slot.module(inputs), num_private, seen)
-            losses = losses_of(outputs, batch)
-            for slot in learning:
-                slot.optimizer.zero_grad()
-            total(losses).backward()
-            for slot in learning:
-                slot.optimizer.step()
+            key = None if keys is None else keys[number]
+            outputs = step.outputs(inputs, num_private, key, apart=steps.apart)
+            losses = step.losses_of(outputs, batch)
+            _descend(learning, losses)
             for name, loss in losses.items():
                 # Kept as they are: to read or add up numbers here would hold up every step.
                 terms.setdefault(name, []).append(loss.detach())
+            if kept is not None:
+                kept.add(outputs[step.fit.learning[0]], num_private)
+            for live in averages.values():
+                live.update(self._slots[live.model][position])
         for slot in learning:
             slot.keep_buffers()
             if slot.dropout is not None:
                 slot.dropout.end()
+
+    # -- models that never train -----------------------------------------------------------
+
+    def _average(self, name: str, average: Average, position: int) -> "_LiveAverage":
+        """Return a member's running average, which begins as its model is."""
+        model = average.model or self._first
+        known = self._kept.average(name, model, position)
+        if known is None:
+            tensors = {
+                key: tensor.clone() for key, tensor in self._slots[model][position].tensors.items()
+            }
+            return _LiveAverage(average, model, tensors, 0)
+        weights, updates = known
+        return _LiveAverage(average, model, copied_tensors(weights, self._device), updates)
+
+    @contextmanager
+    def _frozen_of(
+        self,
+        name: str,
+        like: str,
+        position: int,
+        averages: Mapping[str, "_LiveAverage"],
+        fit: Fit,
+    ) -> Iterator["_Frozen"]:
+        """Yield a member's model that never trains, with its layers tapped."""
+        settings = self._models[like]
+        module = self._pool.frozen_module(settings)
+        if name in averages:
+            tensors = averages[name].tensors
+        else:
+            tensors = copied_tensors(self._frozen_weights(name, like, position), self._device)
+        paths = fit.paths.get(name, NO_PATHS)
+        with tapping(module, paths) as seen:
+            yield _Frozen(module, tensors, paths, seen, own_code=settings.is_own)
+
+    # -- outputs ---------------------------------------------------------------------------
+
+    def outputs(  # noqa: D102
+        self,
+        *,
+        on: Asked,
+        mode: Mode = "eval",
+        layers: Sequence[str] = (),
+        model: str | None = None,
+        batch_rows: int | None = None,
+    ) -> list[RowOutputs]:
+        name = model or self._first
+        like = name if name in self._models else self._like(name, {})
+        settings = self._models[like]
+        paths = self._pool.layer_paths(settings, layers)
+        number = self._next_training_mode(mode)
+        results = []
+        for position, member in enumerate(self._members):
+            rows, inputs, labels = self._asked(on, position)
+            slot = self._slots[like][position]
+            if name in self._models:
+                module, dropout = slot.module, slot.dropout
+                tensors = {key: buffer.clone() for key, buffer in module.named_buffers()}
+            else:
+                module, dropout = self._pool.frozen_module(settings), None
+                weights = self._frozen_weights(name, like, position)
+                tensors = copied_tensors(weights, self._device)
+            module.train(mode == "train" and name in self._models)
+            seed = self._mode_seed(member.client, number)
+            cuts = chunks(len(inputs), batch_rows, mode)
+            keys = as_tensor(step_keys(seed, len(cuts))).to(self._device)
+            parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+            with (
+                tapping(module, paths) as seen,
+                seeded_for(own_code=settings.is_own, seed=seed),
+                torch.inference_mode(),
+            ):
+                for key, cut in zip(keys, cuts, strict=True):
+                    if dropout is not None and mode == "train":
+                        dropout.begin(key)
+                    # Buffers are copies, so those of the member stay as they are.
+                    logits = functional_call(
+                        module, dict(tensors), (inputs[cut],), tie_weights=False
+                    )
+                    parts.append((logits, named(seen, paths)))
+            if dropout is not None:
+                dropout.end()
+            results.append(row_outputs(rows, labels, parts, self._data.num_classes))
+        return results
 
     def predict(  # noqa: D102
         self,
@@ -202,6 +323,8 @@ class LoopCohort(Cohort):
         *,
         model: str | None = None,
     ) -> Float[np.ndarray, "members rows classes"]:
+        if model is not None and model not in self._models:
+            return np.stack([own.logits for own in self.outputs(on=inputs, model=model)])
         slots = self._slots[model or self._first]
         out = np.empty((len(slots), len(inputs), self._data.num_classes), np.float32)
         for position, slot in enumerate(slots):
@@ -220,14 +343,19 @@ class LoopCohort(Cohort):
     ) -> Float[np.ndarray, "members rows classes"]:
         return self.predict(public_inputs(self._data, rows), model=model)
 
+    # -- weights and states ----------------------------------------------------------------
+
     def weights(self, *, model: str | None = None) -> list[Arrays]:  # noqa: D102
+        if model is not None and model not in self._models:
+            return self._weights_at_rest(model)
         return [slot.weights() for slot in self._slots[model or self._first]]
 
     def load_weights(  # noqa: D102
-        self, weights: Mapping[str, np.ndarray], *, model: str | None = None
+        self, weights: WeightsForMembers, *, model: str | None = None
     ) -> None:
-        for slot in self._slots[model or self._first]:
-            slot.load_weights(weights)
+        slots = self._slots[model or self._first]
+        for slot, own in zip(slots, weights_of_each(weights, len(slots)), strict=True):
+            slot.load_weights(own)
 
     def reset_optimizers(self, *, model: str | None = None) -> None:  # noqa: D102
         for name, slots in self._slots.items():
@@ -241,7 +369,8 @@ class LoopCohort(Cohort):
         states = []
         for position, parts in enumerate(self._parts):
             own = {name: slots[position].state() for name, slots in self._slots.items()}
-            states.append(ClientState(own if parts is None else {**own, PARTS: parts}))
+            models = own if parts is None else {**own, PARTS: parts}
+            states.append(ClientState(models, self._kept.of(position)))
         return states
 
     def metrics(self) -> list[dict[str, float]]:  # noqa: D102
@@ -249,6 +378,123 @@ class LoopCohort(Cohort):
             {f"loss/{name}": float(torch.stack(losses).mean()) for name, losses in terms.items()}
             for terms in self._terms
         ]
+
+
+class _Step:
+    """What a member's models compute in each step of a fit.
+
+    Attributes:
+        slots: the models that learn, by name.
+        losses_of: what is minimised.
+    """
+
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        fit: Fit,
+        features: Mapping[str, Mapping[str, Tensor]],
+        frozen: Mapping[str, "_Frozen"],
+        losses_of: StepLosses,
+    ) -> None:
+        self.slots = slots
+        self.fit = fit
+        self.losses_of = losses_of
+        self._taps = {
+            name: (features.get(name, NO_FEATURES), fit.paths.get(name, NO_PATHS)) for name in slots
+        }
+        self._frozen = frozen
+
+    def outputs(
+        self, inputs: Tensor, num_private: int, key: Tensor | None, *, apart: bool
+    ) -> dict[str, Outputs]:
+        """Return what every model puts out, by its name."""
+        outputs = {}
+        for number, (name, slot) in enumerate(self.slots.items()):
+            if slot.dropout is not None and key is not None:
+                slot.dropout.begin(key, model=number)
+            seen, paths = self._taps[name]
+            if apart:
+                outputs[name] = Outputs.of_passes(
+                    (slot.module(inputs[:num_private]), named(seen, paths)),
+                    (slot.module(inputs[num_private:]), named(seen, paths)),
+                )
+            else:
+                logits = slot.module(inputs)
+                outputs[name] = Outputs.split(logits, num_private, named(seen, paths))
+        for name, model in self._frozen.items():
+            outputs[name] = model.outputs(inputs, num_private)
+        return outputs
+
+
+def _descend(learning: Sequence[Slot], losses: Losses) -> None:
+    """Take one step down the sum of the losses."""
+    for slot in learning:
+        slot.optimizer.zero_grad()
+    total(losses).backward()
+    for slot in learning:
+        slot.optimizer.step()
+
+
+class _Frozen:
+    """A model that never trains, at work for one member."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        paths: Paths,
+        seen: Mapping[str, Tensor],
+        *,
+        own_code: bool,
+    ) -> None:
+        self._module, self._tensors, self._paths, self._seen = module, tensors, paths, seen
+        self._own_code = own_code
+
+    def outputs(self, inputs: Tensor, num_private: int) -> Outputs:
+        """Return what it says about a step's rows; always in evaluation mode."""
+        tensors = dict(self._tensors)
+        if self._own_code:
+            # Somebody else's module may write to its buffers in evaluation mode as well.
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        with torch.no_grad():
+            self._module.eval()
+            logits = functional_call(self._module, tensors, (inputs,), tie_weights=False)
+        return Outputs.split(logits, num_private, named(self._seen, self._paths))
+
+
+class _LiveAverage:
+    """A member's running average while its model trains."""
+
+    def __init__(
+        self, average: Average, model: str, tensors: dict[str, Tensor], updates: int
+    ) -> None:
+        self.model, self.tensors, self.updates = model, tensors, updates
+        self._average = average
+
+    def update(self, slot: Slot) -> None:
+        """Follow the model after a step."""
+        slot.keep_buffers()
+        fold_in(self.tensors, slot.tensors, self._average.share_of_new(self.updates))
+        self.updates += 1
+
+
+class _Kept:
+    """What a model puts out for private rows while it trains."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+
+    def add(self, outputs: Outputs, num_private: int) -> None:
+        """Keep what there is of a step."""
+        assert outputs.private is not None  # noqa: S101 (a fit without private rows keeps nothing)
+        features = {name: each[:num_private].detach() for name, each in outputs.features.items()}
+        self._parts.append((outputs.private.detach(), features))
+
+    def outputs(self, feed: Feed, data: TrainingData) -> RowOutputs:
+        """Return all of it in the order of the steps."""
+        rows = np.concatenate([np.zeros(0, np.int64), *(feed.private or [])])
+        labels = data.train_labels[as_tensor(rows).to(data.train_labels.device)]
+        return row_outputs(rows, labels, self._parts, data.num_classes)
 
 
 def _on_outputs(objective: Objective | JointObjective) -> StepLosses:
@@ -266,16 +512,31 @@ def _on_outputs(objective: Objective | JointObjective) -> StepLosses:
 class _Steps:
     """A member's batches as tensors, one step at a time.
 
+    Args:
+        data: the run's rows.
+        feed: which rows each step takes.
+        public: the member's lesson.
+        tables: of which rows each table is, and the member's values, by name.
+
     Attributes:
         count: how many there are.
         apart: whether private and public rows go through the model one after the other.
     """
 
     def __init__(
-        self, data: TrainingData, feed: Feed, public: PublicLesson | None, position: int
+        self,
+        data: TrainingData,
+        feed: Feed,
+        public: PublicLesson | None,
+        tables: Mapping[str, tuple[str, np.ndarray]],
     ) -> None:
         self.count = feed.steps
-        self.apart = public is not None and public.apart and feed.private is not None
+        self.apart = (
+            public is not None
+            and public.apart
+            and feed.private is not None
+            and feed.public is not None
+        )
         self._data = data
         self._private: Sequence[Tensor] | None = None
         self._public: Sequence[tuple[Tensor, Tensor]] | None = None
@@ -284,14 +545,20 @@ class _Steps:
         if feed.private is not None:
             self._private = _on_device(feed.private, device)
         if public is not None and feed.public is not None:
-            rows = [public.rows[batch] for batch in feed.public]
+            positions = public.rows_of(0)
+            rows = [positions[batch] for batch in feed.public]
             self._public = list(
                 zip(_on_device(rows, device), _on_device(feed.public, device), strict=True)
             )
-            if public.targets is not None:
-                values = public.targets.tensor
-                own = values[position] if values.ndim == 3 else values
-                self._targets = public.targets.of(own.to(device))
+            targets = public.targets_of(0)
+            if targets is not None:
+                self._targets = targets.of(targets.tensor.to(device))
+        self._tables = {
+            name: (of, as_tensor(values).to(device)) for name, (of, values) in tables.items()
+        }
+        self._places: Sequence[Tensor] = ()
+        if feed.places is not None and any(of == "private" for of, _ in tables.values()):
+            self._places = _on_device(feed.places, device)
 
     def take(self, step: int) -> tuple[Tensor, int, Batch]:
         """Return a step's inputs, how many of them are private, and the batch."""
@@ -316,8 +583,21 @@ class _Steps:
             public_labels=public_labels,
             private_rows=private_rows,
             public_rows=public_rows,
+            tables=self._step_tables(step) if self._tables else NO_FEATURES,
         )
         return torch.cat(inputs) if len(inputs) > 1 else inputs[0], num_private, batch
+
+    def _step_tables(self, step: int) -> dict[str, Tensor]:
+        """Return what a step sees of each table; one of rows that it does not take is not there."""
+        seen = {}
+        for name, (of, values) in self._tables.items():
+            if of == "whole":
+                seen[name] = values
+            elif of == "private":
+                seen[name] = values.index_select(0, self._places[step])
+            elif self._public is not None:
+                seen[name] = values.index_select(0, self._public[step][1])
+        return seen
 
 
 def _on_device(batches: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:

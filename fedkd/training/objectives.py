@@ -30,6 +30,7 @@ class Batch(NamedTuple):
         public_counted: the same for public rows.
         private_rows: ids of the private rows: where they are among all clients' training rows.
         public_rows: ids of the public rows: their positions in the public set.
+        tables: what was handed to the fit beside its rows, by name; see `Table`.
     """
 
     labels: Int[Tensor, " private"] | None = None
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     public_counted: Float[Tensor, " public"] | None = None
     private_rows: Int[Tensor, " private"] | None = None
     public_rows: Int[Tensor, " public"] | None = None
+    tables: Mapping[str, Tensor] = NO_FEATURES
 
 
 class Outputs(NamedTuple):

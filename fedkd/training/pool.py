@@ -1,6 +1,7 @@
 """The models a worker keeps at hand, and the states that clients start from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout
 from fedkd.models.outside import Outside
+from fedkd.objectives.taps import layer_shapes, resolved_layer
 from fedkd.randomness import Purpose, torch_seed_for
 from fedkd.tensors import as_tensor
 from fedkd.training.binding import BoundLearners
@@ -37,6 +39,9 @@ class Slot:
         optimizer: of its parameters.
         device: where it trains.
         own_code: whether it is somebody else's model, which may keep things outside its state.
+
+    Attributes:
+        tensors: its parameters and buffers by name, without gradients.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class Slot:
         self.outside = Outside(self.module) if own_code else None
         self._parameters = dict(self.module.named_parameters())
         self.optimizer = optimizer.build(self._parameters.values())
-        self._tensors: dict[str, Tensor] = {
+        self.tensors: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in self.module.state_dict().items()
         }
         self._buffers = [
@@ -61,11 +66,24 @@ class Slot:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def set_learning_rate(self, rate: float) -> None:
         """Use this learning rate from the next step on."""
         self.optimizer.param_groups[0]["lr"] = rate
+
+    @contextmanager
+    def with_optimizer(self, settings: OptimizerSettings | None) -> Iterator[None]:
+        """Train by another optimizer inside the block: fresh, and forgotten after it."""
+        if settings is None:
+            yield
+            return
+        own = self.optimizer
+        self.optimizer = settings.build(self._parameters.values())
+        try:
+            yield
+        finally:
+            self.optimizer = own
 
     def load(self, state: ModelState) -> None:
         """Copy a model's weights and its optimizer's slots in; nothing of the last one stays."""
@@ -89,7 +107,7 @@ class Slot:
             owner._buffers[name] = buffer
         with torch.no_grad():
             for name, array in weights.items():
-                self._tensors[name].copy_(as_tensor(array))
+                self.tensors[name].copy_(as_tensor(array))
 
     def keep_buffers(self) -> None:
         """Copy back what the module computed into new tensors instead of its buffers."""
@@ -101,7 +119,7 @@ class Slot:
 
     def weights(self) -> Arrays:
         """Return a copy of parameters and buffers."""
-        return {name: copy_to_numpy(tensor) for name, tensor in self._tensors.items()}
+        return {name: copy_to_numpy(tensor) for name, tensor in self.tensors.items()}
 
     def state(self) -> ModelState:
         """Return a copy of weights and optimizer slots."""
@@ -126,6 +144,9 @@ class ModelPool:
         self._device = data.train_inputs.device
         self._slots: dict[tuple[str, str], list[Slot]] = {}
         self._skeletons: dict[str, Skeleton] = {}
+        self._frozen: dict[str, nn.Module] = {}
+        self._frozen_skeletons: dict[str, Skeleton] = {}
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self._bound: dict[str, BoundLearners] = {}
         self._parts: dict[str, Slot] = {}
         self._parts_skeletons: dict[str, Skeleton] = {}
@@ -154,6 +175,38 @@ class ModelPool:
             self._skeletons[model.key] = skeleton
         self._skeletons[model.key].restore()
         return self._skeletons[model.key]
+
+    def frozen_module(self, model: ModelSettings) -> nn.Module:
+        """Return a module whose tensors come from outside; in evaluation mode, without gradients.
+
+        One for all models of an architecture that never train.
+        """
+        if model.key not in self._frozen:
+            module = self.build(model, seed=0).to(self._device)
+            self._frozen[model.key] = module.requires_grad_(False)
+        return self._frozen[model.key].eval()
+
+    def frozen_skeleton(self, model: ModelSettings) -> Skeleton:
+        """Return the same for stacked members."""
+        if model.key not in self._frozen_skeletons:
+            module = self.build(model, seed=0)
+            skeleton = Skeleton(module, self._device, own_code=model.is_own)
+            skeleton.module.requires_grad_(False)
+            self._frozen_skeletons[model.key] = skeleton
+        self._frozen_skeletons[model.key].module.eval()
+        return self._frozen_skeletons[model.key]
+
+    def layer_paths(self, model: ModelSettings, layers: Sequence[str]) -> dict[str, str]:
+        """Return what `tapped` calls these layers of a model, by the names they were asked for.
+
+        Raises:
+            ValueError: naming a layer that the model does not have, and those that it has.
+        """
+        if model.key not in self._shapes:
+            module = self.build(model, seed=0).to(self._device)
+            self._shapes[model.key] = layer_shapes(module, self._data.train_inputs[:2])
+        shapes = self._shapes[model.key]
+        return {layer: resolved_layer(layer, shapes, whose=model.label) for layer in layers}
 
     def bound(
         self, composed: ComposedObjective, models: Mapping[str, ModelSettings]

@@ -260,6 +260,19 @@ def _narrow(layer: nn.Linear) -> NarrowLinear:
     return narrow
 
 
+def stacked_tensors(
+    skeleton: Skeleton, weights: Sequence[Mapping[str, np.ndarray]], device: torch.device
+) -> dict[str, Tensor]:
+    """Return copies of members' parameters and buffers as one tensor ``[members, ...]`` a name."""
+    tensors = {}
+    for name in skeleton.stored:
+        arrays = [skeleton.turned(name, own[name]) for own in weights]
+        # Handed the result, NumPy cannot choose a layout after that of the parts.
+        together = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
+        tensors[name] = as_tensor(np.stack(arrays, out=together)).to(device)
+    return tensors
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Neighbours in a stack that take the same number of steps and have the same slots.
@@ -299,12 +312,7 @@ class Stack:
         """Copy the members' states in."""
         for state in states:
             check_weights(state.weights, skeleton.shapes)
-        tensors = {}
-        for name in skeleton.stored:
-            arrays = [skeleton.turned(name, state.weights[name]) for state in states]
-            # Handed the result, NumPy cannot choose a layout after that of the parts.
-            together = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
-            tensors[name] = as_tensor(np.stack(arrays, out=together)).to(device)
+        tensors = stacked_tensors(skeleton, [state.weights for state in states], device)
         stack = cls(skeleton, tensors, {}, [{} for _ in states])
         for position, state in enumerate(states):
             # Sorted: members are grouped by what they remember, and a state that was read from a
@@ -324,11 +332,20 @@ class Stack:
             self.slots[key] = torch.zeros_like(self.tensors[name])
         return self.slots[key]
 
-    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Give every member these parameters and buffers."""
-        check_weights(weights, self.skeleton.shapes)
+    def load_weights(self, weights: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Give each member its parameters and buffers."""
+        for own in weights:
+            check_weights(own, self.skeleton.shapes)
         for name, tensor in self.tensors.items():
-            tensor.copy_(as_tensor(self.skeleton.turned(name, weights[name])))
+            for member, own in zip(tensor, weights, strict=True):
+                member.copy_(as_tensor(self.skeleton.turned(name, own[name])))
+
+    def rearrange(self, ranks: Sequence[int]) -> None:
+        """Give the members other places: those at ``ranks``, in that order."""
+        order = list(ranks)
+        self.tensors = {name: tensor[order] for name, tensor in self.tensors.items()}
+        self.slots = {key: slot[order] for key, slot in self.slots.items()}
+        self.memory = [self.memory[at] for at in order]
 
     def forget(self) -> None:
         """Drop all optimizer slots."""
@@ -336,7 +353,11 @@ class Stack:
 
     def weights(self, position: int) -> Arrays:
         """Return a copy of a member's parameters and buffers."""
-        own = {name: self._copy(name, tensor[position]) for name, tensor in self.tensors.items()}
+        return self.weights_of(self.tensors, position)
+
+    def weights_of(self, tensors: Mapping[str, Tensor], position: int) -> Arrays:
+        """Return a copy of a member's part of tensors that lie as those of this stack do."""
+        own = {name: self._copy(name, tensor[position]) for name, tensor in tensors.items()}
         first_names = self.skeleton.first_names
         return {name: own[first_names.get(name, name)] for name in self.skeleton.shapes}
 
@@ -360,18 +381,42 @@ class StackedOptimizer:
     torch's optimizers work element by element, so one tensor of many members is updated as the
     members alone would be, except for the step counter of a parameter. Members are therefore
     grouped by their counters and by how many steps they take; a group without a gradient rests.
+
+    Args:
+        stack: what it updates.
+        settings: which optimizer.
+        steps: how many steps each member takes.
+        runs: which members take their steps together, by a number for each; None: all.
+        passing: whether it begins without memory and leaves none: what the stack's members
+            remember stays as it is.
     """
 
-    def __init__(self, stack: Stack, settings: OptimizerSettings, steps: Sequence[int]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        settings: OptimizerSettings,
+        steps: Sequence[int],
+        *,
+        runs: Sequence[int] | None = None,
+        passing: bool = False,
+    ) -> None:
         self._stack = stack
         self._settings = settings
+        self._passing = passing
+        self._memory = [{} for _ in stack.memory] if passing else stack.memory
         self._groups: list[_Group] = []
         keys = [
-            (count, sorted((key, -1.0 if s is None else float(s)) for key, s in memory.items()))
-            for count, memory in zip(steps, stack.memory, strict=True)
+            (
+                run,
+                count,
+                sorted((key, -1.0 if s is None else float(s)) for key, s in memory.items()),
+            )
+            for run, count, memory in zip(
+                runs or [0] * len(steps), steps, self._memory, strict=True
+            )
         ]
         start = 0
-        for (count, _), members in groupby(keys):
+        for (_, count, _), members in groupby(keys):
             stop = start + len(list(members))
             parameters = {
                 name: nn.Parameter(stack.tensors[name][start:stop])
@@ -392,7 +437,7 @@ class StackedOptimizer:
             self._lend_slots(group)
 
     def _lend_slots(self, group: _Group) -> None:
-        for key, step in self._stack.memory[group.start].items():
+        for key, step in self._memory[group.start].items():
             slot, name = key.split("/", 1)
             parameter = group.parameters[name]
             if step is None:
@@ -409,20 +454,22 @@ class StackedOptimizer:
         for table, steps in zip(self._optimizer.param_groups, self._steps, strict=True):
             table["lr"] = self._settings.learning_rate(progress(steps))
 
-    def step(self, gradients: Mapping[str, Tensor | None], active: int) -> None:
-        """Update the first ``active`` members with gradients ``[active, ...]``."""
+    def step(self, gradients: Mapping[str, Tensor | None], first: int, active: int) -> None:
+        """Update ``active`` members from place ``first`` on with gradients ``[active, ...]``."""
         for group in self._groups:
-            resting = group.start >= active
+            resting = not first <= group.start < first + active
             for name, parameter in group.parameters.items():
                 gradient = None if resting else gradients[name]
                 if gradient is not None:
                     # Fused updates walk through memory and take any layout for the usual one.
-                    gradient = gradient[group.start : group.stop].contiguous()
+                    gradient = gradient[group.start - first : group.stop - first].contiguous()
                 parameter.grad = gradient
         self._optimizer.step()
 
     def give_back(self) -> None:
         """Write the slots that this optimizer made into the stack."""
+        if self._passing:
+            return
         for group in self._groups:
             memory: dict[str, np.ndarray | None] = {}
             for name, parameter in group.parameters.items():

@@ -31,29 +31,56 @@ class ModelState:
     optimizer: Arrays = field(default_factory=dict)
 
 
+KEPT = "kept/arrays/"
+"""What named arrays are called in a flattened state, before their names. No model's tensors begin
+like that: theirs are ``<model>/weights/`` and ``<model>/optimizer/``."""
+
+AVERAGE = "average/"
+"""How the names of a running average's arrays begin; see `fedkd.training.frozen`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClientState:
-    """Everything a client carries from one call to the next: its models, by name."""
+    """Everything a client carries from one call to the next.
+
+    Attributes:
+        models: its models, by name.
+        arrays: what an algorithm keeps with it, by name: caches, prototypes, earlier models; and
+            the running averages of its weights. See `Cohort.keep`.
+    """
 
     models: Mapping[str, ModelState]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_arrays(self) -> Arrays:
         """Flatten to one table of arrays, for a Flower record or a file."""
-        return {
+        flat = {
             f"{model}/{part}/{name}": array
             for model, state in self.models.items()
             for part, arrays in (("weights", state.weights), ("optimizer", state.optimizer))
             for name, array in arrays.items()
         }
+        flat.update((f"{KEPT}{name}", array) for name, array in self.arrays.items())
+        return flat
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ClientState":
-        """Rebuild the state that `to_arrays` flattened."""
+        """Rebuild the state that `to_arrays` flattened.
+
+        Raises:
+            ValueError: for a name that it does not give.
+        """
         tables: dict[str, dict[str, Arrays]] = {}
+        kept: Arrays = {}
         for key, array in arrays.items():
-            model, part, name = key.split("/", 2)
+            if key.startswith(KEPT):
+                kept[key.removeprefix(KEPT)] = array
+                continue
+            model, part, name = (*key.split("/", 2), "", "")[:3]
+            if part not in ("weights", "optimizer") or not name:
+                raise ValueError(f"a client's state has no array {key[:60]!r}")
             tables.setdefault(model, {"weights": {}, "optimizer": {}})[part][name] = array
-        return cls({model: ModelState(**parts) for model, parts in tables.items()})
+        return cls({model: ModelState(**parts) for model, parts in tables.items()}, kept)
 
     def __reduce__(self) -> "tuple[Callable[..., ClientState], tuple[Layout, np.ndarray]]":
         """Travel between processes as one buffer: dozens of small arrays take longer than one."""
@@ -64,6 +91,9 @@ def check_state(
     state: ClientState, like: ClientState, slots: Collection[str], *, made_later: str
 ) -> None:
     """Refuse a state that a client with these models cannot have; its numbers may be any.
+
+    Named arrays may have any shape, which only the algorithm knows; those of running averages
+    must be averages of these models.
 
     Args:
         state: to be looked at.
@@ -95,6 +125,51 @@ def check_state(
             if there != set(slots):
                 missing = sorted(set(slots) - there)
                 raise ValueError(f"optimizer of {model}: {name!r} has no {missing}")
+    _check_kept(state.arrays, like)
+
+
+def check_named_array(name: str, array: object) -> None:
+    """Refuse what cannot be kept with a client.
+
+    Raises:
+        ValueError: naming the array.
+    """
+    if not isinstance(name, str) or not name or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"a kept array's name must be text of 1 to {LONGEST_NAME} characters, got {name!r:.80}"
+        )
+    if not isinstance(array, np.ndarray) or array.dtype.str[1:] not in KEPT_TYPES:
+        kind = f"{array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(
+            f"kept array {name!r} must be a NumPy array of whole numbers, floats of 16 to 64 bits "
+            f"or truth values, got {kind}"
+        )
+
+
+LONGEST_NAME = 300
+
+KEPT_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+"""Types of arrays that every way out of the process can carry."""
+
+
+def _check_kept(arrays: Mapping[str, np.ndarray], like: ClientState) -> None:
+    averages: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        check_named_array(name, array)
+        if name.startswith(AVERAGE):
+            average, model, rest = (*name.removeprefix(AVERAGE).split("/", 2), "", "")[:3]
+            if not average or model not in like.models or not rest:
+                raise ValueError(f"kept array {name!r} is an average of no model of the client")
+            averages.setdefault(f"{average}/{model}", {})[rest] = array
+    for average, found in averages.items():
+        known = like.models[average.split("/", 1)[1]].weights
+        expected = {f"weights/{name}": (each.shape, each.dtype) for name, each in known.items()}
+        expected["updates"] = ((), np.dtype(np.int64))
+        if found.keys() != expected.keys():
+            odd = sorted(found.keys() ^ expected.keys())[:5]
+            raise ValueError(f"average {average}: unexpected or missing {odd}")
+        for name, array in found.items():
+            _check_layout(f"average {average}: {name!r}", array, *expected[name])
 
 
 def _check_layout(what: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:

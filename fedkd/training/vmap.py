@@ -13,7 +13,7 @@ seed: repeatable, but not what the loop draws; ``nn.Dropout`` layers draw the sa
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.models.dropout import step_keys
-from fedkd.objectives import tapped
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
 from fedkd.targets import Targets
@@ -31,22 +30,44 @@ from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
-    Cohort,
+    Asked,
+    Average,
+    Layers,
     Member,
+    Mode,
     PublicLesson,
+    RowOutputs,
     Streams,
     TrainingData,
-    named_models,
+    WeightsForMembers,
     predicting,
     public_inputs,
+    weights_of_each,
 )
-from fedkd.training.feeds import Feed, FitKey, FitKeys
+from fedkd.training.common import (
+    NO_PATHS,
+    BackendCohort,
+    Fit,
+    chunks,
+    named,
+    row_outputs,
+    tapping,
+)
+from fedkd.training.feeds import Feed
+from fedkd.training.frozen import fold_in
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, JointObjective, Objective, Outputs, total
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
-from fedkd.training.stacking import Skeleton, Stack, StackedOptimizer, VmapUnsupportedError
+from fedkd.training.stacking import (
+    Skeleton,
+    Stack,
+    StackedOptimizer,
+    VmapUnsupportedError,
+    stacked_tensors,
+)
 from fedkd.training.state import Arrays, ClientState, ModelState
+from fedkd.training.tables import Table
 
 FEW_ROWS = 64
 """Rows up to which stacked models predict faster on a CPU; beyond, each keeps it busy alone."""
@@ -57,7 +78,7 @@ STACKED_PREDICT_ROWS = 8192
 """Rows times members that go through the stacked model at once, to bound its memory."""
 
 
-class VmapCohort(Cohort):
+class VmapCohort(BackendCohort):
     """Members train together, stacked along a first dimension.
 
     Raises:
@@ -74,22 +95,22 @@ class VmapCohort(Cohort):
         pool: ModelPool,
         streams: Streams,
     ) -> None:
-        self.clients = tuple(member.client for member in members)
+        given = states_of(members, model, pool, streams.seed)
+        super().__init__(
+            members,
+            given,
+            model=model,
+            optimizer=optimizer,
+            data=data,
+            pool=pool,
+            streams=streams,
+        )
         # Members with fewer rows take fewer steps: whoever still trains is in front.
         self._order = sorted(range(len(members)), key=lambda at: -len(members[at].rows))
         self._places = np.argsort(self._order)
         self._members = [members[at] for at in self._order]
-        self._optimizer_settings = optimizer
-        self._data = data
-        self._device = data.train_inputs.device
-        self._streams = streams
-        self._fit_keys = FitKeys(streams)
         self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
-        self._pool = pool
-        self._models = named_models(model)
-        self._first = next(iter(self._models))
-        self._has_own_code = any(settings.is_own for settings in self._models.values())
-        states = states_of(self._members, model, pool, streams.seed)
+        states = [given[at] for at in self._order]
         self._parts: list[ModelState | None] = [state.models.get(PARTS) for state in states]
         self._stacks = {
             name: Stack.of(
@@ -105,40 +126,50 @@ class VmapCohort(Cohort):
         private: Passes | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
-    ) -> None:
-        key = self._fit_keys.next(private=private is not None)
+        frozen: Sequence[str] = (),
+        layers: Layers = (),
+        tables: Mapping[str, Table] | None = None,
+        optimizer: OptimizerSettings | None = None,
+        averages: Mapping[str, Average] | None = None,
+        keep_outputs: bool = False,
+    ) -> list[RowOutputs]:
+        fit = self._resolved(
+            self._learning(objective, models),
+            private=private,
+            public=public,
+            frozen=frozen,
+            layers=layers,
+            tables=tables,
+            optimizer=optimizer,
+            averages=averages,
+            keep_outputs=keep_outputs,
+        )
         if not isinstance(objective, ComposedObjective):
-            names = tuple(models) if models is not None else (self._first,)
-            stacks = {name: self._stacks[name] for name in names}
-            step = _Step(stacks, _on_outputs(objective))
-            self._fit_stacks(step, self._steps(key, names, private, public))
-            return
+            return self._fit_stacks(fit, self._runs(fit), _on_outputs(objective))
         if objective.idle:
-            return
-        names = tuple(objective.learners)
+            return self._nothing_kept(keep_outputs=keep_outputs)
         bound = self._pool.bound(objective, self._models)
         if bound.stacking.obstacle:
             raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
-        steps = self._steps(key, names, private, public)
-        if steps.padded and bound.stacking.mixes_rows:
+        runs = self._runs(fit)
+        if bound.stacking.mixes_rows and any(steps.padded for steps in runs):
             raise VmapUnsupportedError(
                 f"{bound.stacking.mixes_rows} compares the rows of a batch with each other and "
                 f"cannot leave out those that pad the batches of clients with fewer; {TRY_LOOP}"
             )
         parts = self._stacked_parts(objective)
-        with ExitStack() as taps:
-            features = {
-                name: taps.enter_context(tapped(self._stacks[name].skeleton.module, layers))
-                for name, layers in bound.layers.items()
-                if layers
-            }
-            stacks = {name: self._stacks[name] for name in names}
-            losses_of = partial(bound.losses, objective)
-            self._fit_stacks(_Step(stacks, losses_of, features, parts, bound.parts_with), steps)
+        kept = self._fit_stacks(
+            fit.with_layers(bound.layers),
+            runs,
+            partial(bound.losses, objective),
+            parts,
+            bound.parts_with,
+        )
         if parts is not None:
             self._parts = [
                 with_parts(own, parts.state(place)) for place, own in enumerate(self._parts)
             ]
+        return kept
 
     def _stacked_parts(self, objective: ComposedObjective) -> Stack | None:
         skeleton = self._pool.parts_skeleton(objective, self._models)
@@ -151,42 +182,102 @@ class VmapCohort(Cohort):
         ]
         return Stack.of(skeleton, states, self._device)
 
-    def _steps(
-        self,
-        key: FitKey,
-        names: Sequence[str],
-        private: Passes | None,
-        public: PublicLesson | None,
-    ) -> "_StackedSteps":
-        feeds, seeds = [], []
-        for member in self._members:
-            seed, feed = Feed.drawn(member, self._streams, key, private, public)
-            seeds.append(seed)
-            feeds.append(feed)
-        has_dropout = any(self._stacks[name].skeleton.dropout for name in names)
-        return _StackedSteps(self._data, feeds, public, self._order, seeds, has_dropout)
+    def _runs(self, fit: Fit) -> list["_StackedSteps"]:
+        """Cut the fit into runs of neighbours whose steps have the same kinds of rows.
 
-    def _fit_stacks(self, step: "_Step", steps: "_StackedSteps") -> None:
-        optimizers = [
-            StackedOptimizer(stack, self._optimizer_settings, steps.counts)
-            for stack in step.learning
+        Members whose steps do not fall in the order of the stack change their places first.
+        """
+        drawn = [
+            Feed.drawn(member, self._streams, fit.key, fit.private, fit.lesson(position))
+            for member, position in zip(self._members, self._order, strict=True)
         ]
-        for stack in step.learning:
-            stack.skeleton.module.train()
-        with seeded_for(own_code=self._has_own_code, seed=steps.seed):
-            start = 0
-            while start < steps.total:
-                active = steps.active(start)
-                stop = start + 1
-                while stop < steps.total and steps.active(stop) == active:
-                    stop += 1
-                self._fit_together(step, optimizers, steps, active, range(start, stop))
-                start = stop
+        ranks = sorted(
+            range(len(drawn)), key=lambda at: (drawn[at][1].public is None, -drawn[at][1].steps)
+        )
+        if any(later < earlier for earlier, later in pairwise(ranks)):
+            self._rearrange(ranks)
+            drawn = [drawn[at] for at in ranks]
+        has_dropout = any(self._stacks[name].skeleton.dropout for name in fit.learning)
+        runs = []
+        first = 0
+        for _, neighbours in groupby(drawn, key=lambda own: own[1].public is None):
+            seeds, feeds = zip(*neighbours, strict=True)
+            order = self._order[first : first + len(feeds)]
+            runs.append(_StackedSteps(self._data, feeds, fit, first, order, seeds, has_dropout))
+            first += len(feeds)
+        return runs
+
+    def _rearrange(self, ranks: Sequence[int]) -> None:
+        """Give the members other places in the stack: those at ``ranks``, in that order."""
+        self._order = [self._order[at] for at in ranks]
+        self._places = np.argsort(self._order)
+        self._members = [self._members[at] for at in ranks]
+        self._terms = [self._terms[at] for at in ranks]
+        self._parts = [self._parts[at] for at in ranks]
+        for stack in self._stacks.values():
+            stack.rearrange(ranks)
+
+    def _fit_stacks(
+        self,
+        fit: Fit,
+        runs: Sequence["_StackedSteps"],
+        losses_of: Callable[..., dict[str, Tensor]],
+        parts: Stack | None = None,
+        parts_with: Callable[..., Any] | None = None,
+    ) -> list[RowOutputs]:
+        models = {name: self._stacks[name] for name in fit.learning}
+        averages = {name: self._average(name, average) for name, average in fit.averages.items()}
+        counts = [count for steps in runs for count in steps.counts]
+        run_of = [number for number, steps in enumerate(runs) for _ in steps.counts]
+        settings = fit.optimizer or self._optimizer_settings
+        optimizers = [
+            StackedOptimizer(
+                stack, settings, counts, runs=run_of, passing=fit.optimizer is not None
+            )
+            for stack in [*models.values(), *([] if parts is None else [parts])]
+        ]
+        kept = _Kept(len(self._members)) if fit.keep_outputs else None
+        with ExitStack() as taps:
+            frozen = {
+                name: self._frozen_of(name, like, averages) for name, like in fit.frozen.items()
+            }
+            modules = {name: stack.skeleton.module for name, stack in models.items()}
+            modules |= {name: each.skeleton.module for name, each in frozen.items()}
+            features = {
+                name: taps.enter_context(tapping(module, fit.paths[name]))
+                for name, module in modules.items()
+                if name in fit.paths
+            }
+            step = _Step(models, losses_of, fit, features, frozen, parts, parts_with)
+            for stack in step.learning:
+                stack.skeleton.module.train()
+            for steps in runs:
+                with seeded_for(own_code=self._has_own_code, seed=steps.seed):
+                    start = 0
+                    while start < steps.total:
+                        active = steps.active(start)
+                        stop = start + 1
+                        while stop < steps.total and steps.active(stop) == active:
+                            stop += 1
+                        self._fit_together(
+                            step, optimizers, steps, active, range(start, stop), averages, kept
+                        )
+                        start = stop
         for optimizer in optimizers:
             optimizer.give_back()
         for stack in step.learning:
             if stack.skeleton.dropout is not None:
                 stack.skeleton.dropout.end()
+        for name, average in averages.items():
+            for place, position in enumerate(self._order):
+                self._kept.keep_average(
+                    name,
+                    average.model,
+                    position,
+                    self._stacks[average.model].weights_of(average.tensors, place),
+                    int(average.updates[place]),
+                )
+        return [] if kept is None else self._kept_outputs(kept, runs)
 
     def _fit_together(
         self,
@@ -195,36 +286,147 @@ class VmapCohort(Cohort):
         steps: "_StackedSteps",
         active: int,
         numbers: range,
+        averages: Mapping[str, "_StackedAverage"],
+        kept: "_Kept | None",
     ) -> None:
-        """Take steps that the same first ``active`` members take."""
+        """Take steps that the same ``active`` members take, which stand first in their run."""
         stacks = step.learning
+        here = slice(steps.first, steps.first + active)
         handed = [
-            {name: tensor[:active].detach() for name, tensor in stack.tensors.items()}
+            {name: tensor[here].detach() for name, tensor in stack.tensors.items()}
             for stack in stacks
         ]
+        resting = {
+            name: {key: tensor[here] for key, tensor in model.own.items()}
+            for name, model in step.frozen.items()
+        }
         leaves = [
             [tensors[name].requires_grad_() for name in stack.skeleton.trainable]
             for stack, tensors in zip(stacks, handed, strict=True)
         ]
         every_leaf = [leaf for own in leaves for leaf in own]
         step_losses = torch.vmap(partial(step.losses, steps), randomness="different")
-        kept: dict[str, list[Tensor]] = {}
+        terms: dict[str, list[Tensor]] = {}
         for number in numbers:
             for optimizer in optimizers:
                 optimizer.set_learning_rates(partial(self._streams.progress, number))
-            losses: dict[str, Tensor] = step_losses(handed, steps.take(number, active))
-            # A member's losses reach its own tensors only, so one backward pass serves all.
-            gradients = iter(
-                torch.autograd.grad(total(losses).sum(), every_leaf, allow_unused=True)
-            )
+            losses, seen = step_losses(handed, resting, steps.take(number, active))
+            gradients = iter(_gradients(losses, every_leaf))
             for stack, optimizer in zip(stacks, optimizers, strict=True):
                 own = {name: next(gradients) for name in stack.skeleton.trainable}
-                optimizer.step(own, active)
+                optimizer.step(own, steps.first, active)
             for name, loss in losses.items():
-                kept.setdefault(name, []).append(loss.detach())
-        for name, values in kept.items():
-            for position, of_member in enumerate(torch.stack(values, dim=1)):
-                self._terms[position].setdefault(name, []).append(of_member)
+                terms.setdefault(name, []).append(loss.detach())
+            if kept is not None:
+                kept.add(seen, steps.private_sizes(number, active), steps.first)
+            for average in averages.values():
+                average.update(self._stacks[average.model], here)
+        for name, values in terms.items():
+            for at, of_member in enumerate(torch.stack(values, dim=1), start=steps.first):
+                self._terms[at].setdefault(name, []).append(of_member)
+
+    # -- models that never train -----------------------------------------------------------
+
+    def _average(self, name: str, average: Average) -> "_StackedAverage":
+        """Return all members' running averages, each of which begins as its model is."""
+        model = average.model or self._first
+        stack = self._stacks[model]
+        tensors = {key: tensor.clone() for key, tensor in stack.tensors.items()}
+        updates = np.zeros(len(self._members), np.int64)
+        for place, position in enumerate(self._order):
+            known = self._kept.average(name, model, position)
+            if known is not None:
+                weights, updates[place] = known
+                for key, tensor in tensors.items():
+                    tensor[place].copy_(as_tensor(stack.skeleton.turned(key, weights[key])))
+        return _StackedAverage(average, model, tensors, updates)
+
+    def _frozen_of(
+        self, name: str, like: str, averages: Mapping[str, "_StackedAverage"]
+    ) -> "_Frozen":
+        """Return a model that never trains: one for all members, or one for each."""
+        settings = self._models[like]
+        skeleton = self._pool.frozen_skeleton(settings)
+        if name in averages:
+            return _Frozen(skeleton, {}, averages[name].tensors, settings.is_own)
+        given = self._frozen.get(name)
+        if given is not None and given.is_shared:
+            shared = stacked_tensors(skeleton, [given.own(0)], self._device)
+            tensors = {key: tensor[0] for key, tensor in shared.items()}
+            return _Frozen(skeleton, tensors, {}, settings.is_own)
+        weights = [self._frozen_weights(name, like, position) for position in self._order]
+        own = stacked_tensors(skeleton, weights, self._device)
+        return _Frozen(skeleton, {}, own, settings.is_own)
+
+    # -- outputs ---------------------------------------------------------------------------
+
+    def _kept_outputs(self, kept: "_Kept", runs: Sequence["_StackedSteps"]) -> list[RowOutputs]:
+        """Return what each member put out while training, in the order of the members."""
+        rows = [own for steps in runs for own in steps.private_rows]
+        return [
+            row_outputs(
+                rows[place],
+                self._data.train_labels[as_tensor(rows[place]).to(self._device)],
+                kept.parts[place],
+                self._data.num_classes,
+            )
+            for place in self._places
+        ]
+
+    def outputs(  # noqa: D102
+        self,
+        *,
+        on: Asked,
+        mode: Mode = "eval",
+        layers: Sequence[str] = (),
+        model: str | None = None,
+        batch_rows: int | None = None,
+    ) -> list[RowOutputs]:
+        name = model or self._first
+        like = name if name in self._models else self._like(name, {})
+        settings = self._models[like]
+        paths = self._pool.layer_paths(settings, layers)
+        number = self._next_training_mode(mode)
+        trains = mode == "train" and name in self._models
+        skeleton = self._stacks[like].skeleton
+        if name not in self._models:
+            skeleton = self._pool.frozen_skeleton(settings)
+        skeleton.module.train(trains)
+        # Every row counts here, whatever the last step of a fit was padded with.
+        skeleton.counted.weights = None
+        results = []
+        for position, member in enumerate(self._given):
+            rows, inputs, labels = self._asked(on, position)
+            if name in self._models:
+                place = self._places[position]
+                tensors = {key: each[place] for key, each in self._stacks[like].tensors.items()}
+            else:
+                weights = self._frozen_weights(name, like, position)
+                stacked = stacked_tensors(skeleton, [weights], self._device)
+                tensors = {key: each[0] for key, each in stacked.items()}
+            # Buffers are copies, so those of the member stay as they are.
+            tensors = {
+                key: each if key in skeleton.first_names else each.clone()
+                for key, each in tensors.items()
+            }
+            seed = self._mode_seed(member.client, number)
+            cuts = chunks(len(inputs), batch_rows, mode)
+            keys = as_tensor(step_keys(seed, len(cuts))).to(self._device)
+            parts = []
+            with (
+                tapping(skeleton.module, paths) as seen,
+                seeded_for(own_code=settings.is_own, seed=seed),
+                torch.inference_mode(),
+            ):
+                for key, cut in zip(keys, cuts, strict=True):
+                    if skeleton.dropout is not None and trains:
+                        skeleton.dropout.begin(key)
+                    logits = skeleton.logits(tensors, inputs[cut])
+                    parts.append((logits, named(seen, paths)))
+            if skeleton.dropout is not None:
+                skeleton.dropout.end()
+            results.append(row_outputs(rows, labels, parts, self._data.num_classes))
+        return results
 
     def predict(  # noqa: D102
         self,
@@ -232,6 +434,8 @@ class VmapCohort(Cohort):
         *,
         model: str | None = None,
     ) -> Float[np.ndarray, "members rows classes"]:
+        if model is not None and model not in self._models:
+            return np.stack([own.logits for own in self.outputs(on=inputs, model=model)])
         stack = self._stacks[model or self._first]
         stack.skeleton.module.eval()
         # Every row counts here, whatever the last step of a fit was padded with.
@@ -261,14 +465,19 @@ class VmapCohort(Cohort):
     ) -> Float[np.ndarray, "members rows classes"]:
         return self.predict(public_inputs(self._data, rows), model=model)
 
+    # -- weights and states ----------------------------------------------------------------
+
     def weights(self, *, model: str | None = None) -> list[Arrays]:  # noqa: D102
+        if model is not None and model not in self._models:
+            return self._weights_at_rest(model)
         stack = self._stacks[model or self._first]
         return [stack.weights(int(place)) for place in self._places]
 
     def load_weights(  # noqa: D102
-        self, weights: Mapping[str, np.ndarray], *, model: str | None = None
+        self, weights: WeightsForMembers, *, model: str | None = None
     ) -> None:
-        self._stacks[model or self._first].load_weights(weights)
+        each = weights_of_each(weights, len(self._members))
+        self._stacks[model or self._first].load_weights([each[at] for at in self._order])
 
     def reset_optimizers(self, *, model: str | None = None) -> None:  # noqa: D102
         for name, stack in self._stacks.items():
@@ -279,10 +488,11 @@ class VmapCohort(Cohort):
 
     def states(self) -> list[ClientState]:  # noqa: D102
         states = []
-        for place in map(int, self._places):
+        for position, place in enumerate(map(int, self._places)):
             own = {name: stack.state(place) for name, stack in self._stacks.items()}
             parts = self._parts[place]
-            states.append(ClientState(own if parts is None else {**own, PARTS: parts}))
+            models = own if parts is None else {**own, PARTS: parts}
+            states.append(ClientState(models, self._kept.of(position)))
         return states
 
     def metrics(self) -> list[dict[str, float]]:  # noqa: D102
@@ -300,55 +510,48 @@ class _Step:
 
     Attributes:
         learning: every stack that learns: the models', then that of the parts.
+        frozen: the models that do not, by name.
     """
 
     def __init__(
         self,
         models: Mapping[str, Stack],
         losses_of: Callable[..., dict[str, Tensor]],
-        features: Mapping[str, dict[str, Tensor]] | None = None,
-        parts: Stack | None = None,
-        parts_with: Callable[..., Any] | None = None,
+        fit: Fit,
+        features: Mapping[str, dict[str, Tensor]],
+        frozen: Mapping[str, "_Frozen"],
+        parts: Stack | None,
+        parts_with: Callable[..., Any] | None,
     ) -> None:
         self._skeletons = {name: stack.skeleton for name, stack in models.items()}
         self._losses_of = losses_of
-        self._features = features or {}
+        self._features = features
+        self._paths = fit.paths
+        self._kept = fit.learning[0] if fit.keep_outputs else None
         self._parts = parts
         self._parts_with = parts_with
         self.learning = [*models.values(), *([] if parts is None else [parts])]
+        self.frozen = frozen
 
     def losses(
         self,
         steps: "_StackedSteps",
         handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
         rows: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Return one member's losses from its tensors and its rows; this is what vmap runs."""
-        outputs = {}
-        for number, ((name, skeleton), tensors) in enumerate(
-            zip(self._skeletons.items(), handed, strict=False)
-        ):
-            if skeleton.dropout is not None:
-                skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
-            # Copies: models of one architecture share a skeleton, and with it the taps.
-            seen = self._features.get(name, NO_FEATURES)
-            if steps.apart:
-                passes = []
-                for kind, inputs in (
-                    ("private", rows["inputs"][: steps.num_private]),
-                    ("public", rows["inputs"][steps.num_private :]),
-                ):
-                    skeleton.counted.weights = rows.get(f"{kind}_counted")
-                    skeleton.counted.fewest = steps.fewest_of[kind]
-                    if skeleton.dropout is not None:
-                        # Each pass has its padding at its end, where it moves no row.
-                        skeleton.dropout.rows = None
-                    passes.append((skeleton.logits(tensors, inputs), dict(seen)))
-                outputs[name] = Outputs.of_passes(*passes)
-                continue
-            _tell_what_counts(skeleton, steps, rows)
-            logits = skeleton.logits(tensors, rows["inputs"])
-            outputs[name] = Outputs.split(logits, steps.num_private, dict(seen))
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return one member's losses, and what is kept of its outputs; this is what vmap runs.
+
+        Args:
+            steps: where the step is one of.
+            handed: the member's tensors, of each stack that learns.
+            resting: the same of each frozen model of which every member has its own.
+            rows: the member's rows.
+        """
+        outputs = self._outputs(steps, handed, rows)
+        for name, model in self.frozen.items():
+            logits = model.logits(resting[name], rows["inputs"])
+            outputs[name] = Outputs.split(logits, steps.num_private, self._seen(name))
         batch = Batch(
             labels=rows.get("labels"),
             targets=None if steps.targets is None else steps.targets.of(rows["targets"]),
@@ -357,6 +560,7 @@ class _Step:
             public_counted=rows.get("public_counted"),
             private_rows=rows.get("private_rows"),
             public_rows=rows.get("public_rows"),
+            tables=steps.tables_of(rows),
         )
         if self._parts is None or self._parts_with is None:
             losses = self._losses_of(outputs, batch)
@@ -368,7 +572,135 @@ class _Step:
         for table in self._features.values():
             # A member's tensors mean nothing outside of vmap.
             table.clear()
-        return losses
+        return losses, {} if self._kept is None else _private(outputs[self._kept], steps)
+
+    def _outputs(
+        self,
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> dict[str, Outputs]:
+        """Return what the models that learn put out, by name."""
+        outputs = {}
+        for number, ((name, skeleton), tensors) in enumerate(
+            zip(self._skeletons.items(), handed, strict=False)
+        ):
+            if skeleton.dropout is not None:
+                skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
+            if steps.apart:
+                passes = []
+                for kind, inputs in (
+                    ("private", rows["inputs"][: steps.num_private]),
+                    ("public", rows["inputs"][steps.num_private :]),
+                ):
+                    skeleton.counted.weights = rows.get(f"{kind}_counted")
+                    skeleton.counted.fewest = steps.fewest_of[kind]
+                    if skeleton.dropout is not None:
+                        # Each pass has its padding at its end, where it moves no row.
+                        skeleton.dropout.rows = None
+                    passes.append((skeleton.logits(tensors, inputs), self._seen(name)))
+                outputs[name] = Outputs.of_passes(*passes)
+                continue
+            _tell_what_counts(skeleton, steps, rows)
+            logits = skeleton.logits(tensors, rows["inputs"])
+            outputs[name] = Outputs.split(logits, steps.num_private, self._seen(name))
+        return outputs
+
+    def _seen(self, name: str) -> Mapping[str, Tensor]:
+        """Return a copy: models of one architecture share a skeleton, and with it the taps."""
+        return named(self._features.get(name, NO_FEATURES), self._paths.get(name, NO_PATHS))
+
+
+def _private(outputs: Outputs, steps: "_StackedSteps") -> dict[str, Tensor]:
+    """Return logits and features of the private rows; "" stands for the logits."""
+    assert outputs.private is not None  # noqa: S101 (a fit without private rows keeps nothing)
+    features = {name: each[: steps.num_private] for name, each in outputs.features.items()}
+    return {"": outputs.private, **features}
+
+
+def _gradients(losses: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of all members' losses: ``[members]`` of each name.
+
+    A member's losses reach its own tensors only, so one backward pass serves all.
+    """
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        total(dict(losses)).sum(), leaves, allow_unused=True
+    )
+    return gradients
+
+
+class _Frozen:
+    """A model that never trains, for all members.
+
+    Attributes:
+        skeleton: its module, always in evaluation mode.
+        own: tensors ``[members, ...]`` where each member has its own.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        shared: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        own_code: bool,
+    ) -> None:
+        self.skeleton, self.own = skeleton, own
+        self._shared = shared
+        self._own_code = own_code
+
+    def logits(self, own: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return what it says about one member's rows."""
+        tensors = own or self._shared
+        if self._own_code:
+            # Somebody else's module may write to its buffers in evaluation mode as well.
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        with torch.no_grad():
+            self.skeleton.module.eval()
+            return self.skeleton.logits(tensors, inputs)
+
+
+class _StackedAverage:
+    """All members' running averages of one model while it trains.
+
+    Attributes:
+        model: whose weights.
+        tensors: ``[members, ...]`` by name, as the model's stack keeps its own.
+        updates: how many there were, ``[members]``.
+    """
+
+    def __init__(
+        self, average: Average, model: str, tensors: dict[str, Tensor], updates: np.ndarray
+    ) -> None:
+        self.model, self.tensors, self.updates = model, tensors, updates
+        self._average = average
+
+    def update(self, stack: Stack, here: slice) -> None:
+        """Follow the members that have just taken a step."""
+        shares = [self._average.share_of_new(int(count)) for count in self.updates[here]]
+        device = next(iter(self.tensors.values())).device
+        fold_in(
+            {name: tensor[here] for name, tensor in self.tensors.items()},
+            {name: tensor[here] for name, tensor in stack.tensors.items()},
+            torch.tensor(shares, dtype=torch.float64, device=device),
+        )
+        self.updates[here] += 1
+
+
+class _Kept:
+    """What the stack's members put out for private rows while they train.
+
+    Attributes:
+        parts: for each member, logits and features of its rows, step by step.
+    """
+
+    def __init__(self, members: int) -> None:
+        self.parts: list[list[tuple[Tensor, Mapping[str, Tensor]]]] = [[] for _ in range(members)]
+
+    def add(self, seen: Mapping[str, Tensor], sizes: np.ndarray, first: int) -> None:
+        """Keep a step's outputs ``[members, width, ...]`` without the rows that pad them."""
+        for at, size in enumerate(sizes):
+            own = {name: tensor[at, :size].detach() for name, tensor in seen.items()}
+            self.parts[first + at].append((own.pop(""), own))
 
 
 def _tell_what_counts(
@@ -425,15 +757,26 @@ class _Padded:
 
 
 class _StackedSteps:
-    """All members' batches, one step at a time.
+    """The batches of neighbours in a stack, one step at a time.
+
+    Args:
+        data: the run's rows.
+        feeds: which rows each member takes.
+        fit: the fit.
+        first: place of the first member in the stack.
+        order: which members they are: their positions in the cohort.
+        seeds: the members' seeds for torch in this fit.
+        has_dropout: whether a model needs a key for each step.
 
     Attributes:
+        first: place of the first member in the stack.
         counts: steps of each member, never rising.
         total: steps of the member that takes most.
         seed: of torch's global generators during the fit.
         padded: whether any step has rows that do not count.
         apart: whether private and public rows go through the models one after the other.
-        targets: of the lesson, every member's below one another where each has its own.
+        targets: what tells the scale of the lesson's targets.
+        private_rows: ids of all private rows of each member, in the order of its steps.
         num_private, fewest: of the step last taken: private rows of its width, and rows of its
             smallest batch.
         fewest_of: the latter for private and public rows alone.
@@ -443,43 +786,77 @@ class _StackedSteps:
         self,
         data: TrainingData,
         feeds: Sequence[Feed],
-        public: PublicLesson | None,
+        fit: Fit,
+        first: int,
         order: Sequence[int],
         seeds: Sequence[int],
         has_dropout: bool,
     ) -> None:
+        self.first = first
         self.counts = [feed.steps for feed in feeds]
-        if any(later > earlier for earlier, later in pairwise(self.counts)):
-            raise ValueError(f"members with fewer rows must not take more steps: {self.counts}")
         self.total = self.counts[0]
         self.seed = int(np.bitwise_xor.reduce(seeds))
         self.num_private = self.fewest = 0
         self.fewest_of: dict[str, int] = {}
         self._data = data
-        device = data.train_inputs.device
-        self._private = self._public = None
+        self._device = device = data.train_inputs.device
+        self._private = self._public = self._private_places = None
         own = [feed.private for feed in feeds if feed.private is not None]
         if own:
             self._private = _Padded(own, device)
         shared = [feed.public for feed in feeds if feed.public is not None]
+        public = fit.public
         self.targets: Targets | None = None
-        self._first_targets: Tensor | None = None
+        self._targets: _OfMembers | None = None
         self.apart = public is not None and public.apart and bool(own) and bool(shared)
         if public is not None and shared:
             self._public = _Padded(shared, device)
-            self._public_rows = as_tensor(public.rows).to(device)
+            self._public_rows = _tensors_of_members(public.rows, order, device)
             if public.targets is not None:
-                targets = public.targets.tensor.to(device)
-                if targets.ndim == 3:
-                    # Each member's targets below one another, found by where they begin.
-                    self._first_targets = torch.tensor(order, device=device)[:, None] * len(
-                        public.rows
-                    )
-                self.targets = public.targets.of(targets.flatten(0, -2))
+                each = [own for own in map(public.targets_of, order) if own is not None]
+                self.targets = each[0]
+                rows_of_targets = [own.tensor for own in each]
+                self._targets = _OfMembers(
+                    rows_of_targets if public.has_own_targets else rows_of_targets[0], device
+                )
         self._keys: Tensor | None = None
         if has_dropout:
             keys = np.stack([step_keys(seed, self.total) for seed in seeds], axis=1)
             self._keys = as_tensor(keys).to(device)
+        self._tables: dict[str, tuple[str, _OfMembers]] = {}
+        self._shared_tables: dict[str, Tensor] = {}
+        for name, table in fit.tables.items():
+            if table.of == "whole" and table.is_shared:
+                self._shared_tables[name] = as_tensor(table.own(0)).to(device)
+            elif table.of == "whole":
+                own_tables = np.stack([table.own(at) for at in order])
+                self._tables[name] = table.of, _OfMembers(as_tensor(own_tables), device)
+            elif table.of == "private" or shared:
+                self._tables[name] = table.of, _tensors_of_members(table.values, order, device)
+        places = [feed.places for feed in feeds if feed.places is not None]
+        if places and any(of == "private" for of, _ in self._tables.values()):
+            self._private_places = _Padded(places, device)
+        self._feeds = feeds
+
+    @property
+    def private_rows(self) -> list[np.ndarray]:
+        return [
+            np.concatenate([np.empty(0, np.int64), *(feed.private or [])]) for feed in self._feeds
+        ]
+
+    def private_sizes(self, step: int, active: int) -> np.ndarray:
+        """Return how many private rows each member takes in a step."""
+        if self._private is None:
+            return np.zeros(active, np.int64)
+        sizes: np.ndarray = self._private.sizes[:active, step]
+        return sizes
+
+    def tables_of(self, rows: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what one member's step sees of the tables."""
+        if not self._tables:
+            return self._shared_tables
+        own = {name: rows[f"table {name}"] for name in self._tables}
+        return {**self._shared_tables, **own}
 
     @property
     def padded(self) -> bool:
@@ -516,7 +893,7 @@ class _StackedSteps:
                 rows["private_counted"] = weights
         if self._public is not None:
             positions, weights = self._public.take(step, active)
-            shared = _rows_of(self._public_rows, positions)
+            shared = self._public_rows.take(positions)
             inputs.append(_rows_of(self._data.public_inputs, shared))
             rows["public_rows"] = shared
             counted.append(weights)
@@ -524,10 +901,8 @@ class _StackedSteps:
             self.fewest_of["public"] = int(self._public.sizes[:active, step].min())
             if weights is not None:
                 rows["public_counted"] = weights
-            if self.targets is not None:
-                if self._first_targets is not None:
-                    positions = positions + self._first_targets[:active]
-                rows["targets"] = _rows_of(self.targets.tensor, positions)
+            if self._targets is not None:
+                rows["targets"] = self._targets.take(positions)
             if self._data.public_labels is not None:
                 rows["public_labels"] = _rows_of(self._data.public_labels, shared)
         rows["inputs"] = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
@@ -543,7 +918,50 @@ class _StackedSteps:
             rows["counted"] = every
             # A row's number among the rows that count: padding in front of it moves no mask.
             rows["numbers"] = every.cumsum(1).long() - 1
+        for name, (of, values) in self._tables.items():
+            if of == "whole":
+                rows[f"table {name}"] = values.table[:active]
+                continue
+            padded = self._public if of == "public" else self._private_places
+            assert padded is not None  # noqa: S101 (a table is of rows that the fit has)
+            rows[f"table {name}"] = values.take(padded.take(step, active)[0])
         return rows
+
+
+class _OfMembers:
+    """Rows of all members below one another, or the same rows for all.
+
+    Args:
+        rows: the same for all, or those of each member.
+        device: where they go.
+
+    Attributes:
+        table: the rows.
+    """
+
+    def __init__(self, rows: Tensor | Sequence[Tensor], device: torch.device) -> None:
+        self._starts: Tensor | None = None
+        if isinstance(rows, Tensor):
+            self.table = rows.to(device)
+            return
+        self.table = torch.cat(list(rows)).to(device)
+        starts = np.cumsum([0, *(len(own) for own in rows[:-1])])
+        self._starts = as_tensor(starts).to(device)[:, None]
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Return the entries at positions ``[members, width]`` among each member's own."""
+        if self._starts is not None:
+            positions = positions + self._starts[: len(positions)]
+        return _rows_of(self.table, positions)
+
+
+def _tensors_of_members(
+    values: np.ndarray | Sequence[np.ndarray], order: Sequence[int], device: torch.device
+) -> _OfMembers:
+    """Return rows that are the same for all members, or those of each, in the order of a stack."""
+    if isinstance(values, np.ndarray):
+        return _OfMembers(as_tensor(values), device)
+    return _OfMembers([as_tensor(values[at]) for at in order], device)
 
 
 def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
