@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
-from fedkd.targets import StreamingMean
-from fedkd.training import Cohort, ComposedObjective, as_tensor
+from fedkd.mutual.averages import PeerMean
+from fedkd.training import Cohort, ComposedObjective
 from strategies.base import (
     DistillationStrategy,
     Step,
@@ -92,14 +91,11 @@ class DML(DistillationStrategy[DMLSettings]):
     ) -> Broadcast:
         """Give each participant the mean of the others, and everybody else the mean of all."""
         temperature = self.settings.softening(plan.next().progress)
-        mean = StreamingMean()
-        own: dict[int, torch.Tensor] = {}
-        for upload, predictions in predictions_of(uploads):
-            values = as_tensor(predictions.values)
-            if self.settings.average == "probability":
-                values = F.softmax(values / temperature, dim=-1)
-            mean.add(values)
-            own[upload.client] = values
+        mean = PeerMean(temperature=temperature, average=self.settings.average)
+        own = {
+            upload.client: mean.add(predictions.values)
+            for upload, predictions in predictions_of(uploads)
+        }
         if not mean.count:
             return Broadcast()
 
@@ -111,11 +107,11 @@ class DML(DistillationStrategy[DMLSettings]):
                 temperature=temperature,
             )
 
-        shared = target(mean.mean())
+        shared = target(mean.of_all())
         if self.settings.include_self:
             return Broadcast(shared)
         if len(own) == 1:
             # A lone participant has no peers; the next round's others still learn from it.
             return Broadcast(shared, personal=dict.fromkeys(own))
-        others = {client: target(mean.without(values)) for client, values in own.items()}
+        others = {client: target(mean.of_others(values)) for client, values in own.items()}
         return Broadcast(shared, personal=others)

@@ -2,7 +2,9 @@
 
 Conventions: peers are the first axis; targets are constants; the terms of a loss come back by name,
 weighted already, summed over the peers as published, and what is minimised is their sum. A weight
-that ramps up is a schedule of progress: pass its value in force.
+that ramps up is a schedule of progress: pass its value in force. The naive and the MinLogit rule
+also work on peers that arrive one after the other; the other ways need all peers at once, for which
+`fedkd.targets.PredictionSpool` keeps them in a file and hands them out rows by rows.
 """
 
 import math
@@ -13,17 +15,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.losses.rows import check_weights
-from fedkd.mutual.peers import Terms, peer_cross_entropies, peer_kl
-from fedkd.targets import at_least_float32, mean_by_row, soften
+from fedkd.mutual.peers import (
+    PeerTable,
+    PeerTables,
+    RowLabels,
+    Terms,
+    constants,
+    known_labels,
+    peer_cross_entropies,
+    peer_kl,
+)
+from fedkd.targets import mean_by_row, soften
 
 
-def kdcl_naive(
-    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, "batch classes"]:
+def kdcl_naive(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "batch classes"]:
     """For every row take the logits of the peer with the lowest cross-entropy.
 
     Args:
-        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        logits: unnormalised scores of all peers on the same rows, an array or a tensor;
+            treated as constants.
         labels: class of each row, in [0, classes).
 
     Returns:
@@ -34,21 +44,20 @@ def kdcl_naive(
         3.2. https://openaccess.thecvf.com/content_CVPR_2020/html/
         Guo_Online_Knowledge_Distillation_via_Collaborative_Learning_CVPR_2020_paper.html
     """
-    constants = at_least_float32(logits.detach())
-    best = torch.logsumexp(_margins(constants, labels), dim=2).argmin(dim=0)
-    return constants.gather(0, best[None, :, None].expand(1, -1, logits.shape[2])).squeeze(0)
+    scores = constants(logits)
+    best = torch.logsumexp(_margins(scores, known_labels(labels)), dim=2).argmin(dim=0)
+    return scores.gather(0, best[None, :, None].expand(1, -1, scores.shape[2])).squeeze(0)
 
 
-def kdcl_minlogit(
-    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, "batch classes"]:
+def kdcl_minlogit(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "batch classes"]:
     """For every row and class take the smallest margin over the label's logit among the peers.
 
     The label's own logit becomes 0. The cross-entropy of this target is never above that of any
     peer.
 
     Args:
-        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        logits: unnormalised scores of all peers on the same rows, an array or a tensor;
+            treated as constants.
         labels: class of each row, in [0, classes).
 
     Returns:
@@ -57,16 +66,78 @@ def kdcl_minlogit(
     Source:
         Guo et al., 2020, KDCL-MinLogit, section 3.2; see `kdcl_naive`.
     """
-    return _margins(at_least_float32(logits.detach()), labels).amin(dim=0)
+    return _margins(constants(logits), known_labels(labels)).amin(dim=0)
 
 
-def kdcl_linear(
-    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, "batch classes"]:
+class StreamingNaive:
+    """`kdcl_naive` of peers that arrive one after the other; holds one table of rows x classes."""
+
+    def __init__(self, labels: RowLabels) -> None:
+        """Begin without any peer.
+
+        Args:
+            labels: class of each row, in [0, classes).
+        """
+        self._labels = known_labels(labels)
+        self._best: tuple[Tensor, Tensor] | None = None
+
+    def add(self, logits: PeerTable) -> None:
+        """Take in one peer's unnormalised scores, an array or a tensor."""
+        scores = constants(logits)
+        losses = torch.logsumexp(_margins(scores[None], self._labels)[0], dim=1)
+        if self._best is not None:
+            kept, lowest = self._best
+            better = losses < lowest
+            scores = torch.where(better[:, None], scores, kept)
+            losses = torch.where(better, losses, lowest)
+        self._best = scores, losses
+
+    def target(self) -> Float[Tensor, "rows classes"]:
+        """Return the target logits of the peers so far.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self._best is None:
+            raise ValueError("a common target needs at least 1 peer, got 0")
+        return self._best[0]
+
+
+class StreamingMinLogit:
+    """`kdcl_minlogit` of peers that arrive one after the other; holds one table."""
+
+    def __init__(self, labels: RowLabels) -> None:
+        """Begin without any peer.
+
+        Args:
+            labels: class of each row, in [0, classes).
+        """
+        self._labels = known_labels(labels)
+        self._smallest: Tensor | None = None
+
+    def add(self, logits: PeerTable) -> None:
+        """Take in one peer's unnormalised scores, an array or a tensor."""
+        margins = _margins(constants(logits)[None], self._labels)[0]
+        known = self._smallest
+        self._smallest = margins if known is None else torch.minimum(known, margins)
+
+    def target(self) -> Float[Tensor, "rows classes"]:
+        """Return the target logits of the peers so far.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self._smallest is None:
+            raise ValueError("a common target needs at least 1 peer, got 0")
+        return self._smallest
+
+
+def kdcl_linear(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "batch classes"]:
     """For every row mix the peers' logits so that the mixture's cross-entropy is lowest.
 
     Args:
-        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        logits: unnormalised scores of all peers on the same rows, an array or a tensor;
+            treated as constants.
         labels: class of each row, in [0, classes).
 
     Returns:
@@ -76,7 +147,7 @@ def kdcl_linear(
     Source:
         Guo et al., 2020, KDCL-Linear, section 3.2; see `kdcl_naive`.
     """
-    return mean_by_row(logits.detach(), kdcl_linear_shares(logits, labels))
+    return mean_by_row(constants(logits), kdcl_linear_shares(logits, labels))
 
 
 _NEWTON_STEPS = 48
@@ -84,23 +155,22 @@ _LAST_BARRIER = 1e-8
 _STEP_SIZES = [2.0**-k for k in range(12)]
 
 
-def kdcl_linear_shares(
-    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, "peers batch"]:
+def kdcl_linear_shares(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "peers batch"]:
     """Find the mixture of the peers' logits that has the lowest cross-entropy, row by row.
 
     The problem is convex, its solution in general neither a peer nor unique. Solved by a
     primal-dual interior point method in float64, a fixed number of steps for any data.
 
     Args:
-        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        logits: unnormalised scores of all peers on the same rows, an array or a tensor;
+            treated as constants.
         labels: class of each row, in [0, classes).
 
     Returns:
         Shares > 0, float64, that sum to 1 over the peers. The cross-entropy of the mixture is
         within 1e-6 nats of the lowest there is, for logits up to +-300.
     """
-    margins = _margins(logits.detach().double(), labels).transpose(0, 1)
+    margins = _margins(constants(logits).double(), known_labels(labels)).transpose(0, 1)
     num_rows, num_peers, _ = margins.shape
     shares = margins.new_full((num_rows, num_peers), 1.0 / num_peers)
     bounds = torch.ones_like(shares)  # the multipliers of shares >= 0
@@ -147,7 +217,7 @@ def _longest_step(
 
 
 def kdcl_general_weights(
-    logits: Float[Tensor, "peers rows classes"], labels: Int[Tensor, "rows"], *, ridge: float = 0.1
+    logits: PeerTables, labels: RowLabels, *, ridge: float = 0.1
 ) -> Float[Tensor, "peers"]:
     """Weigh the peers so that their average errs least, given how their errors go together.
 
@@ -177,8 +247,8 @@ def kdcl_general_weights(
         raise ValueError("error correlation needs at least 1 held-out row, got 0")
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge must be > 0 and finite, got {ridge}")
-    truth = F.one_hot(labels.long(), num_classes)
-    errors = (torch.softmax(logits.detach().double(), dim=2) - truth).flatten(1)
+    truth = F.one_hot(known_labels(labels), num_classes)
+    errors = (torch.softmax(constants(logits).double(), dim=2) - truth).flatten(1)
     correlation = errors @ errors.t() / num_rows
     scale = correlation.trace() / num_peers
     # Peers that never err leave only the ridge, whose inverse weighs all alike.
@@ -192,12 +262,13 @@ def kdcl_general_weights(
 
 
 def kdcl_general(
-    logits: Float[Tensor, "peers batch classes"], weights: Float[Tensor, "peers"]
+    logits: PeerTables, weights: Float[Tensor, " peers"]
 ) -> Float[Tensor, "batch classes"]:
     """Average the peers' logits with one weight per peer.
 
     Args:
-        logits: unnormalised scores of all peers on the same rows; treated as constants.
+        logits: unnormalised scores of all peers on the same rows, an array or a tensor;
+            treated as constants.
         weights: >= 0, such as `kdcl_general_weights`, renewed from time to time.
 
     Returns:
@@ -206,7 +277,7 @@ def kdcl_general(
     Source:
         Guo et al., 2020, KDCL-General, section 3.2; see `kdcl_naive`.
     """
-    return mean_by_row(logits.detach(), weights[:, None].expand(-1, logits.shape[1]))
+    return mean_by_row(constants(logits), weights[:, None].expand(-1, logits.shape[1]))
 
 
 def kdcl_losses(
@@ -254,8 +325,8 @@ def kdcl_losses(
 
 
 def _margins(
-    logits: Float[Tensor, "peers batch classes"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, "peers batch classes"]:
+    logits: Float[Tensor, "peers rows classes"], labels: Int[Tensor, " rows"]
+) -> Float[Tensor, "peers rows classes"]:
     """Return how far each class's logit is above the label's; its log-sum-exp is the CE."""
-    known = labels.long()[None, :, None].expand(len(logits), -1, 1)
+    known = labels[None, :, None].expand(len(logits), -1, 1)
     return logits - logits.gather(2, known)

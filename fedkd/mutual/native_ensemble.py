@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from fedkd.losses.response import hard_label_loss
 from fedkd.losses.rows import check_weights
-from fedkd.mutual.peers import Terms, check_counts, peer_cross_entropies, peer_kl
+from fedkd.mutual.peers import (
+    PeerShares,
+    PeerTable,
+    Terms,
+    check_counts,
+    constants,
+    peer_cross_entropies,
+    peer_kl,
+)
 from fedkd.targets import at_least_float32, soften
 
 
@@ -74,6 +82,33 @@ def gated_logits(
         Lan, Zhu, Gong, 2018, equation 5. https://arxiv.org/abs/1806.04606
     """
     return (at_least_float32(gates).t()[:, :, None] * at_least_float32(logits)).sum(dim=0)
+
+
+class StreamingGate:
+    """`gated_logits` of peers that arrive one after the other; holds one table."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, logits: PeerTable, gate: PeerShares) -> None:
+        """Take in one peer.
+
+        Args:
+            logits: its unnormalised scores, an array or a tensor.
+            gate: its share of each row; over all peers the shares of a row sum to 1.
+        """
+        part = constants(gate)[:, None].double() * constants(logits).double()
+        self._sum = part if self._sum is None else self._sum + part
+
+    def target(self) -> Float[Tensor, "rows classes"]:
+        """Return the ensemble's logits, float64.
+
+        Raises:
+            ValueError: if there is no peer.
+        """
+        if self._sum is None:
+            raise ValueError("an ensemble needs at least 1 peer, got 0")
+        return self._sum
 
 
 def one_losses(

@@ -1,13 +1,41 @@
 """What the rules of mutual learning share: means, cross-entropies and divergences peer by peer."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from fedkd.targets import at_least_float32, check_temperature
+from fedkd.tensors import as_tensor
 
 Terms = dict[str, Float[Tensor, ""]]
+
+PeerTable = Float[Tensor, "rows classes"] | Float[np.ndarray, "rows classes"]
+"""What one peer says about some rows."""
+
+PeerTables = Float[Tensor, "peers rows classes"] | Float[np.ndarray, "peers rows classes"]
+"""What all peers say about the same rows."""
+
+PeerShares = Float[Tensor, " rows"] | Float[np.ndarray, " rows"]
+"""How much one peer counts for each row."""
+
+RowLabels = Int[Tensor, " rows"] | Integer[np.ndarray, " rows"]
+"""The class of each row."""
+
+
+def constants(values: Tensor | np.ndarray) -> Tensor:
+    """Return what peers say, an array or a tensor, as a tensor that gets no gradient.
+
+    Half precision becomes float32.
+    """
+    tensor = as_tensor(values) if isinstance(values, np.ndarray) else values.detach()
+    return at_least_float32(tensor)
+
+
+def known_labels(labels: RowLabels) -> Int[Tensor, " rows"]:
+    """Return labels, an array or a tensor, as a tensor of whole numbers that can index."""
+    return (as_tensor(labels) if isinstance(labels, np.ndarray) else labels).long()
 
 
 def peer_kl(

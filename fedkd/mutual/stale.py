@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedkd.losses.response import soft_target_kl
+from fedkd.mutual.averages import ensemble_target
 from fedkd.mutual.peers import check_counts
-from fedkd.targets import mean_probability
 
 
 def codistillation_loss(
@@ -48,7 +48,7 @@ def codistillation_loss(
         raise ValueError("codistillation needs at least 1 other model, got 0")
     return soft_target_kl(
         logits,
-        mean_probability(stale_peer_logits.detach(), temperature=temperature),
+        ensemble_target(stale_peer_logits, temperature=temperature),
         temperature=temperature,
         scale_by_t2=scale_by_t2,
         sample_weights=sample_weights,

@@ -19,11 +19,10 @@ from fedkd.distillation.peers import (
     peer_names,
 )
 from fedkd.distillation.workshop import Workshop
-from fedkd.losses.response import soft_target_kl
 from fedkd.models import ModelSettings
+from fedkd.mutual.averages import leave_one_out_losses
 from fedkd.mutual.pairwise import mutual_losses
 from fedkd.mutual.two_way import progressive_weights, two_way_losses
-from fedkd.targets import leave_one_out, soften
 
 # --- Deep mutual learning: peers of one rank -------------------------------------------------
 
@@ -64,13 +63,7 @@ class _MutualPeers(Group[DMLSettings]):
                 logits, temperature=temperature, peer_reduction=settings.peer_reduction
             )
         else:
-            targets = leave_one_out(soften(logits.detach(), temperature=temperature))
-            kd = torch.stack(
-                [
-                    soft_target_kl(own, target, temperature=temperature)
-                    for own, target in zip(logits, targets, strict=True)
-                ]
-            )
+            kd = leave_one_out_losses(logits, temperature=temperature)
         return {"kd": step.values.kd_weight * kd}
 
 

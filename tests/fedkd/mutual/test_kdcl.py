@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fedkd.losses.response import soft_target_loss
 from fedkd.mutual.kdcl import (
+    StreamingMinLogit,
+    StreamingNaive,
     kdcl_general,
     kdcl_general_weights,
     kdcl_linear,
@@ -178,3 +180,55 @@ def test_kdcl_general_refuses_no_rows_and_no_ridge():
         kdcl_general_weights(GROUP[:, :0], GROUP_LABELS[:0])
     with pytest.raises(ValueError, match="ridge must be > 0 and finite, got 0"):
         kdcl_general_weights(GROUP, GROUP_LABELS, ridge=0.0)
+
+
+def test_kdcl_linear_matches_the_reference_shares_row_by_row():
+    expected = torch.tensor([[0, 0], [0.95471905, 0], [0.04528095, 1]], dtype=torch.float64)
+    torch.testing.assert_close(kdcl_linear_shares(PEERS, LABELS), expected, atol=1e-4, rtol=0)
+
+
+def test_kdcl_minlogit_loss_matches_the_reference_value():
+    target = kdcl_minlogit(PEERS, LABELS)
+    loss = kdcl_losses(PEERS[:1], target, None)["kd"]
+    assert loss.item() == pytest.approx(0.64889403, abs=1e-8)
+
+
+def test_kdcl_general_matches_the_reference_weights():
+    # The reference adds 0.1 to the diagonal; ours is a share of its mean.
+    mean_of_diagonal = (0.70723751 + 0.81547450 + 0.80989286) / 3
+    weights = kdcl_general_weights(PEERS, LABELS, ridge=0.1 / mean_of_diagonal)
+    expected = torch.tensor([0.14076724, 0.39631394, 0.46291882], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, atol=1e-8, rtol=0)
+
+
+STREAMS = {"naive": (StreamingNaive, kdcl_naive), "minlogit": (StreamingMinLogit, kdcl_minlogit)}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_peers_one_by_one_give_the_bits_of_peers_side_by_side(name: str):
+    streaming, rule = STREAMS[name]
+    stream = streaming(GROUP_LABELS.numpy())
+    for peer in GROUP.float():
+        stream.add(peer.numpy())
+    assert torch.equal(stream.target(), rule(GROUP.float(), GROUP_LABELS))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_without_peers_has_no_target(name: str):
+    with pytest.raises(ValueError, match="at least 1 peer, got 0"):
+        STREAMS[name][0](GROUP_LABELS).target()
+
+
+def test_among_equals_the_first_of_a_stream_is_taken():
+    # The same cross-entropy from different scores of the other classes.
+    equals = torch.tensor([[[1.0, 0.0, 2.0]], [[1.0, 2.0, 0.0]]])
+    stream = StreamingNaive(torch.tensor([0]))
+    for peer in equals:
+        stream.add(peer)
+    assert torch.equal(stream.target(), equals[0])
+
+
+@pytest.mark.parametrize("name", KDCL_TARGETS)
+def test_kdcl_targets_take_arrays(name: str):
+    target = KDCL_TARGETS[name](GROUP.float().numpy(), GROUP_LABELS.numpy())
+    assert torch.equal(target, KDCL_TARGETS[name](GROUP.float(), GROUP_LABELS))

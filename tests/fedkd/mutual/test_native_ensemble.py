@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedkd.mutual.native_ensemble import BranchGate, gated_logits, one_losses
+from fedkd.mutual.native_ensemble import BranchGate, StreamingGate, gated_logits, one_losses
+from fedkd.schedules import RampUpSchedule
 
 # Two students of four classes on two rows, and a third: the reference values' inputs.
 PEERS = torch.tensor(
@@ -81,3 +82,30 @@ def test_a_gate_refuses_to_train_on_one_row_and_predicts_for_it():
     assert gate.eval()(torch.zeros(1, 6)).shape == (1, 3)
     with pytest.raises(ValueError, match="branches must be >= 1, got 0"):
         BranchGate(6, 0)
+
+
+def test_three_branches_match_the_reference_values():
+    gates = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).expand(2, 3)
+    assert one_losses(PEERS, torch.full((2, 3), 1 / 3).double(), LABELS)[
+        "kd"
+    ].item() == pytest.approx(1.55113136, abs=1e-7)
+    terms = one_losses(PEERS, gates, LABELS)
+    assert terms["kd"].item() == pytest.approx(1.61586671, abs=1e-8)
+    assert terms["ce_ensemble"].item() == pytest.approx(1.10880922, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "value"), [(0, 0.00673795), (20, 0.06005467), (40, 0.28650480), (79, 0.99921906)]
+)
+def test_the_weight_rises_as_published(epoch: int, value: float):
+    ramp = RampUpSchedule(end=1.0, until=80 / 300)
+    assert ramp.at(epoch / 300) == pytest.approx(value, abs=1e-8)
+
+
+def test_branches_one_by_one_give_the_gated_ensemble():
+    stream = StreamingGate()
+    for branch, share in zip(GROUP.float(), GATES.float().t(), strict=True):
+        stream.add(branch.numpy(), share.contiguous().numpy())
+    torch.testing.assert_close(stream.target(), gated_logits(GROUP, GATES), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="at least 1 peer, got 0"):
+        StreamingGate().target()

@@ -8,6 +8,15 @@ from torch import Tensor
 from fedkd.mutual.okddip import PeerAttention, okddip_losses
 
 LABELS = torch.tensor([2, 0])
+# The reference values' inputs: three peers, two rows, four classes.
+REFERENCE = torch.tensor(
+    [
+        [[1, 2, 3, 0], [0.5, -1, 0, 2]],
+        [[2, 1, 4, -1], [0, 0, 1, 3]],
+        [[-4, 3, 1, 1], [2, 0, -1, 1]],
+    ],
+    dtype=torch.float64,
+)
 # Distinct sizes for every axis: 3 peers, 5 rows, 4 classes.
 _generator = torch.Generator().manual_seed(7)
 GROUP = 3 * torch.randn(3, 5, 4, generator=_generator, dtype=torch.float64)
@@ -97,3 +106,14 @@ def test_attention_learns_and_its_features_do_not():
     row, a = 3, 1
     queries, keys = attend.query(features[a, row]), attend.key(features[:, row])
     torch.testing.assert_close(attention[row, a], torch.softmax(keys @ queries, dim=0))
+
+
+@pytest.mark.parametrize(("average", "value"), [("logit", 1.87671771), ("prob", 1.88872238)])
+def test_okddip_matches_the_reference_values(average: str, value: float):
+    queries = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.float64)
+    keys = torch.tensor([[1, 0], [0.5, 0.5], [0, 1]], dtype=torch.float64)
+    attention = torch.softmax(queries @ keys.t(), dim=1)
+    assert attention[0].tolist() == pytest.approx([0.50648039, 0.30719589, 0.18632372], abs=1e-8)
+    every_row = attention.expand(2, 3, 3)
+    terms = okddip_losses(REFERENCE, REFERENCE[0], every_row, None, average=average)
+    assert terms["kd_peers"].item() == pytest.approx(value, abs=1e-8)

@@ -1,5 +1,6 @@
 """PCL: the ensemble and the mean teachers of the others teach."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -7,6 +8,15 @@ from fedkd.losses.response import hard_label_loss, soft_target_loss
 from fedkd.mutual.pairwise import mutual_losses
 from fedkd.mutual.pcl import pcl_losses
 
+# The reference values' inputs: three peers, two rows, four classes.
+REFERENCE = torch.tensor(
+    [
+        [[1, 2, 3, 0], [0.5, -1, 0, 2]],
+        [[2, 1, 4, -1], [0, 0, 1, 3]],
+        [[-4, 3, 1, 1], [2, 0, -1, 1]],
+    ],
+    dtype=torch.float64,
+)
 # Distinct sizes for every axis: 3 peers, 5 rows, 4 classes.
 _generator = torch.Generator().manual_seed(7)
 GROUP = 3 * torch.randn(3, 5, 4, generator=_generator, dtype=torch.float64)
@@ -46,3 +56,16 @@ def test_pcl_teachers_are_constants():
 
 def test_a_peer_alone_has_no_other_mean_teacher():
     assert pcl_losses(GROUP[:1], LEADER, TEACHERS[:1], GROUP_LABELS)["kd_mean_teachers"] == 0
+
+
+def test_pcl_matches_the_reference_values():
+    # Three peers that are their own mean teachers; the ensemble is the mean of their logits.
+    labels = torch.tensor([2, 0])
+    terms = pcl_losses(REFERENCE, REFERENCE.mean(dim=0), REFERENCE, labels)
+    expected = {
+        "kd_ensemble": 1.55113136,
+        "kd_mean_teachers": 4.49256224,
+        "ce": 4.17475206,
+        "ce_ensemble": 1.04554155,
+    }
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-8)

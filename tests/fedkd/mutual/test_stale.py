@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkd.losses.response import soft_target_loss
+from fedkd.mutual.averages import ensemble_target
 from fedkd.mutual.stale import StalePeers, codistillation_loss
 
 # Two students of four classes on two rows, and a third: the reference values' inputs.
@@ -127,3 +129,13 @@ def test_stale_peers_refuse_what_makes_no_sense():
         stale.refresh(peers[:1], step=1)
     with pytest.raises(ValueError, match=r"leave_out must be in \[0, 2\), got 2"):
         stale.others(torch.zeros(1, 3), leave_out=2)
+
+
+def test_codistillation_with_two_stale_peers_matches_the_reference_value():
+    # The paper's cross-entropy: the divergence and the target's entropy.
+    target = ensemble_target(PEERS[1:], temperature=1.0)
+    entropy = -torch.xlogy(target, target).sum(dim=1).mean()
+    own = codistillation_loss(PEERS[0], PEERS[1:])
+    total = F.cross_entropy(PEERS[0], torch.tensor([2, 0])) + own + entropy
+    assert (own + entropy).item() == pytest.approx(1.16252144, abs=1e-8)
+    assert total.item() == pytest.approx(2.30379108, abs=1e-8)
