@@ -29,6 +29,9 @@ class Purpose(IntEnum):
     DISTILL = 11
     AUGMENT = 12
     TRAIN_PUBLIC = 13
+    RELEASE = 14
+    ADVERSARY = 15
+    CODEC = 16
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

@@ -9,11 +9,11 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from fedkd.exchange.values import Value, flatten
+from fedkd.exchange.values import Arrays, Value, flatten, unflatten
 
 FLOAT32 = np.dtype(np.float32)
 INT64 = np.dtype(np.int64)
@@ -159,6 +159,12 @@ class Asked:
         """How many bytes the arrays may have together."""
         return sum(limit.most_bytes for limit in self.limits.values())
 
+    @property
+    def parts(self) -> "Mapping[str, Asked]":
+        """What the parts have to be, by name, where the kind is made of others."""
+        parts: Mapping[str, Asked] = self.about.get("parts", {})
+        return parts
+
     def bad_names(self, names: "set[str]") -> str | None:
         """Return which arrays are missing or unexpected, or None."""
         needed = self.limits.keys() - self.optional
@@ -178,6 +184,8 @@ class Payload(Value, ABC):
     lies: ClassVar[Mapping[str, Callable[[Any], "Payload"]]] = {}
     """By name, what a client could send instead that only this kind can notice; see
     `sim.adversity.bad_replies`."""
+    adds_up: ClassVar[bool] = False
+    """Whether a weighted mean over clients says something (`weighted`, `plus`, `over`)."""
 
     @property
     def label(self) -> str:
@@ -204,12 +212,52 @@ class Payload(Value, ABC):
         """Return the mean entropy, in nats, of the soft labels that are taught; None: none are."""
         return None
 
-    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> "Payload":
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Self:
         """Return a payload that differs in some arrays, by place; nothing is checked."""
-        changed = self
+        changed: Any = self
         for place, array in arrays.items():
             changed = _replaced(changed, place.split("/"), array)
-        return changed
+        return changed  # type: ignore[no-any-return]
+
+    # -- sums: what a server needs that is to see only a mean over clients ---------------------
+
+    def weighted(self, weight: float) -> Self:
+        """Return what this adds to a sum: itself times a weight > 0, in float64."""
+        flat = flatten(self)
+        # Of an array without dimensions NumPy's products are scalars.
+        arrays = {p: np.asarray(weight * a.astype(np.float64)) for p, a in flat.arrays.items()}
+        return self._made_of(arrays, flat.plain)
+
+    def plus(self, other: Self) -> Self:
+        """Return the sum of two that are `weighted`.
+
+        Raises:
+            ValueError: they differ in something that has no sum.
+        """
+        mine, others = flatten(self), flatten(other)
+        if mine.plain != others.plain:
+            raise ValueError(f"{self.kind} of two forms cannot be added up")
+        arrays = {p: np.asarray(a + others.arrays[p]) for p, a in mine.arrays.items()}
+        return self._made_of(arrays, mine.plain)
+
+    def over(self, weight: float, like: Self) -> Self:
+        """Return the mean: this sum divided by the sum of the weights.
+
+        Args:
+            weight: of all that were added.
+            like: any one of them, for the types; whole numbers and flags are rounded.
+        """
+        flat, types = flatten(self), flatten(like).arrays
+        arrays = {p: _as_type(a / weight, types[p].dtype) for p, a in flat.arrays.items()}
+        return self._made_of(arrays, flat.plain)
+
+    def _made_of(self, arrays: Arrays, plain: Any) -> Self:
+        made: Self = unflatten(arrays, plain)
+        return made
+
+
+def _as_type(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.asarray(np.rint(array) if dtype.kind in "iub" else array, dtype)
 
 
 def _replaced(held: Any, path: list[str], array: np.ndarray) -> Any:

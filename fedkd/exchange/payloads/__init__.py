@@ -2,6 +2,7 @@
 
 from fedkd.exchange.payloads.bundle import Bundle
 from fedkd.exchange.payloads.class_table import ClassTable
+from fedkd.exchange.payloads.encoded import Encoded
 from fedkd.exchange.payloads.orders import Orders
 from fedkd.exchange.payloads.predictions import Predictions
 from fedkd.exchange.payloads.prototypes import Prototypes
@@ -11,6 +12,7 @@ from fedkd.exchange.payloads.weights import Weights
 __all__ = [
     "Bundle",
     "ClassTable",
+    "Encoded",
     "Orders",
     "Predictions",
     "Prototypes",

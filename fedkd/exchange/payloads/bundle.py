@@ -1,8 +1,8 @@
 """Bundles: several payloads that travel together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Bundle(Payload):
     """
 
     kind: ClassVar[str] = "bundle"
+    adds_up: ClassVar[bool] = True
 
     parts: Mapping[str, Payload]
 
@@ -71,3 +72,17 @@ class Bundle(Payload):
         return next(
             (e for part in self.parts.values() if (e := part.targets_entropy()) is not None), None
         )
+
+    def weighted(self, weight: float) -> Self:
+        """Weight each part."""
+        return replace(self, parts={n: part.weighted(weight) for n, part in self.parts.items()})
+
+    def plus(self, other: Self) -> Self:
+        """Add up each part."""
+        if self.parts.keys() != other.parts.keys():
+            raise ValueError("bundles of different parts cannot be added up")
+        return replace(self, parts={n: part.plus(other[n]) for n, part in self.parts.items()})
+
+    def over(self, weight: float, like: Self) -> Self:
+        """Return the mean of each part."""
+        return replace(self, parts={n: p.over(weight, like[n]) for n, p in self.parts.items()})

@@ -1,7 +1,7 @@
 """Predictions: scores or soft labels of public rows."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class Predictions(Payload):
     """
 
     kind: ClassVar[str] = "predictions"
+    adds_up: ClassVar[bool] = True
     lies: ClassVar[Any] = {
         "probabilities": _softmax,
         "reversed_rows": lambda sent: replace(sent, rows=sent.rows[::-1].copy()),
@@ -176,6 +177,54 @@ class Predictions(Payload):
     def targets_entropy(self) -> float | None:
         """Return the mean entropy of the soft labels, in nats; None without rows."""
         return target_entropy(self.probabilities()) if len(self.rows) else None
+
+    # A sum holds for each row the sum of the weights in `weights`: not everybody sends every row.
+
+    def weighted(self, weight: float) -> Self:
+        """Return the values times each row's weight, beside these."""
+        own = np.ones(len(self.rows)) if self.weights is None else self.weights.astype(np.float64)
+        weights = weight * own
+        values = weights[:, None] * self.values.astype(np.float64)
+        return replace(self, values=values, weights=weights)
+
+    def plus(self, other: Self) -> Self:
+        """Add up row by row; a row that only one of them has is taken as it is."""
+        mine, its = (self.scale, self.temperature), (other.scale, other.temperature)
+        if mine != its:
+            raise ValueError(f"predictions of two scales cannot be added up: {mine} and {its}")
+        if np.array_equal(self.rows, other.rows):
+            return replace(
+                self, values=self.values + other.values, weights=self._sums + other._sums
+            )
+        rows = np.union1d(self.rows, other.rows)
+        values, weights = np.zeros((len(rows), self.values.shape[1])), np.zeros(len(rows))
+        for one in (self, other):
+            places = np.searchsorted(rows, one.rows)
+            values[places] += one.values
+            weights[places] += one._sums
+        return replace(self, rows=rows, values=values, weights=weights)
+
+    def over(self, weight: float, like: Self) -> Self:
+        """Return the mean of each row over those who sent it.
+
+        Its ``weights`` say which share of all the weight that was, and are left out where everybody
+        sent every row. The row of nobody is zero.
+        """
+        held = self._sums
+        values = self.values / np.where(held > 0, held, 1)[:, None]
+        everybody = bool((held == weight).all())
+        return replace(
+            self,
+            values=values.astype(np.float32),
+            weights=None if everybody else (held / weight).astype(np.float32),
+            averaged=True,
+        )
+
+    @property
+    def _sums(self) -> np.ndarray:
+        if self.weights is None:
+            raise ValueError("predictions have to be weighted before they are added up")
+        return self.weights
 
 
 def _are_of(rows: np.ndarray, planned: np.ndarray, ids: RowIds) -> bool:

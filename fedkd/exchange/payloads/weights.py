@@ -21,6 +21,7 @@ class Weights(Payload):
     """
 
     kind: ClassVar[str] = "weights"
+    adds_up: ClassVar[bool] = True
 
     arrays: Mapping[str, np.ndarray]
 

@@ -1,0 +1,154 @@
+"""The ledger: what was released of whose data, and what that cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from fedkd.exchange.values import Value
+
+Releaser = Literal["client", "server"]
+"""Who releases: each client what it sends, or a trusted server what it made of that."""
+
+
+@dataclass(frozen=True)
+class Cost(Value):
+    """What one release costs.
+
+    Attributes:
+        mechanism: how it was protected, such as ``gaussian``.
+        figures: what an accountant needs to add costs up, such as ``noise_multiplier``.
+    """
+
+    mechanism: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Charge(Value):
+    """Releases of one round at one cost.
+
+    Attributes:
+        round: of the run. Of a server: the round whose result is sent.
+        by: who released.
+        cost: of each release.
+        clients: int64, whose answers, one entry a release; of a server: none.
+        attempts: int64, the so many-th answer of that client in this round.
+        sent: of a server: what was sent, one entry a release.
+    """
+
+    round: int
+    by: Releaser
+    cost: Cost
+    clients: np.ndarray
+    attempts: np.ndarray
+    sent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ledger(Value):
+    """All charges of a run, in the order in which they were made."""
+
+    charges: tuple[Charge, ...] = ()
+
+    def of_client(self, client: int) -> list[tuple[int, Cost]]:
+        """Return (round, cost) of everything that a client itself released."""
+        return [
+            (charge.round, charge.cost)
+            for charge in self.charges
+            if charge.by == "client"
+            for other in charge.clients
+            if other == client
+        ]
+
+    def of_server(self) -> list[tuple[int, Cost]]:
+        """Return (round, cost) of everything that the server released."""
+        return [
+            (charge.round, charge.cost)
+            for charge in self.charges
+            if charge.by == "server"
+            for _ in charge.sent
+        ]
+
+    def rows(self, since: int = 0) -> list[dict[str, Any]]:
+        """Return charges as plain rows for the records.
+
+        Args:
+            since: leave out so many charges; those that were written before.
+        """
+        return [
+            {
+                "round": charge.round,
+                "by": charge.by,
+                "mechanism": charge.cost.mechanism,
+                "releases": max(len(charge.clients), len(charge.sent)),
+                **charge.cost.figures,
+            }
+            for charge in self.charges[since:]
+        ]
+
+
+@dataclass(slots=True)
+class OpenLedger:
+    """A ledger that a round writes into; what is sent again in one round costs once.
+
+    Attributes:
+        before: the ledger that it goes on from.
+    """
+
+    before: Ledger
+    _pages: dict[Any, "_Page"] = field(default_factory=dict)
+    _sent: set[tuple[int, str]] | None = None
+
+    def charge_client(self, round: int, client: int, attempt: int, cost: Cost) -> None:
+        """Enter what a client is about to release."""
+        page = self._page(round, "client", cost)
+        page.clients.append(client)
+        page.attempts.append(attempt)
+
+    def charge_server(self, round: int, sent: str, cost: Cost) -> None:
+        """Enter what the server is about to release, unless it did so before.
+
+        Args:
+            round: whose result is sent.
+            sent: names it among all that the server sends of that round.
+            cost: of it.
+        """
+        if self._sent is None:
+            self._sent = {
+                (charge.round, name) for charge in self.before.charges for name in charge.sent
+            }
+        if (round, sent) not in self._sent:
+            self._sent.add((round, sent))
+            self._page(round, "server", cost).sent.append(sent)
+
+    def closed(self) -> Ledger:
+        """Return the ledger with all that was entered."""
+        if not self._pages:
+            return self.before
+        return Ledger((*self.before.charges, *(page.charge() for page in self._pages.values())))
+
+    def _page(self, round: int, by: Releaser, cost: Cost) -> "_Page":
+        key = round, by, cost.mechanism, tuple(sorted(cost.figures.items()))
+        return self._pages.setdefault(key, _Page(round, by, cost))
+
+
+@dataclass(slots=True)
+class _Page:
+    round: int
+    by: Releaser
+    cost: Cost
+    clients: list[int] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
+
+    def charge(self) -> Charge:
+        return Charge(
+            self.round,
+            self.by,
+            self.cost,
+            np.array(self.clients, np.int64),
+            np.array(self.attempts, np.int64),
+            tuple(self.sent),
+        )

@@ -1,0 +1,581 @@
+"""The exchange: what happens to a payload between the client that makes it and the server.
+
+Client: ``adversary`` -> ``release`` -> ``encode``. Server: ``decode`` -> ``check`` -> ``view`` ->
+aggregate -> ``release`` -> ``encode``, and the client decodes what comes down. `Stages` says which.
+
+At a client, once a call::
+
+    turn = ClientTurn(stages, seed=seed, rounds=rounds, round=round, attempt=attempt,
+                      clients={client: Standing(arrays, since), ...})
+    received = turn.open({client: payload or None, ...})    # by client; equal objects stay equal
+    ...                                                     # the algorithm's client half
+    sent = turn.send({client: honest answer, ...})          # what leaves
+    arrays = turn.kept()                                    # by client, for its state; often {}
+
+At the server, once a round, `ExchangeState` being part of the run's boundary::
+
+    turn = ServerTurn(stages, before, seed=seed, rounds=rounds, round=round)
+    outgoing = turn.send(client, key, make, asked=asked, attempt=attempt)   # .payload, .since
+    payload = turn.receive(client, sent, asked)             # raises BadPayloadError
+    uploads = turn.view(uploads, sums=sums, group=group)    # for the aggregator
+    after = turn.committed()                                # or turn.skipped()
+
+To judge clients a new `ServerTurn` of ``turn.committed()`` sends without asking (``asked=None``);
+its ``skipped()`` is the state after that. A `ClientTurn` that judges opens and keeps nothing.
+
+What a codec remembers stays in step because the server's word is final. The server's memory of a
+client moves when an answer of that client was decoded, checked and its round is complete; with it
+goes the number of the round, ``since``. The client keeps what it had before its last call beside
+what it has after it, and goes on from the one whose round the server names. So an answer that got
+lost, a second attempt, a round that is left out and a client that was away leave both at the same
+memory, also where a client's state cannot be taken back. A client that lost its state encodes from
+nothing, and says so; one that cannot decode raises `MemoryLostError`: then `ServerTurn.forget` it.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from fedkd.exchange.adversaries import Adversary, NoAdversary
+from fedkd.exchange.codecs import Codec, Float32
+from fedkd.exchange.ledger import Ledger, OpenLedger
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads.encoded import Encoded
+from fedkd.exchange.release import NoRelease, Occasion, ReleaseRule, Where
+from fedkd.exchange.values import Arrays, Value
+from fedkd.exchange.views import All, Upload, View, Weighting
+from fedkd.randomness import Purpose, generator_for
+
+PREFIX = "exchange/"
+"""What the names of all arrays begin with that a client keeps for its codecs."""
+
+_ROUNDS = f"{PREFIX}rounds"
+_UP, _DOWN = 0, 1
+
+
+class BadPayloadError(ValueError):
+    """What came cannot be used; the text says why, in a few words."""
+
+
+class MemoryLostError(RuntimeError):
+    """A client does not remember what it needs to decode what came."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What a payload passes.
+
+    Attributes:
+        up: codec of what clients send.
+        down: codec of what the server sends.
+        view: what the server sees of the answers.
+        release: how what is released is protected.
+        where: who protects it.
+        adversary: who sends something else.
+    """
+
+    up: Codec = field(default_factory=Float32)
+    down: Codec = field(default_factory=Float32)
+    view: View = field(default_factory=All)
+    release: ReleaseRule = field(default_factory=NoRelease)
+    where: Where = "clients"
+    adversary: Adversary = field(default_factory=NoAdversary)
+
+    @property
+    def remember(self) -> bool:
+        """Whether a codec has a memory, so that clients' states hold arrays of it."""
+        return self.up.remembers or self.down.remembers
+
+    def check(
+        self,
+        *,
+        up: Iterable[type[Payload]],
+        down: Iterable[type[Payload]],
+        sums: Weighting | None,
+    ) -> None:
+        """Refuse, before any worker starts, what cannot work with an algorithm.
+
+        Args:
+            up: kinds that clients may send.
+            down: kinds that the server may send.
+            sums: how the algorithm weights clients in a mean, where it needs no more than that.
+
+        Raises:
+            ValueError: names the setting and what would work.
+        """
+        up, down = list(up), list(down)
+        released = up if self.where == "clients" else down
+        reasons = [
+            *(("exchange.up", self.up.refuses(kind)) for kind in up),
+            *(("exchange.down", self.down.refuses(kind)) for kind in down),
+            *(("exchange.view", self.view.refuses(kind, sums)) for kind in up),
+            *(("privacy.release", self.release.refuses(kind, self.where)) for kind in released),
+        ]
+        for setting, reason in reasons:
+            if reason is not None:
+                raise ValueError(f"{setting} {self._kind_of(setting)}: {reason}")
+
+    def check_asked(self, asked: Asked) -> None:
+        """The same for what is asked for, whose parts are known.
+
+        Raises:
+            ValueError: names the setting and what would work.
+        """
+        try:
+            self.up.asked(asked)
+        except ValueError as error:
+            raise ValueError(f"exchange.up {self.up.kind}: {error}") from error
+        reason = self.view.refuses_asked(asked)
+        if reason is not None:
+            raise ValueError(f"exchange.view {self.view.kind}: {reason}")
+
+    def _kind_of(self, setting: str) -> str:
+        stages = {
+            "exchange.up": self.up,
+            "exchange.down": self.down,
+            "exchange.view": self.view,
+            "privacy.release": self.release,
+        }
+        return stages[setting].kind
+
+
+# -- what is remembered --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remembered(Value):
+    """What codecs remember of one client at the server.
+
+    Attributes:
+        round: that its last good answer belongs to.
+        up: memory of the codec of what it sends.
+        down: memory of the codec of what it is sent.
+    """
+
+    round: int
+    up: Mapping[str, np.ndarray]
+    down: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ExchangeState(Value):
+    """What the exchange remembers between two rounds; part of a run's boundary.
+
+    Attributes:
+        changed: the last round that was complete; what the server sends is of that round.
+        answers: how many answers were good in it.
+        clients: what codecs remember, of those of whom they do.
+        ledger: what was released so far.
+    """
+
+    changed: int = 0
+    answers: int = 0
+    clients: Mapping[int, Remembered] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+class Standing(NamedTuple):
+    """Where the exchange with a client stands when it is called.
+
+    Attributes:
+        arrays: that it keeps, by name; others than ours are passed over.
+        since: the round that the server names.
+    """
+
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A client's memories after one round."""
+
+    up: Arrays = field(default_factory=dict)
+    down: Arrays = field(default_factory=dict)
+
+
+def _snapshots_in(arrays: Mapping[str, np.ndarray]) -> dict[int, _Snapshot]:
+    if _ROUNDS not in arrays:
+        return {}
+    found = {int(round): _Snapshot() for round in arrays[_ROUNDS]}
+    for name, array in arrays.items():
+        if name.startswith(PREFIX) and name != _ROUNDS:
+            round, side, inner = name.removeprefix(PREFIX).split("/", 2)
+            snapshot = found[int(round)]
+            (snapshot.up if side == "up" else snapshot.down)[inner] = array
+    return found
+
+
+def _arrays_of(snapshots: Mapping[int, _Snapshot]) -> Arrays:
+    arrays = {_ROUNDS: np.array(sorted(snapshots), np.int64)}
+    for round, snapshot in snapshots.items():
+        for side, memory in (("up", snapshot.up), ("down", snapshot.down)):
+            arrays |= {f"{PREFIX}{round}/{side}/{name}": array for name, array in memory.items()}
+    return arrays
+
+
+# -- the client's side ---------------------------------------------------------------------------
+
+
+class ClientTurn:
+    """One call of clients, from what they receive to what they send.
+
+    Args:
+        stages: of the run.
+        seed: of the run.
+        rounds: of the run.
+        round: of the call, 1-based.
+        attempt: the so many-th in this round.
+        clients: who is called, and where the exchange with each stands.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        *,
+        seed: int,
+        rounds: int,
+        round: int,
+        attempt: int,
+        clients: Mapping[int, Standing],
+    ) -> None:
+        self._stages = stages
+        self._seed = seed
+        self._rounds = rounds
+        self._round = round
+        self._attempt = attempt
+        self._since = {client: standing.since for client, standing in clients.items()}
+        self._before: dict[int, dict[int, _Snapshot]] = {}
+        if stages.remember:
+            self._before = {c: _snapshots_in(standing.arrays) for c, standing in clients.items()}
+        self._after = {client: self._snapshot(client) or _Snapshot() for client in self._before}
+
+    def open(self, received: Mapping[int, Payload | None]) -> dict[int, Payload | None]:
+        """Decode what came down.
+
+        Clients that received one object get one object, unless the codec has a memory.
+
+        Raises:
+            MemoryLostError: a client has lost what it needs for that.
+        """
+        codec = self._stages.down
+        opened: dict[int, Payload | None] = {}
+        shared: dict[int, Payload] = {}
+        for client, sent in received.items():
+            if sent is None:
+                opened[client] = None
+            elif codec.remembers:
+                opened[client] = self._decoded(client, sent)
+            else:
+                if id(sent) not in shared:
+                    shared[id(sent)] = codec.decode(sent, {})[0]
+                opened[client] = shared[id(sent)]
+        return opened
+
+    def send(
+        self,
+        honest: Mapping[int, Payload | None],
+        asked: Mapping[int, Asked] = MappingProxyType({}),
+    ) -> dict[int, Payload | None]:
+        """Return what leaves each client.
+
+        Args:
+            honest: what the algorithm's client half returned, by client.
+            asked: what each has to answer, for rules that look at its form.
+        """
+        answers = {client: payload for client, payload in honest.items() if payload is not None}
+        answers |= self._instead(answers)
+        sent: dict[int, Payload | None] = dict.fromkeys(honest)
+        for client, answer in answers.items():
+            payload = answer
+            if self._stages.where == "clients":
+                payload = self._released(client, payload, asked.get(client))
+            sent[client] = self._encoded(client, payload)
+        return sent
+
+    def kept(self) -> dict[int, Arrays]:
+        """Return the arrays that each client keeps from now on, in place of those of before."""
+        return {
+            client: _arrays_of(
+                {r: s for r, s in before.items() if r == self._since[client]}
+                | {self._round: self._after[client]}
+            )
+            for client, before in self._before.items()
+        }
+
+    def _snapshot(self, client: int) -> _Snapshot | None:
+        """Return the memories that the server goes on from; None: they are lost."""
+        since = self._since[client]
+        return _Snapshot() if since == 0 else self._before[client].get(since)
+
+    def _decoded(self, client: int, sent: Payload) -> Payload:
+        snapshot = _Snapshot()
+        since = sent.since if isinstance(sent, Encoded) else 0
+        if since:
+            held = self._snapshot(client) if since == self._since[client] else None
+            if held is None:
+                raise MemoryLostError(
+                    f"client {client} has no memory of round {since}, which "
+                    f"exchange.down {self._stages.down.kind} needs to decode what came"
+                )
+            snapshot = held
+        payload, memory = self._stages.down.decode(sent, snapshot.down)
+        self._after[client] = replace(self._after[client], down=memory)
+        return payload
+
+    def _instead(self, honest: Mapping[int, Payload]) -> dict[int, Payload]:
+        adversary = self._stages.adversary
+        controlled = [client for client in honest if adversary.controls(client)]
+        if not controlled:
+            return {}
+        groups = [dict(honest)] if adversary.together else [{c: honest[c]} for c in controlled]
+        replaced: dict[int, Payload] = {}
+        for group in groups:
+            rng = self._rng(Purpose.ADVERSARY, min(set(group).intersection(controlled)))
+            replaced |= adversary.replaces(self._round, group, rng)
+        others = replaced.keys() - set(controlled)
+        if others:
+            raise ValueError(
+                f"adversary {adversary.kind} replaces what client {min(others)} sends, which it "
+                "does not control"
+            )
+        return replaced
+
+    def _released(self, client: int, payload: Payload, asked: Asked | None) -> Payload:
+        rule = self._stages.release
+        if isinstance(rule, NoRelease):
+            return payload
+        occasion = Occasion(where="clients", round=self._round, rounds=self._rounds, asked=asked)
+        return rule.release(payload, occasion, self._rng(Purpose.RELEASE, client))
+
+    def _encoded(self, client: int, payload: Payload) -> Payload:
+        codec = self._stages.up
+        if isinstance(codec, Float32):
+            return payload
+        rng = self._rng(Purpose.CODEC, client)
+        if not codec.remembers:
+            return codec.encode(payload, {}, rng)[0]
+        held = self._snapshot(client)
+        sent, memory = codec.encode(payload, {} if held is None else held.up, rng)
+        self._after[client] = replace(self._after[client], up=memory)
+        if isinstance(sent, Encoded):
+            return replace(sent, since=0 if held is None else self._since[client])
+        return sent
+
+    def _rng(self, purpose: Purpose, client: int) -> np.random.Generator:
+        # Of each attempt its own: noise that comes twice under two answers can be taken off.
+        return generator_for(self._seed, purpose, self._round, _UP, client, self._attempt)
+
+
+# -- the server's side ---------------------------------------------------------------------------
+
+
+class Outgoing(NamedTuple):
+    """What goes to one client.
+
+    Attributes:
+        payload: as it travels; None: nothing.
+        since: the round that the client is to go on from; travels with the round's number.
+    """
+
+    payload: Payload | None
+    since: int
+
+
+class ServerTurn:
+    """One round of a server, from what it sends to what it remembers.
+
+    Args:
+        stages: of the run.
+        before: what the exchange remembers.
+        seed: of the run.
+        rounds: of the run.
+        round: 1-based.
+    """
+
+    def __init__(
+        self, stages: Stages, before: ExchangeState, *, seed: int, rounds: int, round: int
+    ) -> None:
+        self._stages = stages
+        self._before = before
+        self._seed = seed
+        self._rounds = rounds
+        self._round = round
+        self._ledger = OpenLedger(before.ledger)
+        self._clients = dict(before.clients)
+        self._forgotten: set[int] = set()
+        self._wanted: dict[int, tuple[Asked, Asked]] = {}
+        self._released: dict[Hashable, Payload] = {}
+        self._shared: dict[Hashable, Payload] = {}
+        self._down: dict[int, Arrays] = {}
+        self._answers = 0
+
+    def send(
+        self,
+        client: int,
+        key: Hashable | None,
+        make: Callable[[Hashable], Payload],
+        *,
+        asked: Asked | None,
+        attempt: int = 1,
+    ) -> Outgoing:
+        """Return what goes to a client, and charge what its answer will cost.
+
+        Args:
+            client: who receives it.
+            key: names it; None: nothing is sent. What has one key is made and released once, and
+                encoded once where the codec has no memory.
+            make: returns what a key names.
+            asked: what the client has to answer; None: nothing.
+            attempt: the so many-th in this round.
+        """
+        payload = None if key is None else self._encoded(client, key, make)
+        if asked is not None and self._stages.where == "clients":
+            occasion = Occasion(
+                where="clients", round=self._round, rounds=self._rounds, asked=asked
+            )
+            cost = self._stages.release.cost(occasion)
+            if cost is not None:
+                self._ledger.charge_client(self._round, client, attempt, cost)
+        return Outgoing(payload, self._since(client))
+
+    def asked(self, asked: Asked) -> Asked:
+        """Return what an answer looks like while it travels: for the wire, before `receive`."""
+        # Many clients are asked for one thing; the pair keeps the id from being another's.
+        if id(asked) not in self._wanted:
+            self._wanted[id(asked)] = asked, self._stages.up.asked(asked)
+        return self._wanted[id(asked)][1]
+
+    def receive(self, client: int, sent: Payload | None, asked: Asked | None) -> Payload | None:
+        """Check and decode a client's answer; what codecs remember of it moves on.
+
+        Args:
+            client: whose it is.
+            sent: what came; None: an answer without a payload.
+            asked: what it has to be; None: nothing.
+
+        Raises:
+            BadPayloadError: it cannot be used; nothing is remembered of it.
+        """
+        up: Mapping[str, np.ndarray] = {}
+        payload: Payload | None = None
+        if asked is not None:
+            if sent is None:
+                raise BadPayloadError(f"expected {asked.kind.kind}, got nothing")
+            payload, up = self._decoded(client, sent, asked)
+        elif sent is not None:
+            raise BadPayloadError(f"expected nothing, got {sent.kind}")
+        self._answers += 1
+        if self._stages.remember:
+            held = self._clients.get(client, Remembered(0, {}, {}))
+            self._clients[client] = Remembered(
+                self._round,
+                up if asked is not None else held.up,
+                self._down.get(client, held.down),
+            )
+        return payload
+
+    def view(
+        self,
+        uploads: Iterable[Upload],
+        *,
+        sums: Weighting | None = None,
+        group: Callable[[int], Hashable] = lambda _client: None,
+    ) -> Iterator[Upload]:
+        """Return what the aggregator sees of the answers; see `View.shown`."""
+        return self._stages.view.shown(uploads, sums, group)
+
+    def forget(self, client: int) -> None:
+        """Start anew with a client that lost its memory: from nothing, on both sides."""
+        self._clients.pop(client, None)
+        self._down.pop(client, None)
+        self._forgotten.add(client)
+
+    def committed(self) -> ExchangeState:
+        """Return what is remembered once the round is complete."""
+        return ExchangeState(self._round, self._answers, self._clients, self._ledger.closed())
+
+    def skipped(self) -> ExchangeState:
+        """Return what is remembered of a round that is left out: what it cost.
+
+        What left the clients has left, and a memory that is lost stays lost.
+        """
+        held = {c: m for c, m in self._before.clients.items() if c not in self._forgotten}
+        return replace(self._before, clients=held, ledger=self._ledger.closed())
+
+    def _since(self, client: int) -> int:
+        return self._clients[client].round if client in self._clients else 0
+
+    def _encoded(self, client: int, key: Hashable, make: Callable[[Hashable], Payload]) -> Payload:
+        codec = self._stages.down
+        if not codec.remembers:
+            if key not in self._shared:
+                rng = self._rng(Purpose.CODEC, key)
+                self._shared[key] = codec.encode(self._to_release(key, make), {}, rng)[0]
+            return self._shared[key]
+        held = self._clients.get(client, Remembered(0, {}, {}))
+        rng = self._rng(Purpose.CODEC, key)
+        sent, memory = codec.encode(self._to_release(key, make), dict(held.down), rng)
+        self._down[client] = memory
+        return replace(sent, since=held.round) if isinstance(sent, Encoded) else sent
+
+    def _to_release(self, key: Hashable, make: Callable[[Hashable], Payload]) -> Payload:
+        if key not in self._released:
+            self._released[key] = self._protected(key, make(key))
+        return self._released[key]
+
+    def _protected(self, key: Hashable, payload: Payload) -> Payload:
+        rule, of = self._stages.release, self._before.changed
+        # Before the first round nothing of any client is in what is sent.
+        if self._stages.where != "server" or of == 0:
+            return payload
+        occasion = Occasion(
+            where="server", round=of, rounds=self._rounds, clients=self._before.answers
+        )
+        cost = rule.cost(occasion)
+        if cost is not None:
+            self._ledger.charge_server(of, repr(key), cost)
+        return rule.release(payload, occasion, self._rng(Purpose.RELEASE, key))
+
+    def _decoded(
+        self, client: int, sent: Payload, asked: Asked
+    ) -> tuple[Payload, Mapping[str, np.ndarray]]:
+        codec = self._stages.up
+        wanted = self.asked(asked)
+        if type(sent) is not wanted.kind:
+            raise BadPayloadError(f"{sent.kind}, expected {_shown(wanted)}")
+        reason = sent.problem(wanted)
+        memory: Mapping[str, np.ndarray] = {}
+        if reason is None and isinstance(sent, Encoded):
+            reason = codec.bad(sent, wanted) or self._bad_memory(client, sent)
+            if sent.since:
+                memory = self._clients[client].up if reason is None else {}
+        if reason is not None:
+            raise BadPayloadError(reason)
+        payload, memory = codec.decode(sent, dict(memory))
+        if payload is not sent:
+            reason = payload.problem(asked)
+            if reason is not None:
+                raise BadPayloadError(reason)
+        return payload, memory
+
+    def _bad_memory(self, client: int, sent: Encoded) -> str | None:
+        """A client goes on from what was named to it, or from nothing."""
+        expected = self._since(client) if self._stages.up.remembers else 0
+        if sent.since in (0, expected):
+            return None
+        return f"coded on from round {sent.since}, expected {expected} or 0"
+
+    def _rng(self, purpose: Purpose, key: Hashable) -> np.random.Generator:
+        # What is sent of one round has one noise, however often it is sent.
+        named = int.from_bytes(sha256(repr(key).encode()).digest()[:4], "big")
+        return generator_for(self._seed, purpose, self._before.changed, _DOWN, named)
+
+
+def _shown(asked: Asked) -> str:
+    inner = asked.about.get("inner")
+    return asked.kind.kind if inner is None else f"{inner.kind.kind} encoded"
