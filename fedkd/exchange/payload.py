@@ -9,7 +9,7 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -212,23 +212,23 @@ class Payload(Value, ABC):
         """Return the mean entropy, in nats, of the soft labels that are taught; None: none are."""
         return None
 
-    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Self:
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> "Payload":
         """Return a payload that differs in some arrays, by place; nothing is checked."""
-        changed: Any = self
+        changed = self
         for place, array in arrays.items():
             changed = _replaced(changed, place.split("/"), array)
-        return changed  # type: ignore[no-any-return]
+        return changed
 
     # -- sums: what a server needs that is to see only a mean over clients ---------------------
 
-    def weighted(self, weight: float) -> Self:
+    def weighted(self, weight: float) -> "Payload":
         """Return what this adds to a sum: itself times a weight > 0, in float64."""
         flat = flatten(self)
         # Of an array without dimensions NumPy's products are scalars.
         arrays = {p: np.asarray(weight * a.astype(np.float64)) for p, a in flat.arrays.items()}
-        return self._made_of(arrays, flat.plain)
+        return _made_of(arrays, flat.plain)
 
-    def plus(self, other: Self) -> Self:
+    def plus(self, other: "Payload") -> "Payload":
         """Return the sum of two that are `weighted`.
 
         Raises:
@@ -238,9 +238,9 @@ class Payload(Value, ABC):
         if mine.plain != others.plain:
             raise ValueError(f"{self.kind} of two forms cannot be added up")
         arrays = {p: np.asarray(a + others.arrays[p]) for p, a in mine.arrays.items()}
-        return self._made_of(arrays, mine.plain)
+        return _made_of(arrays, mine.plain)
 
-    def over(self, weight: float, like: Self) -> Self:
+    def over(self, weight: float, like: "Payload") -> "Payload":
         """Return the mean: this sum divided by the sum of the weights.
 
         Args:
@@ -249,11 +249,12 @@ class Payload(Value, ABC):
         """
         flat, types = flatten(self), flatten(like).arrays
         arrays = {p: _as_type(a / weight, types[p].dtype) for p, a in flat.arrays.items()}
-        return self._made_of(arrays, flat.plain)
+        return _made_of(arrays, flat.plain)
 
-    def _made_of(self, arrays: Arrays, plain: Any) -> Self:
-        made: Self = unflatten(arrays, plain)
-        return made
+
+def _made_of(arrays: Arrays, plain: Any) -> Payload:
+    made: Payload = unflatten(arrays, plain)
+    return made
 
 
 def _as_type(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,16 +73,18 @@ class Bundle(Payload):
             (e for part in self.parts.values() if (e := part.targets_entropy()) is not None), None
         )
 
-    def weighted(self, weight: float) -> Self:
+    def weighted(self, weight: float) -> "Bundle":
         """Weight each part."""
         return replace(self, parts={n: part.weighted(weight) for n, part in self.parts.items()})
 
-    def plus(self, other: Self) -> Self:
+    def plus(self, other: Payload) -> "Bundle":
         """Add up each part."""
-        if self.parts.keys() != other.parts.keys():
+        if not isinstance(other, Bundle) or self.parts.keys() != other.parts.keys():
             raise ValueError("bundles of different parts cannot be added up")
         return replace(self, parts={n: part.plus(other[n]) for n, part in self.parts.items()})
 
-    def over(self, weight: float, like: Self) -> Self:
+    def over(self, weight: float, like: Payload) -> "Bundle":
         """Return the mean of each part."""
+        if not isinstance(like, Bundle):
+            raise TypeError(f"expected a bundle, got {like.kind}")
         return replace(self, parts={n: p.over(weight, like[n]) for n, p in self.parts.items()})

@@ -1,7 +1,7 @@
 """Predictions: scores or soft labels of public rows."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -180,15 +180,17 @@ class Predictions(Payload):
 
     # A sum holds for each row the sum of the weights in `weights`: not everybody sends every row.
 
-    def weighted(self, weight: float) -> Self:
+    def weighted(self, weight: float) -> "Predictions":
         """Return the values times each row's weight, beside these."""
         own = np.ones(len(self.rows)) if self.weights is None else self.weights.astype(np.float64)
         weights = weight * own
         values = weights[:, None] * self.values.astype(np.float64)
         return replace(self, values=values, weights=weights)
 
-    def plus(self, other: Self) -> Self:
+    def plus(self, other: Payload) -> "Predictions":
         """Add up row by row; a row that only one of them has is taken as it is."""
+        if not isinstance(other, Predictions):
+            raise TypeError(f"expected predictions, got {other.kind}")
         mine, its = (self.scale, self.temperature), (other.scale, other.temperature)
         if mine != its:
             raise ValueError(f"predictions of two scales cannot be added up: {mine} and {its}")
@@ -204,7 +206,7 @@ class Predictions(Payload):
             weights[places] += one._sums
         return replace(self, rows=rows, values=values, weights=weights)
 
-    def over(self, weight: float, like: Self) -> Self:
+    def over(self, weight: float, like: Payload) -> "Predictions":
         """Return the mean of each row over those who sent it.
 
         Its ``weights`` say which share of all the weight that was, and are left out where everybody
