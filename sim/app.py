@@ -38,7 +38,9 @@ from sim.settings import (
 )
 from sim.wire.flower import end_without_traceback
 from sim.wire.messages import (
+    MISTAKE,
     CohortCall,
+    Mistake,
     Phase,
     introduction_content,
     read_assignment,
@@ -46,7 +48,7 @@ from sim.wire.messages import (
     reply_content,
     say_state_was_lost,
 )
-from strategies.knowledge import from_array_record, to_array_record
+from sim.wire.records import from_array_record, to_array_record
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -174,9 +176,11 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
     record = None if lost else context.state.array_records.get(STATE)
     state = None if record is None else ClientState.from_arrays(from_array_record(record))
     told = read_instruction(message.content)
-    call = CohortCall(phase, told.round, (client,), attempt=told.attempt)
-    served = runtime.serve(call, [told.knowledge], [state])
+    call = CohortCall(phase, told.round, (client,), attempt=told.attempt, orders=(told.orders,))
+    served = runtime.serve(call, [told.payload], [state])
     (answer,) = served.answers
+    if isinstance(answer, Mistake):
+        return Message(Error(MISTAKE, answer), reply_to=message)
     if isinstance(answer, str):
         return _refusal(message, answer)
     if client in served.states:

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from strategies.base import DistillationStrategy
-from strategies.dml import DML
-from strategies.fedavg import FedAvg
-from strategies.fedmd import FedMD
-from strategies.fml import FML
-from strategies.local import Local
-from strategies.one_way import OneWay
-from strategies.pooled import Pooled
+from strategies.baselines.fedavg import FedAvg
+from strategies.baselines.local import Local
+from strategies.baselines.pooled import Pooled
+from strategies.contract import Strategy
+from strategies.mutual.dml import DML
+from strategies.public_predictions.fedmd import FedMD
+from strategies.server_models.one_way import OneWay
+from strategies.two_models.fml import FML
 
-STRATEGIES: dict[str, type[DistillationStrategy[Any]]] = {
+STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "dml": DML,
     "fedavg": FedAvg,
     "fedmd": FedMD,

@@ -9,7 +9,7 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -259,6 +259,21 @@ def _made_of(arrays: Arrays, plain: Any) -> Payload:
 
 def _as_type(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.asarray(np.rint(array) if dtype.kind in "iub" else array, dtype)
+
+
+PayloadT = TypeVar("PayloadT", bound=Payload)
+
+
+def expect(piece: Payload | None, kind: type[PayloadT]) -> PayloadT:
+    """Return a payload that has to be of a kind.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if not isinstance(piece, kind):
+        got = "nothing" if piece is None else piece.kind
+        raise TypeError(f"expected {kind.kind}, got {got}")
+    return piece
 
 
 def _replaced(held: Any, path: list[str], array: np.ndarray) -> Any:

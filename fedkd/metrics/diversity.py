@@ -22,55 +22,63 @@ from fedkd.metrics.arrays import (
 class VoteCounter:
     """Counts the peers' predicted classes for each row, one peer at a time.
 
-    Holds rows x classes numbers however many peers there are.
+    Holds rows x classes numbers however many peers there are. Peers may predict some of the rows
+    only: what a row says is said by those that predicted it.
 
     Args:
-        num_rows: rows that every peer predicts, in the same order.
+        num_rows: rows that peers predict.
         num_classes: classes they choose from.
     """
 
     def __init__(self, num_rows: int, num_classes: int) -> None:
         self.votes = np.zeros((num_rows, num_classes), dtype=np.int64)
-        self.num_peers = 0
 
-    def add(self, predictions: Integer[Array, " rows"]) -> None:
-        """Count one peer's predicted class for every row.
+    def add(
+        self,
+        predictions: Integer[Array, " predicted"],
+        rows: Integer[Array, " predicted"] | None = None,
+    ) -> None:
+        """Count one peer's predicted classes.
+
+        Args:
+            predictions: the class of each row that the peer predicted.
+            rows: which these are, all different; None: all of them, in order.
 
         Raises:
-            ValueError: if the rows are not as many as announced, or a class is out of range.
+            ValueError: if there are not as many as there are rows, or a class is out of range.
         """
         num_rows, num_classes = self.votes.shape
-        if len(predictions) != num_rows:
+        places = np.arange(num_rows) if rows is None else as_int64(rows)
+        if len(predictions) != len(places):
             raise ValueError(
-                f"predictions must have one class for each of the {num_rows} rows, "
+                f"predictions must have one class for each of the {len(places)} rows, "
                 f"got {len(predictions)}"
             )
         classes = as_classes("predictions", predictions, num_classes)
-        self.votes[np.arange(num_rows), classes] += 1
-        self.num_peers += 1
+        self.votes[places, classes] += 1
 
     def disagreement(self) -> float:
         """Return the share of rows on which two peers differ, averaged over pairs, in [0, 1].
 
-        Of K peers, the v that chose one class agree in v (v - 1) of K (K - 1) ordered pairs, so
-        no pair is ever formed.
+        Of K peers that predicted a row, the v that chose one class agree in v (v - 1) of K (K - 1)
+        ordered pairs, so no pair is ever formed. Rows with fewer than two peers say nothing.
         """
-        if self.num_peers < 2:
-            return float("nan")
-        agreeing_pairs = (self.votes * (self.votes - 1)).sum(axis=1)
-        return mean_or_nan(1 - agreeing_pairs / (self.num_peers * (self.num_peers - 1)))
+        peers = self.votes.sum(axis=1)
+        compared = peers > 1
+        agreeing_pairs = (self.votes * (self.votes - 1)).sum(axis=1)[compared]
+        return mean_or_nan(1 - agreeing_pairs / (peers * (peers - 1))[compared])
 
     def vote_entropy(self) -> float:
-        """Return the entropy of a row's vote shares in nats, averaged over rows.
+        """Return the entropy of a row's vote shares in nats, averaged over rows with votes.
 
         From 0 (all agree) to ln(min(peers, classes)).
 
         Source:
             Dagan, Engelson, 1995, section 3 (without its normalisation).
         """
-        if self.num_peers < 1:
-            return float("nan")
-        return mean_or_nan(entropy(self.votes / self.num_peers))
+        peers = self.votes.sum(axis=1, keepdims=True)
+        voted = peers[:, 0] > 0
+        return mean_or_nan(entropy(self.votes[voted] / peers[voted]))
 
 
 def pairwise_disagreement(predicted_classes: Integer[Array, "clients rows"]) -> float:

@@ -11,28 +11,26 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedkd.exchange.payloads import Predictions, Weights
+from fedkd.exchange.values import flatten
 from sim.wire.messages import ClientReply
-from strategies.knowledge import Parameters, Predictions
 
 Spoiler = Callable[[ClientReply, np.random.Generator], ClientReply]
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def _with_values(change: Change) -> Spoiler:
-    """Return a spoiler that changes a table of numbers in the reply; of parameters any one."""
+    """Return a spoiler that changes a table of numbers in the reply; of several any one."""
 
     def spoil(reply: ClientReply, rng: np.random.Generator) -> ClientReply:
-        knowledge = reply.knowledge
-        if isinstance(knowledge, Predictions):
-            values = _changed(knowledge.values, change, rng)
-            return replace(reply, knowledge=replace(knowledge, values=values))
-        if isinstance(knowledge, Parameters):
-            names = [name for name, array in knowledge.arrays.items() if _is_table(array)]
+        if reply.payload is not None:
+            arrays = flatten(reply.payload).arrays
+            names = [name for name, array in arrays.items() if _is_table(array)]
             if not names:
                 return _nan_metric(reply, rng)
-            name = names[rng.integers(len(names))]
-            array = _changed(knowledge.arrays[name], change, rng)
-            return replace(reply, knowledge=Parameters({**knowledge.arrays, name: array}))
+            name = names[rng.integers(len(names))] if len(names) > 1 else names[0]
+            changed = _changed(arrays[name], change, rng)
+            return replace(reply, payload=reply.payload.with_arrays({name: changed}))
         if reply.test_probabilities is not None:
             values = _changed(reply.test_probabilities, change, rng)
             return replace(reply, test_probabilities=values)
@@ -78,62 +76,55 @@ def _as(dtype: str) -> Spoiler:
 _nan = _putting(np.nan)
 
 
-# -- what only predictions have ----------------------------------------------------------------
+# -- what only some kinds have -----------------------------------------------------------------
 
 
-def _of_predictions(spoil: Callable[[Predictions], Predictions]) -> Spoiler:
-    def spoiler(reply: ClientReply, rng: np.random.Generator) -> ClientReply:
-        if isinstance(reply.knowledge, Predictions):
-            return replace(reply, knowledge=spoil(reply.knowledge))
-        return _nan(reply, rng)
+def _lie(name: str) -> Spoiler:
+    """Return a spoiler of payloads whose kind knows a lie of that name."""
 
-    return spoiler
+    def spoil(reply: ClientReply, rng: np.random.Generator) -> ClientReply:
+        lie = None if reply.payload is None else reply.payload.lies.get(name)
+        if lie is None:
+            return _nan(reply, rng)
+        return replace(reply, payload=lie(reply.payload))
 
-
-def _softmax(predictions: Predictions) -> Predictions:
-    values = predictions.values
-    if not _is_table(values):
-        return predictions
-    with np.errstate(invalid="ignore"):
-        powers = np.exp(values - values.max(axis=-1, keepdims=True))
-        return replace(predictions, values=powers / powers.sum(axis=-1, keepdims=True))
-
-
-# -- what only parameters have -----------------------------------------------------------------
+    return spoil
 
 
 def _missing_array(reply: ClientReply, rng: np.random.Generator) -> ClientReply:
-    if not isinstance(reply.knowledge, Parameters) or not reply.knowledge.arrays:
+    payload = reply.payload
+    if not isinstance(payload, Weights) or not payload.arrays:
         return _nan(reply, rng)
-    arrays = dict(reply.knowledge.arrays)
+    arrays = dict(payload.arrays)
     del arrays[list(arrays)[rng.integers(len(arrays))]]
-    return replace(reply, knowledge=Parameters(arrays))
+    return replace(reply, payload=Weights(arrays=arrays))
 
 
 def _extra_array(reply: ClientReply, rng: np.random.Generator) -> ClientReply:
-    if not isinstance(reply.knowledge, Parameters):
+    payload = reply.payload
+    if not isinstance(payload, Weights):
         return _nan(reply, rng)
-    arrays = {**reply.knowledge.arrays, "backdoor.weight": np.ones((2, 2), np.float32)}
-    return replace(reply, knowledge=Parameters(arrays))
+    arrays = {**payload.arrays, "backdoor.weight": np.ones((2, 2), np.float32)}
+    return replace(reply, payload=Weights(arrays=arrays))
 
 
 # -- the reply as a whole ----------------------------------------------------------------------
 
 
 def _nothing(reply: ClientReply, rng: np.random.Generator) -> ClientReply:
-    if reply.knowledge is not None:
-        return replace(reply, knowledge=None)
+    if reply.payload is not None:
+        return replace(reply, payload=None)
     if reply.test_probabilities is not None:
         return replace(reply, test_probabilities=None)
     return _nan(reply, rng)
 
 
 def _wrong_kind(reply: ClientReply) -> ClientReply:
-    if isinstance(reply.knowledge, Predictions):
-        return replace(reply, knowledge=Parameters({"values": reply.knowledge.values}))
+    """Send what no algorithm asks for where the server expects predictions, and the reverse."""
+    if isinstance(reply.payload, Predictions):
+        return replace(reply, payload=Weights(arrays={"values": reply.payload.values}))
     scores = np.zeros((1, 1), np.float32)
-    unasked = Predictions(kind="logits", rows=np.zeros(1, np.int64), values=scores)
-    return replace(reply, knowledge=unasked)
+    return replace(reply, payload=Predictions(rows=np.zeros(1, np.int64), values=scores))
 
 
 def _with_metrics(change: Callable[[dict[str, float]], dict[str, float]]) -> Spoiler:
@@ -152,7 +143,7 @@ BAD_REPLIES: dict[str, Spoiler] = {
     "nan": _nan,
     "infinity": _putting(np.inf),
     "huge": _with_values(lambda values, rng: _put(values, rng, float(np.finfo(values.dtype).max))),
-    "probabilities": _of_predictions(_softmax),
+    "probabilities": _lie("probabilities"),
     # Types.
     "half_precision": _as("float16"),
     "double_precision": _as("float64"),
@@ -168,10 +159,10 @@ BAD_REPLIES: dict[str, Spoiler] = {
     "oversized": _instead(lambda values: np.concatenate([values] * 10)),
     "flattened": _instead(lambda values: values.ravel()),
     # What predictions say about themselves.
-    "reversed_rows": _of_predictions(lambda sent: replace(sent, rows=sent.rows[::-1].copy())),
-    "other_rows": _of_predictions(lambda sent: replace(sent, rows=sent.rows + 1)),
-    "softened": _of_predictions(lambda sent: replace(sent, temperature=4.0)),
-    "averaged": _of_predictions(lambda sent: replace(sent, kind="mean_logit")),
+    "reversed_rows": _lie("reversed_rows"),
+    "other_rows": _lie("other_rows"),
+    "softened": _lie("softened"),
+    "averaged": _lie("averaged"),
     # Whole uploads.
     "nothing": _nothing,
     "wrong_kind": lambda reply, _: _wrong_kind(reply),

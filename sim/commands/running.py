@@ -38,8 +38,8 @@ from sim.settings import (
     read_settings,
 )
 from sim.settings.permission import allow_flags
-from strategies.base import DistillationStrategy, StrategySettings
-from strategies.trying import check_models
+from strategies.contract import Strategy
+from strategies.contract.trying import check_models
 
 if TYPE_CHECKING:
     from sim.engine.session import RaySession
@@ -119,7 +119,7 @@ def load_data(settings: Settings) -> FederatedData:
     return data
 
 
-def _check_stacking(strategy: DistillationStrategy[StrategySettings], data: FederatedData) -> None:
+def _check_stacking(strategy: Strategy[Any, Any], data: FederatedData) -> None:
     """Refuse to stack clients whose objective cannot be, or whose batches would be padded."""
     federation = strategy.federation
     for architecture, stacking in strategy.stackings(data.input_shape).items():

@@ -6,6 +6,7 @@ bits on any machine of a type.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from fedkd.models import ModelSettings
 from fedkd.training.backends import Backend, choose_backend
 from sim.settings import Settings
 from sim.wire.messages import Phase
-from strategies.base import DistillationStrategy, StrategySettings
+from strategies.contract import Strategy
 
 QUERY_CLIENTS = 256
 """Clients in a call that asks for nothing but an answer."""
@@ -29,7 +30,7 @@ class CohortCutter:
         self,
         settings: Settings,
         data: FederatedData,
-        strategy: DistillationStrategy[StrategySettings],
+        strategy: Strategy[Any, Any],
     ) -> None:
         self._settings = settings
         self._engine = settings.engine

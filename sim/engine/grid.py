@@ -18,6 +18,8 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict
 
 from fedkd.data import FederatedData
+from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Orders
 from fedkd.training import ClientState
 from fedkd.training.backends import Backend
 from sim.adversity.faults import FaultPlan
@@ -26,14 +28,15 @@ from sim.engine.runtime import build_strategy, federation_of
 from sim.settings import Settings
 from sim.wire.flower import Run, empty_run, identify_process, set_message_id
 from sim.wire.messages import (
+    MISTAKE,
     ClientReply,
     CohortCall,
     Instruction,
+    Mistake,
     Phase,
     read_instruction,
     reply_content,
 )
-from strategies.knowledge import Knowledge
 
 FIRST_NODE_ID = 2
 """Node ids are partition ids from here on; 1 is the server's."""
@@ -60,10 +63,10 @@ class StatesLostError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class PackedCall:
-    """A call for one cohort, with the knowledge that each of its members receives."""
+    """A call for one cohort, with the payload that each of its members receives."""
 
     call: CohortCall
-    received: tuple[Knowledge | None, ...]
+    received: tuple[Payload | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +290,8 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         """
         # Clients that receive the same content have it decoded once and sent once.
         decoded: dict[int, Instruction] = {}
-        received: dict[int, Knowledge | None] = {}
+        received: dict[int, Payload | None] = {}
+        orders: dict[int, Orders] = {}
         for client, message in messages.items():
             content = message.content
             if id(content) not in decoded:
@@ -295,7 +299,9 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
             told = decoded[id(content)]
             reason = self._reason_not_to_ask(client, _phase(message), told)
             if reason is None:
-                received[client] = told.knowledge
+                received[client] = told.payload
+                if told.orders is not None:
+                    orders[client] = told.orders
             else:
                 ready[client] = reason
         if not received:
@@ -311,7 +317,14 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         for nothing in (True, False):
             clients = [client for client, piece in received.items() if (piece is None) is nothing]
             for cohort, backend in self._cutter.cut(clients, phase):
-                call = CohortCall(phase, told.round, cohort, backend, told.attempt)
+                call = CohortCall(
+                    phase,
+                    told.round,
+                    cohort,
+                    backend,
+                    told.attempt,
+                    orders=tuple(map(orders.get, cohort)) if orders else (),
+                )
                 calls.append(PackedCall(call, tuple(received[client] for client in cohort)))
         return calls
 
@@ -348,8 +361,11 @@ def _phase(message: Message) -> Phase:
 def reply_message(message: Message, reply: ClientReply | str) -> Message:
     """Return the Flower message that answers another one."""
     if isinstance(reply, str):
-        asked = not isinstance(reply, NotAsked)
-        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION if asked else ErrorCode.NODE_UNAVAILABLE
+        code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        if isinstance(reply, NotAsked):
+            code = ErrorCode.NODE_UNAVAILABLE
+        elif isinstance(reply, Mistake):
+            code = MISTAKE
         error = Error(code, str(reply))
         return Message(error, reply_to=message)
     return Message(reply_content(reply), reply_to=message)

@@ -25,12 +25,12 @@ from sim.wire.messages import (
     Assignment,
     Introduction,
     Phase,
-    knowledge_records,
+    Told,
     node_instruction,
+    payload_records,
     read_introduction,
     take_word_of_lost_state,
 )
-from strategies.knowledge import Knowledge
 
 _LOG = logging.getLogger("flwr")
 
@@ -132,7 +132,7 @@ class Nodes:
         phase: Phase,
         round: int,
         attempt: int,
-        pieces: Iterable[tuple[int, Knowledge | None]],
+        told: Iterable[tuple[int, Told]],
     ) -> Iterator[tuple[int, Message]]:
         """Send clients what they receive, and yield (client, reply) in client order.
 
@@ -140,20 +140,20 @@ class Nodes:
             phase: what they shall do.
             round: 1-based.
             attempt: how often this was asked in this round, this time included.
-            pieces: (client, what it receives), in client order.
+            told: (client, what it is told), in client order.
         """
-        pieces = list(pieces)
+        told = list(told)
         if attempt > 1:
-            self.begin(round, [client for client, _ in pieces])
+            self.begin(round, [client for client, _ in told])
         else:
             self._look()
         answers: dict[int, Message] = {}
-        waiting = self._send(phase, round, attempt, pieces, answers)
+        waiting = self._send(phase, round, attempt, told, answers)
         allowed = self._settings.engine.deadline_s
         # The SuperLink keeps the deadline; this is for one that does not.
         until = time.monotonic() + allowed + 2 * _LONGEST_PAUSE_S
         pause = 0.1
-        for client, _ in pieces:
+        for client, _ in told:
             while client not in answers:
                 for reply in self._grid.pull_messages(list(waiting)):
                     # Errors come from the SuperLink's own node: only this says whom they are about.
@@ -176,14 +176,14 @@ class Nodes:
         phase: Phase,
         round: int,
         attempt: int,
-        pieces: Sequence[tuple[int, Knowledge | None]],
+        told: Sequence[tuple[int, Told]],
         answers: dict[int, Message],
     ) -> dict[str, int]:
         """Send the messages; return whose answer to which is waited for."""
         # Clients that receive one object share its records: it is encoded once.
-        records = {id(piece): knowledge_records(piece) for _, piece in pieces}
+        records = {id(each.payload): payload_records(each.payload) for _, each in told}
         sent: dict[int, Message] = {}
-        for client, piece in pieces:
+        for client, each in told:
             node = self._node_of.get(client)
             if self._faults.drops_out(phase, round, client, attempt):
                 answers[client] = _error(ErrorCode.NODE_UNAVAILABLE, "dropped out (faults)")
@@ -191,7 +191,9 @@ class Nodes:
                 answers[client] = _error(ErrorCode.NODE_UNAVAILABLE, "it has no node now")
             else:
                 assignment = Assignment(self._text, self._trained.get(client, 0))
-                content = node_instruction(round, attempt, dict(records[id(piece)]), assignment)
+                content = node_instruction(
+                    round, attempt, dict(records[id(each.payload)]), each.orders, assignment
+                )
                 sent[client] = Message(
                     content,
                     node,
@@ -252,7 +254,7 @@ class Nodes:
         }
         messages = {
             node: Message(
-                node_instruction(0, 1, {}, Assignment(self._text)),
+                node_instruction(0, 1, {}, None, Assignment(self._text)),
                 node,
                 "query",
                 ttl=self._settings.engine.deadline_s,

@@ -24,13 +24,13 @@ from ray.exceptions import (
 )
 
 from fedkd.data import FederatedData
+from fedkd.exchange.payload import Payload
 from fedkd.training import ClientState
 from sim.engine.costs import Costs
 from sim.engine.grid import CohortGrid, Outcome, PackedCall, StatesLostError
 from sim.engine.session import NOTHING, Answered, Parcel, RaySession
 from sim.settings import Settings, SettingsError
 from sim.wire.messages import ClientReply, CohortCall
-from strategies.knowledge import Knowledge
 
 Ref = Any
 """A Ray object reference; Ray's own class is generic in what it refers to, which varies here."""
@@ -361,7 +361,7 @@ class _Phase:
     def _pack(self, calls: Sequence[PackedCall]) -> tuple[Parcel, list[Ref]]:
         objects: dict[int, int] = {}
         shared: list[Ref] = []
-        own: list[Knowledge] = []
+        own: list[Payload] = []
         own_number: dict[int, int] = {}
 
         def number_of(key: int, reference: Ref) -> int:
@@ -378,7 +378,7 @@ class _Phase:
                     own_number[id(piece)] = len(own)
                     own.append(piece)
 
-        def received_number(piece: Knowledge | None) -> int:
+        def received_number(piece: Payload | None) -> int:
             if piece is None:
                 return NOTHING
             if id(piece) in own_number:
@@ -401,7 +401,7 @@ class _Phase:
         )
         return Parcel(tuple(packed.call for packed in calls), received, states, tuple(own)), shared
 
-    def _is_own(self, piece: Knowledge) -> bool:
+    def _is_own(self, piece: Payload) -> bool:
         return self._shared[id(piece)] == 1
 
     def _is_planned_death(self, position: int) -> bool:
@@ -523,9 +523,9 @@ class _Phase:
         """Let each member of a stack that kills or stops its worker try by itself."""
         packed = self._calls[position]
         self._parts[position] = {}
-        for client, piece in zip(packed.call.clients, packed.received, strict=True):
+        for number, piece in enumerate(packed.received):
             alone = len(self._calls)
-            self._calls.append(PackedCall(replace(packed.call, clients=(client,)), (piece,)))
+            self._calls.append(PackedCall(packed.call.of([number]), (piece,)))
             self._expected.append(self._expected[position] / len(packed.received))
             self._whole_of[alone] = position
             self._alone.add(alone)

@@ -7,7 +7,7 @@ data and models at hand but nothing that matters: the clients' states come in an
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.data import FederatedData
+from fedkd.exchange.payload import Payload
 from fedkd.metrics.classification import (
     accuracy,
     confusion_counts,
@@ -36,11 +37,17 @@ from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
 from sim.engine.deadline import DeadlineError, deadline
 from sim.settings import Settings
-from sim.wire.messages import ClientReply, CohortCall
+from sim.wire.messages import ClientReply, CohortCall, Mistake
 from strategies import STRATEGIES
-from strategies.base import DistillationStrategy, StrategySettings
-from strategies.knowledge import Knowledge, Predictions
-from strategies.plan import Federation
+from strategies.contract import Call, Federation, Received, Strategy
+
+
+class NotFiniteError(ValueError):
+    """A model's scores are NaN: it has diverged, and there is nothing to judge."""
+
+
+MISFORTUNES = (DeadlineError, MemoryError, torch.OutOfMemoryError, NotFiniteError)
+"""What may happen to a client whatever the code says; all else is a mistake of the code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +85,7 @@ def federation_of(settings: Settings, data: FederatedData) -> Federation:
     )
 
 
-def build_strategy(
-    settings: Settings, federation: Federation
-) -> DistillationStrategy[StrategySettings]:
+def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, Any]:
     """Return the algorithm that the settings name."""
     return STRATEGIES[settings.strategy.name](settings.strategy, federation)
 
@@ -117,7 +122,7 @@ class ClientRuntime:
     def serve(
         self,
         call: CohortCall,
-        received: Sequence[Knowledge | None],
+        received: Sequence[Payload | None],
         states: Sequence[ClientState | None],
     ) -> Served:
         """Carry out a call whatever happens: who fails is named, the others are served.
@@ -145,8 +150,8 @@ class ClientRuntime:
                 spent = time.perf_counter() - started if len(call.clients) == 1 else 0.0
                 with deadline(max(allowed - spent, 1e-6), allowed):
                     replies, trained = self.run(
-                        replace(call, clients=clients),
-                        stack_received([received[position] for position in group]),
+                        call.of(group),
+                        Received([received[position] for position in group]),
                         [states[position] for position in group],
                     )
             except Exception as error:
@@ -154,7 +159,9 @@ class ClientRuntime:
                     groups[:0] = [[position] for position in group]
                     split = f"{type(error).__name__}: {error}"
                 else:
-                    answers.update(dict.fromkeys(clients, traceback.format_exc()))
+                    kind = str if isinstance(error, MISFORTUNES) else Mistake
+                    reason = kind(traceback.format_exc())
+                    answers.update(dict.fromkeys(clients, reason))
                 continue
             new_states.update(zip(clients, trained, strict=False))
             for client, reply in zip(clients, replies, strict=True):
@@ -184,14 +191,14 @@ class ClientRuntime:
     def run(
         self,
         call: CohortCall,
-        received: Knowledge | None,
+        received: Received,
         states: Sequence[ClientState | None],
     ) -> tuple[list[ClientReply], list[ClientState]]:
         """Carry out a call.
 
         Args:
             call: phase, round and clients; the clients share one architecture.
-            received: what they received: one piece for all, or predictions stacked by client.
+            received: what each of them received.
             states: each client's state, None before its first training.
 
         Returns:
@@ -249,18 +256,25 @@ class ClientRuntime:
             ),
         )
 
+    def _call(self, call: CohortCall) -> Call:
+        return Call(self._federation, call.round, call.orders)
+
     def _train(
-        self, call: CohortCall, received: Knowledge | None, states: Sequence[ClientState | None]
+        self, call: CohortCall, received: Received, states: Sequence[ClientState | None]
     ) -> tuple[list[ClientReply], list[ClientState]]:
         started = time.perf_counter()
-        plan = self._federation.plan(call.round)
         cohort = self._cohort(call, states)
-        uploads = self._strategy.client_round(cohort, received, plan)
+        uploads = self._strategy.client(cohort, received, self._call(call))
+        if uploads and len(uploads) != len(call.clients):
+            raise ValueError(
+                f"{type(self._strategy).__name__}.client answered {len(uploads)} payloads for "
+                f"{len(call.clients)} clients: return one for each, or none at all"
+            )
         new_states = cohort.states()
         seconds = (time.perf_counter() - started) / len(call.clients)
         replies = [
             ClientReply(
-                knowledge=uploads[position] if uploads else None,
+                payload=uploads[position] if uploads else None,
                 metrics={**terms, "seconds": seconds},
                 round=call.round,
             )
@@ -269,19 +283,20 @@ class ClientRuntime:
         return replies, new_states
 
     def _evaluate(
-        self, call: CohortCall, received: Knowledge | None, states: Sequence[ClientState | None]
+        self, call: CohortCall, received: Received, states: Sequence[ClientState | None]
     ) -> list[ClientReply]:
         cohort = self._cohort(call, states)
-        self._strategy.before_evaluation(cohort, received)
-        test_logits = cohort.predict(self._test_inputs)
-        validation_logits = cohort.predict(self._validation_inputs)
+        strategy = self._strategy
+        strategy.before_evaluation(cohort, received, self._call(call))
+        test_scores = strategy.scores(cohort, received, self._test_inputs)
+        validation_scores = strategy.scores(cohort, received, self._validation_inputs)
         replies = []
         for position, client in enumerate(call.clients):
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
-            metrics = judge(self._data, test_logits[position], validation_logits[position], mix)
+            metrics = judge(self._data, test_scores[position], validation_scores[position], mix)
             probabilities = None
-            if self._strategy.uploads == "predictions":
-                probabilities = F.softmax(torch.from_numpy(test_logits[position]), -1).numpy()
+            if strategy.has_ensemble:
+                probabilities = F.softmax(torch.from_numpy(test_scores[position]), -1).numpy()
             replies.append(ClientReply(None, metrics, probabilities, call.round))
         return replies
 
@@ -301,11 +316,11 @@ def judge(
         label_mix: a client's share of each class, for its accuracy under that mix.
 
     Raises:
-        ValueError: if a score is NaN: the largest of a row would be the first that is none.
+        NotFiniteError: if a score is NaN: the largest of a row would be the first that is none.
     """
     for split, scores in (("test", test_scores), ("validation", validation_scores)):
         if np.isnan(scores).any():
-            raise ValueError(f"the model predicts NaN for rows of the {split} split")
+            raise NotFiniteError(f"the model predicts NaN for rows of the {split} split")
     counts = confusion_counts(data.test_labels, test_scores.argmax(-1), data.num_classes)
     metrics = {
         "accuracy": accuracy(counts),
@@ -318,29 +333,3 @@ def judge(
     if label_mix is not None:
         metrics["personal_accuracy"] = personal_accuracy(counts, label_mix)
     return metrics
-
-
-def stack_received(received: Sequence[Knowledge | None]) -> Knowledge | None:
-    """Make one piece of knowledge of what a cohort's members received.
-
-    One object for all is passed on as it is; predictions that differ are stacked by member.
-    """
-    first = received[0]
-    if all(other is first for other in received):
-        return first
-    predictions = [piece for piece in received if isinstance(piece, Predictions)]
-    if len(predictions) < len(received):
-        raise ValueError("a cohort's members must receive the same parameters, or predictions")
-    head = predictions[0]
-    if any(
-        (piece.kind, piece.temperature) != (head.kind, head.temperature)
-        or not np.array_equal(piece.rows, head.rows)
-        for piece in predictions
-    ):
-        raise ValueError("a stack's members must receive predictions of one kind and temperature")
-    return Predictions(
-        kind=predictions[0].kind,
-        rows=predictions[0].rows,
-        values=np.stack([piece.values for piece in predictions]),
-        temperature=predictions[0].temperature,
-    )

@@ -24,6 +24,7 @@ from ray._private import worker as ray_worker
 from ray.job_config import JobConfig
 
 from fedkd.data import FederatedData
+from fedkd.exchange.payload import Payload
 from fedkd.training import ClientState
 from fedkd_start import find_last
 from sim.commands.interruption import call_off, keeping_handlers, signals_waiting
@@ -33,10 +34,9 @@ from sim.engine.runtime import ClientRuntime
 from sim.engine.temporary import PrivateFolder
 from sim.settings import EngineSettings, SettingsError, settings_from_table
 from sim.wire.messages import ClientReply, CohortCall
-from strategies.knowledge import Knowledge
 
 NOTHING = -1
-"""Stands where there is no knowledge or no state."""
+"""Stands where there is no payload or no state."""
 
 LOOK_S = 0.5
 """How often we look whether Ray's own processes are there; Ray itself takes half a minute."""
@@ -52,13 +52,13 @@ class Parcel:
             object, counted on from there; `NOTHING` where it receives nothing.
         states: for each call and client, (shared object, place in it); `NOTHING` twice for a
             client without a state.
-        own: knowledge that only this parcel needs.
+        own: payloads that only this parcel needs.
     """
 
     calls: tuple[CohortCall, ...]
     received: tuple[tuple[int, ...], ...]
     states: tuple[tuple[tuple[int, int], ...], ...]
-    own: tuple[Knowledge, ...]
+    own: tuple[Payload, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkd.data import FederatedData
+from fedkd.exchange.values import Value, flatten, read_only, unflatten
 from fedkd.training import PARTS, Arrays, ClientState, check_state
 from sim.engine.grid import CohortGrid, GridMemory
 from sim.engine.runtime import ClientRuntime
@@ -35,15 +36,13 @@ from sim.keeping.records import (
 from sim.server.history import History
 from sim.server.rounds import Boundary, RoundLoop
 from sim.settings import Settings
-from strategies.memory import Memory, recall_broadcast, remember_broadcast
 
 CHECKPOINTS_FOLDER = "checkpoints"
 DEAREST = 0.05
 """The fraction of a run's time that checkpoints may take where the settings leave it open."""
 
 _CLIENT = "client-"
-_STRATEGY = "strategy"
-_BROADCAST = "broadcast"
+_STATE = "state"
 
 
 class _Mark(BaseModel):
@@ -65,8 +64,7 @@ class _Values(BaseModel):
     )
     grid: GridMemory
     clients: int = Field(ge=0)
-    strategy: dict[str, Any]
-    broadcast: dict[str, Any]
+    state: dict[str, Any]
 
 
 class Persistence:
@@ -150,13 +148,11 @@ class Persistence:
             "marks": self._folder.marks,
             "grid": self._grid.memory(),
             "clients": len(self._grid.trained_clients()),
-            _STRATEGY: boundary.memory.values,
-            _BROADCAST: remember_broadcast(boundary.broadcast).values,
+            _STATE: flatten(boundary.state).plain,
         }
 
     def _tables(self, boundary: Boundary) -> Iterator[Table]:
-        yield _STRATEGY, boundary.memory.arrays
-        yield _BROADCAST, remember_broadcast(boundary.broadcast).arrays
+        yield _STATE, flatten(boundary.state).arrays
         clients = self._grid.trained_clients()
         for client, state in zip(clients, self._grid.client_states(clients), strict=True):
             if state is not None:
@@ -229,8 +225,8 @@ class Persistence:
             return f"its content is not what a run writes: {one_line(error)}"
         return None
 
-    def _check_clients(self, checkpoint: Checkpoint, values: "_Values") -> dict[str, Arrays]:
-        """Look at every client's state; return the other tables.
+    def _check_clients(self, checkpoint: Checkpoint, values: "_Values") -> Arrays:
+        """Look at every client's state; return the arrays of the server's.
 
         Raises:
             ValueError: for what is not the state of a client of this run.
@@ -239,12 +235,12 @@ class Persistence:
         if any(not (key.isdigit() and int(key) < count) for key in values.grid.excluded):
             raise ValueError(f"clients that the run does not have: {list(values.grid.excluded)}")
         seen: set[int] = set()
-        server: dict[str, Arrays] = {}
+        server: Arrays = {}
         for table, arrays in checkpoint.tables():
             if not table.startswith(_CLIENT):
-                if table not in (_STRATEGY, _BROADCAST):
+                if table != _STATE:
                     raise ValueError(f"a table {table[:40]!r}")
-                server.setdefault(table, {}).update(arrays)
+                server.update(arrays)
                 continue
             client = int(table.removeprefix(_CLIENT))
             if not 0 <= client < count or client in seen:
@@ -270,43 +266,33 @@ class Persistence:
             for architecture in architectures
         }
 
-    def _check_server(self, values: "_Values", server: Mapping[str, Arrays]) -> None:
+    def _check_server(self, values: "_Values", server: Arrays) -> None:
         """Try what the server remembers.
 
         Raises:
             ValueError, and whatever else an algorithm says to what is not its own.
         """
-        self._loop.try_recall(
-            recall_broadcast(
-                Memory(server.get(_BROADCAST, {}), values.broadcast), self._loop.architectures
-            ),
-            Memory(server.get(_STRATEGY, {}), values.strategy),
-        )
+        self._loop.check_state(unflatten(server, values.state))
 
     def _recall(self, checkpoint: Checkpoint) -> None:
         values = checkpoint.values
-        server: dict[str, Arrays] = {}
+        server: Arrays = {}
 
         def clients() -> Iterator[tuple[int, ClientState]]:
             for table, arrays in checkpoint.tables():
                 if table.startswith(_CLIENT):
                     yield int(table.removeprefix(_CLIENT)), ClientState.from_arrays(arrays)
                 else:
-                    server[table] = arrays
+                    server.update(arrays)
 
         self._grid.load_states(clients())
         self._grid.recall(values["grid"])
         self._folder.rewind(values["marks"])
         self._saved_round = checkpoint.round
         self._saved_at = time.monotonic()
-        broadcast = Memory(server.get(_BROADCAST, {}), values[_BROADCAST])
+        state: Value = unflatten(server, values[_STATE])
         self._loop.go_back(
-            Boundary(
-                checkpoint.round,
-                recall_broadcast(broadcast, self._loop.architectures),
-                Memory(server.get(_STRATEGY, {}), values[_STRATEGY]),
-            ),
-            read_history(self._folder.folder),
+            Boundary(checkpoint.round, read_only(state)), read_history(self._folder.folder)
         )
 
     @property

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
+from fedkd.exchange.payload import Payload
 from fedkd.metrics.diversity import VoteCounter
 from sim.server.observers import Row
 from sim.server.validation import Expected, RejectedReplyError, valid_answer
 from sim.settings import EngineSettings
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
-from strategies.plan import RoundPlan
+from sim.wire.messages import Told
+from strategies.contract import Round, Upload
 
 Ask = Callable[[Sequence[int], int], Iterator[tuple[int, Message]]]
 """Asks clients, the so many-th time in this round, and yields (client, reply) in client order."""
@@ -75,9 +76,9 @@ class Replies:
     those who failed are asked again, and their uploads come last, in client order.
 
     Args:
-        plan: the round.
+        round: of the clients.
         clients: who is asked, sorted.
-        broadcast: what they receive.
+        told: what each of them is told.
         ask: asks them.
         expected: returns what a client has to answer.
         num_examples: private rows of each client.
@@ -88,21 +89,21 @@ class Replies:
     def __init__(
         self,
         *,
-        plan: RoundPlan,
+        round: Round,
         clients: Sequence[int],
-        broadcast: Broadcast,
+        told: Callable[[int], Told],
         ask: Ask,
         expected: Callable[[int], Expected],
         num_examples: Sequence[int],
         engine: EngineSettings,
         event: Callable[[Row], None],
     ) -> None:
-        self._plan = plan
+        self._round = round
         self._clients = clients
-        self._broadcast = broadcast
+        self._told = told
         self._expected = expected
         self._num_examples = num_examples
-        self._quorum = Quorum(plan.round, len(clients), "gave a usable answer", engine)
+        self._quorum = Quorum(round.number, len(clients), "gave a usable answer", engine)
         self._event = event
         self._votes: VoteCounter | None = None
         self._uploads = self._all_uploads(ask)
@@ -110,7 +111,7 @@ class Replies:
         self.metrics: dict[int, dict[str, float]] = {}
         self.exchanged: list[Row] = []
 
-    def __iter__(self) -> Iterator[ClientUpload]:
+    def __iter__(self) -> Iterator[Upload]:
         return self._uploads
 
     def drain(self) -> None:
@@ -132,7 +133,7 @@ class Replies:
         """Return how often two peers' top classes differ on public rows, in [0, 1]."""
         return None if self._votes is None else self._votes.disagreement()
 
-    def _all_uploads(self, ask: Ask) -> Iterator[ClientUpload]:
+    def _all_uploads(self, ask: Ask) -> Iterator[Upload]:
         clients = self._clients
         for attempt in self._quorum.attempts():
             if attempt > 1:
@@ -143,52 +144,56 @@ class Replies:
             clients = [client for client in clients if client not in self.metrics]
         raise self._quorum.error(self.valid, self.rejected)
 
-    def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[ClientUpload]:
+    def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[Upload]:
         for client, message in messages:
-            received = self._broadcast.to(client)
             unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
-            if received is not None and not unreached:
-                self._count(client, "down", received)
+            if not unreached:
+                for piece in self._told(client):
+                    if piece is not None:
+                        self._count(client, "down", piece)
             try:
                 reply = valid_answer(message, self._expected(client), again=client in self.metrics)
             except RejectedReplyError as error:
-                if error.knowledge is not None:
-                    self._count(client, "up", error.knowledge)
+                if error.payload is not None:
+                    self._count(client, "up", error.payload)
                 self._reject(client, error.told)
                 continue
             self.metrics[client] = reply.metrics
             self.rejected.pop(client, None)
-            if reply.knowledge is not None:
-                self._count(client, "up", reply.knowledge)
-                self._vote(reply.knowledge)
-                yield ClientUpload(client, reply.knowledge, self._num_examples[client])
+            if reply.payload is not None:
+                self._count(client, "up", reply.payload)
+                self._vote(reply.payload)
+                yield Upload(client, reply.payload, self._num_examples[client])
 
-    def _vote(self, knowledge: Knowledge) -> None:
-        if isinstance(knowledge, Predictions):
-            values = knowledge.values
-            if self._votes is None:
-                self._votes = VoteCounter(*values.shape)
-            self._votes.add(values.argmax(-1))
+    def _vote(self, payload: Payload) -> None:
+        votes = payload.votes()
+        if votes is None:
+            return
+        rows, classes = votes
+        if self._votes is None:
+            federation = self._round.federation
+            self._votes = VoteCounter(federation.public_size, federation.num_classes)
+        self._votes.add(classes, rows)
 
     def _reject(self, client: int, reason: str) -> None:
         self.rejected[client] = reason
         self._event(
             {
-                "round": self._plan.round,
+                "round": self._round.number,
                 "client": client,
                 "event": "rejected",
                 "reason": reason,
             }
         )
 
-    def _count(self, client: int, direction: str, knowledge: Knowledge) -> None:
+    def _count(self, client: int, direction: str, payload: Payload) -> None:
         self.exchanged.append(
             {
-                "round": self._plan.round,
+                "round": self._round.number,
                 "client": client,
                 "direction": direction,
-                "kind": knowledge.kind,
-                "bytes": knowledge.payload_bytes,
+                "kind": payload.label,
+                "bytes": payload.payload_bytes,
             }
         )
 

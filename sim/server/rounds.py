@@ -1,6 +1,6 @@
 """The round loop: what a Flower server does with any algorithm of the table.
 
-Plan, send, validate, aggregate, judge, record; see `strategies.base` for the two halves that an
+Plan, send, validate, aggregate, judge, record; see `strategies.contract` for the two halves that an
 algorithm adds. Runs over any Flower `Grid`.
 """
 
@@ -15,35 +15,25 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
+from fedkd.exchange.values import Value, read_only
 from fedkd.metrics.classification import accuracy, confusion_counts
-from fedkd.metrics.diversity import target_entropy
 from fedkd.models import ignores_seed
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
-from fedkd.training import Arrays, as_tensor
+from fedkd.training import as_tensor
 from sim.commands.interruption import uninterrupted
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
 from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
 from sim.server.history import History
+from sim.server.kept import check_kept
 from sim.server.observers import Observer, Row
+from sim.server.outbox import Outbox
 from sim.server.replies import Quorum, QuorumError, Replies
-from sim.server.validation import (
-    Expected,
-    Layout,
-    RejectedReplyError,
-    check_arrays,
-    check_parameters,
-    check_predictions,
-    not_finite,
-    valid_answer,
-)
+from sim.server.validation import Expected, RejectedReplyError, valid_answer
 from sim.settings import Settings
 from sim.wire.messages import Phase, instruction
-from strategies.knowledge import Broadcast, Parameters, Predictions
-from strategies.memory import Memory
-from strategies.plan import RoundPlan
-from strategies.server import Server
+from strategies.contract import Round, ServerTools
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +42,11 @@ class Boundary:
 
     Attributes:
         round: the last complete round; 0 before the first.
-        broadcast: what the clients receive in the next one.
-        memory: what the algorithm's server half remembers.
+        state: what the algorithm's server half remembers; nobody writes into it.
     """
 
     round: int
-    broadcast: Broadcast
-    memory: Memory
+    state: Value
 
 
 class RoundLoop:
@@ -83,61 +71,52 @@ class RoundLoop:
         )
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
-        self._server = Server(
+        self._server = ServerTools(
             federation=self._federation,
             data=data,
             optimizer=settings.clients.optimizer,
             device=torch.device("cpu"),
+            models=self._strategy.server_models(),
         )
-        self._layouts: dict[str, tuple[Layout, Arrays]] = {}
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
 
     def start(self) -> None:
         """Stand before the first round."""
-        self._strategy = build_strategy(self._settings, self._federation)
-        broadcast = self._strategy.prepare(self._server)
+        state = self._checked(self._strategy.begin(self._server), "begin")
         self.history = History()
-        self.boundary = Boundary(0, broadcast, self._strategy.memory())
+        self.boundary = Boundary(0, state)
 
     def go_back(self, boundary: Boundary, history: History) -> None:
         """Stand at a boundary that was reached before, here or in another process.
 
         The grid has to hold the clients' states of that moment.
         """
-        self._strategy = build_strategy(self._settings, self._federation)
-        self._strategy.recall(boundary.memory, self._server)
         self.history = history
         self.boundary = boundary
 
-    def try_recall(self, broadcast: Broadcast, memory: Memory) -> None:
-        """See whether these can be of a boundary of this run, on objects that are thrown away.
+    def check_state(self, state: Value) -> None:
+        """See whether this can be the server's state at a boundary of this run.
 
         Raises:
-            ValueError: for arrays that do not fit, and whatever else an algorithm says.
+            ValueError: for what does not fit.
         """
-        strategy = build_strategy(self._settings, self._federation)
-        strategy.recall(memory, self._server)
-        layouts: dict[str, Layout] = {}
-        for client, architecture in enumerate(self._federation.architectures):
-            if architecture not in layouts:
-                weights = strategy.uploaded_weights(client, self._server)
-                layouts[architecture] = {n: (a.shape, a.dtype) for n, a in weights.items()}
-        if strategy.uploads == "parameters":
-            check_arrays(memory.arrays, layouts.values())
-        if any(client >= self._federation.num_clients for client in broadcast.personal):
-            raise ValueError("what clients receive whom there are not")
-        # Also what nobody receives as yet.
-        for piece in broadcast:
-            if isinstance(piece, Predictions):
-                check_predictions(piece, self._federation)
-        looked_at: set[tuple[int, str]] = set()
-        for client, architecture in enumerate(self._federation.architectures):
-            received = broadcast.to(client)
-            if isinstance(received, Parameters) and (id(received), architecture) not in looked_at:
-                looked_at.add((id(received), architecture))
-                check_parameters(received.arrays, layouts[architecture])
+        check_kept(self._checked(state, "a checkpoint"), self._strategy, self._server)
+
+    def _checked(self, state: object, whose: str) -> Value:
+        """Return the state, which nobody can write into from here on.
+
+        Raises:
+            TypeError: it is none of this algorithm.
+        """
+        expected = self._strategy.State
+        if not isinstance(state, expected):
+            raise TypeError(
+                f"{type(self._strategy).__name__}: {whose} gave a {type(state).__name__}, expected "
+                f"its State, {expected.__name__}"
+            )
+        return read_only(state)
 
     def run(self, after_round: Callable[[], None] = lambda: None) -> History:
         """Run the rounds that are left and return what all of them measured.
@@ -176,56 +155,57 @@ class RoundLoop:
         return self.boundary
 
     def _round(self, before: Boundary) -> None:
-        plan = self._federation.plan(before.round + 1)
-        clients = self._strategy.participants(plan)
+        round = self._federation.round(before.round + 1)
+        strategy = self._strategy
+        clients = strategy.participants(before.state, round)
         if self._nodes is not None:
-            self._nodes.begin(plan.round, clients)
+            self._nodes.begin(round.number, clients)
         started = time.perf_counter()
+        outbox = Outbox(strategy, before.state, round)
         replies = Replies(
-            plan=plan,
+            round=round,
             clients=clients,
-            broadcast=before.broadcast,
-            ask=lambda asked, attempt: self._ask("train", plan, asked, before.broadcast, attempt),
-            expected=self._expectations(plan),
+            told=outbox,
+            ask=lambda asked, attempt: self._ask("train", round, asked, outbox, attempt),
+            expected=lambda client: Expected(
+                round=round.number,
+                asked=strategy.asks(before.state, client, round, self._server),
+            ),
             num_examples=self._federation.num_examples,
             engine=self._settings.engine,
             event=self.tell,
         )
         skipped = False
         try:
-            broadcast = self._strategy.aggregate(replies, plan, self._server)
+            state = strategy.aggregate(before.state, replies, round, self._server)
             replies.drain()
+            state = self._checked(state, "aggregate")
         except QuorumError as error:
             if self._settings.engine.below_quorum != "skip":
                 raise
-            broadcast, skipped = before.broadcast, True
-            self._skip(before, plan, str(error))
+            state, skipped = before.state, True
+            self._skip(round, str(error))
         finally:
             self._pass_events_on()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
         federation: Row = {}
-        server: Row | None = None
+        servers: list[Row] = []
         every = self._settings.evaluation.every
-        if plan.round % every == 0 or plan.round == self._settings.rounds:
-            evaluated, federation = self._evaluate(plan, self._judged(clients), broadcast)
-            server = self._evaluate_server(plan)
-            if server is not None:
-                federation["server_accuracy"] = server["accuracy"]
-        entropies = [
-            target_entropy(knowledge.probabilities())
-            for knowledge in broadcast.received(self._settings.clients.count)
-            if isinstance(knowledge, Predictions)
-        ]
+        if round.number % every == 0 or round.number == self._settings.rounds:
+            evaluated, federation = self._evaluate(round, self._judged(clients), state)
+            servers = self._evaluate_server(round, state)
+            if servers:
+                federation["server_accuracy"] = servers[0]["accuracy"]
         federation = {
-            "round": plan.round,
+            "round": round.number,
             "scope": "federation",
             "participants": len(clients),
             "replies": replies.valid,
             **({"skipped": True} if skipped else {}),
             **federation,
             "peer_disagreement": replies.disagreement(),
-            "target_entropy": fmean(entropies) if entropies else None,
+            "target_entropy": outbox.entropy(),
             "bytes_up": sum(row["bytes"] for row in replies.exchanged if row["direction"] == "up"),
             "bytes_down": sum(
                 row["bytes"] for row in replies.exchanged if row["direction"] == "down"
@@ -233,12 +213,10 @@ class RoundLoop:
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
-        if plan.round == self._settings.rounds:
+        if round.number == self._settings.rounds:
             self._check_that_anybody_was_judged(federation)
-        rows = [federation, *_client_rows(plan, replies.metrics, evaluated)]
-        if server is not None:
-            rows.append(server)
-        after = Boundary(plan.round, broadcast, self._strategy.memory())
+        rows = [federation, *_client_rows(round, replies.metrics, evaluated), *servers]
+        after = Boundary(round.number, state)
         with uninterrupted():
             self._complete(after, rows, replies.exchanged)
 
@@ -256,34 +234,31 @@ class RoundLoop:
         for observer in self._observers:
             observer.completed(after.round)
 
-    def _skip(self, before: Boundary, plan: RoundPlan, reason: str) -> None:
+    def _skip(self, round: Round, reason: str) -> None:
         """Leave a round out: server and clients are as they were before it."""
-        self._strategy.recall(before.memory, self._server)
         if isinstance(self._grid, CohortGrid):
             self._grid.rollback()
-        self.tell({"round": plan.round, "event": "round skipped", "reason": reason})
+        self.tell({"round": round.number, "event": "round skipped", "reason": reason})
 
     def _ask(
-        self,
-        phase: Phase,
-        plan: RoundPlan,
-        clients: Iterable[int],
-        broadcast: Broadcast,
-        attempt: int = 1,
+        self, phase: Phase, round: Round, clients: Iterable[int], outbox: Outbox, attempt: int = 1
     ) -> Iterator[tuple[int, Message]]:
         """Send one message a client and yield (client, reply) in client order."""
-        pieces = [(client, broadcast.to(client)) for client in clients]
+        told = [(client, outbox(client)) for client in clients]
         if self._nodes is not None:
-            yield from self._nodes.ask(phase, plan.round, attempt, pieces)
+            yield from self._nodes.ask(phase, round.number, attempt, told)
             return
         contents: dict[int, RecordDict] = {}
         messages = []
-        for client, knowledge in pieces:
+        for client, (payload, orders) in told:
             # Clients that receive one object share one record: it is encoded and sent once.
-            if id(knowledge) not in contents:
-                contents[id(knowledge)] = instruction(plan.round, knowledge, attempt)
+            content = None if orders is not None else contents.get(id(payload))
+            if content is None:
+                content = instruction(round.number, payload, attempt, orders)
+                if orders is None:
+                    contents[id(payload)] = content
             node = FIRST_NODE_ID + client
-            messages.append(Message(contents[id(knowledge)], node, phase, group_id=str(plan.round)))
+            messages.append(Message(content, node, phase, group_id=str(round.number)))
         for reply in self._grid.send_and_receive(messages):
             yield reply.metadata.src_node_id - FIRST_NODE_ID, reply
 
@@ -307,27 +282,32 @@ class RoundLoop:
         return sorted(int(client) for client in drawn)
 
     def _evaluate(
-        self, plan: RoundPlan, clients: Sequence[int], broadcast: Broadcast
+        self, round: Round, clients: Sequence[int], state: Value
     ) -> tuple[dict[int, Row], Row]:
         """Judge clients' models and their ensemble."""
-        if not self._strategy.judges_received:
-            broadcast = Broadcast()
+        silent = not self._strategy.judges_received
+        outbox = Outbox(self._strategy, state, round.next(), silent=silent)
         rows: dict[int, Row] = {}
         ensemble = StreamingMean()
         test_rows = len(self._data.test_labels)
-        expected = Expected.evaluation(plan, self._strategy.uploads, test_rows)
-        quorum = Quorum(plan.round, len(clients), "could be judged", self._settings.engine)
+        expected = Expected.evaluation(
+            round.number,
+            test_rows,
+            self._data.num_classes,
+            ensemble=self._strategy.has_ensemble,
+        )
+        quorum = Quorum(round.number, len(clients), "could be judged", self._settings.engine)
         failed: dict[int, str] = {}
         waiting = list(clients)
         for attempt in quorum.attempts():
             if attempt > 1:
                 self.tell(quorum.retry(len(rows), attempt))
-            for client, message in self._ask("evaluate", plan, waiting, broadcast, attempt):
+            for client, message in self._ask("evaluate", round, waiting, outbox, attempt):
                 try:
                     reply = valid_answer(message, expected, again=client in rows)
                 except RejectedReplyError as error:
                     failed[client] = error.told
-                    self._client_event(plan, client, "evaluation failed", error.told)
+                    self._client_event(round, client, "evaluation failed", error.told)
                     continue
                 rows[client] = reply.metrics
                 if reply.test_probabilities is not None:
@@ -341,7 +321,7 @@ class RoundLoop:
             if self._settings.engine.below_quorum != "skip":
                 raise too_few
             event = "evaluation skipped"
-            self.tell({"round": plan.round, "event": event, "reason": str(too_few)})
+            self.tell({"round": round.number, "event": event, "reason": str(too_few)})
             return {}, {}
         federation: Row = {}
         for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
@@ -364,20 +344,23 @@ class RoundLoop:
                 "the events say why"
             )
 
-    def _evaluate_server(self, plan: RoundPlan) -> Row | None:
-        """Judge the server's model, where there is one."""
-        model = self._strategy.server_model()
-        if model is None:
-            return None
-        scores = model.predict(as_tensor(self._data.test_inputs))
-        validation = model.predict(as_tensor(self._data.validation_inputs))
-        try:
-            judged = judge(self._data, scores, validation)
-        except ValueError as error:
-            reason = f"the server's model: {error}"
-            self.tell({"round": plan.round, "event": "evaluation failed", "reason": reason})
-            return None
-        return {"round": plan.round, "scope": "server", **judged}
+    def _evaluate_server(self, round: Round, state: Value) -> list[Row]:
+        """Judge the server's own models, where there are any."""
+        rows: list[Row] = []
+        for name, model in self._strategy.judged_models(state).items():
+            scores = self._server.predict(model, as_tensor(self._data.test_inputs))
+            validation = self._server.predict(model, as_tensor(self._data.validation_inputs))
+            try:
+                judged = judge(self._data, scores, validation)
+            except ValueError as error:
+                reason = f"the server's model: {error}"
+                event = {"round": round.number, "event": "evaluation failed", "reason": reason}
+                self.tell(event)
+                continue
+            # The first of them leads; where there are several, each says which it is.
+            more = {"model": name} if rows else {}
+            rows.append({"round": round.number, "scope": "server", **more, **judged})
+        return rows
 
     # -- telling ---------------------------------------------------------------------------
 
@@ -404,8 +387,8 @@ class RoundLoop:
         round = 0 if self.boundary is None else self.boundary.round
         self.tell({"round": round, "event": "engine lost", "reason": reason})
 
-    def _client_event(self, plan: RoundPlan, client: int, kind: str, reason: str) -> None:
-        self.tell({"round": plan.round, "client": client, "event": kind, "reason": reason})
+    def _client_event(self, round: Round, client: int, kind: str, reason: str) -> None:
+        self.tell({"round": round.number, "client": client, "event": kind, "reason": reason})
 
     def _pass_events_on(self) -> None:
         """Tell what happened to workers and clients meanwhile."""
@@ -413,39 +396,13 @@ class RoundLoop:
             for row in self._grid.take_events():
                 self.tell(row)
 
-    def _expectations(self, plan: RoundPlan) -> Callable[[int], Expected]:
-        """Return what says what a client that trained in this round answers."""
-        by_architecture: dict[str, Expected] = {}
-
-        def expected(client: int) -> Expected:
-            architecture = self._federation.architectures[client]
-            if architecture not in by_architecture:
-                layout, constants = None, None
-                if self._strategy.uploads == "parameters":
-                    layout, constants = self._layout(client)
-                by_architecture[architecture] = Expected.training(
-                    plan, self._strategy.uploads, layout, constants
-                )
-            return by_architecture[architecture]
-
-        return expected
-
-    def _layout(self, client: int) -> tuple[Layout, Arrays]:
-        """Return the layout of what a client uploads, and its arrays that are never finite."""
-        architecture = self._federation.architectures[client]
-        if architecture not in self._layouts:
-            weights = self._strategy.uploaded_weights(client, self._server)
-            layout = {n: (a.shape, a.dtype) for n, a in weights.items()}
-            self._layouts[architecture] = layout, not_finite(weights)
-        return self._layouts[architecture]
-
 
 def _client_rows(
-    plan: RoundPlan, trained: Mapping[int, Row], judged: Mapping[int, Row]
+    round: Round, trained: Mapping[int, Row], judged: Mapping[int, Row]
 ) -> Iterator[Row]:
     for client in sorted({*trained, *judged}):
         yield {
-            "round": plan.round,
+            "round": round.number,
             "scope": "client",
             "client": client,
             **trained.get(client, {}),

@@ -10,26 +10,18 @@ nobody gains weight by claiming them.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from typing import get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from fedkd.training import Arrays
-from sim.wire.messages import ClientReply, is_unencoded, read_reply
-from strategies.base import UploadKind
-from strategies.knowledge import Knowledge, PredictionKind, Predictions
-from strategies.plan import Federation, RoundPlan
-
-LARGEST_SCORE = 1e4
-"""Logits beyond this are refused: honest training does not produce them, attacks do."""
-
-LARGEST_PARAMETER = 1e8
-"""Weights and statistics beyond this are refused: one of them ruins every client's model."""
+from fedkd.exchange.payload import Asked, Limit, Payload
+from fedkd.exchange.payloads.predictions import are_distributions
+from sim.wire.messages import MISTAKE, ClientReply, is_unencoded, read_reply
+from sim.wire.records import arrays_name
 
 LARGEST_METRIC = 2.0**53
 """Metrics beyond this are refused: no loss is as large, and no count is exact any more."""
@@ -55,12 +47,6 @@ ACCURACIES = (
 )
 """What every evaluation reports, in [0, 1]; nothing that a client measures in training."""
 
-FEWEST_ROWS = 4
-"""Rows that have to look like distributions before they are taken for some."""
-
-SUM_TOLERANCE = 1e-3
-"""By how much the sum of a distribution may miss 1: the rounding of half precision."""
-
 HEADER_BYTES = 4096
 """Room for an array's own header beside its numbers."""
 
@@ -73,7 +59,9 @@ LONGEST_TRACEBACK = 10_000
 LONGEST_REASON = 300
 """Letters of a reason that go into the record; a reply may have put any text into it."""
 
-FLOAT32 = np.dtype(np.float32)
+LONGEST_PLAIN = 65_536
+"""Letters of a payload's plain values, and so many more for each of its arrays as the next says."""
+PLAIN_PER_ARRAY = 1024
 
 NPY_HEADER = re.compile(
     rb"\{'descr': '([<>=|]?[A-Za-z?]\d{0,9})', 'fortran_order': (?:True|False), "
@@ -85,24 +73,25 @@ NumPy itself hands what is no such text to Python's parser and tokenizer, whose 
 appetite for memory are no concern of a server.
 """
 
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Shape and type of each array by name."""
-
 
 class RejectedReplyError(ValueError):
     """A reply that cannot be used; the text is the reason, in one short line.
 
     Attributes:
-        knowledge: what it carried, where that much of it could be read.
+        payload: what it carried, where that much of it could be read.
         told: what belongs into the record: the reason, or the whole traceback of a client's own.
     """
 
     def __init__(
-        self, reason: str, knowledge: Knowledge | None = None, *, traceback: str | None = None
+        self, reason: str, payload: Payload | None = None, *, traceback: str | None = None
     ) -> None:
         super().__init__(shortened(reason))
-        self.knowledge = knowledge
+        self.payload = payload
         self.told = str(self) if traceback is None else traceback
+
+
+class AuthorError(RuntimeError):
+    """The code of an algorithm or of a model failed, in a client; the text is its traceback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,68 +100,37 @@ class Expected:
 
     Attributes:
         round: the round that it was asked in.
-        uploads: what clients send; ``nothing`` where they are only judged.
-        rows: the round's public rows, where clients send predictions.
-        classes: how many scores a row has.
-        parameters: the layout of the client's model, where it sends parameters.
-        constants: those of its arrays that hold NaN or infinity from the start, such as a mask of
-            -inf: they have to come back as they were.
-        test_rows: rows of the test split where the client is judged; None where it trains.
-        test_probabilities: whether a judged client sends its predictions of the test rows.
+        asked: what it has to send; None: nothing.
+        test: of its predictions of the test split, where it sends them.
+        judged: whether it is judged, and does not train.
     """
 
     round: int
-    uploads: UploadKind
-    rows: np.ndarray
-    classes: int
-    parameters: Layout | None = None
-    constants: Arrays = field(default_factory=dict)
-    test_rows: int | None = None
-    test_probabilities: bool = False
+    asked: Asked | None = None
+    test: Limit | None = None
+    judged: bool = False
 
     @classmethod
-    def training(
-        cls,
-        plan: RoundPlan,
-        uploads: UploadKind,
-        parameters: Layout | None = None,
-        constants: Arrays | None = None,
-    ) -> "Expected":
-        """Return what a client that trained answers."""
-        return cls(
-            round=plan.round,
-            uploads=uploads,
-            rows=plan.public_rows if uploads == "predictions" else np.empty(0, np.int64),
-            classes=plan.federation.num_classes,
-            parameters=parameters,
-            constants=constants or {},
-        )
+    def evaluation(cls, round: int, test_rows: int, classes: int, *, ensemble: bool) -> "Expected":
+        """Return what a client that is judged answers.
 
-    @classmethod
-    def evaluation(cls, plan: RoundPlan, uploads: UploadKind, test_rows: int) -> "Expected":
-        """Return what a client that is judged answers, ``uploads`` being what it trains for."""
-        return cls(
-            round=plan.round,
-            uploads="nothing",
-            rows=np.empty(0, np.int64),
-            classes=plan.federation.num_classes,
-            test_rows=test_rows,
-            test_probabilities=uploads == "predictions",
-        )
+        Args:
+            round: 1-based.
+            test_rows: rows of the test split.
+            classes: how many scores a row has.
+            ensemble: whether it sends its predictions of the test rows.
+        """
+        test = Limit(shape=(test_rows, classes)) if ensemble else None
+        return cls(round=round, test=test, judged=True)
 
     @property
-    def arrays(self) -> dict[str, Layout]:
-        """The layout of each record of arrays that the message has to hold."""
-        records: dict[str, Layout] = {}
-        if self.uploads == "predictions":
-            records["knowledge-arrays"] = {
-                "rows": (self.rows.shape, self.rows.dtype),
-                "values": ((len(self.rows), self.classes), FLOAT32),
-            }
-        elif self.uploads == "parameters":
-            records["knowledge-arrays"] = self.parameters or {}
-        if self.test_rows is not None and self.test_probabilities:
-            records["test"] = {"probabilities": ((self.test_rows, self.classes), FLOAT32)}
+    def records(self) -> dict[str, Asked]:
+        """What each record of arrays has to hold."""
+        records: dict[str, Asked] = {}
+        if self.asked is not None:
+            records[arrays_name("payload")] = self.asked
+        if self.test is not None:
+            records["test"] = Asked(kind=Payload, limits={"probabilities": self.test})
         return records
 
 
@@ -186,7 +144,10 @@ def valid_answer(message: Message, expected: Expected, *, again: bool) -> Client
 
     Raises:
         RejectedReplyError: if there is none that can be used, with the reason.
+        AuthorError: the code that should have made it is wrong.
     """
+    if message.has_error() and message.error.code == MISTAKE:
+        raise AuthorError(message.error.reason)
     if message.has_error():
         text = message.error.reason or "unknown error"
         # A traceback ends with what matters.
@@ -203,19 +164,19 @@ def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
     Raises:
         RejectedReplyError: if it cannot be used, with the reason in one short line.
     """
-    knowledge = None
+    payload = None
     try:
         # A reply of our own grid was never turned into bytes; there is nothing to look at before.
         reason = None if is_unencoded(content) else bad_record(content, expected)
         if reason is None:
             reply = read_reply(content)
-            knowledge = reply.knowledge
+            payload = reply.payload
             reason = bad_reply(reply, expected)
     except Exception as error:
         # Whatever the bytes of others make a reader raise is the sender's fault.
         reason = f"unreadable reply: {type(error).__name__}: {error}"
     if reason is not None:
-        raise RejectedReplyError(reason, knowledge)
+        raise RejectedReplyError(reason, payload)
     return reply
 
 
@@ -235,50 +196,44 @@ def _without_codes(text: str) -> str:
 
 def bad_record(content: RecordDict, expected: Expected) -> str | None:
     """Return why a message's content is not worth decoding, or None."""
-    layouts = expected.arrays
+    records = expected.records
     reason = (
         _bad_settings(content, expected)
-        or _bad_names("records of arrays", content.array_records.keys(), layouts.keys())
+        or _bad_names("records of arrays", content.array_records.keys(), records.keys())
         or _bad_names("records of metrics", content.metric_records.keys(), {"metrics"})
         or _bad_metric_types(content.metric_records["metrics"])
     )
-    for name, layout in layouts.items():
-        reason = reason or _bad_array_record(content.array_records[name], layout)
+    for name, asked in records.items():
+        reason = reason or _bad_array_record(content.array_records[name], asked)
     return reason
 
 
 def _bad_settings(content: RecordDict, expected: Expected) -> str | None:
     """Look at what the message says of itself: which round it answers, what it carries."""
     configs = content.config_records
-    unknown = configs.keys() - {"plan", "knowledge"}
+    unknown = configs.keys() - {"plan", "payload"}
     if unknown:
         return f"unexpected records of settings: {sorted(unknown)[:3]}"
     if "plan" in configs:
         reason = _bad_round(configs["plan"].get("round"), expected.round)
         if reason is not None:
             return reason
-    if "knowledge" not in configs:
-        return (
-            None if expected.uploads == "nothing" else f"expected {expected.uploads}, got nothing"
-        )
-    told = configs["knowledge"]
-    kind = told.get("kind")
-    temperature = told.get("temperature")
-    reason = _bad_upload_kind(kind, expected.uploads)
-    if reason is None and kind != "parameters" and type(temperature) not in (int, float):
-        reason = f"the temperature is {temperature!r}, expected a number"
+    asked = expected.asked
+    if "payload" not in configs:
+        return None if asked is None else f"expected {asked.kind.kind}, got nothing"
+    told = configs["payload"]
+    reason = _bad_kind(told.get("kind"), asked)
+    if reason is None and asked is not None:
+        plain, longest = told.get("plain"), LONGEST_PLAIN + PLAIN_PER_ARRAY * len(asked.limits)
+        if not isinstance(plain, str) or len(plain) > longest:
+            reason = f"plain values that are no text of at most {longest} letters"
     return reason
 
 
-def _bad_upload_kind(kind: object, uploads: UploadKind) -> str | None:
-    sent = "parameters" if kind == "parameters" else "predictions"
-    if uploads == "nothing":
+def _bad_kind(kind: object, asked: Asked | None) -> str | None:
+    if asked is None:
         return f"expected nothing, got {kind}"
-    if sent != uploads:
-        return f"expected {uploads}, got {sent}"
-    if sent == "predictions" and kind != "logits":
-        return f"kind {kind!r}, expected 'logits'"
-    return None
+    return None if kind == asked.kind.kind else f"expected {asked.kind.kind}, got {kind}"
 
 
 def _bad_metric_types(metrics: Mapping[str, object]) -> str | None:
@@ -288,45 +243,45 @@ def _bad_metric_types(metrics: Mapping[str, object]) -> str | None:
     return None
 
 
-def _bad_array_record(record: ArrayRecord, layout: Layout) -> str | None:
-    room = sum(math.prod(shape) * dtype.itemsize + HEADER_BYTES for shape, dtype in layout.values())
+def _bad_array_record(record: ArrayRecord, asked: Asked) -> str | None:
+    room = asked.most_bytes + HEADER_BYTES * len(asked.limits)
     size = sum(len(array.data) for array in record.values())
     # First of all: what is too large may be so because it has too many names.
     if size > room:
         return f"a payload of {size} bytes, expected at most {room}"
-    reason = _bad_names("arrays", record.keys(), layout.keys())
-    for name, (shape, dtype) in layout.items():
-        reason = reason or _bad_declaration(name, record[name], shape, dtype)
+    reason = asked.bad_names(set(record.keys()))
+    sizes: dict[str, int] = {}
+    for name, array in record.items():
+        reason = reason or _bad_declaration(name, array, asked.limits[name], sizes)
     return reason
 
 
-def _bad_declaration(
-    name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype
-) -> str | None:
+def _bad_declaration(name: str, array: Array, limit: Limit, sizes: dict[str, int]) -> str | None:
     """Compare what an array says of itself, twice, with what is expected; decode nothing."""
-    header = _npy_header(shape, dtype)
-    if (
-        (array.stype, tuple(array.shape), array.dtype) == ("numpy.ndarray", shape, str(dtype))
-        and len(array.data) == len(header) + math.prod(shape) * dtype.itemsize
-        and array.data.startswith(header)
-    ):
-        return None
+    shape = tuple(array.shape)
+    if shape == limit.shape and (array.stype, array.dtype) == ("numpy.ndarray", str(limit.dtype)):
+        header = _npy_header(shape, limit.dtype)
+        size = len(header) + math.prod(shape) * limit.dtype.itemsize
+        if len(array.data) == size and array.data.startswith(header):
+            return None
     subject = f"{name!r} has "
     if array.stype != "numpy.ndarray":
         return f"{subject}serialization {array.stype!r}, expected 'numpy.ndarray'"
     try:
-        declared = tuple(array.shape), np.dtype(array.dtype)
+        declared = shape, np.dtype(array.dtype)
         *encoded, start = _encoded_layout(array.data)
     except Exception as error:
         return f"{subject}bytes that are no array: {error}"
     if declared != tuple(encoded):
         return f"{subject}layout {declared} by its label and {tuple(encoded)} by its bytes"
-    reason = _bad_layout(subject, *declared, shape, dtype)
-    room = math.prod(shape) * dtype.itemsize
-    if reason is None and len(array.data) - start != room:
+    reason = limit.bad_layout(*declared, sizes)
+    if reason is not None:
+        return f"{subject}{reason}"
+    room = math.prod(shape) * declared[1].itemsize
+    if len(array.data) - start != room:
         # Numbers that begin elsewhere are others, whatever the header says.
-        reason = f"{subject}{len(array.data) - start} bytes of numbers, expected {room}"
-    return reason
+        return f"{subject}{len(array.data) - start} bytes of numbers, expected {room}"
+    return None
 
 
 @lru_cache(maxsize=1024)
@@ -361,9 +316,9 @@ def bad_reply(reply: ClientReply, expected: Expected) -> str | None:
     return (
         _bad_round(reply.round, expected.round)
         or _bad_metric_types(reply.metrics)
-        or _bad_metrics(reply.metrics, judged=expected.test_rows is not None)
-        or bad_knowledge(reply.knowledge, expected)
-        or _bad_test(reply.test_probabilities, expected)
+        or _bad_metrics(reply.metrics, judged=expected.judged)
+        or bad_payload(reply.payload, expected.asked)
+        or _bad_test(reply.test_probabilities, expected.test)
     )
 
 
@@ -400,185 +355,25 @@ def _bad_metrics(metrics: Mapping[str, float], *, judged: bool) -> str | None:
     return f"metric {missing[0]!r} is missing" if missing else None
 
 
-def bad_knowledge(knowledge: Knowledge | None, expected: Expected) -> str | None:
+def bad_payload(payload: Payload | None, asked: Asked | None) -> str | None:
     """Return why an upload cannot be used, or None for a good one."""
-    if knowledge is None:
-        return (
-            None if expected.uploads == "nothing" else f"expected {expected.uploads}, got nothing"
-        )
-    reason = _bad_upload_kind(knowledge.kind, expected.uploads)
-    if reason is not None:
-        return reason
-    if isinstance(knowledge, Predictions):
-        return _bad_predictions(knowledge, expected)
-    return _bad_parameters(knowledge.arrays, expected.parameters or {}, expected.constants)
+    if payload is None:
+        return None if asked is None else f"expected {asked.kind.kind}, got nothing"
+    reason = _bad_kind(payload.kind, asked)
+    return reason if reason is not None or asked is None else payload.problem(asked)
 
 
-def _bad_predictions(predictions: Predictions, expected: Expected) -> str | None:
-    rows, values = expected.rows, predictions.values
-    shape = len(rows), expected.classes
-    reason = _bad_layout("", values.shape, values.dtype, shape, FLOAT32)
-    if reason is not None:
-        return reason
-    if not np.array_equal(predictions.rows, rows):
-        return f"rows are not the {len(rows)} public rows of round {expected.round}"
-    if predictions.temperature != 1:
-        return f"temperature {predictions.temperature:g}, expected 1: logits are not softened"
-    reason = _bad_values("among the scores", "a score", values, LARGEST_SCORE)
-    return reason or _probabilities_for_logits(values)
-
-
-def _probabilities_for_logits(values: np.ndarray) -> str | None:
-    """Name a table whose every row is a distribution: somebody sent a softmax.
-
-    Honest logits look like that by chance only, which a few rows rule out; so nothing is said of
-    fewer than `FEWEST_ROWS`, nor of a single class. A model that ends in a softmax of its own is
-    named as well: its outputs are no logits.
-    """
-    rows, classes = values.shape
-    if rows >= FEWEST_ROWS and classes > 1 and _are_distributions(values):
-        return "every row of scores sums to 1: probabilities, expected logits"
-    return None
-
-
-def _are_distributions(values: np.ndarray) -> bool:
-    # The first rows settle it for honest logits.
-    return all(
-        bool(rows.min() >= 0) and np.allclose(rows.sum(axis=-1), 1, rtol=0, atol=SUM_TOLERANCE)
-        for rows in (values[:16], values)
-    )
-
-
-def not_finite(arrays: Arrays) -> Arrays:
-    """Return the arrays that hold NaN or infinity."""
-    return {
-        name: array
-        for name, array in arrays.items()
-        if array.dtype.kind == "f" and not np.isfinite(array).all()
-    }
-
-
-def _bad_parameters(arrays: Arrays, layout: Layout, constants: Arrays) -> str | None:
-    reason = _bad_names("parameters", arrays.keys(), layout.keys())
-    for name, (shape, dtype) in layout.items():
-        if reason is not None:
-            return reason
-        array = arrays[name]
-        subject = f"parameter {name!r}"
-        reason = _bad_layout(f"{subject} has ", array.shape, array.dtype, shape, dtype)
-        if reason is None and name in constants:
-            if not np.array_equal(array, constants[name], equal_nan=True):
-                reason = f"{subject} is a constant with NaN or infinity and has changed"
-        elif reason is None and array.size:
-            reason = _bad_values(f"in {subject}", subject, array, LARGEST_PARAMETER)
-            # BatchNorm takes the root of its variance, and its counter only counts.
-            is_count = name.endswith(("running_var", "num_batches_tracked"))
-            if reason is None and is_count and array.min() < 0:
-                reason = f"{subject} is negative"
-    return reason
-
-
-def _bad_test(probabilities: np.ndarray | None, expected: Expected) -> str | None:
+def _bad_test(probabilities: np.ndarray | None, limit: Limit | None) -> str | None:
     """Look at a judged client's predictions of the test rows."""
-    layout = expected.arrays.get("test")
-    if probabilities is None or layout is None:
-        if (probabilities is None) == (layout is None):
+    if probabilities is None or limit is None:
+        if (probabilities is None) == (limit is None):
             return None
-        return f"{'no' if layout else 'unexpected'} predictions of the test rows"
-    subject = "test probabilities have "
-    shape, dtype = layout["probabilities"]
-    reason = _bad_layout(subject, probabilities.shape, probabilities.dtype, shape, dtype)
-    if reason is None and not _are_distributions(probabilities):
-        reason = "test probabilities are no distributions: NaN, negative or a sum other than 1"
-    return reason
-
-
-# -- what was kept ---------------------------------------------------------------------------
-
-
-def check_predictions(kept: Predictions, federation: Federation) -> None:
-    """Refuse predictions that no server of this run sends; their numbers may be any.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    rows = kept.rows
-    inside = rows.size == 0 or bool(rows.min() >= 0 and rows.max() < federation.public_size)
-    if rows.ndim != 1 or rows.dtype != np.int64 or not inside or bool((np.diff(rows) <= 0).any()):
-        raise ValueError("rows that are not of the public set, in order")
-    reason = _bad_layout(
-        "", kept.values.shape, kept.values.dtype, (len(rows), federation.num_classes), FLOAT32
-    )
-    if kept.kind not in get_args(PredictionKind):
-        reason = f"kind {kept.kind!r}"
-    temperature = kept.temperature
-    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-        reason = f"temperature {temperature!r}"
+        return f"{'no' if limit else 'unexpected'} predictions of the test rows"
+    reason = limit.bad_layout(probabilities.shape, probabilities.dtype, {})
     if reason is not None:
-        raise ValueError(f"predictions have {reason}")
-
-
-def check_parameters(arrays: Arrays, layout: Layout) -> None:
-    """Refuse parameters of another model; their numbers may be any.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    reason = _bad_names("parameters", arrays.keys(), layout.keys())
-    for name, (shape, dtype) in layout.items():
-        reason = reason or _bad_layout(
-            f"{name!r} has ", arrays[name].shape, arrays[name].dtype, shape, dtype
-        )
-    if reason is not None:
-        raise ValueError(reason)
-
-
-def check_arrays(arrays: Arrays, layouts: Iterable[Layout]) -> None:
-    """Refuse arrays that are called like parameters of some model, and are those of none.
-
-    Args:
-        arrays: by a prefix, a slash and the name of a parameter.
-        layouts: of the models.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    known: dict[str, list[tuple[tuple[int, ...], np.dtype]]] = {}
-    for layout in layouts:
-        for name, form in layout.items():
-            known.setdefault(name, []).append(form)
-    for key, array in arrays.items():
-        forms = known.get(key.partition("/")[2])
-        if forms is not None and (array.shape, array.dtype) not in forms:
-            raise ValueError(f"{key!r} is {array.dtype} {array.shape}")
-
-
-# -- arrays ----------------------------------------------------------------------------------
-
-
-def _bad_layout(
-    subject: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    expected_shape: tuple[int, ...],
-    expected_dtype: np.dtype,
-) -> str | None:
-    if shape != expected_shape:
-        return f"{subject}shape {shape}, expected {expected_shape}"
-    if dtype != expected_dtype:
-        return f"{subject}dtype {dtype}, expected {expected_dtype}"
-    return None
-
-
-def _bad_values(where: str, subject: str, values: np.ndarray, largest: float) -> str | None:
-    """Name NaN, infinity and huge numbers; makes no table of the size of ``values``."""
-    # Both ends are NaN where any value is.
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"NaN or infinity {where}"
-    size = max(-low, high)
-    if size > largest:
-        return f"{subject} of size {size:g}, expected at most {largest:g}"
+        return f"test probabilities have {reason}"
+    if not are_distributions(probabilities):
+        return "test probabilities are no distributions: NaN, negative or a sum other than 1"
     return None
 
 

@@ -40,7 +40,7 @@ from fedkd.training import OptimizerSettings, Passes
 from sim.adversity.faults import PROCESS_FAULTS, FaultRule
 from sim.settings.tables import yaml_text
 from strategies import STRATEGIES
-from strategies.base import StrategySettings
+from strategies.contract import StrategySettings
 
 if TYPE_CHECKING:
     # A federated run, and every worker of it, does without the library of distillation.

@@ -1,21 +1,22 @@
 """What the server and a client say to each other, and how it travels in Flower messages."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Orders
 from fedkd.training.backends import Backend
 from sim.wire.flower import LazyRecords
-from strategies.knowledge import (
-    Knowledge,
+from sim.wire.records import (
     from_array_record,
-    read_knowledge,
+    read_payload,
     to_array_record,
-    write_knowledge,
+    write_payload,
 )
 
 Phase = Literal["query", "train", "evaluate"]
@@ -32,6 +33,7 @@ class CohortCall:
         backend: how the clients train; more than one client only with ``vmap``.
         attempt: 1, and one more for every time that the same was asked before in this round.
         deaths: workers that died over this call before.
+        orders: what the server decided for each client; empty where it decided nothing.
     """
 
     phase: Phase
@@ -40,6 +42,32 @@ class CohortCall:
     backend: Backend = "loop"
     attempt: int = 1
     deaths: int = 0
+    orders: tuple[Orders | None, ...] = ()
+
+    def of(self, positions: Sequence[int]) -> "CohortCall":
+        """Return the call for some of its clients."""
+        return replace(
+            self,
+            clients=tuple(self.clients[position] for position in positions),
+            orders=tuple(self.orders[position] for position in positions) if self.orders else (),
+        )
+
+
+class Told(NamedTuple):
+    """What one client is told in a round, besides which it is."""
+
+    payload: Payload | None = None
+    orders: Orders | None = None
+
+
+MISTAKE = 1001
+"""The code of Flower's errors for it; Flower's own are smaller."""
+
+
+class Mistake(str):
+    """Why a client has no answer: the code of an algorithm or of a model failed, as it says."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +75,13 @@ class ClientReply:
     """One client's answer.
 
     Attributes:
-        knowledge: what it uploads; None where the algorithm uploads nothing.
+        payload: what it uploads; None where the algorithm uploads nothing.
         metrics: plain numbers for the record; part of the simulation, not of the exchange.
         test_probabilities: float32 ``[test_rows, classes]`` where the ensemble is measured.
         round: the round that is answered; an answer to another round is refused.
     """
 
-    knowledge: Knowledge | None = None
+    payload: Payload | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     test_probabilities: np.ndarray | None = None
     round: int | None = None
@@ -65,25 +93,33 @@ class Instruction:
 
     Attributes:
         round: 1-based.
-        knowledge: what it receives; None where it receives nothing.
+        payload: what it receives; None where it receives nothing.
         attempt: how often the same was asked in this round, this time included.
+        orders: what the server decided for it alone.
     """
 
     round: int
-    knowledge: Knowledge | None = None
+    payload: Payload | None = None
     attempt: int = 1
+    orders: Orders | None = None
 
 
-def instruction(round: int, knowledge: Knowledge | None, attempt: int = 1) -> RecordDict:
-    """Return the content of a message to a client; clients that receive the same may share it."""
-    told = Instruction(round, knowledge, attempt)
+_PAYLOAD, _ORDERS, _PLAN = "payload", "orders", "plan"
+
+
+def instruction(
+    round: int, payload: Payload | None, attempt: int = 1, orders: Orders | None = None
+) -> RecordDict:
+    """Return the content of a message to a client; clients that are told the same may share it."""
+    told = Instruction(round, payload, attempt, orders)
     return LazyRecords(told, partial(_write_instruction, told))
 
 
 def _write_instruction(told: Instruction) -> RecordDict:
     plan = {"round": told.round, "attempt": told.attempt}
-    content = RecordDict({"plan": ConfigRecord(plan)})  # type: ignore[arg-type]
-    write_knowledge(content, told.knowledge)
+    content = RecordDict({_PLAN: ConfigRecord(plan)})  # type: ignore[arg-type]
+    write_payload(content, _PAYLOAD, told.payload)
+    write_payload(content, _ORDERS, told.orders)
     return content
 
 
@@ -92,8 +128,16 @@ def read_instruction(content: RecordDict) -> Instruction:
     told = content.original if isinstance(content, LazyRecords) else None
     if isinstance(told, Instruction):
         return told
-    plan = content.config_records["plan"]
-    return Instruction(int(plan["round"]), read_knowledge(content), int(plan.get("attempt", 1)))  # type: ignore[arg-type]
+    plan = content.config_records[_PLAN]
+    orders = read_payload(content, _ORDERS)
+    if not isinstance(orders, Orders | None):
+        raise ValueError(f"expected orders, got {orders.kind}")
+    return Instruction(
+        int(plan["round"]),  # type: ignore[arg-type]
+        read_payload(content, _PAYLOAD),
+        int(plan.get("attempt", 1)),  # type: ignore[arg-type]
+        orders,
+    )
 
 
 # -- what is said besides where a client is a node of its own ---------------------------------
@@ -133,19 +177,25 @@ class Introduction:
     versions: str
 
 
-def knowledge_records(knowledge: Knowledge | None) -> RecordDict:
+def payload_records(payload: Payload | None) -> RecordDict:
     """Return the part of an instruction that clients which receive the same can share."""
     records = RecordDict()
-    write_knowledge(records, knowledge)
+    write_payload(records, _PAYLOAD, payload)
     return records
 
 
 def node_instruction(
-    round: int, attempt: int, received: Mapping[str, Any], assignment: Assignment
+    round: int,
+    attempt: int,
+    received: Mapping[str, Any],
+    orders: Orders | None,
+    assignment: Assignment,
 ) -> RecordDict:
-    """Return the content of a message to a node; `read_instruction` reads its first half."""
+    """Return the content of a message to a node; `read_instruction` reads all but the last."""
     plan = ConfigRecord({"round": round, "attempt": attempt})
-    return RecordDict({"plan": plan, _NODE: ConfigRecord(asdict(assignment)), **received})
+    records = RecordDict({_PLAN: plan, _NODE: ConfigRecord(asdict(assignment)), **received})
+    write_payload(records, _ORDERS, orders)
+    return records
 
 
 def read_assignment(content: RecordDict) -> Assignment:
@@ -196,8 +246,8 @@ def reply_content(reply: ClientReply) -> RecordDict:
 def _write_reply(reply: ClientReply) -> RecordDict:
     content = RecordDict({"metrics": MetricRecord(dict(reply.metrics))})
     if reply.round is not None:
-        content["plan"] = ConfigRecord({"round": reply.round})
-    write_knowledge(content, reply.knowledge)
+        content[_PLAN] = ConfigRecord({"round": reply.round})
+    write_payload(content, _PAYLOAD, reply.payload)
     if reply.test_probabilities is not None:
         content["test"] = to_array_record({"probabilities": reply.test_probabilities})
     return content
@@ -214,9 +264,9 @@ def read_reply(content: RecordDict) -> ClientReply:
     if isinstance(reply, ClientReply):
         return reply
     test = content.array_records.get("test")
-    plan = content.config_records.get("plan")
+    plan = content.config_records.get(_PLAN)
     return ClientReply(
-        knowledge=read_knowledge(content),
+        payload=read_payload(content, _PAYLOAD),
         metrics={name: float(value) for name, value in content.metric_records["metrics"].items()},  # type: ignore[arg-type]
         test_probabilities=None if test is None else from_array_record(test)["probabilities"],
         round=None if plan is None else int(plan["round"]),  # type: ignore[arg-type]

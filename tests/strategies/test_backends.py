@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import RecordDict
+from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
 
 from fedkd.targets import Targets
 from fedkd.training import Batch, Member, ModelPool, Outputs, Streams, TrainingData, open_cohort
 from strategies import STRATEGIES
-from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
 
 VARIANTS = {
     "dml": [

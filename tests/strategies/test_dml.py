@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from strategies.knowledge import Broadcast, Predictions
 
 from fedkd.training import Passes, distilled, supervised
-from strategies.knowledge import Broadcast, Predictions
 
 SCHEDULE = {"kind": "linear", "start": 4.0, "end": 1.0}
 """Over four rounds: 4, 3, 2, 1."""

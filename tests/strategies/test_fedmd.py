@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies.knowledge import Broadcast, Predictions
 
 from fedkd.targets import Targets, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
-from strategies.knowledge import Broadcast, Predictions
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-
-from fedkd.training import Passes, distilled, supervised, supervised_public
 from strategies.knowledge import Broadcast, Predictions
 from strategies.server import Server, ServerModel
+
+from fedkd.training import Passes, distilled, supervised, supervised_public
 
 
 class FakeModel(ServerModel):

@@ -15,8 +15,8 @@ from fedkd.exchange.payload import (
     ids_bytes,
 )
 from fedkd.metrics.diversity import target_entropy
-from fedkd.targets import soften
-from fedkd.training import as_tensor
+from fedkd.targets import Targets, soften
+from fedkd.tensors import as_tensor
 
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""
@@ -94,6 +94,13 @@ class Predictions(Payload):
         """Bytes of the values and weights, and of the rows' ids where they cost any."""
         weights = 0 if self.weights is None else self.weights.nbytes
         return self.values.nbytes + weights + ids_bytes(self.ids, len(self.rows), self.planned)
+
+    @property
+    def targets(self) -> Targets:
+        """The values as what is to be learnt."""
+        if self.scale == "probabilities":
+            return Targets(self.values, scale="probabilities", temperature=self.temperature)
+        return Targets(self.values)
 
     def probabilities(self) -> np.ndarray:
         """Return the values as soft labels: logits are softened with ``temperature``."""

@@ -1,18 +1,20 @@
 """Every model that an algorithm trains, tried before any worker starts."""
 
+from typing import Any
+
 from fedkd.data import FederatedData
 from fedkd.models import build_model, uses_batch_norm
 from fedkd.models.memory import check_memory
 from fedkd.training import OptimizerSettings, as_tensor
 from fedkd.training.trial import SingleRowError, TrialSettings, try_model
-from strategies.base import DistillationStrategy, Step, StrategySettings
+from strategies.contract.strategy import Step, Strategy
 
 TRIAL_ROWS = 16
 """Real rows that models are tried on, at most."""
 
 
 def check_models(
-    strategy: DistillationStrategy[StrategySettings],
+    strategy: Strategy[Any, Any],
     data: FederatedData,
     *,
     optimizer: OptimizerSettings,
@@ -40,7 +42,7 @@ def check_models(
             raise ValueError(f"{step.setting}: {error}") from error
 
 
-def _smallest(strategy: DistillationStrategy[StrategySettings]) -> list[Step]:
+def _smallest(strategy: Strategy[Any, Any]) -> list[Step]:
     """Return one step for each setting and model: the smallest, or one that trains nothing."""
     found: dict[tuple[str, str], Step] = {}
     for step in strategy.smallest_steps():
@@ -53,7 +55,7 @@ def _smallest(strategy: DistillationStrategy[StrategySettings]) -> list[Step]:
 
 def _check(
     step: Step,
-    strategy: DistillationStrategy[StrategySettings],
+    strategy: Strategy[Any, Any],
     data: FederatedData,
     optimizer: OptimizerSettings,
     stacked: bool,

@@ -13,20 +13,31 @@ forward pass, and a meme begins every round without momentum.
 Differs from the paper: the objectives may hold any other term, layers included.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
-from fedkd.training import Architecture, Arrays, Cohort, ComposedObjective, Learner
-from strategies.base import DistillationStrategy, Step, StrategySettings
-from strategies.fedavg import WeightedMean
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Parameters
-from strategies.memory import Memory
-from strategies.plan import Federation, RoundPlan
-from strategies.server import Server, ServerModel
+from fedkd.training import Architecture, Cohort, ComposedObjective, Learner
+from strategies.contract import (
+    Call,
+    Received,
+    Round,
+    ServerModel,
+    ServerModelSettings,
+    ServerTools,
+    Step,
+    Strategy,
+    StrategySettings,
+    Upload,
+)
+from strategies.shared.means import mean_weights
 
 PRIVATE, MEME = "private", "meme"
 """A client's models by name; the private one is judged."""
@@ -56,15 +67,27 @@ class FMLSettings(StrategySettings):
     weighting: Literal["equal", "examples"] = "equal"
 
 
-class FML(DistillationStrategy[FMLSettings]):
+@dataclass(frozen=True)
+class Meme(Value):
+    """What the server remembers.
+
+    Attributes:
+        model: the global meme.
+    """
+
+    model: ServerModel
+
+
+class FML(Strategy[FMLSettings, Meme]):
     """Memes down, mutual learning at home, memes up, mean of the memes."""
 
     Settings: ClassVar[type[StrategySettings]] = FMLSettings
-    uploads = "parameters"
+    State: ClassVar[type[Value]] = Meme
 
-    def __init__(self, settings: FMLSettings, federation: Federation) -> None:
-        super().__init__(settings, federation)
-        self._meme: ServerModel | None = None
+    @property
+    def sums(self) -> str:
+        """The server needs the mean only."""
+        return self.settings.weighting
 
     def architecture(self, client: int) -> Architecture:
         """A private model and a meme."""
@@ -104,58 +127,43 @@ class FML(DistillationStrategy[FMLSettings]):
         for client in range(self.federation.num_clients):
             yield from self.private_steps("strategy.meme", self.settings.meme, client)
 
-    def client_round(
-        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
-    ) -> Sequence[Knowledge]:
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Take the global meme, learn with it and from it, and send what it has become."""
-        if isinstance(received, Parameters):
-            cohort.load_weights(received.arrays, model=MEME)
+        if isinstance(received.shared, Weights):
+            cohort.load_weights(received.shared.arrays, model=MEME)
         cohort.reset_optimizers(model=MEME)
-        cohort.fit(self._mutual(plan.progress), private=plan.local)
-        return [Parameters(arrays) for arrays in cohort.weights(model=MEME)]
+        cohort.fit(self._mutual(call.progress), private=call.local)
+        return [Weights(arrays=arrays) for arrays in cohort.weights(model=MEME)]
 
-    def prepare(self, server: Server) -> Broadcast:
+    def server_models(self) -> Mapping[str, ServerModelSettings]:
+        """The global meme."""
+        return {MEME: ServerModelSettings(self.settings.meme)}
+
+    def begin(self, server: ServerTools) -> Meme:
         """Let all memes start alike."""
-        self._meme = server.model(self.settings.meme)
-        return Broadcast(Parameters(self._meme.weights()))
+        return Meme(server.new(MEME))
+
+    def receives(self, state: Meme, client: int, round: Round) -> str:
+        """The global meme, for everybody."""
+        return MEME
+
+    def payload(self, state: Meme, key: str) -> Weights:
+        """The global meme."""
+        return Weights(arrays=state.model.weights)
+
+    def asks(self, state: Meme, client: int, round: Round, server: ServerTools) -> Asked:
+        """A meme, whatever the client's own model is."""
+        return server.asked_weights(self.settings.meme)
 
     def aggregate(
-        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
-    ) -> Broadcast:
+        self, state: Meme, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Meme:
         """Average the memes; without any the global one stays as it is."""
-        mean, count = WeightedMean(), 0
-        for upload in uploads:
-            if not isinstance(upload.knowledge, Parameters):
-                raise TypeError(f"expected parameters from client {upload.client}")
-            weight = upload.num_examples if self.settings.weighting == "examples" else 1
-            mean.add(upload.knowledge.arrays, weight)
-            count += 1
-        meme = self._global
-        if count:
-            meme.load_weights(mean.mean())
-        return Broadcast(Parameters(meme.weights()))
+        means = mean_weights(uploads, self.settings.weighting)
+        if not means:
+            return state
+        return Meme(server.with_weights(state.model, means[None].arrays))
 
-    @property
-    def _global(self) -> ServerModel:
-        if self._meme is None:
-            raise RuntimeError("the server half was not prepared")
-        return self._meme
-
-    def uploaded_weights(self, client: int, server: Server) -> Arrays:
-        """A meme, whatever the client's own model is."""
-        return self._global.weights()
-
-    def server_model(self) -> ServerModel | None:
+    def judged_models(self, state: Meme) -> Mapping[str, ServerModel]:
         """The mean meme: the global model."""
-        return self._meme
-
-    def memory(self) -> Memory:
-        """Remember the global meme."""
-        arrays = {} if self._meme is None else self._meme.to_arrays()
-        return Memory(arrays, {"meme": self._meme is not None})
-
-    def recall(self, memory: Memory, server: Server) -> None:
-        """Take the global meme back."""
-        self._meme = None
-        if memory.values["meme"]:
-            self._meme = server.model_from(self.settings.meme, memory.arrays)
+        return {MEME: state.model}

@@ -1,13 +1,13 @@
 """What clients do in every algorithm that teaches them on public rows while they learn at home."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from fedkd.bounds import Count, ShareBelowOne
+from fedkd.exchange.payloads import Predictions
 from fedkd.objectives import Objective
 from fedkd.objectives.terms import SoftenedTerm, Term
 from fedkd.schedules import (
@@ -25,9 +25,7 @@ from fedkd.training import (
     distilled,
     supervised,
 )
-from strategies.base import DistillationStrategy, Step, StrategySettings
-from strategies.knowledge import Knowledge, Predictions
-from strategies.plan import Federation, RoundPlan
+from strategies.contract import Call, Federation, Received, Round, Step, Strategy, StrategySettings
 
 
 class TaughtSettings(StrategySettings):
@@ -123,12 +121,12 @@ def never_taught(settings: TaughtSettings, federation: Federation) -> bool:
 
 
 def lesson_of(
-    objective: Objective, received: Predictions, settings: TaughtSettings, plan: RoundPlan
+    objective: Objective, received: Predictions, settings: TaughtSettings, round: Round
 ) -> ComposedObjective:
     """Return terms whose teacher is what was received."""
     return ComposedObjective(
         learners={MODEL: _learner(objective)},
-        progress=plan.progress,
+        progress=round.progress,
         temperature=received.temperature,
         confidence_threshold=settings.confidence_threshold,
     )
@@ -149,7 +147,7 @@ def _learner(objective: Objective) -> Learner:
     return Learner(objective=objective, setting="strategy.objective")
 
 
-def apart_steps(strategy: DistillationStrategy[Any], settings: TaughtSettings) -> Iterator[Step]:
+def apart_steps(strategy: Strategy[Any, Any], settings: TaughtSettings) -> Iterator[Step]:
     """Yield the smallest steps of clients whose public rows go through the model on their own."""
     if settings.public_forward == "joint" or strategy.learns_alone:
         return
@@ -166,51 +164,52 @@ def rows_of_step(federation: Federation, settings: TaughtSettings, private_rows:
     return min(local.batch_size, private_rows) + public // max(local.count(private_rows), 1)
 
 
-def learn(
-    cohort: Cohort, received: Knowledge | None, plan: RoundPlan, settings: TaughtSettings
-) -> None:
+def learn(cohort: Cohort, received: Received, call: Call, settings: TaughtSettings) -> None:
     """Minimise both terms in every step, or the private one where nothing teaches.
 
     With ``kd_weight`` 0 the public rows are left out altogether, so that the bits are those of
     learning alone; so it is with an objective whose other terms have weight 0.
     """
     if settings.objective is not None:
-        objective = plan.federation.in_force(settings.objective)
-        _learn_terms(cohort, received, plan, settings, objective)
+        objective = call.federation.in_force(settings.objective)
+        _learn_terms(cohort, received, call, settings, objective)
         return
-    ce_weight = settings.ce_weight.at(plan.progress)
-    kd_weight = settings.kd_weight.at(plan.progress)
-    if not isinstance(received, Predictions) or kd_weight == 0:
-        cohort.fit(partial(supervised, weight=ce_weight), private=plan.local)
+    ce_weight = settings.ce_weight.at(call.progress)
+    kd_weight = settings.kd_weight.at(call.progress)
+    if not received or kd_weight == 0:
+        cohort.fit(partial(supervised, weight=ce_weight), private=call.local)
         return
+    taught = received.all(Predictions)[0]
     both = partial(
         distilled,
-        temperature=received.temperature,
+        temperature=taught.temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
         scale_by_t2=settings.scale_by_t2,
         confidence_threshold=settings.confidence_threshold,
     )
-    cohort.fit(both, private=plan.local, public=_public(received, plan, settings))
+    cohort.fit(both, private=call.local, public=_public(received, call, settings))
 
 
 def _learn_terms(
     cohort: Cohort,
-    received: Knowledge | None,
-    plan: RoundPlan,
+    received: Received,
+    call: Call,
     settings: TaughtSettings,
     objective: Objective,
 ) -> None:
-    if isinstance(received, Predictions) and knowledge_of(objective, plan.progress) is not None:
-        lesson = lesson_of(objective, received, settings, plan)
-        cohort.fit(lesson, private=plan.local, public=_public(received, plan, settings))
+    if received and knowledge_of(objective, call.progress) is not None:
+        taught = received.all(Predictions)[0]
+        lesson = lesson_of(objective, taught, settings, call)
+        cohort.fit(lesson, private=call.local, public=_public(received, call, settings))
         return
     alone = {name: term for name, term in objective.terms.items() if term.needs == ("labels",)}
     if alone:
         learners = {MODEL: _learner(Objective.model_validate(alone))}
-        cohort.fit(ComposedObjective(learners=learners, progress=plan.progress), private=plan.local)
+        cohort.fit(ComposedObjective(learners=learners, progress=call.progress), private=call.local)
 
 
-def _public(received: Predictions, plan: RoundPlan, settings: TaughtSettings) -> PublicLesson:
-    lesson = plan.public(received, epochs=settings.public_epochs)
-    return replace(lesson, apart=settings.public_forward == "apart")
+def _public(received: Received, call: Call, settings: TaughtSettings) -> PublicLesson:
+    return call.lesson(
+        received, epochs=settings.public_epochs, apart=settings.public_forward == "apart"
+    )

@@ -9,7 +9,8 @@ distillation step of Lin, Kong, Stich, Jaggi, 2020, Algorithm 1, with prediction
 place of weights. https://arxiv.org/abs/2006.07242).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -17,30 +18,36 @@ import numpy as np
 import torch.nn.functional as F
 
 from fedkd.bounds import Count
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads import Predictions
+from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean
 from fedkd.training import (
     Cohort,
     ComposedObjective,
     Objective,
-    Passes,
     as_tensor,
     distilled,
     supervised,
     supervised_public,
 )
-from strategies.base import (
-    DistillationStrategy,
+from strategies.contract import (
+    Call,
+    Federation,
+    Received,
+    Round,
+    ServerModel,
+    ServerModelSettings,
+    ServerTools,
     Step,
+    Strategy,
     StrategySettings,
-    predictions_of,
+    Upload,
+    payloads_of,
     upload_logits,
 )
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
-from strategies.memory import Memory
-from strategies.plan import Federation, RoundPlan
-from strategies.server import Server, ServerModel
-from strategies.taught import (
+from strategies.shared.taught import (
     TaughtSettings,
     apart_steps,
     check_public_labels,
@@ -51,6 +58,9 @@ from strategies.taught import (
     never_taught,
     rows_of_step,
 )
+
+TEACHER = "teacher"
+"""The name of the server's model."""
 
 
 class OneWaySettings(TaughtSettings):
@@ -77,10 +87,26 @@ class OneWaySettings(TaughtSettings):
     server_epochs: Count = 1
 
 
-class OneWay(DistillationStrategy[OneWaySettings]):
+@dataclass(frozen=True)
+class Teaching(Value):
+    """What the server remembers.
+
+    Attributes:
+        model: the teacher's or the server's.
+        lesson: what it teaches in the next round; None where it has nothing to teach.
+        taught: whether the model has learnt anything yet.
+    """
+
+    model: ServerModel
+    lesson: Predictions | None = None
+    taught: bool = False
+
+
+class OneWay(Strategy[OneWaySettings, Teaching]):
     """A teacher that never learns from its students in the round in which it teaches them."""
 
     Settings: ClassVar[type[StrategySettings]] = OneWaySettings
+    State: ClassVar[type[Value]] = Teaching
     needs_public = True
 
     def __init__(self, settings: OneWaySettings, federation: Federation) -> None:
@@ -91,10 +117,11 @@ class OneWay(DistillationStrategy[OneWaySettings]):
                 "largest_client or pooled do without"
             )
         check_public_labels(settings, federation)
-        taught_from_outside = settings.direction == "teacher_to_clients"
-        self.uploads = "nothing" if taught_from_outside else "predictions"
-        self._model: ServerModel | None = None
-        self._taught = False
+
+    @property
+    def has_ensemble(self) -> bool:
+        """Whether clients send anything."""
+        return self.settings.direction != "teacher_to_clients"
 
     @property
     def learns_alone(self) -> bool:
@@ -131,98 +158,95 @@ class OneWay(DistillationStrategy[OneWaySettings]):
             return "public" if self.federation.public_labelled else "largest_client"
         return source
 
-    def client_round(
-        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
-    ) -> Sequence[Knowledge]:
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Learn from own labels and, where something was received, from the teacher."""
-        learn(cohort, received, plan, self.settings)
-        if self.settings.direction == "teacher_to_clients":
-            return ()
-        return upload_logits(cohort, plan.public_rows)
+        learn(cohort, received, call, self.settings)
+        return upload_logits(cohort, call) if self.has_ensemble else ()
 
-    def prepare(self, server: Server) -> Broadcast:
+    def server_models(self) -> Mapping[str, ServerModelSettings]:
+        """The teacher, or the model that the clients teach."""
+        return {TEACHER: ServerModelSettings(self.settings.model)}
+
+    def begin(self, server: ServerTools) -> Teaching:
         """Train the teacher, or make the server's model."""
+        model = server.new(TEACHER)
         if self.settings.direction != "teacher_to_clients":
-            self._model = server.model(self.settings.model)
-            return Broadcast()
-        self._model = self._train_teacher(server)
-        return Broadcast(self._lesson_for(self.federation.plan(1)))
+            return Teaching(model)
+        teacher = self._train_teacher(model, server)
+        return Teaching(teacher, self._lesson_for(teacher, self.federation.round(1), server), True)
 
-    def _train_teacher(self, server: Server) -> ServerModel:
-        passes = Passes(
-            batch_size=self.federation.local.batch_size, epochs=self.settings.teacher_epochs
-        )
+    def _train_teacher(self, model: ServerModel, server: ServerTools) -> ServerModel:
+        first, epochs = self.federation.round(1), self.settings.teacher_epochs
         source = self._teacher_source
         if source == "public":
-            teacher = server.model(self.settings.model)
-            lesson = self.federation.plan(1).labelled_public(epochs=self.settings.teacher_epochs)
-            teacher.fit(supervised_public, plan=None, public=lesson)
-            return teacher
+            lesson = first.labelled_public(epochs=epochs)
+            return server.fit(model, supervised_public, round=None, public=lesson).model
         rows = server.data.client_rows
         chosen = max(rows, key=len) if source == "largest_client" else np.concatenate(rows)
-        teacher = server.model(self.settings.model, train_rows=np.sort(chosen))
-        teacher.fit(supervised, plan=None, private=passes)
-        return teacher
+        passes = first.passes(epochs)
+        return server.fit(model, supervised, round=None, private=passes, rows=np.sort(chosen)).model
+
+    def receives(self, state: Teaching, client: int, round: Round) -> str | None:
+        """What the teacher teaches, for everybody."""
+        return None if state.lesson is None else "lesson"
+
+    def payload(self, state: Teaching, key: str) -> Payload:
+        """What the teacher teaches."""
+        assert state.lesson is not None  # noqa: S101
+        return state.lesson
+
+    def asks(self, state: Teaching, client: int, round: Round, server: ServerTools) -> Asked | None:
+        """Logits of the round's rows, where clients send anything."""
+        return round.asked_logits if self.has_ensemble else None
 
     def aggregate(
-        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
-    ) -> Broadcast:
+        self, state: Teaching, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Teaching:
         """Keep the teacher as it is; or let the ensemble teach the server model."""
+        following = round.next()
         if self.settings.direction == "teacher_to_clients":
-            return Broadcast(self._lesson_for(plan.next()))
-        temperature = self.settings.softening(plan.progress)
+            return Teaching(state.model, self._lesson_for(state.model, following, server), True)
+        temperature = self.settings.softening(round.progress)
         mean = StreamingMean()
-        for _, predictions in predictions_of(uploads):
+        for _, predictions in payloads_of(uploads, Predictions):
             mean.add(F.softmax(as_tensor(predictions.values) / temperature, dim=-1))
-        assert self._model is not None  # noqa: S101
+        model, taught = state.model, state.taught
         if mean.count:
             ensemble = Predictions(
-                kind="mean_probability",
-                rows=plan.public_rows,
+                rows=round.public_rows,
                 values=mean.mean().float().numpy(),
+                scale="probabilities",
                 temperature=temperature,
+                averaged=True,
             )
-            self._teach_server(self._model, ensemble, plan)
-        if self.settings.direction == "clients_to_server" or not self._taught:
-            return Broadcast()
-        return Broadcast(self._lesson_for(plan.next()))
+            objective = self._server_objective(ensemble, round)
+            if objective is not None:
+                lesson = round.lesson(ensemble, epochs=self.settings.server_epochs)
+                fitted = server.fit(model, objective, round=round, public=lesson)
+                model, taught = fitted.model, True
+        if self.settings.direction == "clients_to_server" or not taught:
+            return Teaching(model, taught=taught)
+        return Teaching(model, self._lesson_for(model, following, server), taught)
 
-    def _teach_server(self, model: ServerModel, ensemble: Predictions, plan: RoundPlan) -> None:
-        """Distil the ensemble: the server has no private rows, so terms on labels have no say."""
+    def _server_objective(
+        self, ensemble: Predictions, round: Round
+    ) -> Objective | ComposedObjective | None:
+        """What the server distils by; it has no private rows, so terms on labels have no say."""
         settings = self.settings
-        objective: Objective | ComposedObjective = partial(
-            distilled, temperature=ensemble.temperature, scale_by_t2=settings.scale_by_t2
-        )
-        if settings.objective is not None:
-            knowledge = knowledge_of(settings.objective, plan.progress)
-            if knowledge is None:
-                return
-            objective = lesson_of(knowledge, ensemble, settings, plan)
-        lesson = plan.public(ensemble, epochs=settings.server_epochs)
-        model.fit(objective, plan=plan, public=lesson)
-        self._taught = True
+        if settings.objective is None:
+            return partial(
+                distilled, temperature=ensemble.temperature, scale_by_t2=settings.scale_by_t2
+            )
+        knowledge = knowledge_of(settings.objective, round.progress)
+        return None if knowledge is None else lesson_of(knowledge, ensemble, settings, round)
 
-    def _lesson_for(self, plan: RoundPlan) -> Predictions:
-        assert self._model is not None  # noqa: S101
+    def _lesson_for(self, model: ServerModel, round: Round, server: ServerTools) -> Predictions:
         return Predictions(
-            kind="logits",
-            rows=plan.public_rows,
-            values=self._model.predict_public(plan.public_rows),
-            temperature=self.settings.softening(plan.progress),
+            rows=round.public_rows,
+            values=server.predict_public(model, round.public_rows),
+            temperature=self.settings.softening(round.progress),
         )
 
-    def server_model(self) -> ServerModel | None:
+    def judged_models(self, state: Teaching) -> Mapping[str, ServerModel]:
         """The teacher or the server's model."""
-        return self._model
-
-    def memory(self) -> Memory:
-        """Remember the model, and whether it has something to teach."""
-        arrays = {} if self._model is None else self._model.to_arrays()
-        return Memory(arrays, {"taught": self._taught, "model": self._model is not None})
-
-    def recall(self, memory: Memory, server: Server) -> None:
-        """Take the model back."""
-        self._taught = memory.values["taught"]
-        self._model = None
-        if memory.values["model"]:
-            self._model = server.model_from(self.settings.model, memory.arrays)
+        return {TEACHER: state.model}

@@ -3,11 +3,18 @@
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
+from fedkd.exchange.payload import Payload
 from fedkd.training import Cohort, supervised
-from strategies.base import DistillationStrategy, StrategySettings
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge
-from strategies.plan import RoundPlan
-from strategies.server import Server
+from strategies.contract import (
+    Call,
+    Nothing,
+    Received,
+    Round,
+    ServerTools,
+    Strategy,
+    StrategySettings,
+    Upload,
+)
 
 
 class LocalSettings(StrategySettings):
@@ -16,20 +23,18 @@ class LocalSettings(StrategySettings):
     name: Literal["local"] = "local"
 
 
-class Local(DistillationStrategy[LocalSettings]):
+class Local(Strategy[LocalSettings, Nothing]):
     """Train on private rows; send nothing, receive nothing."""
 
     Settings: ClassVar[type[StrategySettings]] = LocalSettings
 
-    def client_round(
-        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
-    ) -> Sequence[Knowledge]:
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """One round of private training."""
-        cohort.fit(supervised, private=plan.local)
+        cohort.fit(supervised, private=call.local)
         return ()
 
     def aggregate(
-        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
-    ) -> Broadcast:
+        self, state: Nothing, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Nothing:
         """Nothing arrives, nothing goes out."""
-        return Broadcast()
+        return state

@@ -9,24 +9,31 @@ published code sums); with detached targets that equals the divergence to their 
 probability up to a constant, which is why one averaged target is all that travels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads import Predictions
+from fedkd.exchange.values import Value
 from fedkd.mutual.averages import PeerMean
 from fedkd.training import Cohort, ComposedObjective
-from strategies.base import (
-    DistillationStrategy,
+from strategies.contract import (
+    Call,
+    Federation,
+    Received,
+    Round,
+    ServerTools,
     Step,
+    Strategy,
     StrategySettings,
-    predictions_of,
+    Upload,
+    payloads_of,
     upload_logits,
 )
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
-from strategies.plan import Federation, RoundPlan
-from strategies.server import Server
-from strategies.taught import (
+from strategies.shared.taught import (
     TaughtSettings,
     apart_steps,
     check_public_labels,
@@ -50,12 +57,26 @@ class DMLSettings(TaughtSettings):
     average: Literal["probability", "logit"] = "probability"
 
 
-class DML(DistillationStrategy[DMLSettings]):
+@dataclass(frozen=True)
+class Peers(Value):
+    """What the peers teach.
+
+    Attributes:
+        shared: the mean of all that sent something; None before anybody did.
+        others: for each of them the mean of the others; None where there was no other.
+    """
+
+    shared: Predictions | None = None
+    others: Mapping[int, Predictions | None] = field(default_factory=dict)
+
+
+class DML(Strategy[DMLSettings, Peers]):
     """Learn from own labels and from the peers at once; then show the peers what was learnt."""
 
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
-    uploads = "predictions"
+    State: ClassVar[type[Value]] = Peers
     needs_public = True
+    has_ensemble = True
 
     def __init__(self, settings: DMLSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
@@ -79,39 +100,55 @@ class DML(DistillationStrategy[DMLSettings]):
         yield from super().smallest_steps()
         yield from apart_steps(self, self.settings)
 
-    def client_round(
-        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
-    ) -> Sequence[Knowledge]:
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Minimise both terms in every step; then predict the round's public rows."""
-        learn(cohort, received, plan, self.settings)
-        return upload_logits(cohort, plan.public_rows)
+        learn(cohort, received, call, self.settings)
+        return upload_logits(cohort, call)
+
+    def receives(self, state: Peers, client: int, round: Round) -> str | int | None:
+        """What the others taught, or what all did where the client is none of them."""
+        if client in state.others:
+            return None if state.others[client] is None else client
+        return None if state.shared is None else "shared"
+
+    def payload(self, state: Peers, key: str | int) -> Payload:
+        """The mean of all, or of the others of one client."""
+        taught = state.shared if isinstance(key, str) else state.others[key]
+        assert taught is not None  # noqa: S101
+        return taught
+
+    def asks(self, state: Peers, client: int, round: Round, server: ServerTools) -> Asked:
+        """Logits of the round's rows."""
+        return round.asked_logits
 
     def aggregate(
-        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
-    ) -> Broadcast:
+        self, state: Peers, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Peers:
         """Give each participant the mean of the others, and everybody else the mean of all."""
-        temperature = self.settings.softening(plan.next().progress)
+        temperature = self.settings.softening(round.next().progress)
+        soft = self.settings.average == "probability"
         mean = PeerMean(temperature=temperature, average=self.settings.average)
         own = {
-            upload.client: mean.add(predictions.values)
-            for upload, predictions in predictions_of(uploads)
+            upload.client: mean.add(sent.values)
+            for upload, sent in payloads_of(uploads, Predictions)
         }
         if not mean.count:
-            return Broadcast()
+            return Peers()
 
         def target(values: torch.Tensor) -> Predictions:
             return Predictions(
-                kind="mean_probability" if self.settings.average == "probability" else "mean_logit",
-                rows=plan.public_rows,
+                rows=round.public_rows,
                 values=values.float().numpy(),
+                scale="probabilities" if soft else "logits",
                 temperature=temperature,
+                averaged=True,
             )
 
         shared = target(mean.of_all())
         if self.settings.include_self:
-            return Broadcast(shared)
+            return Peers(shared)
         if len(own) == 1:
             # A lone participant has no peers; the next round's others still learn from it.
-            return Broadcast(shared, personal=dict.fromkeys(own))
+            return Peers(shared, dict.fromkeys(own))
         others = {client: target(mean.of_others(values)) for client, values in own.items()}
-        return Broadcast(shared, personal=others)
+        return Peers(shared, others)

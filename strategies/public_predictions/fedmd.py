@@ -16,20 +16,26 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedkd.bounds import CountOrZero, Real
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads import Predictions
+from fedkd.exchange.values import Value
 from fedkd.losses.distances import logit_l1, logit_mse
 from fedkd.losses.response import soft_target_loss
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
-from strategies.base import (
-    DistillationStrategy,
+from strategies.contract import (
+    Call,
+    Received,
+    Round,
+    ServerTools,
     Step,
+    Strategy,
     StrategySettings,
-    predictions_of,
+    Upload,
+    payloads_of,
     upload_logits,
 )
-from strategies.knowledge import Broadcast, ClientUpload, Knowledge, Predictions
-from strategies.plan import RoundPlan
-from strategies.server import Server
+from strategies.shared.lessons import Lesson
 
 
 class FedMDSettings(StrategySettings):
@@ -63,12 +69,18 @@ class FedMDSettings(StrategySettings):
         return self
 
 
-class FedMD(DistillationStrategy[FedMDSettings]):
+class FedMD(Strategy[FedMDSettings, Lesson]):
     """Transfer; then communicate, aggregate, distribute, digest, revisit, round after round."""
 
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
-    uploads = "predictions"
+    State: ClassVar[type[Value]] = Lesson
     needs_public = True
+    has_ensemble = True
+
+    @property
+    def sums(self) -> str | None:
+        """A mean is all that is needed; a robust consensus looks at each client."""
+        return self.settings.weighting if self.settings.aggregation == "mean" else None
 
     @property
     def learns_alone(self) -> bool:
@@ -87,18 +99,16 @@ class FedMD(DistillationStrategy[FedMDSettings]):
             for rows in lessons:
                 yield from self.public_steps("clients.models", model, rows)
 
-    def client_round(
-        self, cohort: Cohort, received: Knowledge | None, plan: RoundPlan
-    ) -> Sequence[Knowledge]:
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Digest the consensus first, then revisit private data, then communicate scores."""
         settings = self.settings
-        if plan.round == 1 and plan.federation.public_labelled and settings.transfer_epochs:
-            lesson = plan.labelled_public(epochs=settings.transfer_epochs)
+        if call.number == 1 and call.federation.public_labelled and settings.transfer_epochs:
+            lesson = call.labelled_public(epochs=settings.transfer_epochs)
             cohort.fit(supervised_public, public=lesson)
-        if isinstance(received, Predictions) and settings.digest_epochs:
-            cohort.fit(self._digest, public=plan.public(received, epochs=settings.digest_epochs))
-        cohort.fit(supervised, private=plan.local)
-        return upload_logits(cohort, plan.public_rows)
+        if received and settings.digest_epochs:
+            cohort.fit(self._digest, public=call.lesson(received, epochs=settings.digest_epochs))
+        cohort.fit(supervised, private=call.local)
+        return upload_logits(cohort, call)
 
     def _digest(self, outputs: Outputs, batch: Batch) -> Losses:
         """Approach the consensus: the distance of a member's logits to the mean logits."""
@@ -115,9 +125,21 @@ class FedMD(DistillationStrategy[FedMDSettings]):
                 loss = soft_target_loss(student, consensus, temperature=1.0, sample_weights=counted)
         return {"digest": loss}
 
+    def receives(self, state: Lesson, client: int, round: Round) -> str | None:
+        """The consensus, for everybody."""
+        return state.for_all
+
+    def payload(self, state: Lesson, key: str) -> Predictions:
+        """The consensus."""
+        return state.taught
+
+    def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
+        """Logits of the round's rows."""
+        return round.asked_logits
+
     def aggregate(
-        self, uploads: Iterable[ClientUpload], plan: RoundPlan, server: Server
-    ) -> Broadcast:
+        self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Lesson:
         """Take the (weighted or robust) mean of the clients' logits as the consensus."""
         consensus = (
             self._mean(uploads)
@@ -125,21 +147,18 @@ class FedMD(DistillationStrategy[FedMDSettings]):
             else self._robust_mean(uploads)
         )
         if consensus is None:
-            return Broadcast()
-        return Broadcast(
-            Predictions(kind="mean_logit", rows=plan.public_rows, values=consensus.numpy())
-        )
+            return Lesson()
+        return Lesson(Predictions(rows=round.public_rows, values=consensus.numpy(), averaged=True))
 
-    def _mean(self, uploads: Iterable[ClientUpload]) -> Tensor | None:
+    def _mean(self, uploads: Iterable[Upload]) -> Tensor | None:
         mean = StreamingMean()
-        for upload, predictions in predictions_of(uploads):
-            weight = upload.num_examples if self.settings.weighting == "examples" else 1
-            mean.add(predictions.values, weight)
+        for upload, predictions in payloads_of(uploads, Predictions):
+            mean.add(predictions.values, upload.weight(self.settings.weighting))
         return mean.pop_mean() if mean.count else None
 
-    def _robust_mean(self, uploads: Iterable[ClientUpload]) -> Tensor | None:
+    def _robust_mean(self, uploads: Iterable[Upload]) -> Tensor | None:
         with PredictionSpool() as spool:
-            for _, predictions in predictions_of(uploads):
+            for _, predictions in payloads_of(uploads, Predictions):
                 spool.add(predictions.values)
             if not spool.count:
                 return None

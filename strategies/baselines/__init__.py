@@ -1,0 +1,1 @@
+"""What an exchange is compared with: alone, pooled, averaged weights."""

@@ -1,0 +1,108 @@
+"""FedAvg: clients train the global model on their own rows; the server averages the weights.
+
+Source: McMahan, Moore, Ramage, Hampson, Aguera y Arcas, 2017, Algorithm 1.
+https://arxiv.org/abs/1602.05629
+Differs from the paper: where clients have different architectures, each architecture has a
+global model of its own, averaged over the clients that share it, since weights of different
+shapes have no mean. BatchNorm statistics are averaged like parameters.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.values import Value
+from fedkd.training import Cohort, supervised
+from strategies.contract import (
+    Call,
+    Received,
+    Round,
+    ServerTools,
+    Strategy,
+    StrategySettings,
+    Upload,
+)
+from strategies.shared.means import mean_weights
+
+
+class FedAvgSettings(StrategySettings):
+    """Settings under ``strategy:`` when ``name: fedavg``.
+
+    Attributes:
+        weighting: ``examples`` weights a client by its private rows, as the paper does;
+            ``equal`` counts every client once.
+    """
+
+    name: Literal["fedavg"] = "fedavg"
+    weighting: Literal["examples", "equal"] = "examples"
+
+
+@dataclass(frozen=True)
+class GlobalModels(Value):
+    """What averaging servers remember.
+
+    Attributes:
+        models: the global model of each architecture.
+    """
+
+    models: Mapping[str, Weights]
+
+
+class FedAvg(Strategy[FedAvgSettings, GlobalModels]):
+    """Weights down, local training, weights up, weighted mean."""
+
+    Settings: ClassVar[type[StrategySettings]] = FedAvgSettings
+    State: ClassVar[type[Value]] = GlobalModels
+    judges_received = True
+
+    @property
+    def sums(self) -> str:
+        """The server needs the mean only."""
+        return self.settings.weighting
+
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
+        """Start from the global model, without memory of earlier rounds; train; send weights."""
+        self.before_evaluation(cohort, received, call)
+        cohort.reset_optimizers()
+        self.learn(cohort, received, call)
+        return [Weights(arrays=arrays) for arrays in cohort.weights()]
+
+    def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Train on private rows."""
+        cohort.fit(supervised, private=call.local)
+
+    def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Judge the global model."""
+        if isinstance(received.shared, Weights):
+            cohort.load_weights(received.shared.arrays)
+
+    def begin(self, server: ServerTools) -> GlobalModels:
+        """Start every architecture from the first weights of its first client."""
+        return GlobalModels(
+            {
+                architecture: Weights(arrays=server.initial_weights(client))
+                for architecture, client in self.federation.first_clients.items()
+            }
+        )
+
+    def receives(self, state: GlobalModels, client: int, round: Round) -> str:
+        """The global model of the client's architecture."""
+        return self.federation.architectures[client]
+
+    def payload(self, state: GlobalModels, key: str) -> Weights:
+        """The global model of an architecture."""
+        return state.models[key]
+
+    def asks(self, state: GlobalModels, client: int, round: Round, server: ServerTools) -> Asked:
+        """Weights of the client's model."""
+        return server.asked_weights(self.federation.models[client])
+
+    def aggregate(
+        self, state: GlobalModels, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> GlobalModels:
+        """Average each architecture's uploads; one without uploads keeps its global model."""
+        architectures = self.federation.architectures
+        means = mean_weights(uploads, self.settings.weighting, architectures.__getitem__)
+        return GlobalModels({**state.models, **{str(key): mean for key, mean in means.items()}})

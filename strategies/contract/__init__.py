@@ -1,0 +1,38 @@
+"""What an algorithm is written against: strategy, round, server tools, payloads."""
+
+from strategies.contract.round import Call, Federation, Received, Round
+from strategies.contract.server import (
+    GivenRows,
+    ServerModel,
+    ServerModelSettings,
+    ServerTools,
+    Trained,
+)
+from strategies.contract.strategy import (
+    Nothing,
+    Step,
+    Strategy,
+    StrategySettings,
+    Upload,
+    payloads_of,
+    upload_logits,
+)
+
+__all__ = [
+    "Call",
+    "Federation",
+    "GivenRows",
+    "Nothing",
+    "Received",
+    "Round",
+    "ServerModel",
+    "ServerModelSettings",
+    "ServerTools",
+    "Step",
+    "Strategy",
+    "StrategySettings",
+    "Trained",
+    "Upload",
+    "payloads_of",
+    "upload_logits",
+]

@@ -1,0 +1,323 @@
+"""The server's side of a simulation: what it may see, and models of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fedkd.data import FederatedData
+from fedkd.exchange.payload import Asked
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.values import Value
+from fedkd.models import ModelSettings
+from fedkd.models.options import ImageShape
+from fedkd.randomness import Purpose
+from fedkd.training import (
+    MODEL,
+    PARTS,
+    Arrays,
+    ClientState,
+    ComposedObjective,
+    LoopCohort,
+    Member,
+    ModelPool,
+    Objective,
+    OptimizerSettings,
+    Passes,
+    PublicLesson,
+    RowOutputs,
+    Streams,
+    Table,
+    TrainingData,
+    as_tensor,
+    check_state,
+    initial_model_seed,
+)
+from strategies.contract.round import Federation, Round
+
+SERVER_ID = 2**31
+"""Stands for the server's first model where streams and states are keyed by client; its second
+model is the next number, and so on."""
+
+
+class ServerModelSettings(NamedTuple):
+    """What one of the server's models is.
+
+    Attributes:
+        model: its architecture.
+        optimizer: of its own; None: that of the clients.
+        input_shape: of one row, where it does not learn from images of the run but from features.
+    """
+
+    model: ModelSettings
+    optimizer: OptimizerSettings | None = None
+    input_shape: ImageShape | None = None
+
+
+@dataclass(frozen=True)
+class ServerModel(Value):
+    """One of the server's models at one moment; training returns another.
+
+    Attributes:
+        name: which of `Strategy.server_models` it is.
+        arrays: its weights, and what its optimizer remembers.
+    """
+
+    name: str
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def weights(self) -> Arrays:
+        """Parameters and buffers by name."""
+        return ClientState.from_arrays(self.arrays).models[MODEL].weights
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """Rows that the server was given, and that are no images of the run.
+
+    Attributes:
+        inputs: float32 ``[rows, channels, height, width]``.
+        labels: int64 ``[rows]``.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class Trained:
+    """What training on the server came to.
+
+    Attributes:
+        model: as it is now.
+        outputs: what it put out for the rows while it trained, where they were kept.
+    """
+
+    model: ServerModel
+    outputs: RowOutputs | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class ServerTools:
+    """What the server half may use: the public set, validation rows, and models of its own.
+
+    In a simulation the server can also reach private rows. Only upper bounds and teachers that
+    say so in their settings do.
+    """
+
+    def __init__(
+        self,
+        *,
+        federation: Federation,
+        data: FederatedData,
+        optimizer: OptimizerSettings,
+        device: torch.device,
+        models: Mapping[str, ServerModelSettings] | None = None,
+    ) -> None:
+        self.federation = federation
+        self.data = data
+        self._models = dict(models or {})
+        self._optimizer = optimizer
+        self._device = device
+        self._tensors = TrainingData.from_arrays(data, device)
+        self._pool = ModelPool(self._tensors, optimizer)
+        self._pools: dict[str, ModelPool] = {}
+        self._asked: dict[str, Asked] = {}
+
+    # -- models ----------------------------------------------------------------------------
+
+    def new(self, name: str, weights: Mapping[str, np.ndarray] | None = None) -> ServerModel:
+        """Return one of the server's models with first weights from the run's seed, or with these.
+
+        Its optimizer remembers nothing.
+        """
+        state = self._first_state(name)
+        model = ServerModel(name, state.to_arrays())
+        return model if weights is None else self.with_weights(model, weights)
+
+    def with_weights(self, model: ServerModel, weights: Mapping[str, np.ndarray]) -> ServerModel:
+        """Return the model with other parameters and buffers; its optimizer remembers nothing.
+
+        Raises:
+            ValueError: for weights of another architecture.
+        """
+        cohort = self._cohort(model, None)
+        cohort.load_weights(weights)
+        cohort.reset_optimizers()
+        return self._after(model, cohort)
+
+    def fit(
+        self,
+        model: ServerModel,
+        objective: Objective | ComposedObjective,
+        *,
+        round: Round | None,
+        private: Passes | None = None,
+        rows: np.ndarray | GivenRows | None = None,
+        public: PublicLesson | None = None,
+        tables: Mapping[str, Table] | None = None,
+        keep_outputs: bool = False,
+    ) -> Trained:
+        """Train, and return the model as it is then; the one that was given stays as it was.
+
+        Args:
+            model: to begin with.
+            objective: what is minimised.
+            round: in which this is; None: before the first.
+            private: how to walk through ``rows``.
+            rows: ids of training rows, or rows that were given.
+            public: public rows and what to learn about them.
+            tables: handed into the objective.
+            keep_outputs: return what the model put out for the rows while it trained.
+        """
+        given, ids = (None, rows) if not isinstance(rows, GivenRows) else (rows, None)
+        if given is not None:
+            ids = np.arange(len(given.labels))
+        cohort = self._cohort(model, round, ids, given)
+        kept = cohort.fit(
+            objective, private=private, public=public, tables=tables, keep_outputs=keep_outputs
+        )
+        return Trained(self._after(model, cohort), kept[0] if kept else None, cohort.metrics()[0])
+
+    def predict(self, model: ServerModel, inputs: torch.Tensor) -> np.ndarray:
+        """Return float32 logits ``[rows, classes]``, in evaluation mode."""
+        logits: np.ndarray = self._cohort(model, None).predict(inputs)[0]
+        return logits
+
+    def predict_public(self, model: ServerModel, rows: np.ndarray) -> np.ndarray:
+        """Return float32 logits ``[rows, classes]`` on positions of the public set."""
+        logits: np.ndarray = self._cohort(model, None).predict_public(rows)[0]
+        return logits
+
+    def validation_accuracy(self, model: ServerModel) -> float:
+        """Return the share of validation rows that the model gets right: what may select it."""
+        logits = self.predict(model, as_tensor(self.data.validation_inputs).to(self._device))
+        return float((logits.argmax(-1) == self.data.validation_labels).mean())
+
+    # -- clients' models -------------------------------------------------------------------
+
+    def initial_weights(self, client: int, model: str | None = None) -> Arrays:
+        """Return the weights that a client starts from; without a name its only model's."""
+        seed = initial_model_seed(self.federation.seed, client)
+        state = self._pool.initial_state(self.federation.models[client], seed)
+        return state.models[model or MODEL].weights
+
+    def asked_weights(self, model: ModelSettings) -> Asked:
+        """Describe an upload of the weights of a model."""
+        if model.key not in self._asked:
+            state = self._pool.initial_state(model, seed=0)
+            self._asked[model.key] = Weights.asked(state.models[MODEL].weights)
+        return self._asked[model.key]
+
+    def predict_with(
+        self, model: ModelSettings, weights: Mapping[str, np.ndarray], rows: np.ndarray
+    ) -> np.ndarray:
+        """Return the logits on public rows of a model that somebody sent, in evaluation mode."""
+        state = self._pool.initial_state(model, seed=0)
+        member = Member(SERVER_ID, np.empty(0, np.int64), state)
+        cohort = self._open(member, model, self._optimizer, self._tensors, self._pool, None)
+        cohort.load_weights(weights)
+        logits: np.ndarray = cohort.predict_public(rows)[0]
+        return logits
+
+    # -- what was kept ---------------------------------------------------------------------
+
+    def check_kept(self, model: ServerModel) -> None:
+        """Refuse a model that the server of this run cannot have; its numbers may be any.
+
+        Raises:
+            ValueError: naming the model and the array.
+        """
+        settings = self._settings(model.name)
+        like = self._first_state(model.name)
+        optimizer = settings.optimizer or self._optimizer
+        state = ClientState.from_arrays(model.arrays)
+        check_state(state, like, optimizer.remembers, made_later=PARTS)
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _settings(self, name: str) -> ServerModelSettings:
+        if name not in self._models:
+            raise ValueError(f"the server has no model {name!r}; it has {sorted(self._models)}")
+        return self._models[name]
+
+    def _number(self, name: str) -> int:
+        return SERVER_ID + list(self._models).index(name)
+
+    def _first_state(self, name: str) -> ClientState:
+        settings = self._settings(name)
+        seed = initial_model_seed(self.federation.seed, self._number(name))
+        return self._pool_of(name).initial_state(settings.model, seed)
+
+    def _pool_of(self, name: str) -> ModelPool:
+        """Return where models of one name are built: for images of the run, or for features."""
+        settings = self._settings(name)
+        if settings.input_shape is None and settings.optimizer is None:
+            return self._pool
+        if name not in self._pools:
+            tensors = self._tensors
+            if settings.input_shape is not None:
+                none = torch.zeros(2, *settings.input_shape, device=self._device)
+                tensors = self._given(none, torch.zeros(2, dtype=torch.int64))
+            self._pools[name] = ModelPool(tensors, settings.optimizer or self._optimizer)
+        return self._pools[name]
+
+    def _given(self, inputs: torch.Tensor, labels: torch.Tensor) -> TrainingData:
+        return TrainingData(
+            train_inputs=inputs.to(self._device),
+            train_labels=labels.to(self._device),
+            public_inputs=inputs[:0].to(self._device),
+            public_labels=None,
+            num_classes=self.federation.num_classes,
+        )
+
+    def _cohort(
+        self,
+        model: ServerModel,
+        round: Round | None,
+        rows: np.ndarray | None = None,
+        given: GivenRows | None = None,
+    ) -> LoopCohort:
+        settings = self._settings(model.name)
+        tensors = self._tensors
+        if given is not None:
+            tensors = self._given(as_tensor(given.inputs), as_tensor(given.labels))
+        member = Member(
+            self._number(model.name),
+            np.empty(0, np.int64) if rows is None else rows,
+            ClientState.from_arrays(model.arrays),
+        )
+        optimizer = settings.optimizer or self._optimizer
+        return self._open(
+            member, settings.model, optimizer, tensors, self._pool_of(model.name), round
+        )
+
+    def _open(
+        self,
+        member: Member,
+        model: ModelSettings,
+        optimizer: OptimizerSettings,
+        tensors: TrainingData,
+        pool: ModelPool,
+        round: Round | None,
+    ) -> LoopCohort:
+        federation = self.federation
+        return LoopCohort(
+            [member],
+            model=model,
+            optimizer=optimizer,
+            data=tensors,
+            pool=pool,
+            streams=Streams(
+                seed=federation.seed,
+                purpose=Purpose.TEACHER if round is None else Purpose.SERVER,
+                round=1 if round is None else round.number,
+                rounds=1 if round is None else federation.rounds,
+            ),
+        )
+
+    def _after(self, model: ServerModel, cohort: LoopCohort) -> ServerModel:
+        return ServerModel(model.name, cohort.states()[0].to_arrays())

@@ -1,0 +1,287 @@
+"""What an algorithm is written against: settings, a state, a server half and a client half.
+
+An algorithm is one file. Its client half runs on workers over a cohort of clients; its server
+half runs once, beside the round loop. Both are built from the same settings. What the server
+remembers is a value that it is handed and returns; nothing is changed on the algorithm itself.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedkd.data import FederatedData
+from fedkd.exchange.payload import Asked, Payload, expect
+from fedkd.exchange.payloads import Orders, Predictions
+from fedkd.exchange.values import Value
+from fedkd.models import ModelSettings
+from fedkd.models.options import ImageShape
+from fedkd.training import Architecture, Cohort, ComposedObjective, stacking_of
+from fedkd.training.binding import Stacking
+from fedkd.training.cohort import named_models
+from strategies.contract.round import Call, Federation, Received, Round
+from strategies.contract.server import ServerModel, ServerModelSettings, ServerTools
+
+
+class StrategySettings(BaseModel):
+    """Settings under ``strategy:``; each algorithm adds its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Nothing(Value):
+    """The state of a server that remembers nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One client's checked answer, as the aggregator sees it.
+
+    Attributes:
+        client: partition id; the first of those whose sum this is, where the server sees sums only.
+        payload: what it sent.
+        num_examples: private rows behind it. The server knows them from the partition.
+        clients: how many clients' mean it is.
+    """
+
+    client: int
+    payload: Payload
+    num_examples: int
+    clients: int = 1
+
+    def weight(self, weighting: str) -> int:
+        """Return how much it counts in a mean: by ``examples``, or every client once."""
+        return self.num_examples if weighting == "examples" else self.clients
+
+
+class Step(NamedTuple):
+    """The smallest step of some kind that a model takes.
+
+    Attributes:
+        setting: what names the model.
+        model: the model.
+        rows: how many go through it together, >= 1; None where it does not train.
+        remedy: who would train on a single row, and what helps, where it is one.
+    """
+
+    setting: str
+    model: ModelSettings
+    rows: int | None
+    remedy: str
+
+
+SettingsT = TypeVar("SettingsT", bound=StrategySettings)
+StateT = TypeVar("StateT", bound=Value)
+
+
+class Strategy(ABC, Generic[SettingsT, StateT]):
+    """One federated algorithm.
+
+    Subclasses name the classes of their settings and of their state, and implement both halves.
+    """
+
+    Settings: ClassVar[type[StrategySettings]]
+    State: ClassVar[type[Value]] = Nothing
+    """What the server remembers: a frozen dataclass that is a `fedkd.exchange.values.Value`."""
+
+    judges_received: ClassVar[bool] = False
+    """Whether `before_evaluation` or `scores` needs what the server last sent."""
+    needs_public: ClassVar[bool] = False
+    """Whether the algorithm cannot run without a public set."""
+
+    def __init__(self, settings: SettingsT, federation: Federation) -> None:
+        self.settings = settings
+        self.federation = federation
+
+    # -- what it needs -------------------------------------------------------------------
+
+    @property
+    def has_ensemble(self) -> bool:
+        """Whether clients send predictions, so that the accuracy of their mean is of interest."""
+        return False
+
+    @property
+    def sums(self) -> str | None:
+        """How a client is weighted where `aggregate` uses nothing but the weighted mean of uploads.
+
+        ``examples`` or ``equal``; None: it looks at each upload, and cannot do with their sum.
+        """
+        return None
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether nothing that is exchanged reaches what is judged of a client, in any round.
+
+        Such clients are trained by the backend that trains them in `local`, whatever else the
+        algorithm could do, and have its bits. Decides only how clients are trained.
+        """
+        return False
+
+    def composed(self) -> ComposedObjective | None:
+        """Return what clients minimise where it is made of terms.
+
+        Decides only how clients are trained (stacked or not), never on what; its progress and
+        temperature have no say.
+        """
+        return None
+
+    def check(self, input_shape: ImageShape) -> None:
+        """Refuse, before any worker starts, objectives that do not fit the clients' models.
+
+        Raises:
+            ValueError: naming the setting, what it got and what would work.
+        """
+        self.stackings(input_shape)
+
+    def stackings(self, input_shape: ImageShape) -> dict[str, Stacking]:
+        """Tell for each architecture whether stacked clients can learn by `composed`.
+
+        Empty where clients minimise nothing that is made of terms.
+
+        Raises:
+            ValueError: naming the setting of an objective that does not fit the clients' models.
+        """
+        composed = self.composed()
+        if composed is None:
+            return {}
+        return {
+            architecture: stacking_of(
+                composed,
+                tuple(named_models(self.architecture(client)).items()),
+                input_shape=input_shape,
+                num_classes=self.federation.num_classes,
+            )
+            for architecture, client in self.federation.first_clients.items()
+        }
+
+    def smallest_steps(self) -> Iterator[Step]:
+        """Name every model that is trained, with the smallest step that it takes.
+
+        The same model may come several times.
+        """
+        for client, model in enumerate(self.federation.models):
+            yield from self.private_steps("clients.models", model, client)
+
+    def private_steps(self, setting: str, model: ModelSettings, client: int) -> Iterator[Step]:
+        """The steps of a client on its private rows."""
+        federation = self.federation
+        yield Step(
+            setting,
+            model,
+            federation.local.smallest(federation.num_examples[client]),
+            f"client {client} would; use norm: group, a larger clients.batch_size or "
+            "data.partition.min_rows",
+        )
+
+    def public_steps(self, setting: str, model: ModelSettings, rows: int) -> Iterator[Step]:
+        """The steps on public rows alone, of which there are so many."""
+        yield Step(
+            setting,
+            model,
+            min(rows, self.federation.local.batch_size),
+            "a step on public rows would; use norm: group, or a larger clients.batch_size, "
+            "data.public.size or exchange.rows_per_round",
+        )
+
+    # -- server half ---------------------------------------------------------------------
+
+    def server_models(self) -> Mapping[str, ServerModelSettings]:
+        """Name the models that the server has, if any; it makes them with `ServerTools.new`."""
+        return {}
+
+    def begin(self, server: ServerTools) -> StateT:
+        """Return the state before the first round; by default an empty `State`."""
+        state: Any = self.State()
+        return state  # type: ignore[no-any-return]
+
+    def participants(self, state: StateT, round: Round) -> tuple[int, ...]:
+        """Choose who takes part in a round: sorted partition ids, at least one."""
+        return round.drawn()
+
+    def receives(self, state: StateT, client: int, round: Round) -> Hashable | None:
+        """Name what a client receives in a round; None: nothing.
+
+        `payload` makes it from the name. Clients with equal names receive one object, which is
+        encoded once and travels once to each machine.
+        """
+        return None
+
+    def payload(self, state: StateT, key: Any) -> Payload:
+        """Return what clients receive that are named so."""
+        raise NotImplementedError(f"{type(self).__name__}.receives needs payload as well")
+
+    def orders(self, state: StateT, client: int, round: Round) -> Orders | None:
+        """Return what the server decided for a client in a round, such as its rows or peers.
+
+        None: what both sides derive from the settings. Orders cost bytes.
+        """
+        return None
+
+    def asks(self, state: StateT, client: int, round: Round, server: ServerTools) -> Asked | None:
+        """Say what a client has to answer in a round; None: nothing."""
+        return None
+
+    @abstractmethod
+    def aggregate(
+        self, state: StateT, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> StateT:
+        """Fold a round's uploads, in client order, into the next state.
+
+        ``uploads`` is a stream: it is read once, while clients still train.
+        """
+
+    def judged_models(self, state: StateT) -> Mapping[str, ServerModel]:
+        """Return the server's own models that are judged, by name; the first one leads."""
+        return {}
+
+    # -- client half ---------------------------------------------------------------------
+
+    def architecture(self, client: int) -> Architecture:
+        """Return what a client trains: one model, or several by name, the first of them judged."""
+        return self.federation.models[client]
+
+    def private_rows(self, client: int, data: FederatedData) -> np.ndarray:
+        """Return the row ids that this client trains on."""
+        return data.client_rows[client]
+
+    def rows_of_step(self, private_rows: int) -> int:
+        """Return about how many rows a step of a client with so many private rows takes.
+
+        Decides only how clients are trained (stacked or not), never on what.
+        """
+        return self.federation.local.batch_size
+
+    @abstractmethod
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
+        """Learn and answer: one payload a member, or an empty sequence."""
+
+    def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Put the model to be judged in place; by default it is the client's own."""
+
+    def scores(self, cohort: Cohort, received: Received, inputs: Tensor) -> np.ndarray:
+        """Return what clients are judged by: logits ``[members, rows, classes]``, any scores."""
+        return cohort.predict(inputs)
+
+
+def upload_logits(cohort: Cohort, call: Call) -> list[Payload]:
+    """Let each member predict the round's public rows and send the logits."""
+    rows = call.public_rows
+    return [Predictions(rows=rows, values=values) for values in cohort.predict_public(rows)]
+
+
+def payloads_of(
+    uploads: Iterable[Upload], kind: type["PayloadT"]
+) -> Iterator[tuple[Upload, "PayloadT"]]:
+    """Pass on uploads together with their payloads, which have to be of one kind."""
+    for upload in uploads:
+        yield upload, expect(upload.payload, kind)
+
+
+PayloadT = TypeVar("PayloadT", bound=Payload)

@@ -1,0 +1,1 @@
+"""Clients teach each other."""

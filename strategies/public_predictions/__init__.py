@@ -1,0 +1,1 @@
+"""Clients exchange predictions of public rows."""

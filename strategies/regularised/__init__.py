@@ -1,0 +1,1 @@
+"""Averaged weights, with clients held near the global model."""

@@ -1,0 +1,1 @@
+"""The server trains models of its own."""

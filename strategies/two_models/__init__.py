@@ -1,0 +1,1 @@
+"""Clients with two models, one of which travels."""
