@@ -32,7 +32,7 @@ from sim.server.rounds import RoundLoop
 from sim.settings import (
     Settings,
     SettingsError,
-    check_permission,
+    asked,
     load_settings,
     settings_from_table,
 )
@@ -154,9 +154,9 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
     try:
         client = _number(context, "partition-id")
         count = _number(context, "num-partitions")
-        settings = settings_from_table(json.loads(assignment.settings))
         # To a node they are a file that came along: code needs a word given here, or to the run.
-        check_permission(settings, _words(context), ())
+        with asked(_words(context), ()):
+            settings = settings_from_table(json.loads(assignment.settings))
         if phase == "query":
             # Whatever keeps this node from taking part shows here, before anybody trains.
             said = introduction(settings, load_data(settings), client)

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from fedkd import own_code
+from fedkd.bounds import shown
+from fedkd.names import nearest
 from strategies.baselines.fedavg import FedAvg
 from strategies.baselines.local import Local
 from strategies.baselines.pooled import Pooled
-from strategies.contract import Strategy
+from strategies.contract import Strategy, StrategySettings
 from strategies.mutual.dml import DML
 from strategies.public_predictions.fedmd import FedMD
 from strategies.server_models.one_way import OneWay
@@ -20,6 +23,25 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "one_way": OneWay,
     "pooled": Pooled,
 }
-"""The table of names: what ``strategy.name`` may be."""
+"""The table of names: what ``strategy.name`` may be, besides the name of somebody's own class."""
 
-__all__ = ["STRATEGIES"]
+__all__ = ["STRATEGIES", "strategy_class"]
+
+
+def strategy_class(name: object) -> type[Strategy[Any, Any]]:
+    """Return the algorithm of a name: a row of the table, or ``package.module:Class``.
+
+    Raises:
+        ValueError: one line: an unknown name; or code that may not be loaded, cannot be, or is no
+            algorithm with settings of its own.
+    """
+    if isinstance(name, str) and name in STRATEGIES:
+        return STRATEGIES[name]
+    if not isinstance(name, str) or not own_code.is_own_code(name):
+        raise ValueError(
+            f"unknown strategy {shown(name)}; known: {', '.join(STRATEGIES)}; or "
+            f"{own_code.HOW}{nearest(str(name), STRATEGIES)}"
+        )
+    found = own_code.load_class(name, Strategy, "strategy.name")  # type: ignore[type-abstract]
+    own_code.check_settings(found, StrategySettings, "name", f"strategy.name {name!r}")
+    return found

@@ -11,8 +11,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic import (
 )
 from torch import nn
 
+from fedkd import own_code
 from fedkd.bounds import shown
 from fedkd.models.cnn import CNNOptions, LeNetOptions
 from fedkd.models.dropout import seed_dropout
@@ -64,9 +65,6 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "tutorial_teacher": TutorialTeacherOptions,
     "tutorial_student": TutorialStudentOptions,
 }
-
-_DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
-_CALLABLE_NAME = re.compile(f"{_DOTTED}:{_DOTTED}")
 
 _TIMM = "timm:"
 _TIMM_NAME = re.compile(r"timm:[A-Za-z0-9_.\-]+")
@@ -130,16 +128,20 @@ class ModelSettings(BaseModel):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        # A name of timm may have hyphens, which no callable's has.
-        pattern = _TIMM_NAME if name.startswith(_TIMM) else _CALLABLE_NAME
         if name in _MODELS:
             return name
-        if pattern.fullmatch(name):
-            if _package(name) in NO_MODELS:
+        # A name of timm may have hyphens, which no callable's has.
+        if name.startswith(_TIMM):
+            if _TIMM_NAME.fullmatch(name):
+                return name
+        elif own_code.is_own_code(name):
+            package = own_code.package_of(name)
+            if package in NO_MODELS:
                 raise ValueError(
-                    f"{name!r} is no model: nothing in {_package(name)} builds one for an image "
+                    f"{name!r} is no model: nothing in {package} builds one for an image "
                     "and a number of classes; write a function that returns a torch.nn.Module"
                 )
+            own_code.may_load(name)
             return name
         known = ", ".join(_MODELS)
         raise ValueError(
@@ -293,25 +295,8 @@ def _validated(name: str, options: dict[str, Any]) -> ModelOptions:
         raise ValueError(f"option of model {name!r}: {'; '.join(problems)}") from error
 
 
-def _package(name: str) -> str:
-    return name.partition(":")[0].partition(".")[0]
-
-
 def _load_callable(name: str) -> Callable[..., object]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        target: object = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"model {name!r}: cannot import {module_name!r}: {error}") from error
-    for part in attribute.split("."):
-        if isinstance(target, ModuleType) and isinstance(getattr(target, part, None), ModuleType):
-            raise ValueError(
-                f"model {name!r}: write modules before the colon, got {part!r} after it"
-            )
-        try:
-            target = getattr(target, part)
-        except AttributeError as error:
-            raise ValueError(f"model {name!r}: {error}") from error
+    target = own_code.load(name, "model")
     if not callable(target):
         raise ValueError(f"model {name!r} must name a callable, got {type(target).__name__}")
     origin = str(getattr(target, "__module__", ""))
@@ -319,7 +304,7 @@ def _load_callable(name: str) -> Callable[..., object]:
     if named_there and origin.split(".")[0] in NO_MODELS:
         # A name that a package imported for itself; `mine:load` may be torch.hub's.
         raise ValueError(f"model {name!r} is {origin}'s, which has no models")
-    return target
+    return cast("Callable[..., object]", target)
 
 
 def _timm_factory(settings: ModelSettings) -> Callable[..., object]:

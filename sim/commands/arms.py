@@ -15,13 +15,14 @@ from sim.keeping.identity import fingerprint, numbers_of
 from sim.settings import (
     Settings,
     SettingsError,
-    check_permission,
+    asked,
     merge_tables,
     named,
     nested_table,
     read_file,
     read_over,
     settings_from_table,
+    strategy_fields,
 )
 from sim.settings.tables import read_word
 from strategies import STRATEGIES
@@ -75,9 +76,8 @@ def load_study(
         SettingsError: a file that cannot be read, an unknown arm or setting, one that no arm has,
             a value that cannot work, or a callable that only the file names.
     """
-    study = _Reader(read_file(config), words).study(arms)
-    check_permission(study.settings, words, allow, study.arms)
-    return study
+    with asked(words, allow):
+        return _Reader(read_file(config), words).study(arms)
 
 
 def study_of(
@@ -314,7 +314,6 @@ def _default_strategy() -> str:
 
 
 def _has(strategy: object, key: str) -> bool:
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        # Of a strategy that does not exist nothing is known; that is another error.
-        return True
-    return key in STRATEGIES[strategy].Settings.model_fields
+    # Of a strategy that does not exist nothing is known; that is another error.
+    fields = strategy_fields(strategy)
+    return fields is None or key in fields

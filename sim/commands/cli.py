@@ -414,7 +414,6 @@ def data(
     from sim.keeping.records import to_json
     from sim.settings import read_settings
 
-    # Rows are counted; no model is built, so nobody's code runs.
     settings = read_settings(*_split(arguments))
 
     shown = overview(settings, figure=figure)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkd.data import build_federated_data
 from fedkd.data.overview import plot_split, shortened, split_table
-from sim.commands.running import load_data
 from sim.keeping.records import make_folder
 from sim.reports.terminal import Column, FittedTable
 from sim.server.observers import Row
@@ -81,7 +81,13 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
     settings = settings or Settings()
     if figure is not None:
         _check_figure(figure)
-    loaded = load_data(settings)
+    # Rows are counted: no model is built and no algorithm made, so nobody's code runs.
+    try:
+        loaded = build_federated_data(
+            settings.data, num_clients=settings.clients.count, seed=settings.seed
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     if figure is None:
         figure = make_folder(settings.output, settings.output / settings.name) / "split.png"
     try:

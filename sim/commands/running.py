@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
+from fedkd.own_code import Permit
 from fedkd.training import initial_model_seed, weights_digest
 from sim.commands.interruption import Interruption, interruptible
 from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
@@ -37,7 +38,7 @@ from sim.settings import (
     load_settings,
     read_settings,
 )
-from sim.settings.permission import allow_flags
+from sim.settings.permission import allow_flags, permit_of, permit_of_settings
 from strategies.contract import Strategy
 from strategies.contract.trying import check_models
 
@@ -211,7 +212,11 @@ def run(
     """
     if resume is not None:
         # What was handed over in Python is allowed by that; what only the folder says is not.
-        own = settings_of_run(resume) if settings is None else _saved_settings(resume)
+        own = (
+            settings_of_run(resume)
+            if settings is None
+            else _saved_settings(resume, permit_of_settings(settings))
+        )
         settings = settings or own
         check_same_run(own, settings)
         if is_finished(resume):
@@ -304,20 +309,24 @@ def settings_of_run(
         SettingsError: it is not a run folder, an override would change its numbers, or it names
             code that nobody allowed.
     """
-    saved = _saved_settings(folder)
+    try:
+        permit = permit_of(overrides, allow)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    saved = _saved_settings(folder, permit)
     settings = load_settings(folder / SETTINGS_FILE, overrides, allow=allow)
     check_same_run(saved, settings)
     return settings
 
 
-def _saved_settings(folder: Path) -> Settings:
+def _saved_settings(folder: Path, permit: Permit) -> Settings:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise SettingsError(
             f"{str(folder)!r} is not the folder of a run: it has no {SETTINGS_FILE}"
         )
     try:
-        return read_settings(path)
+        return read_settings(path, permit=permit)
     except SettingsError as error:
         # Whoever resumes has not written it, and looks for the mistake in the command.
         raise SettingsError(f"{path}: {error}") from None

@@ -37,8 +37,9 @@ from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
 from sim.engine.deadline import DeadlineError, deadline
 from sim.settings import Settings
+from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, Mistake
-from strategies import STRATEGIES
+from strategies import strategy_class
 from strategies.contract import Call, Federation, Received, Strategy
 
 
@@ -86,8 +87,18 @@ def federation_of(settings: Settings, data: FederatedData) -> Federation:
 
 
 def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, Any]:
-    """Return the algorithm that the settings name."""
-    return STRATEGIES[settings.strategy.name](settings.strategy, federation)
+    """Return the algorithm that the settings name.
+
+    Raises:
+        ValueError: its settings were only looked at, so nobody knows what they are.
+    """
+    kind = strategy_class(settings.strategy.name)
+    if isinstance(settings.strategy, UnreadStrategy):
+        raise ValueError(
+            f"strategy.name {settings.strategy.name!r}: these settings were read for a look only; "
+            "load_settings(..., allow=[...]) reads those of a run"
+        )
+    return kind(settings.strategy, federation)
 
 
 def fix_numerics(device: torch.device) -> None:

@@ -10,14 +10,13 @@ import importlib.util
 import itertools
 import json
 import os
-import re
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,8 @@ import fedkd
 import sim
 import strategies
 from fedkd.data import source_files
-from sim.keeping.records import IDENTITY_FILE, write_text
+from fedkd.own_code import is_own_code, package_of
+from sim.keeping.records import IDENTITY_FILE, git_commit, write_text
 from sim.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ CACHE_FILE = ".digests.json"
 UNKNOWN = "unknown"
 """The digest of what cannot be found; differs from every other, itself included."""
 
-_OWN_CALLABLE = re.compile(r"[^\W\d]\w*(\.\w+)*:[\w.]+")
 _TIMM = "timm:"
 _BY_VERSION = ("torch", "numpy")
 _NONE, _THEN = "none", ", then "
@@ -62,12 +61,16 @@ class Provenance:
     Attributes:
         data: digests of the files that rows and first weights are read from, by name.
         code: digests of the files of code, by path from the folder that holds the package.
-        versions: of libraries whose version can change bits.
+        versions: of libraries whose version can change bits, and of packages of one's own that
+            are installed.
+        commits: of packages of one's own that git knows, ``-dirty`` where their files are not
+            the commit's. Only told: whether code is the same, its files say.
     """
 
     data: Mapping[str, str]
     code: Mapping[str, str]
     versions: Mapping[str, str]
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
         """Return plain values."""
@@ -75,6 +78,7 @@ class Provenance:
             "data": dict(self.data),
             "code": dict(self.code),
             "versions": dict(self.versions),
+            "commits": dict(self.commits),
         }
 
     @classmethod
@@ -83,12 +87,11 @@ class Provenance:
         try:
             row = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
             tables = [row[key] for key in ("data", "code", "versions")]
+            # Runs from before commits were recorded have none.
+            tables.append(row.get("commits", {}))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        texts = all(
-            isinstance(t, dict) and all(isinstance(v, str) for v in t.values()) for t in tables
-        )
-        return cls(*tables) if texts else None
+        return cls(*tables) if all(map(_is_table, tables)) else None
 
     def mixed_with(self, later: "Provenance") -> "Provenance":
         """Return what a run is made of that began with this and went on with other code.
@@ -104,7 +107,12 @@ class Provenance:
                 for name, (old, new) in pairs.items()
             }
 
-        return Provenance(self.data, mix(self.code, later.code), mix(self.versions, later.versions))
+        return Provenance(
+            self.data,
+            mix(self.code, later.code),
+            mix(self.versions, later.versions),
+            mix(self.commits, later.commits),
+        )
 
     def latest(self) -> "Provenance":
         """Return what the last part of a run is made of; without what was gone then."""
@@ -113,7 +121,7 @@ class Provenance:
             parts = {name: digests.split(_THEN)[-1] for name, digests in table.items()}
             return {name: digest for name, digest in parts.items() if digest != _NONE}
 
-        return Provenance(self.data, last(self.code), last(self.versions))
+        return Provenance(self.data, last(self.code), last(self.versions), last(self.commits))
 
 
 def _is_table(value: object) -> bool:
@@ -187,33 +195,54 @@ def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
     if any(name.startswith(_TIMM) for name in names):
         with suppress(ImportError):
             versions["timm"] = version("timm")
-    return Provenance(_data_digests(settings), code_of(settings), versions)
+    own = dict.fromkeys(package_of(name) for name in names if is_own_code(name))
+    for package in own:
+        if installed := _installed_version(package):
+            versions[package] = installed
+    commits = {package: commit for package in own if (commit := _commit(package))}
+    return Provenance(_data_digests(settings), code_of(settings), versions, commits)
 
 
 def code_of(settings: "Settings | DistillSettings") -> dict[str, str]:
     """Return digests of the files of code that a run of these settings is made of now."""
-    own = [name for name in _callables(settings) if not name.startswith(_TIMM)]
+    own = [name for name in _callables(settings) if is_own_code(name)]
     return {**_our_code(), **_own_code(own)}
 
 
 def _callables(settings: "Settings | DistillSettings") -> list[str]:
-    """Return every name of settings that is a callable of somebody's own, or a model of timm."""
+    """Return every name in settings that stands for code of one's own, or a model of timm."""
     table = settings.to_table()
     # The arms of a study are settings of other runs.
     table.pop("study", None)
-    return [
-        name for name in _names_in(table) if name.startswith(_TIMM) or _OWN_CALLABLE.fullmatch(name)
-    ]
+    return [name for name in _names_in(table) if name.startswith(_TIMM) or is_own_code(name)]
 
 
 def _names_in(value: object) -> Iterator[str]:
     if isinstance(value, Mapping):
-        if isinstance(value.get("name"), str):
-            yield value["name"]
+        yield from (value[key] for key in ("name", "kind") if isinstance(value.get(key), str))
         value = list(value.values())
     if isinstance(value, list):
         for inner in value:
             yield from _names_in(inner)
+
+
+def _installed_version(package: str) -> str | None:
+    """Return the version of what a package was installed with; None if it was not."""
+    distributions = packages_distributions().get(package, ())
+    return version(distributions[0]) if distributions else None
+
+
+def _commit(package: str) -> str | None:
+    """Return the commit that the files of a package belong to, marked where they differ from it."""
+    files = _files_of(package)
+    if not files:
+        return None
+    root, first = files[0]
+    tree = next((above for above in (root, *root.parents) if (above / ".git").exists()), None)
+    if tree is None or _is_installed(root):
+        return None
+    top = root / first.relative_to(root).parts[0]
+    return git_commit(tree, [str(top.relative_to(tree))])
 
 
 def _our_code() -> dict[str, str]:
@@ -232,7 +261,7 @@ def _own_code(names: Sequence[str]) -> dict[str, str]:
     """Digest the whole package of each callable, and what it imports from beside itself."""
     found: dict[str, str] = {}
     known = {*sys.stdlib_module_names, *_BY_VERSION, *(package.__name__ for package in OURS)}
-    waiting = [name.partition(":")[0].partition(".")[0] for name in names]
+    waiting = [package_of(name) for name in names]
     while waiting:
         top = waiting.pop()
         if top in known:

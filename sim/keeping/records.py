@@ -309,15 +309,19 @@ CODE = ("fedkd", "strategies", "sim")
 """The folders whose changes matter to a run's numbers."""
 
 
-def git_commit(root: Path) -> str | None:
+def git_commit(root: Path, code: Sequence[str] = CODE) -> str | None:
     """Return the commit of a working tree, with ``-dirty`` where the code is not that commit's.
 
     Files that git does not know count as well; None where there is no repository.
+
+    Args:
+        root: of the tree.
+        code: what counts, seen from there.
     """
     if not (root / ".git").exists():
         return None
     commit = _answer("git", "-C", str(root), "rev-parse", "HEAD")
-    changed = _answer("git", "-C", str(root), "status", "--porcelain", "--", *CODE)
+    changed = _answer("git", "-C", str(root), "status", "--porcelain", "--", *code)
     if commit is None or changed is None:
         return commit
     return f"{commit}-dirty" if changed else commit

@@ -1,7 +1,7 @@
 """Settings: what they are, how they are read, and what helps where they cannot work."""
 
 from sim.settings.reading import (
-    check_permission,
+    asked,
     load_distill_settings,
     load_settings,
     merge_tables,
@@ -11,6 +11,7 @@ from sim.settings.reading import (
     read_over,
     read_settings,
     settings_from_table,
+    strategy_fields,
 )
 from sim.settings.schema import (
     EngineSettings,
@@ -23,7 +24,7 @@ __all__ = [
     "EngineSettings",
     "Settings",
     "SettingsError",
-    "check_permission",
+    "asked",
     "check_seeds",
     "load_distill_settings",
     "load_settings",
@@ -34,4 +35,5 @@ __all__ = [
     "read_over",
     "read_settings",
     "settings_from_table",
+    "strategy_fields",
 ]

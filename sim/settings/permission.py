@@ -3,7 +3,8 @@
 A settings file may name a callable, ``package.module:callable``, and would then run code that its
 reader never chose. So a callable needs a person's word: the name itself among the words of the
 command line or in Python, its package after ``--allow``, or either in the environment's
-`ALLOW_VARIABLE`, separated by commas.
+`ALLOW_VARIABLE`, separated by commas. Whoever reads settings of others does it inside
+`fedkd.own_code.asking`, which is told here what to answer.
 """
 
 import os
@@ -14,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedkd.bounds import shown
-from fedkd.models import ModelSettings
+from fedkd.objectives import Objective
+from fedkd.own_code import Permit, is_own_code, package_of
 from sim.settings.tables import read_word
 
 ALLOW_VARIABLE = "FEDKD_ALLOW"
@@ -61,25 +63,65 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def callables_in(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the callables that settings name, each with the setting that names it first."""
-    if isinstance(settings, ModelSettings):
-        if settings.is_callable:
-            yield where, settings.name
+def permit_of(overrides: Sequence[str], allow: Sequence[str]) -> Permit:
+    """Return what refuses code that nobody but a file named.
+
+    Args:
+        overrides: the words among the settings; what a word names is allowed.
+        allow: packages, or ``package.module:callable``; beside those of `ALLOW_VARIABLE`.
+
+    Raises:
+        ValueError: naming what is neither.
+    """
+    allowed, named = permitted(allow), words_name(overrides)
+
+    def permit(name: str) -> bool:
+        if name in named or is_permitted(name, allowed):
+            return True
+        package = package_of(name)
+        raise ValueError(
+            f"{name!r} is code that only a file names, and does not run unasked: add --allow "
+            f"{package}, name it among the words, or set {ALLOW_VARIABLE}={package}"
+        )
+
+    return permit
+
+
+def looking(_name: str) -> bool:
+    """Let settings be read for a look: they may name any code, and none of it is loaded."""
+    return False
+
+
+def permit_of_settings(settings: BaseModel) -> Permit:
+    """Return what loads the code that settings of a program's own name, and no other."""
+    named = {name for _, name in code_in(settings)}
+    return lambda name: name in named
+
+
+def code_in(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the code of others that settings name, each with the setting that names it."""
+    if isinstance(settings, Objective):
+        for term, inner in settings.terms.items():
+            yield from code_in(inner, f"{where}.{term}")
     elif isinstance(settings, BaseModel):
         for key in type(settings).model_fields:
-            yield from callables_in(getattr(settings, key), f"{where}.{key}".lstrip("."))
-    elif isinstance(settings, tuple):
+            value = getattr(settings, key)
+            if key in ("name", "kind") and is_own_code(value):
+                yield f"{where}.{key}".lstrip("."), value
+            yield from code_in(value, f"{where}.{key}".lstrip("."))
+        yield from code_in(settings.model_extra or {}, where)
+    elif isinstance(settings, dict):
+        # Settings that were only looked at.
+        for key, value in settings.items():
+            if key in ("name", "kind") and is_own_code(value):
+                yield f"{where}.{key}", value
+            yield from code_in(value, f"{where}.{key}")
+    elif isinstance(settings, tuple | list):
         for place, item in enumerate(settings):
-            yield from callables_in(item, f"{where}.{place}")
+            yield from code_in(item, f"{where}.{place}")
 
 
 def allow_flags(settings: BaseModel) -> str:
     """Return what a command needs besides a run's folder: `` --allow mine``, or nothing."""
-    packages = dict.fromkeys(package_of(name) for _, name in callables_in(settings))
+    packages = dict.fromkeys(package_of(name) for _, name in code_in(settings))
     return "".join(f" --allow {package}" for package in packages)
-
-
-def package_of(name: str) -> str:
-    """Return the first part of a callable's name."""
-    return name.partition(":")[0].partition(".")[0]

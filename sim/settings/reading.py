@@ -4,29 +4,27 @@ Below this line code takes typed objects or plain values, never a table of text.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
+from fedkd import own_code
 from fedkd.bounds import shown
 from fedkd.objectives import Objective
+from fedkd.own_code import Permit
 from sim.settings.hints import colon_hint, foreign_hint, section_hint, setting_hint, setting_paths
-from sim.settings.permission import (
-    ALLOW_VARIABLE,
-    callables_in,
-    is_permitted,
-    package_of,
-    permitted,
-    words_name,
-)
-from sim.settings.schema import Settings, SettingsError
+from sim.settings.permission import looking, permit_of
+from sim.settings.schema import OTHER_PACKAGE, Settings, SettingsError
 from sim.settings.tables import fill_in, read_word, read_yaml
-from strategies import STRATEGIES
+from strategies import strategy_class
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     # A federated run, and every worker of it, does without the library of distillation.
     from fedkd.distillation.settings import DistillSettings
 
@@ -56,20 +54,31 @@ def load_settings(
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work, a
             callable that only the file names.
     """
-    settings = read_settings(config, overrides)
-    check_permission(settings, overrides, allow)
+    with asked(overrides, allow):
+        settings = settings_from_table(_read_table(config, overrides, _objectives_of_strategy))
+        _check_arms(settings)
     return settings
 
 
 def read_settings(
-    config: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+    config: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    permit: Permit = looking,
 ) -> Settings:
-    """Read settings that are only looked at: what `load_settings` does without asking for leave.
+    """Read settings that are looked at and not run: what `load_settings` does without refusing.
+
+    Args:
+        config: a YAML file.
+        overrides: words.
+        permit: tells whether code that they name may be loaded; settings of an algorithm whose
+            code may not be are left as they stand.
 
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work.
     """
-    return settings_from_table(_read_table(config, overrides, _objectives_of_strategy))
+    with own_code.asking(permit):
+        return settings_from_table(_read_table(config, overrides, _objectives_of_strategy))
 
 
 def load_distill_settings(
@@ -94,57 +103,39 @@ def load_distill_settings(
     from fedkd.distillation.settings import DistillSettings
 
     objective = DistillSettings().objective.model_dump(mode="json")
-    settings = distill_settings_from_table(
-        _read_table(config, overrides, lambda _: {("objective",): objective})
-    )
-    check_permission(settings, overrides, allow)
-    return settings
+    with asked(overrides, allow):
+        return distill_settings_from_table(
+            _read_table(config, overrides, lambda _: {("objective",): objective})
+        )
 
 
-def check_permission(
-    settings: "Settings | DistillSettings",
-    overrides: Sequence[str],
-    allow: Sequence[str],
-    arms: "Mapping[str, Settings] | None" = None,
-) -> None:
-    """Refuse callables that nobody but a file named.
+@contextmanager
+def asked(overrides: Sequence[str], allow: Sequence[str]) -> Iterator[None]:
+    """Refuse code that nobody but a file names, in all settings that are read inside the block.
 
     Args:
-        settings: as read; arms of a study count.
-        overrides: the words among them; what a word names is allowed.
+        overrides: the words among the settings; what a word names is allowed.
         allow: packages, or ``package.module:callable``; beside those of `ALLOW_VARIABLE`.
-        arms: of a study, where they are known; else those that the settings describe.
 
     Raises:
-        SettingsError: naming the first such callable and what to add.
+        SettingsError: ``allow`` names neither.
     """
     try:
-        allowed, named = permitted(allow), words_name(overrides)
+        permit = permit_of(overrides, allow)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    found = list(callables_in(settings))
-    if isinstance(settings, Settings):
-        for name, of_arm in (_arms(settings) if arms is None else arms).items():
-            found += [(f"study.arms.{name}.{where}", code) for where, code in callables_in(of_arm)]
-    for where, code in found:
-        if code not in named and not is_permitted(code, allowed):
-            raise SettingsError(
-                f"{where}: {code!r} is code that only a file names, and does not run unasked: "
-                f"add --allow {package_of(code)}, name it among the words, or set "
-                f"{ALLOW_VARIABLE}={package_of(code)}"
-            )
+    with own_code.asking(permit):
+        yield
 
 
-def _arms(settings: Settings) -> dict[str, Settings]:
-    """Return the settings of every arm of a study."""
+def _check_arms(settings: Settings) -> None:
+    """Refuse settings with an arm that cannot work, or that names code which nobody allowed."""
     table = {key: value for key, value in settings.to_table().items() if key != "study"}
-    arms = {}
     for name, patch in settings.study.arms.items():
         try:
-            arms[name] = settings_from_table(merge_tables(table, patch))
+            settings_from_table(merge_tables(table, patch))
         except SettingsError as error:
             raise SettingsError(f"study.arms.{name}: {error}") from None
-    return arms
 
 
 Defaults = Callable[[Mapping[str, Any]], Mapping[tuple[str, ...], Mapping[str, Any]]]
@@ -213,14 +204,22 @@ def _objectives_of_strategy(
     """Return the default objectives of the strategy that a table names."""
     strategy = named("strategy", table.get("strategy", {}))
     name = strategy.get("name") if isinstance(strategy, Mapping) else None
-    if not isinstance(name, str) or name not in STRATEGIES:
-        return {}
-    fields = STRATEGIES[name].Settings.model_fields
     return {
         ("strategy", key): field.default.model_dump(mode="json")
-        for key, field in fields.items()
+        for key, field in (strategy_fields(name) or {}).items()
         if isinstance(field.default, Objective)
     }
+
+
+def strategy_fields(name: object) -> "Mapping[str, FieldInfo] | None":
+    """Return the settings of an algorithm; None where there is none that can be known here."""
+    try:
+        if own_code.is_own_code(name) and not own_code.may_load(str(name)):
+            return None
+        return strategy_class(name).Settings.model_fields
+    except ValueError:
+        # Whoever checks the settings says why.
+        return None
 
 
 def _has(table: object, path: Sequence[str]) -> bool:
@@ -302,7 +301,23 @@ def _checked(kind: type[SettingsT], table: Mapping[str, Any]) -> SettingsT:
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        raise SettingsError("; ".join(_readable(kind, error))) from None
+        raise SettingsError("; ".join(_readable(_in_force(kind, table), error))) from None
+
+
+def _in_force(kind: type[SettingsT], table: Mapping[str, Any]) -> type[SettingsT]:
+    """Return a kind of settings with the settings of an algorithm of another package in it."""
+    strategy = named("strategy", table.get("strategy"))
+    name = strategy.get("name") if isinstance(strategy, Mapping) else None
+    if "strategy" not in kind.model_fields or not own_code.is_own_code(name):
+        return kind
+    try:
+        if not own_code.may_load(str(name)):
+            return kind
+        own = strategy_class(name).Settings
+    except ValueError:
+        return kind
+    fields: dict[str, Any] = {"strategy": (own, ...)}
+    return create_model(kind.__name__, __base__=kind, **fields)
 
 
 def _readable(kind: type[BaseModel], error: ValidationError) -> list[str]:
@@ -381,7 +396,10 @@ def _place(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[s
     beside: list[type[BaseModel]] = []
     for part in location:
         named = [section for section in sections if _tag(section) == part]
-        if named and not any(part in section.model_fields for section in sections):
+        of_none = not any(part in section.model_fields for section in sections)
+        if part == OTHER_PACKAGE and of_none:
+            continue
+        if named and of_none:
             # The name by which one of several kinds of section was chosen is no key.
             sections = named
             continue

@@ -4,20 +4,22 @@ Below this line code takes typed objects or plain values, never a table of text.
 """
 
 from collections.abc import Mapping
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    PlainValidator,
     SerializeAsAny,
+    Tag,
     field_validator,
     model_validator,
 )
 
+from fedkd import own_code
 from fedkd.bounds import (
     LAST_SEED,
     Count,
@@ -35,18 +37,16 @@ from fedkd.bounds import (
 )
 from fedkd.data import DataSettings
 from fedkd.models import ModelSettings
-from fedkd.names import check_name, nearest
+from fedkd.names import check_name
 from fedkd.training import OptimizerSettings, Passes
 from sim.adversity.faults import PROCESS_FAULTS, FaultRule
 from sim.settings.tables import yaml_text
-from strategies import STRATEGIES
+from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
 
-if TYPE_CHECKING:
-    # A federated run, and every worker of it, does without the library of distillation.
-    pass
-
 MOST_SEEDS = 1000
+OTHER_PACKAGE = "another package"
+"""In the place of a name where a problem lies in settings of a class of another package."""
 
 
 class SettingsError(ValueError):
@@ -230,12 +230,40 @@ class StudySettings(_Section):
         return arms
 
 
+class UnreadStrategy(StrategySettings):
+    """Settings of an algorithm of another package whose code nobody has allowed, as they stand."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _known_name(value: object) -> str:
+    """Return the row of the table that settings are of, or `OTHER_PACKAGE`."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return name if isinstance(name, str) and name in STRATEGIES else OTHER_PACKAGE
+
+
+def _of_another_package(value: object) -> StrategySettings:
+    """Read settings by the class that their name stands for."""
+    table = value.model_dump() if isinstance(value, StrategySettings) else dict(value)  # type: ignore[call-overload]
+    if not own_code.may_load(table["name"]):
+        return UnreadStrategy.model_validate(table)
+    kind = strategy_class(table["name"]).Settings
+    return value if isinstance(value, kind) else kind.model_validate(table)
+
+
 if TYPE_CHECKING:
     StrategyField = SerializeAsAny[StrategySettings]
 else:
     StrategyField = Annotated[
-        reduce(or_, (strategy.Settings for strategy in STRATEGIES.values())),
-        Field(discriminator="name"),
+        Union[
+            *(Annotated[kind.Settings, Tag(name)] for name, kind in STRATEGIES.items()),
+            Annotated[
+                SerializeAsAny[StrategySettings],
+                PlainValidator(_of_another_package),
+                Tag(OTHER_PACKAGE),
+            ],
+        ],
+        Discriminator(_known_name),
     ]
 
 
@@ -272,11 +300,8 @@ class Settings(_Section):
         if not isinstance(value, Mapping):
             return value
         name = value.get("name", "dml")
-        if not isinstance(name, str) or name not in STRATEGIES:
-            raise ValueError(
-                f"unknown strategy {shown(name)}; known: {', '.join(STRATEGIES)}"
-                + nearest(str(name), STRATEGIES)
-            )
+        if not own_code.is_own_code(name) or own_code.may_load(name, "strategy.name"):
+            strategy_class(name)
         return {**value, "name": name}
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ def test_code_that_only_a_file_names_is_refused_with_the_flag_to_add(
 
 def test_a_distillation_asks_too(tmp_path: Path) -> None:
     config = written("teacher: {models: 'mine:net'}", tmp_path)
-    with pytest.raises(SettingsError, match=r"^teacher\.models\.0: 'mine:net'"):
+    with pytest.raises(SettingsError, match=r"^teacher\.models\.0\.name: 'mine:net'"):
         load_distill_settings(config)
     assert load_distill_settings(config, allow=["mine"])
     assert load_distill_settings(None, ["teacher.models=mine:net"])
