@@ -20,7 +20,7 @@ NAME = "lone_methods.again:Again"
 METHOD = '''
 from fedkd.bounds import Count
 from fedkd.objectives import Objective
-from strategies.dml import DML, DMLSettings
+from strategies.mutual.dml import DML, DMLSettings
 
 
 class Settings(DMLSettings):
@@ -34,9 +34,9 @@ class Again(DML):
 
     Settings = Settings
 
-    def client_round(self, cohort, received, plan):
+    def client(self, cohort, received, call):
         for _ in range(self.settings.repeats):
-            answer = super().client_round(cohort, received, plan)
+            answer = super().client(cohort, received, call)
         return answer
 
 
