@@ -130,7 +130,8 @@ class Float16(_Coding):
     ) -> tuple[Payload, Arrays]:
         """Round."""
         coded = {
-            place: {"": array.clip(-LARGEST_HALF, LARGEST_HALF).astype(np.float16)}
+            # Of an array without dimensions NumPy makes a scalar.
+            place: {"": np.asarray(array.clip(-LARGEST_HALF, LARGEST_HALF), np.float16)}
             for place, array in flatten(payload).arrays.items()
             if array.dtype == FLOAT32 and np.isfinite(array).all()
         }
@@ -139,7 +140,8 @@ class Float16(_Coding):
     def decode(self, encoded: Payload, memory: Arrays) -> tuple[Payload, Arrays]:
         """Widen."""
         sent = self._encoded(encoded)
-        return sent.payload({p: a.astype(np.float32) for p, a in sent.coded.items()}), memory
+        arrays = {place: np.asarray(array, np.float32) for place, array in sent.coded.items()}
+        return sent.payload(arrays), memory
 
 
 class TopK(_Coding):

@@ -221,7 +221,7 @@ class Payload(Value, ABC):
 
     # -- sums: what a server needs that is to see only a mean over clients ---------------------
 
-    def weighted(self, weight: float) -> "Payload":
+    def weighted(self, weight: int | float) -> "Payload":
         """Return what this adds to a sum: itself times a weight > 0, in float64."""
         flat = flatten(self)
         # Of an array without dimensions NumPy's products are scalars.
@@ -240,7 +240,7 @@ class Payload(Value, ABC):
         arrays = {p: np.asarray(a + others.arrays[p]) for p, a in mine.arrays.items()}
         return _made_of(arrays, mine.plain)
 
-    def over(self, weight: float, like: "Payload") -> "Payload":
+    def over(self, weight: int | float, like: "Payload") -> "Payload":
         """Return the mean: this sum divided by the sum of the weights.
 
         Args:
@@ -248,7 +248,9 @@ class Payload(Value, ABC):
             like: any one of them, for the types; whole numbers and flags are rounded.
         """
         flat, types = flatten(self), flatten(like).arrays
-        arrays = {p: _as_type(a / weight, types[p].dtype) for p, a in flat.arrays.items()}
+        arrays = {
+            p: _as_type(np.asarray(a / weight), types[p].dtype) for p, a in flat.arrays.items()
+        }
         return _made_of(arrays, flat.plain)
 
 

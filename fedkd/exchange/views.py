@@ -43,7 +43,7 @@ class RunningMean:
         self._like: Payload | None = None
         self._weight = 0.0
 
-    def add(self, payload: Payload, weight: float) -> None:
+    def add(self, payload: Payload, weight: int | float) -> None:
         """Fold one client's payload in.
 
         Raises:

@@ -73,7 +73,7 @@ class Bundle(Payload):
             (e for part in self.parts.values() if (e := part.targets_entropy()) is not None), None
         )
 
-    def weighted(self, weight: float) -> "Bundle":
+    def weighted(self, weight: int | float) -> "Bundle":
         """Weight each part."""
         return replace(self, parts={n: part.weighted(weight) for n, part in self.parts.items()})
 
@@ -83,7 +83,7 @@ class Bundle(Payload):
             raise ValueError("bundles of different parts cannot be added up")
         return replace(self, parts={n: part.plus(other[n]) for n, part in self.parts.items()})
 
-    def over(self, weight: float, like: Payload) -> "Bundle":
+    def over(self, weight: int | float, like: Payload) -> "Bundle":
         """Return the mean of each part."""
         if not isinstance(like, Bundle):
             raise TypeError(f"expected a bundle, got {like.kind}")

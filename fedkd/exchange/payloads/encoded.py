@@ -122,7 +122,7 @@ class Encoded(Payload):
     ) -> str | None:
         """Say what is wrong with an array that no codec takes, which is why it came as it was."""
         for place, names in places.items():
-            if place in left and left[place].size and not any(n in self.coded for n in names):
+            if place in left and not any(name in self.coded for name in names):
                 limit, array = inside.limits[place], left[place]
                 reason = limit.bad_layout(array.shape, array.dtype, {})
                 if reason is not None:

@@ -187,7 +187,7 @@ class Predictions(Payload):
 
     # A sum holds for each row the sum of the weights in `weights`: not everybody sends every row.
 
-    def weighted(self, weight: float) -> "Predictions":
+    def weighted(self, weight: int | float) -> "Predictions":
         """Return the values times each row's weight, beside these."""
         own = np.ones(len(self.rows)) if self.weights is None else self.weights.astype(np.float64)
         weights = weight * own
@@ -213,7 +213,7 @@ class Predictions(Payload):
             weights[places] += one._sums
         return replace(self, rows=rows, values=values, weights=weights)
 
-    def over(self, weight: float, like: Payload) -> "Predictions":
+    def over(self, weight: int | float, like: Payload) -> "Predictions":
         """Return the mean of each row over those who sent it.
 
         Its ``weights`` say which share of all the weight that was, and are left out where everybody

@@ -1,0 +1,388 @@
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pydantic import BaseModel, ValidationError
+
+from fedkd.exchange.codecs import CODECS, CodecField, Float16, Float32, TopK
+from fedkd.exchange.payload import Asked
+from fedkd.exchange.payloads import (
+    Bundle,
+    ClassTable,
+    Encoded,
+    Predictions,
+    Prototypes,
+    RowFeatures,
+    Weights,
+)
+from fedkd.exchange.values import digest, flatten, unflatten
+
+S = np.array([[1, 2, 3, 0], [0.5, -1, 0, 2]], np.float32)
+T = np.array([[2, 1, 4, -1], [0, 0, 1, 3]], np.float32)
+U = np.array([[-4, 3, 1, 1], [2, 0, -1, 1]], np.float32)
+ROWS = np.array([3, 8])
+RNG = np.random.default_rng(0)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits.astype(np.float64))
+    return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def predictions(values: np.ndarray, scale: Literal["logits", "probabilities"] = "logits"):
+    return Predictions(rows=np.arange(len(values)), values=values, scale=scale)
+
+
+def round_trip(codec, payload):
+    encoded, _ = codec.encode(payload, {}, RNG)
+    return codec.decode(encoded, {})[0]
+
+
+# -- top-k ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["logits", "probabilities"])
+def test_top_k_gives_the_mean_worked_out_by_hand(scale):
+    # algorithm-facts, "Top-k upload", k = 2, the tail spread evenly by each of three clients.
+    sent = [softmax(x) if scale == "probabilities" else x for x in (S, T, U)]
+    decoded = [round_trip(TopK(k=2), predictions(values, scale)).values for values in sent]
+    soft = decoded if scale == "probabilities" else [softmax(values) for values in decoded]
+    assert np.mean(soft, 0)[0] == pytest.approx(
+        [0.07557498, 0.34900581, 0.52978979, 0.04562942], abs=1e-6
+    )
+
+
+def test_top_k_keeps_scores_exactly_and_shares_the_rest_evenly():
+    # Of (.5, .3, .15, .05) the two largest travel; (.15 + .05) / 2 each for the others.
+    values = np.array([[0.15, 0.5, 0.05, 0.3]], np.float32)
+    encoded, _ = TopK(k=2).encode(predictions(values, "probabilities"), {}, RNG)
+    assert encoded.array("values", "classes").tolist() == [[1, 3]]
+    assert encoded.array("values", "top").tolist() == [[0.5, np.float32(0.3)]]
+    assert encoded.coded.keys() == {"values/top", "values/classes"}
+    decoded = TopK(k=2).decode(encoded, {})[0].values
+    assert decoded[0] == pytest.approx([0.1, 0.5, 0.1, 0.3], abs=1e-7)
+
+
+def test_of_equal_scores_the_first_classes_travel():
+    encoded, _ = TopK(k=2).encode(predictions(np.ones((1, 4), np.float32)), {}, RNG)
+    assert encoded.array("values", "classes").tolist() == [[0, 1]]
+
+
+def test_top_k_bytes_are_a_score_and_a_byte_for_each_class_and_the_rest():
+    # 2 rows: 2 x (4 + 1) and 4 for the rest of the logits; soft labels derive theirs.
+    assert TopK(k=2).encode(predictions(S), {}, RNG)[0].payload_bytes == 2 * (2 * 5 + 4)
+    soft = predictions(softmax(S), "probabilities")
+    assert TopK(k=2).encode(soft, {}, RNG)[0].payload_bytes == 2 * 2 * 5
+    wide = predictions(np.zeros((1, 300), np.float32))
+    assert TopK(k=2).encode(wide, {}, RNG)[0].payload_bytes == 2 * 6 + 4
+
+
+def test_rows_that_cost_bytes_cost_them_encoded_too():
+    # Two of nine planned rows: two bytes of bits.
+    subset = Predictions(rows=ROWS, values=S, ids="subset", planned=9)
+    assert subset.payload_bytes == 32 + 2
+    assert Float16().encode(subset, {}, RNG)[0].payload_bytes == 16 + 2
+    assert TopK(k=1).encode(subset, {}, RNG)[0].payload_bytes == 2 * (5 + 4) + 2
+
+
+@given(
+    arrays(np.float32, (5, 4), elements=st.floats(-50, 50, width=32)),
+    st.integers(1, 6),
+    st.sampled_from(["logits", "probabilities"]),
+)
+def test_top_k_keeps_the_soft_labels_of_what_travels(logits, k, scale):
+    values = logits if scale == "logits" else softmax(logits)
+    decoded = round_trip(TopK(k=k), predictions(values, scale)).values
+    soft, before = (softmax(decoded), softmax(logits)) if scale == "logits" else (decoded, values)
+    assert soft.sum(-1) == pytest.approx(np.ones(5), abs=1e-5)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    kept, others = order[:, :k], order[:, k:]
+    assert np.take_along_axis(decoded, kept, -1).tolist() == (
+        np.take_along_axis(values, kept, -1).tolist()
+    )
+    assert np.take_along_axis(soft, kept, -1) == pytest.approx(
+        np.take_along_axis(before, kept, -1), abs=1e-4
+    )
+    if k < 4:
+        rest = np.take_along_axis(decoded, others, -1)
+        assert (rest == rest[:, :1]).all()
+
+
+def test_as_many_classes_as_there_are_come_back_bit_for_bit():
+    for k in (4, 9):
+        assert digest(round_trip(TopK(k=k), predictions(S))) == digest(predictions(S))
+
+
+def test_top_k_reaches_predictions_in_a_bundle_and_leaves_the_other_parts():
+    table = ClassTable(values=np.full((4, 4), 0.25, np.float32))
+    bundle = Bundle(parts={"a": predictions(S), "b": table})
+    asked = Bundle.asked(a=Predictions.asked(np.arange(2), 4), b=ClassTable.asked(4))
+    codec = TopK(k=1)
+    encoded, _ = codec.encode(bundle, {}, RNG)
+    assert encoded.problem(codec.asked(asked)) is None
+    decoded, _ = codec.decode(encoded, {})
+    assert decoded.problem(asked) is None
+    assert decoded["b"].values is table.values
+    assert decoded["a"].values.max(-1).tolist() == [3, 2]
+
+
+def test_top_k_is_refused_by_name_where_there_are_no_scores():
+    assert "got weights; use float32 or float16" in str(TopK(k=1).refuses(Weights))
+    with pytest.raises(ValueError, match="got weights"):
+        TopK(k=1).asked(Weights.asked({"w": S}))
+    with pytest.raises(ValueError, match="got class_table without any"):
+        TopK(k=1).asked(Bundle.asked(b=ClassTable.asked(4)))
+
+
+# -- half precision ------------------------------------------------------------------------------
+
+
+def test_half_precision_rounds_to_the_nearest():
+    # Halves have 11 bits: between 1 and 2 steps of 1/1024; 1 + 1/2048 ties to even, which is 1.
+    values = np.array([[1 + 1 / 2048, 1 + 3 / 2048, 2049.0]], np.float32)
+    assert round_trip(Float16(), predictions(values)).values.tolist() == [[1, 1 + 4 / 2048, 2048]]
+
+
+@given(arrays(np.float32, (3, 4), elements=st.floats(-65504, 65504, width=32)))
+def test_half_precision_is_within_its_error_at_half_the_bytes(values):
+    sent = predictions(values)
+    encoded, memory = Float16().encode(sent, {}, RNG)
+    assert encoded.payload_bytes * 2 == sent.payload_bytes
+    decoded = Float16().decode(encoded, memory)[0]
+    assert digest(replace(decoded, values=sent.values)) == digest(sent)
+    error = np.abs(decoded.values.astype(np.float64) - values)
+    assert (error <= np.maximum(np.abs(values) / 2048, 3e-8)).all()
+
+
+def test_half_precision_leaves_counters_and_constants_and_bounds_huge_weights():
+    given = {
+        "w": np.array([1e6, -1e6, 0.5], np.float32),
+        "mask": np.array([0.1, -np.inf], np.float32),
+        "n": np.array(3),
+        "scale": np.array(0.25, np.float32),
+    }
+    asked = Weights.asked(given)
+    encoded, _ = Float16().encode(Weights(arrays=given), {}, RNG)
+    assert encoded.problem(Float16().asked(asked)) is None
+    decoded, _ = Float16().decode(encoded, {})
+    assert decoded.problem(asked) is None
+    assert decoded.arrays["w"].tolist() == [65504, -65504, 0.5]
+    assert decoded.arrays["mask"].tobytes() == given["mask"].tobytes()
+    assert decoded.arrays["scale"].shape == ()
+    assert (decoded.arrays["n"], decoded.arrays["scale"]) == (3, 0.25)
+    assert encoded.payload_bytes == 3 * 2 + 2 * 4 + 8 + 2
+
+
+def test_the_default_is_the_same_object():
+    sent, asked = predictions(S), Predictions.asked(np.arange(2), 4)
+    assert Float32().encode(sent, {}, RNG)[0] is sent
+    assert Float32().decode(sent, {})[0] is sent
+    assert Float32().asked(asked) is asked
+
+
+# -- what is encoded is looked at before it is decoded -------------------------------------------
+
+WEIGHTS = {"w": S, "n": np.array(1), "0.b": np.zeros(4, np.float32)}
+KINDS = [
+    (predictions(S), Predictions.asked(np.arange(2), 4)),
+    (
+        Predictions(rows=ROWS, values=S, ids="subset", planned=9, weights=np.ones(2, np.float32)),
+        Predictions.asked(np.array([1, 3, 4, 5, 6, 8, 9, 10, 11]), 4, ids="subset"),
+    ),
+    (
+        predictions(softmax(S), "probabilities"),
+        Predictions.asked(np.arange(2), 4, scale="probabilities"),
+    ),
+    (Weights(arrays=WEIGHTS), Weights.asked(WEIGHTS)),
+    (ClassTable(values=np.full((4, 4), 0.25, np.float32)), ClassTable.asked(4)),
+    (Prototypes(classes=np.array([1]), values=S[:1], num_classes=4), Prototypes.asked(4, 4)),
+    (
+        RowFeatures(rows=ROWS, features=S, logits=T, labels=np.array([2, 0])),
+        RowFeatures.asked(5, (4,), 4),
+    ),
+    (
+        Bundle(parts={"a": predictions(S), "w": Weights(arrays=WEIGHTS)}),
+        Bundle.asked(a=Predictions.asked(np.arange(2), 4), w=Weights.asked(WEIGHTS)),
+    ),
+]
+PAIRS = [
+    (codec, payload, asked)
+    for codec in (Float16(), TopK(k=2))
+    for payload, asked in KINDS
+    if codec.refuses(type(payload)) is None
+]
+
+
+@pytest.mark.parametrize(("codec", "payload", "asked"), PAIRS)
+def test_a_good_answer_is_good_encoded_and_decoded_and_travels(codec, payload, asked):
+    encoded, _ = codec.encode(payload, {}, RNG)
+    wanted = codec.asked(asked)
+    assert (encoded.problem(wanted), codec.bad(encoded, wanted)) == (None, None)
+    assert set(flatten(encoded).arrays) <= set(wanted.limits)
+    assert digest(unflatten(*flatten(encoded))) == digest(encoded)
+    decoded, _ = codec.decode(encoded, {})
+    assert decoded.problem(asked) is None
+    assert flatten(decoded).plain == flatten(payload).plain
+
+
+@pytest.mark.parametrize(("codec", "payload", "asked"), PAIRS)
+def test_bytes_are_those_of_the_arrays_that_travel_without_what_is_derived(codec, payload, asked):
+    encoded, _ = codec.encode(payload, {}, RNG)
+    sent = sum(array.nbytes for array in flatten(encoded).arrays.values())
+    whole = sum(array.nbytes for array in flatten(payload).arrays.values())
+    assert encoded.payload_bytes - payload.payload_bytes == sent - whole
+    assert codec.asked(asked).most_bytes >= sent
+
+
+@pytest.mark.parametrize(("codec", "payload", "asked"), PAIRS)
+def test_every_damaged_array_is_refused_before_it_is_decoded(codec, payload, asked):
+    encoded, _ = codec.encode(payload, {}, RNG)
+    wanted = codec.asked(asked)
+    for place, array in flatten(encoded).arrays.items():
+        damaged = [array[None], array.astype(np.complex64)]
+        if array.ndim:
+            damaged.append(np.concatenate([array, array, array]) if array.size else np.ones(7))
+        if array.size and array.dtype.kind == "f":
+            damaged += [np.full_like(array, bad) for bad in (np.nan, np.inf)]
+        if place.endswith("values/classes"):
+            damaged += [np.full_like(array, 200), np.zeros_like(array), array[:, ::-1].copy()]
+        for other in damaged:
+            spoilt = encoded.with_arrays({place: other})
+            reason = spoilt.problem(wanted) or codec.bad(spoilt, wanted)
+            assert reason is not None, (place, other)
+
+
+@pytest.mark.parametrize(("codec", "payload", "asked"), PAIRS)
+def test_arrays_that_are_missing_or_too_many_are_refused(codec, payload, asked):
+    encoded, _ = codec.encode(payload, {}, RNG)
+    wanted = codec.asked(asked)
+    for name in encoded.coded:
+        left = {other: array for other, array in encoded.coded.items() if other != name}
+        assert replace(encoded, coded=left).problem(wanted) is not None, name
+    more = {**encoded.coded, "backdoor": np.zeros(1, np.float32)}
+    assert "backdoor" in str(replace(encoded, coded=more).problem(wanted))
+
+
+def test_what_is_inside_and_who_coded_it_is_compared():
+    encoded, _ = Float16().encode(predictions(S), {}, RNG)
+    asked = Float16().asked(ClassTable.asked(4))
+    assert encoded.problem(asked) == "predictions inside, expected class_table"
+    other = TopK(k=2).asked(Predictions.asked(np.arange(2), 4))
+    assert encoded.problem(other) == "coded by 'float16', expected 'top_k'"
+
+
+@pytest.mark.parametrize("codec", [Float16(), TopK(k=2)])
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.full((2, 4), np.nan, np.float32), "NaN or infinity among the scores"),
+        (np.ones((2, 4)), "dtype float64, expected float32"),
+        (np.ones((2, 0), np.float32), "shape"),
+        (np.array([["a"] * 4] * 2), "dtype <U1"),
+    ],
+)
+def test_what_no_codec_takes_is_left_as_it_is_and_named(codec, values, told):
+    encoded, _ = codec.encode(predictions(values), {}, RNG)
+    asked = codec.asked(Predictions.asked(np.arange(2), 4))
+    assert told in str(encoded.problem(asked))
+
+
+def test_an_optional_array_comes_whole_or_not_at_all():
+    sent = replace(predictions(S), weights=np.ones(2, np.float32))
+    encoded, _ = Float16().encode(sent, {}, RNG)
+    wanted = Float16().asked(Predictions.asked(np.arange(2), 4))
+    assert encoded.problem(wanted) is None
+    half = replace(encoded, inner=replace(encoded.inner, weights=None))
+    assert half.problem(wanted) == "a part of 'weights' is missing"
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from(PAIRS),
+    st.data(),
+)
+def test_whatever_passes_the_look_can_be_decoded(pair, data):
+    codec, payload, asked = pair
+    encoded, _ = codec.encode(payload, {}, RNG)
+    whole = flatten(encoded).arrays
+    place = data.draw(st.sampled_from(sorted(whole)))
+    array = whole[place]
+    spoilt = data.draw(
+        arrays(
+            array.dtype,
+            array.shape,
+            elements=st.integers(0, 255)
+            if array.dtype.kind in "iu"
+            else st.floats(width=16, allow_nan=True),
+        )
+    )
+    sent = encoded.with_arrays({place: spoilt})
+    wanted = codec.asked(asked)
+    if (sent.problem(wanted) or codec.bad(sent, wanted)) is None:
+        decoded, _ = codec.decode(sent, {})
+        assert isinstance(decoded.problem(asked), str | None)
+        for name, limit in asked.limits.items():
+            if name in flatten(decoded).arrays:
+                assert flatten(decoded).arrays[name].dtype == limit.dtype
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    up: CodecField = Float32()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("float16", Float16()),
+        ({"kind": "top_k", "k": 3}, TopK(k=3)),
+        (TopK(k=1), TopK(k=1)),
+        ({"kind": "top_k", "k": 1e1}, TopK(k=10)),
+    ],
+)
+def test_settings_name_a_codec_by_its_kind_or_with_its_settings(given, expected):
+    section = Section(up=given)
+    assert section.up == expected
+    assert Section(**section.model_dump(mode="json")) == section
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("flot16", "unknown codec 'flot16'; known: float32, float16, top_k"),
+        ("flot16", "did you mean 'float16'?"),
+        ({"k": 3}, "must be a kind of codec or a table with a kind"),
+        (3, "must be a kind of codec or a table with a kind"),
+        ({"kind": ["top_k"]}, "unknown codec"),
+        ("top_k", "top_k: k: Field required"),
+        ({"kind": "top_k", "k": 0}, "top_k: k: Input should be greater than or equal to 1, got 0"),
+        ({"kind": "top_k", "k": True}, "top_k: k: Input should be a valid integer, got True"),
+        ({"kind": "float16", "k": 3}, "float16: k: Extra inputs are not permitted, got 3"),
+    ],
+)
+def test_a_codec_that_cannot_work_is_named_in_one_line(given, told):
+    with pytest.raises(ValidationError) as error:
+        Section(up=given)
+    (first,) = error.value.errors()
+    assert told in first["msg"]
+    assert "\n" not in first["msg"]
+
+
+def test_every_codec_says_what_it_does():
+    for name in CODECS:
+        assert CODECS.find(name).__doc__
+        assert CODECS.find(name).model_fields["kind"].default == name
+
+
+def test_asked_is_a_description_of_the_same_kind_of_thing():
+    wanted = Float16().asked(Predictions.asked(np.arange(2), 4))
+    assert isinstance(wanted, Asked)
+    assert wanted.kind is Encoded
+    assert wanted.limits["coded/values"].dtype == np.float16
+    assert wanted.limits["inner/values"].shape == (0, 4)

@@ -1,0 +1,60 @@
+import numpy as np
+
+from fedkd.exchange.ledger import Charge, Cost, Ledger, OpenLedger
+from fedkd.exchange.values import digest, flatten, unflatten
+
+CHEAP = Cost("gaussian", {"noise_multiplier": 2.0})
+DEAR = Cost("gaussian", {"noise_multiplier": 0.5})
+
+
+def test_releases_of_one_round_and_cost_are_one_charge():
+    open_ledger = OpenLedger(Ledger())
+    for client in (4, 1):
+        open_ledger.charge_client(3, client, 1, CHEAP)
+    open_ledger.charge_client(3, 1, 2, CHEAP)
+    open_ledger.charge_client(3, 2, 1, DEAR)
+    ledger = open_ledger.closed()
+    assert [(c.clients.tolist(), c.attempts.tolist()) for c in ledger.charges] == [
+        ([4, 1, 1], [1, 1, 2]),
+        ([2], [1]),
+    ]
+    assert ledger.of_client(1) == [(3, CHEAP), (3, CHEAP)]
+    assert ledger.of_client(2) == [(3, DEAR)]
+    assert ledger.of_client(3) == []
+    assert ledger.rows() == [
+        {
+            "round": 3,
+            "by": "client",
+            "mechanism": "gaussian",
+            "releases": 3,
+            "noise_multiplier": 2.0,
+        },
+        {
+            "round": 3,
+            "by": "client",
+            "mechanism": "gaussian",
+            "releases": 1,
+            "noise_multiplier": 0.5,
+        },
+    ]
+    assert ledger.rows(since=1) == ledger.rows()[1:]
+
+
+def test_what_a_server_sends_again_costs_once_also_later():
+    first = OpenLedger(Ledger())
+    for name in ("'mean'", "'mean'", "'other'"):
+        first.charge_server(2, name, CHEAP)
+    ledger = first.closed()
+    assert ledger.of_server() == [(2, CHEAP), (2, CHEAP)]
+    later = OpenLedger(ledger)
+    later.charge_server(2, "'mean'", CHEAP)
+    assert later.closed() is ledger
+    later.charge_server(3, "'mean'", CHEAP)
+    assert later.closed().of_server() == [(2, CHEAP), (2, CHEAP), (3, CHEAP)]
+
+
+def test_a_ledger_is_a_value():
+    charge = Charge(1, "client", CHEAP, np.array([3]), np.array([1]))
+    ledger = Ledger((charge,))
+    assert digest(unflatten(*flatten(ledger))) == digest(ledger)
+    assert OpenLedger(ledger).closed() is ledger
