@@ -132,6 +132,46 @@ class BackendCohort(Cohort):
     def kept(self, name: str) -> list[np.ndarray | None]:  # noqa: D102
         return self._kept.kept(name)
 
+    def _row_outputs(
+        self,
+        rows: np.ndarray,
+        labels: Tensor | None,
+        parts: Sequence[tuple[Tensor, Mapping[str, Tensor]]],
+        settings: ModelSettings,
+        paths: Paths,
+    ) -> RowOutputs:
+        """Put together what a model put out for rows, part by part."""
+        none = (0, self._data.num_classes)
+        logits = copy_to_numpy(torch.cat([each for each, _ in parts])) if parts else np.zeros(none)
+        if parts:
+            features = {
+                name: copy_to_numpy(torch.cat([features[name] for _, features in parts]))
+                for name in parts[0][1]
+            }
+        else:
+            shapes = self._pool.layer_shapes(settings) if paths else {}
+            features = {
+                name: np.zeros((0, *shapes[path]), np.float32) for name, path in paths.items()
+            }
+        return RowOutputs(
+            rows=rows,
+            labels=None if labels is None else copy_to_numpy(labels),
+            logits=logits.astype(np.float32, copy=False),
+            features=features,
+        )
+
+    def _kept_rows(
+        self,
+        fit: Fit,
+        rows: np.ndarray,
+        parts: Sequence[tuple[Tensor, Mapping[str, Tensor]]],
+    ) -> RowOutputs:
+        """Put together what the first model of a fit put out for private rows."""
+        labels = self._data.train_labels[as_tensor(rows).to(self._device)]
+        first = fit.learning[0]
+        paths = fit.paths.get(first, NO_PATHS)
+        return self._row_outputs(rows, labels, parts, self._models[first], paths)
+
     # -- names -----------------------------------------------------------------------------
 
     def _settings_of(self, model: str) -> ModelSettings:
@@ -239,13 +279,10 @@ class BackendCohort(Cohort):
             keep_outputs=keep_outputs,
         )
 
-    def _nothing_kept(self, *, keep_outputs: bool) -> list[RowOutputs]:
-        """Return what a fit that took no step put out."""
-        none = np.zeros((0, self._data.num_classes), np.float32)
-        nobody = np.zeros(0, np.int64)
-        return [RowOutputs(rows=nobody, labels=nobody, logits=none)] * (
-            len(self.clients) if keep_outputs else 0
-        )
+    def _nothing_kept(self, fit: Fit) -> list[RowOutputs]:
+        """Return what a fit without a step put out."""
+        members = range(len(self.clients) if fit.keep_outputs else 0)
+        return [self._kept_rows(fit, np.zeros(0, np.int64), []) for _ in members]
 
     def _weights_at_rest(self, name: str) -> list[Arrays]:
         """Return copies of each member's weights of a model that never trains."""
@@ -321,7 +358,8 @@ def chunks(rows: int, batch_rows: int | None, mode: Mode) -> list[slice]:
     starts = list(range(0, rows, width))
     if mode == "train" and width > 1 and len(starts) > 1 and rows - starts[-1] == 1:
         starts.pop()
-    return [slice(*cut) for cut in zip(starts, [*starts[1:], rows], strict=True)]
+    ends = [*starts[1:], rows] if starts else []
+    return [slice(*cut) for cut in zip(starts, ends, strict=True)]
 
 
 def named(seen: Mapping[str, Tensor], paths: Paths) -> Mapping[str, Tensor]:
@@ -336,25 +374,3 @@ def tapping(module: object, paths: Paths) -> Iterator[Features]:
     """Record what layers put out, by module path."""
     with tapped(module, list(dict.fromkeys(paths.values()))) as features:  # type: ignore[arg-type]
         yield features
-
-
-def row_outputs(
-    rows: np.ndarray,
-    labels: Tensor | None,
-    parts: Sequence[tuple[Tensor, Mapping[str, Tensor]]],
-    num_classes: int,
-) -> RowOutputs:
-    """Put together what a model put out for rows, part by part."""
-    if parts:
-        logits = copy_to_numpy(torch.cat([each for each, _ in parts]))
-    else:
-        logits = np.zeros((0, num_classes), np.float32)
-    return RowOutputs(
-        rows=rows,
-        labels=None if labels is None else copy_to_numpy(labels),
-        logits=logits.astype(np.float32, copy=False),
-        features={
-            name: copy_to_numpy(torch.cat([features[name] for _, features in parts]))
-            for name in (parts[0][1] if parts else ())
-        },
-    )

@@ -41,7 +41,6 @@ from fedkd.training.common import (
     Paths,
     chunks,
     named,
-    row_outputs,
     tapping,
 )
 from fedkd.training.feeds import Feed
@@ -137,7 +136,7 @@ class LoopCohort(BackendCohort):
                 self._fit_member(fit, position, losses_of) for position in range(len(self._members))
             ]
         elif objective.idle:
-            return self._nothing_kept(keep_outputs=keep_outputs)
+            return self._nothing_kept(fit)
         else:
             bound = self._pool.bound(objective, self._models)
             parts = self._pool.parts_slot(objective, self._models)
@@ -189,7 +188,10 @@ class LoopCohort(BackendCohort):
             self._kept.keep_average(
                 name, live.model, position, to_arrays(live.tensors), live.updates
             )
-        return None if kept is None else kept.outputs(feed, self._data)
+        if kept is None:
+            return None
+        rows = np.concatenate([np.zeros(0, np.int64), *(feed.private or [])])
+        return self._kept_rows(fit, rows, kept.parts)
 
     def _take_steps(
         self,
@@ -314,7 +316,7 @@ class LoopCohort(BackendCohort):
                     parts.append((logits, named(seen, paths)))
             if dropout is not None:
                 dropout.end()
-            results.append(row_outputs(rows, labels, parts, self._data.num_classes))
+            results.append(self._row_outputs(rows, labels, parts, settings, paths))
         return results
 
     def predict(  # noqa: D102
@@ -479,22 +481,20 @@ class _LiveAverage:
 
 
 class _Kept:
-    """What a model puts out for private rows while it trains."""
+    """What a model puts out for private rows while it trains.
+
+    Attributes:
+        parts: logits and features, step by step.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+        self.parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
     def add(self, outputs: Outputs, num_private: int) -> None:
         """Keep what there is of a step."""
         assert outputs.private is not None  # noqa: S101 (a fit without private rows keeps nothing)
         features = {name: each[:num_private].detach() for name, each in outputs.features.items()}
-        self._parts.append((outputs.private.detach(), features))
-
-    def outputs(self, feed: Feed, data: TrainingData) -> RowOutputs:
-        """Return all of it in the order of the steps."""
-        rows = np.concatenate([np.zeros(0, np.int64), *(feed.private or [])])
-        labels = data.train_labels[as_tensor(rows).to(data.train_labels.device)]
-        return row_outputs(rows, labels, self._parts, data.num_classes)
+        self.parts.append((outputs.private.detach(), features))
 
 
 def _on_outputs(objective: Objective | JointObjective) -> StepLosses:

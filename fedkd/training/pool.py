@@ -196,16 +196,20 @@ class ModelPool:
         self._frozen_skeletons[model.key].module.eval()
         return self._frozen_skeletons[model.key]
 
+    def layer_shapes(self, model: ModelSettings) -> dict[str, tuple[int, ...]]:
+        """Return the shape, without the rows, of what each layer of a model puts out."""
+        if model.key not in self._shapes:
+            module = self.build(model, seed=0).to(self._device)
+            self._shapes[model.key] = layer_shapes(module, self._data.train_inputs[:2])
+        return self._shapes[model.key]
+
     def layer_paths(self, model: ModelSettings, layers: Sequence[str]) -> dict[str, str]:
         """Return what `tapped` calls these layers of a model, by the names they were asked for.
 
         Raises:
             ValueError: naming a layer that the model does not have, and those that it has.
         """
-        if model.key not in self._shapes:
-            module = self.build(model, seed=0).to(self._device)
-            self._shapes[model.key] = layer_shapes(module, self._data.train_inputs[:2])
-        shapes = self._shapes[model.key]
+        shapes = self.layer_shapes(model) if layers else {}
         return {layer: resolved_layer(layer, shapes, whose=model.label) for layer in layers}
 
     def bound(

@@ -22,6 +22,10 @@ class Table:
     values: np.ndarray | Sequence[np.ndarray]
     of: Literal["whole", "private", "public"] = "whole"
 
+    def __post_init__(self) -> None:
+        if self.of not in ("whole", "private", "public"):
+            raise ValueError(f"a table is of whole, private or public, got {self.of!r}")
+
     def own(self, position: int) -> np.ndarray:
         """Return one member's array."""
         return self.values if isinstance(self.values, np.ndarray) else self.values[position]

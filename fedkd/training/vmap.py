@@ -50,7 +50,6 @@ from fedkd.training.common import (
     Fit,
     chunks,
     named,
-    row_outputs,
     tapping,
 )
 from fedkd.training.feeds import Feed
@@ -147,7 +146,7 @@ class VmapCohort(BackendCohort):
         if not isinstance(objective, ComposedObjective):
             return self._fit_stacks(fit, self._runs(fit), _on_outputs(objective))
         if objective.idle:
-            return self._nothing_kept(keep_outputs=keep_outputs)
+            return self._nothing_kept(fit)
         bound = self._pool.bound(objective, self._models)
         if bound.stacking.obstacle:
             raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
@@ -277,7 +276,10 @@ class VmapCohort(BackendCohort):
                     self._stacks[average.model].weights_of(average.tensors, place),
                     int(average.updates[place]),
                 )
-        return [] if kept is None else self._kept_outputs(kept, runs)
+        if kept is None:
+            return []
+        rows = [own for steps in runs for own in steps.private_rows]
+        return [self._kept_rows(fit, rows[place], kept.parts[place]) for place in self._places]
 
     def _fit_together(
         self,
@@ -360,19 +362,6 @@ class VmapCohort(BackendCohort):
 
     # -- outputs ---------------------------------------------------------------------------
 
-    def _kept_outputs(self, kept: "_Kept", runs: Sequence["_StackedSteps"]) -> list[RowOutputs]:
-        """Return what each member put out while training, in the order of the members."""
-        rows = [own for steps in runs for own in steps.private_rows]
-        return [
-            row_outputs(
-                rows[place],
-                self._data.train_labels[as_tensor(rows[place]).to(self._device)],
-                kept.parts[place],
-                self._data.num_classes,
-            )
-            for place in self._places
-        ]
-
     def outputs(  # noqa: D102
         self,
         *,
@@ -425,7 +414,7 @@ class VmapCohort(BackendCohort):
                     parts.append((logits, named(seen, paths)))
             if skeleton.dropout is not None:
                 skeleton.dropout.end()
-            results.append(row_outputs(rows, labels, parts, self._data.num_classes))
+            results.append(self._row_outputs(rows, labels, parts, settings, paths))
         return results
 
     def predict(  # noqa: D102
