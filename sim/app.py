@@ -38,8 +38,10 @@ from sim.settings import (
 )
 from sim.wire.flower import end_without_traceback
 from sim.wire.messages import (
+    MEMORY_LOST,
     MISTAKE,
     CohortCall,
+    MemoryLost,
     Mistake,
     Phase,
     introduction_content,
@@ -176,11 +178,19 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
     record = None if lost else context.state.array_records.get(STATE)
     state = None if record is None else ClientState.from_arrays(from_array_record(record))
     told = read_instruction(message.content)
-    call = CohortCall(phase, told.round, (client,), attempt=told.attempt, orders=(told.orders,))
+    call = CohortCall(
+        phase,
+        told.round,
+        (client,),
+        attempt=told.attempt,
+        orders=(told.orders,),
+        since=(told.since,),
+    )
     served = runtime.serve(call, [told.payload], [state])
     (answer,) = served.answers
-    if isinstance(answer, Mistake):
-        return Message(Error(MISTAKE, answer), reply_to=message)
+    if isinstance(answer, Mistake | MemoryLost):
+        code = MISTAKE if isinstance(answer, Mistake) else MEMORY_LOST
+        return Message(Error(code, answer), reply_to=message)
     if isinstance(answer, str):
         return _refusal(message, answer)
     if client in served.states:

@@ -113,6 +113,7 @@ def load_data(settings: Settings) -> FederatedData:
             keeps_states=settings.engine.address is None,
         )
         strategy.check(data.input_shape)
+        settings.stages.check(up=strategy.up, down=strategy.down, sums=strategy.sums)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)
     except ValueError as error:

@@ -28,10 +28,12 @@ from sim.engine.runtime import build_strategy, federation_of
 from sim.settings import Settings
 from sim.wire.flower import Run, empty_run, identify_process, set_message_id
 from sim.wire.messages import (
+    MEMORY_LOST,
     MISTAKE,
     ClientReply,
     CohortCall,
     Instruction,
+    MemoryLost,
     Mistake,
     Phase,
     read_instruction,
@@ -292,6 +294,7 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         decoded: dict[int, Instruction] = {}
         received: dict[int, Payload | None] = {}
         orders: dict[int, Orders] = {}
+        since: dict[int, int] = {}
         for client, message in messages.items():
             content = message.content
             if id(content) not in decoded:
@@ -302,6 +305,8 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
                 received[client] = told.payload
                 if told.orders is not None:
                     orders[client] = told.orders
+                if told.since:
+                    since[client] = told.since
             else:
                 ready[client] = reason
         if not received:
@@ -324,6 +329,7 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
                     backend,
                     told.attempt,
                     orders=tuple(map(orders.get, cohort)) if orders else (),
+                    since=tuple(since.get(client, 0) for client in cohort) if since else (),
                 )
                 calls.append(PackedCall(call, tuple(received[client] for client in cohort)))
         return calls
@@ -366,6 +372,8 @@ def reply_message(message: Message, reply: ClientReply | str) -> Message:
             code = ErrorCode.NODE_UNAVAILABLE
         elif isinstance(reply, Mistake):
             code = MISTAKE
+        elif isinstance(reply, MemoryLost):
+            code = MEMORY_LOST
         error = Error(code, str(reply))
         return Message(error, reply_to=message)
     return Message(reply_content(reply), reply_to=message)

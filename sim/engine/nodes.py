@@ -192,7 +192,7 @@ class Nodes:
             else:
                 assignment = Assignment(self._text, self._trained.get(client, 0))
                 content = node_instruction(
-                    round, attempt, dict(records[id(each.payload)]), each.orders, assignment
+                    round, attempt, dict(records[id(each.payload)]), each, assignment
                 )
                 sent[client] = Message(
                     content,
@@ -254,7 +254,7 @@ class Nodes:
         }
         messages = {
             node: Message(
-                node_instruction(0, 1, {}, None, Assignment(self._text)),
+                node_instruction(0, 1, {}, Told(), Assignment(self._text)),
                 node,
                 "query",
                 ttl=self._settings.engine.deadline_s,

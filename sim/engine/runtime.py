@@ -6,8 +6,8 @@ data and models at hand but nothing that matters: the clients' states come in an
 
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fedkd.data import FederatedData
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.pipeline import PREFIX, ClientTurn, MemoryLostError, Standing
 from fedkd.metrics.classification import (
     accuracy,
     confusion_counts,
@@ -38,7 +39,7 @@ from sim.adversity.faults import FaultPlan
 from sim.engine.deadline import DeadlineError, deadline
 from sim.settings import Settings
 from sim.settings.schema import UnreadStrategy
-from sim.wire.messages import ClientReply, CohortCall, Mistake
+from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
 from strategies import strategy_class
 from strategies.contract import Call, Federation, Received, Strategy
 
@@ -111,6 +112,14 @@ def fix_numerics(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def _reason(error: Exception) -> str:
+    """Return why there is no answer, and by its type whose fault that is."""
+    told = traceback.format_exc()
+    if isinstance(error, MemoryLostError):
+        return MemoryLost(told)
+    return told if isinstance(error, MISFORTUNES) else Mistake(told)
+
+
 class ClientRuntime:
     """Holds a run's data, models and algorithm, and serves any of its clients."""
 
@@ -123,6 +132,7 @@ class ClientRuntime:
         self._data = data
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
+        self._stages = settings.stages
         self._tensors = TrainingData.from_arrays(data, self._device)
         self._pool = ModelPool(self._tensors, settings.clients.optimizer)
         self._test_inputs = as_tensor(data.test_inputs).to(self._device)
@@ -170,8 +180,7 @@ class ClientRuntime:
                     groups[:0] = [[position] for position in group]
                     split = f"{type(error).__name__}: {error}"
                 else:
-                    kind = str if isinstance(error, MISFORTUNES) else Mistake
-                    reason = kind(traceback.format_exc())
+                    reason = _reason(error)
                     answers.update(dict.fromkeys(clients, reason))
                 continue
             new_states.update(zip(clients, trained, strict=False))
@@ -270,32 +279,54 @@ class ClientRuntime:
     def _call(self, call: CohortCall) -> Call:
         return Call(self._federation, call.round, call.orders)
 
+    def _turn(self, call: CohortCall, states: Sequence[ClientState | None]) -> ClientTurn:
+        """Return the exchange of a call."""
+        since = call.since or (0,) * len(call.clients)
+        return ClientTurn(
+            self._stages,
+            seed=self._settings.seed,
+            rounds=self._settings.rounds,
+            round=call.round,
+            attempt=call.attempt,
+            clients={
+                client: Standing({} if state is None else state.arrays, own)
+                for client, state, own in zip(call.clients, states, since, strict=True)
+            },
+        )
+
     def _train(
         self, call: CohortCall, received: Received, states: Sequence[ClientState | None]
     ) -> tuple[list[ClientReply], list[ClientState]]:
         started = time.perf_counter()
+        turn = self._turn(call, states)
+        received = _opened(turn, call, received)
         cohort = self._cohort(call, states)
-        uploads = self._strategy.client(cohort, received, self._call(call))
-        if uploads and len(uploads) != len(call.clients):
+        answers = self._strategy.client(cohort, received, self._call(call))
+        if answers and len(answers) != len(call.clients):
             raise ValueError(
-                f"{type(self._strategy).__name__}.client answered {len(uploads)} payloads for "
+                f"{type(self._strategy).__name__}.client answered {len(answers)} payloads for "
                 f"{len(call.clients)} clients: return one for each, or none at all"
             )
+        sent = turn.send(dict(zip(call.clients, answers, strict=True)) if answers else {})
         new_states = cohort.states()
+        for client, arrays in turn.kept().items():
+            position = call.clients.index(client)
+            new_states[position] = _with_exchange(new_states[position], arrays)
         seconds = (time.perf_counter() - started) / len(call.clients)
         replies = [
             ClientReply(
-                payload=uploads[position] if uploads else None,
+                payload=sent.get(client),
                 metrics={**terms, "seconds": seconds},
                 round=call.round,
             )
-            for position, terms in enumerate(cohort.metrics())
+            for client, terms in zip(call.clients, cohort.metrics(), strict=True)
         ]
         return replies, new_states
 
     def _evaluate(
         self, call: CohortCall, received: Received, states: Sequence[ClientState | None]
     ) -> list[ClientReply]:
+        received = _opened(self._turn(call, states), call, received)
         cohort = self._cohort(call, states)
         strategy = self._strategy
         strategy.before_evaluation(cohort, received, self._call(call))
@@ -310,6 +341,20 @@ class ClientRuntime:
                 probabilities = F.softmax(torch.from_numpy(test_scores[position]), -1).numpy()
             replies.append(ClientReply(None, metrics, probabilities, call.round))
         return replies
+
+
+def _opened(turn: ClientTurn, call: CohortCall, received: Received) -> Received:
+    """Return what the members received, decoded."""
+    if not received:
+        return received
+    opened = turn.open(dict(zip(call.clients, received, strict=True)))
+    return Received([opened[client] for client in call.clients])
+
+
+def _with_exchange(state: ClientState, arrays: Mapping[str, np.ndarray]) -> ClientState:
+    """Return a client's state with what its codecs keep from now on."""
+    others = {name: a for name, a in state.arrays.items() if not name.startswith(PREFIX)}
+    return replace(state, arrays={**others, **arrays})
 
 
 def judge(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkd.data import FederatedData
+from fedkd.exchange.pipeline import ExchangeState
 from fedkd.exchange.values import Value, flatten, read_only, unflatten
 from fedkd.training import PARTS, Arrays, ClientState, check_state
 from sim.engine.grid import CohortGrid, GridMemory
@@ -43,6 +44,7 @@ DEAREST = 0.05
 
 _CLIENT = "client-"
 _STATE = "state"
+_EXCHANGE = "exchange"
 
 
 class _Mark(BaseModel):
@@ -65,6 +67,7 @@ class _Values(BaseModel):
     grid: GridMemory
     clients: int = Field(ge=0)
     state: dict[str, Any]
+    exchange: dict[str, Any]
 
 
 class Persistence:
@@ -149,10 +152,12 @@ class Persistence:
             "grid": self._grid.memory(),
             "clients": len(self._grid.trained_clients()),
             _STATE: flatten(boundary.state).plain,
+            _EXCHANGE: flatten(boundary.exchange).plain,
         }
 
     def _tables(self, boundary: Boundary) -> Iterator[Table]:
         yield _STATE, flatten(boundary.state).arrays
+        yield _EXCHANGE, flatten(boundary.exchange).arrays
         clients = self._grid.trained_clients()
         for client, state in zip(clients, self._grid.client_states(clients), strict=True):
             if state is not None:
@@ -225,8 +230,8 @@ class Persistence:
             return f"its content is not what a run writes: {one_line(error)}"
         return None
 
-    def _check_clients(self, checkpoint: Checkpoint, values: "_Values") -> Arrays:
-        """Look at every client's state; return the arrays of the server's.
+    def _check_clients(self, checkpoint: Checkpoint, values: "_Values") -> dict[str, Arrays]:
+        """Look at every client's state; return the server's tables.
 
         Raises:
             ValueError: for what is not the state of a client of this run.
@@ -235,12 +240,12 @@ class Persistence:
         if any(not (key.isdigit() and int(key) < count) for key in values.grid.excluded):
             raise ValueError(f"clients that the run does not have: {list(values.grid.excluded)}")
         seen: set[int] = set()
-        server: Arrays = {}
+        server: dict[str, Arrays] = {}
         for table, arrays in checkpoint.tables():
             if not table.startswith(_CLIENT):
-                if table != _STATE:
+                if table not in (_STATE, _EXCHANGE):
                     raise ValueError(f"a table {table[:40]!r}")
-                server.update(arrays)
+                server.setdefault(table, {}).update(arrays)
                 continue
             client = int(table.removeprefix(_CLIENT))
             if not 0 <= client < count or client in seen:
@@ -266,33 +271,38 @@ class Persistence:
             for architecture in architectures
         }
 
-    def _check_server(self, values: "_Values", server: Arrays) -> None:
+    def _check_server(self, values: "_Values", server: Mapping[str, Arrays]) -> None:
         """Try what the server remembers.
 
         Raises:
             ValueError, and whatever else an algorithm says to what is not its own.
         """
-        self._loop.check_state(unflatten(server, values.state))
+        self._loop.check_boundary(
+            unflatten(server.get(_STATE, {}), values.state),
+            unflatten(server.get(_EXCHANGE, {}), values.exchange),
+        )
 
     def _recall(self, checkpoint: Checkpoint) -> None:
         values = checkpoint.values
-        server: Arrays = {}
+        server: dict[str, Arrays] = {}
 
         def clients() -> Iterator[tuple[int, ClientState]]:
             for table, arrays in checkpoint.tables():
                 if table.startswith(_CLIENT):
                     yield int(table.removeprefix(_CLIENT)), ClientState.from_arrays(arrays)
                 else:
-                    server.update(arrays)
+                    server.setdefault(table, {}).update(arrays)
 
         self._grid.load_states(clients())
         self._grid.recall(values["grid"])
         self._folder.rewind(values["marks"])
         self._saved_round = checkpoint.round
         self._saved_at = time.monotonic()
-        state: Value = unflatten(server, values[_STATE])
+        state: Value = unflatten(server.get(_STATE, {}), values[_STATE])
+        exchange: ExchangeState = unflatten(server.get(_EXCHANGE, {}), values[_EXCHANGE])
         self._loop.go_back(
-            Boundary(checkpoint.round, read_only(state)), read_history(self._folder.folder)
+            Boundary(checkpoint.round, read_only(state), exchange),
+            read_history(self._folder.folder),
         )
 
     @property

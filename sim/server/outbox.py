@@ -4,45 +4,78 @@ from collections.abc import Hashable, Iterator
 from statistics import fmean
 from typing import Any
 
-from fedkd.exchange.payload import Payload
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.pipeline import ServerTurn
 from fedkd.exchange.values import Value
 from sim.wire.messages import Told
-from strategies.contract import Round, Strategy
+from strategies.contract import Round, ServerTools, Strategy
 
 
 class Outbox:
-    """Answers what each client is told.
+    """Answers what each client is told, and what it has to answer.
 
     Args:
         strategy: names and makes it.
         state: from which.
         round: in which it is received.
+        turn: what is sent passes it.
+        server: for what clients have to answer; None: nobody has to.
         silent: tell nobody anything.
     """
 
     def __init__(
-        self, strategy: Strategy[Any, Any], state: Value, round: Round, *, silent: bool = False
+        self,
+        strategy: Strategy[Any, Any],
+        state: Value,
+        round: Round,
+        turn: ServerTurn,
+        *,
+        server: ServerTools | None = None,
+        silent: bool = False,
     ) -> None:
         self._strategy = strategy
         self._state = state
         self._round = round
+        self._turn = turn
+        self._server = server
         self._silent = silent
         self._made: dict[Hashable, Payload] = {}
+        self._asked: dict[int, Asked | None] = {}
+        self.told: dict[int, Told] = {}
 
-    def __call__(self, client: int) -> Told:
-        """Return what a client is told; clients that receive the same share one object."""
+    def tell(self, client: int, attempt: int) -> Told:
+        """Return what a client is told now; clients that receive the same share one object."""
         if self._silent:
             return Told()
-        key = self._strategy.receives(self._state, client, self._round)
-        orders = self._strategy.orders(self._state, client, self._round)
-        if key is None:
-            return Told(None, orders)
+        strategy, state = self._strategy, self._state
+        sent = self._turn.send(
+            client,
+            strategy.receives(state, client, self._round),
+            self._make,
+            asked=self.asked(client),
+            attempt=attempt,
+        )
+        told = Told(sent.payload, strategy.orders(state, client, self._round), sent.since)
+        self.told[client] = told
+        return told
+
+    def asked(self, client: int) -> Asked | None:
+        """Return what a client has to answer, decoded; None: nothing."""
+        if self._server is None:
+            return None
+        if client not in self._asked:
+            self._asked[client] = self._strategy.asks(
+                self._state, client, self._round, self._server
+            )
+        return self._asked[client]
+
+    def _make(self, key: Hashable) -> Payload:
         if key not in self._made:
             self._made[key] = self._strategy.payload(self._state, key)
-        return Told(self._made[key], orders)
+        return self._made[key]
 
     def pieces(self) -> Iterator[Payload]:
-        """Yield every distinct piece that somebody was told so far."""
+        """Yield every distinct piece that somebody was told so far, as it was before it left."""
         yield from self._made.values()
 
     def entropy(self) -> float | None:

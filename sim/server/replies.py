@@ -7,12 +7,15 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.pipeline import BadPayloadError, ServerTurn
+from fedkd.exchange.views import Upload
 from fedkd.metrics.diversity import VoteCounter
 from sim.server.observers import Row
+from sim.server.outbox import Outbox
 from sim.server.validation import Expected, RejectedReplyError, valid_answer
 from sim.settings import EngineSettings
-from sim.wire.messages import Told
-from strategies.contract import Round, Upload
+from sim.wire.messages import ClientReply
+from strategies.contract import Round
 
 Ask = Callable[[Sequence[int], int], Iterator[tuple[int, Message]]]
 """Asks clients, the so many-th time in this round, and yields (client, reply) in client order."""
@@ -78,9 +81,9 @@ class Replies:
     Args:
         round: of the clients.
         clients: who is asked, sorted.
-        told: what each of them is told.
+        outbox: what each of them is told and has to answer.
+        turn: what arrives passes it.
         ask: asks them.
-        expected: returns what a client has to answer.
         num_examples: private rows of each client.
         engine: says what to do below the quorum.
         event: is told of each reply that is left out.
@@ -91,17 +94,17 @@ class Replies:
         *,
         round: Round,
         clients: Sequence[int],
-        told: Callable[[int], Told],
+        outbox: Outbox,
+        turn: ServerTurn,
         ask: Ask,
-        expected: Callable[[int], Expected],
         num_examples: Sequence[int],
         engine: EngineSettings,
         event: Callable[[Row], None],
     ) -> None:
         self._round = round
         self._clients = clients
-        self._told = told
-        self._expected = expected
+        self._outbox = outbox
+        self._turn = turn
         self._num_examples = num_examples
         self._quorum = Quorum(round.number, len(clients), "gave a usable answer", engine)
         self._event = event
@@ -148,12 +151,15 @@ class Replies:
         for client, message in messages:
             unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
             if not unreached:
-                for piece in self._told(client):
+                told = self._outbox.told[client]
+                for piece in (told.payload, told.orders):
                     if piece is not None:
                         self._count(client, "down", piece)
             try:
-                reply = valid_answer(message, self._expected(client), again=client in self.metrics)
+                reply, payload = self._opened(client, message)
             except RejectedReplyError as error:
+                if error.memory_lost:
+                    self._turn.forget(client)
                 if error.payload is not None:
                     self._count(client, "up", error.payload)
                 self._reject(client, error.told)
@@ -162,8 +168,27 @@ class Replies:
             self.rejected.pop(client, None)
             if reply.payload is not None:
                 self._count(client, "up", reply.payload)
-                self._vote(reply.payload)
-                yield Upload(client, reply.payload, self._num_examples[client])
+            if payload is not None:
+                self._vote(payload)
+                yield Upload(client, payload, self._num_examples[client])
+
+    def _opened(self, client: int, message: Message) -> tuple[ClientReply, Payload | None]:
+        """Return a reply, and what it carries, decoded.
+
+        Raises:
+            RejectedReplyError: it cannot be used.
+        """
+        asked = self._outbox.asked(client)
+        expected = Expected(
+            round=self._round.number,
+            asked=None if asked is None else self._turn.asked(asked),
+            checks_payload=False,
+        )
+        reply = valid_answer(message, expected, again=client in self.metrics)
+        try:
+            return reply, self._turn.receive(client, reply.payload, asked)
+        except BadPayloadError as error:
+            raise RejectedReplyError(str(error), reply.payload) from error
 
     def _vote(self, payload: Payload) -> None:
         votes = payload.votes()

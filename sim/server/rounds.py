@@ -6,7 +6,7 @@ algorithm adds. Runs over any Flower `Grid`.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
+from fedkd.exchange.pipeline import ExchangeState, ServerTurn
 from fedkd.exchange.values import Value, read_only
 from fedkd.metrics.classification import accuracy, confusion_counts
 from fedkd.models import ignores_seed
@@ -43,10 +44,12 @@ class Boundary:
     Attributes:
         round: the last complete round; 0 before the first.
         state: what the algorithm's server half remembers; nobody writes into it.
+        exchange: what codecs remember of clients, and what was released so far.
     """
 
     round: int
     state: Value
+    exchange: ExchangeState = field(default_factory=ExchangeState)
 
 
 class RoundLoop:
@@ -78,6 +81,7 @@ class RoundLoop:
             device=torch.device("cpu"),
             models=self._strategy.server_models(),
         )
+        self._stages = settings.stages
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
@@ -96,12 +100,14 @@ class RoundLoop:
         self.history = history
         self.boundary = boundary
 
-    def check_state(self, state: Value) -> None:
-        """See whether this can be the server's state at a boundary of this run.
+    def check_boundary(self, state: Value, exchange: Value) -> None:
+        """See whether these can be of a boundary of this run.
 
         Raises:
-            ValueError: for what does not fit.
+            TypeError, ValueError: for what does not fit.
         """
+        if not isinstance(exchange, ExchangeState):
+            raise TypeError(f"what the exchange remembers is a {type(exchange).__name__}")
         check_kept(self._checked(state, "a checkpoint"), self._strategy, self._server)
 
     def _checked(self, state: object, whose: str) -> Value:
@@ -161,23 +167,24 @@ class RoundLoop:
         if self._nodes is not None:
             self._nodes.begin(round.number, clients)
         started = time.perf_counter()
-        outbox = Outbox(strategy, before.state, round)
+        turn = self._turn(before.exchange, round)
+        outbox = Outbox(strategy, before.state, round, turn, server=self._server)
         replies = Replies(
             round=round,
             clients=clients,
-            told=outbox,
+            outbox=outbox,
+            turn=turn,
             ask=lambda asked, attempt: self._ask("train", round, asked, outbox, attempt),
-            expected=lambda client: Expected(
-                round=round.number,
-                asked=strategy.asks(before.state, client, round, self._server),
-            ),
             num_examples=self._federation.num_examples,
             engine=self._settings.engine,
             event=self.tell,
         )
         skipped = False
         try:
-            state = strategy.aggregate(before.state, replies, round, self._server)
+            uploads = turn.view(
+                replies, sums=strategy.sums, group=self._federation.architectures.__getitem__
+            )
+            state = strategy.aggregate(before.state, uploads, round, self._server)
             replies.drain()
             state = self._checked(state, "aggregate")
         except QuorumError as error:
@@ -187,13 +194,16 @@ class RoundLoop:
             self._skip(round, str(error))
         finally:
             self._pass_events_on()
+        exchange = turn.skipped() if skipped else turn.committed()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
         federation: Row = {}
         servers: list[Row] = []
         every = self._settings.evaluation.every
         if round.number % every == 0 or round.number == self._settings.rounds:
-            evaluated, federation = self._evaluate(round, self._judged(clients), state)
+            judging = self._turn(exchange, round.next())
+            evaluated, federation = self._evaluate(round, self._judged(clients), state, judging)
+            exchange = judging.skipped()
             servers = self._evaluate_server(round, state)
             if servers:
                 federation["server_accuracy"] = servers[0]["accuracy"]
@@ -216,9 +226,18 @@ class RoundLoop:
         if round.number == self._settings.rounds:
             self._check_that_anybody_was_judged(federation)
         rows = [federation, *_client_rows(round, replies.metrics, evaluated), *servers]
-        after = Boundary(round.number, state)
+        after = Boundary(round.number, state, exchange)
         with uninterrupted():
             self._complete(after, rows, replies.exchanged)
+
+    def _turn(self, before: ExchangeState, round: Round) -> ServerTurn:
+        return ServerTurn(
+            self._stages,
+            before,
+            seed=self._settings.seed,
+            rounds=self._settings.rounds,
+            round=round.number,
+        )
 
     def _complete(self, after: Boundary, rows: Sequence[Row], exchanged: Sequence[Row]) -> None:
         for observer in self._observers:
@@ -244,19 +263,20 @@ class RoundLoop:
         self, phase: Phase, round: Round, clients: Iterable[int], outbox: Outbox, attempt: int = 1
     ) -> Iterator[tuple[int, Message]]:
         """Send one message a client and yield (client, reply) in client order."""
-        told = [(client, outbox(client)) for client in clients]
+        told = [(client, outbox.tell(client, attempt)) for client in clients]
         if self._nodes is not None:
             yield from self._nodes.ask(phase, round.number, attempt, told)
             return
         contents: dict[int, RecordDict] = {}
         messages = []
-        for client, (payload, orders) in told:
+        for client, own in told:
             # Clients that receive one object share one record: it is encoded and sent once.
-            content = None if orders is not None else contents.get(id(payload))
+            alone = own.orders is not None or own.since > 0
+            content = None if alone else contents.get(id(own.payload))
             if content is None:
-                content = instruction(round.number, payload, attempt, orders)
-                if orders is None:
-                    contents[id(payload)] = content
+                content = instruction(round.number, own, attempt)
+                if not alone:
+                    contents[id(own.payload)] = content
             node = FIRST_NODE_ID + client
             messages.append(Message(content, node, phase, group_id=str(round.number)))
         for reply in self._grid.send_and_receive(messages):
@@ -282,11 +302,11 @@ class RoundLoop:
         return sorted(int(client) for client in drawn)
 
     def _evaluate(
-        self, round: Round, clients: Sequence[int], state: Value
+        self, round: Round, clients: Sequence[int], state: Value, turn: ServerTurn
     ) -> tuple[dict[int, Row], Row]:
         """Judge clients' models and their ensemble."""
         silent = not self._strategy.judges_received
-        outbox = Outbox(self._strategy, state, round.next(), silent=silent)
+        outbox = Outbox(self._strategy, state, round.next(), turn, silent=silent)
         rows: dict[int, Row] = {}
         ensemble = StreamingMean()
         test_rows = len(self._data.test_labels)

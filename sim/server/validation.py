@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedkd.exchange.payload import Asked, Limit, Payload
 from fedkd.exchange.payloads.predictions import are_distributions
-from sim.wire.messages import MISTAKE, ClientReply, is_unencoded, read_reply
+from sim.wire.messages import MEMORY_LOST, MISTAKE, ClientReply, is_unencoded, read_reply
 from sim.wire.records import arrays_name
 
 LARGEST_METRIC = 2.0**53
@@ -79,14 +79,21 @@ class RejectedReplyError(ValueError):
 
     Attributes:
         payload: what it carried, where that much of it could be read.
+        memory_lost: whether the client lost what its codecs remembered.
         told: what belongs into the record: the reason, or the whole traceback of a client's own.
     """
 
     def __init__(
-        self, reason: str, payload: Payload | None = None, *, traceback: str | None = None
+        self,
+        reason: str,
+        payload: Payload | None = None,
+        *,
+        traceback: str | None = None,
+        memory_lost: bool = False,
     ) -> None:
         super().__init__(shortened(reason))
         self.payload = payload
+        self.memory_lost = memory_lost
         self.told = str(self) if traceback is None else traceback
 
 
@@ -103,12 +110,14 @@ class Expected:
         asked: what it has to send; None: nothing.
         test: of its predictions of the test split, where it sends them.
         judged: whether it is judged, and does not train.
+        checks_payload: whether the payload is looked at here; if not, whoever decodes it does.
     """
 
     round: int
     asked: Asked | None = None
     test: Limit | None = None
     judged: bool = False
+    checks_payload: bool = True
 
     @classmethod
     def evaluation(cls, round: int, test_rows: int, classes: int, *, ensemble: bool) -> "Expected":
@@ -152,7 +161,8 @@ def valid_answer(message: Message, expected: Expected, *, again: bool) -> Client
         text = message.error.reason or "unknown error"
         # A traceback ends with what matters.
         traceback = _without_codes(text[-LONGEST_TRACEBACK:])
-        raise RejectedReplyError(text[-LONGEST_REASON:], traceback=traceback)
+        lost = message.error.code == MEMORY_LOST
+        raise RejectedReplyError(text[-LONGEST_REASON:], traceback=traceback, memory_lost=lost)
     if again:
         raise RejectedReplyError(f"a second reply to round {expected.round}")
     return read_valid_reply(message.content, expected)
@@ -317,7 +327,7 @@ def bad_reply(reply: ClientReply, expected: Expected) -> str | None:
         _bad_round(reply.round, expected.round)
         or _bad_metric_types(reply.metrics)
         or _bad_metrics(reply.metrics, judged=expected.judged)
-        or bad_payload(reply.payload, expected.asked)
+        or (bad_payload(reply.payload, expected.asked) if expected.checks_payload else None)
         or _bad_test(reply.test_probabilities, expected.test)
     )
 

@@ -36,6 +36,11 @@ from fedkd.bounds import (
     shown,
 )
 from fedkd.data import DataSettings
+from fedkd.exchange.adversaries import AdversaryField, NoAdversary
+from fedkd.exchange.codecs import CodecField, Float32
+from fedkd.exchange.pipeline import Stages
+from fedkd.exchange.release import NoRelease, ReleaseField, Where
+from fedkd.exchange.views import All, ViewField
 from fedkd.models import ModelSettings
 from fedkd.names import check_name
 from fedkd.training import OptimizerSettings, Passes
@@ -104,10 +109,27 @@ class ClientsSettings(_Section):
 
 
 class ExchangeSettings(_Section):
-    """What is exchanged (``exchange``)."""
+    """What is exchanged, and how it travels (``exchange``)."""
 
     rows_per_round: Rows | None = Field(
         None, description="public rows drawn anew each round; none: the whole public set"
+    )
+    up: CodecField = Field(
+        Float32(), description="codec of what clients send: float32, float16, top_k"
+    )
+    down: CodecField = Field(Float32(), description="codec of what the server sends")
+    view: ViewField = Field(
+        All(), description="what the server sees of the answers: all of them, or a sum"
+    )
+
+
+class PrivacySettings(_Section):
+    """How what is released is protected (``privacy``)."""
+
+    release: ReleaseField = Field(NoRelease(), description="the rule: none")
+    where: Where = Field(
+        "clients",
+        description="clients: each protects its answer; server: a trusted server what it sends",
     )
 
 
@@ -278,6 +300,8 @@ class Settings(_Section):
     clients: ClientsSettings = ClientsSettings()
     strategy: StrategyField = Field(STRATEGIES["dml"].Settings(name="dml"))
     exchange: ExchangeSettings = ExchangeSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    adversary: AdversaryField = Field(NoAdversary(), description="who sends what else: none")
     engine: EngineSettings = EngineSettings()
     nodes: NodesSettings = NodesSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -323,6 +347,19 @@ class Settings(_Section):
                 "got inline"
             )
         return self
+
+    @property
+    def stages(self) -> Stages:
+        """What everything that is exchanged passes."""
+        exchange, privacy = self.exchange, self.privacy
+        return Stages(
+            up=exchange.up,
+            down=exchange.down,
+            view=exchange.view,
+            release=privacy.release,
+            where=privacy.where,
+            adversary=self.adversary,
+        )
 
     def model_of(self, client: int) -> ModelSettings:
         """Return the model of one client."""

@@ -34,6 +34,7 @@ class CohortCall:
         attempt: 1, and one more for every time that the same was asked before in this round.
         deaths: workers that died over this call before.
         orders: what the server decided for each client; empty where it decided nothing.
+        since: the round that each client's codecs go on from; empty where they remember nothing.
     """
 
     phase: Phase
@@ -43,6 +44,7 @@ class CohortCall:
     attempt: int = 1
     deaths: int = 0
     orders: tuple[Orders | None, ...] = ()
+    since: tuple[int, ...] = ()
 
     def of(self, positions: Sequence[int]) -> "CohortCall":
         """Return the call for some of its clients."""
@@ -50,6 +52,7 @@ class CohortCall:
             self,
             clients=tuple(self.clients[position] for position in positions),
             orders=tuple(self.orders[position] for position in positions) if self.orders else (),
+            since=tuple(self.since[position] for position in positions) if self.since else (),
         )
 
 
@@ -58,6 +61,7 @@ class Told(NamedTuple):
 
     payload: Payload | None = None
     orders: Orders | None = None
+    since: int = 0
 
 
 MISTAKE = 1001
@@ -66,6 +70,16 @@ MISTAKE = 1001
 
 class Mistake(str):
     """Why a client has no answer: the code of an algorithm or of a model failed, as it says."""
+
+    __slots__ = ()
+
+
+MEMORY_LOST = 1002
+"""The code of the errors of a client that no longer knows what it needs to decode what came."""
+
+
+class MemoryLost(str):
+    """Why a client has no answer: it lost what its codecs remembered."""
 
     __slots__ = ()
 
@@ -96,27 +110,27 @@ class Instruction:
         payload: what it receives; None where it receives nothing.
         attempt: how often the same was asked in this round, this time included.
         orders: what the server decided for it alone.
+        since: the round that its codecs go on from; 0: from nothing.
     """
 
     round: int
     payload: Payload | None = None
     attempt: int = 1
     orders: Orders | None = None
+    since: int = 0
 
 
 _PAYLOAD, _ORDERS, _PLAN = "payload", "orders", "plan"
 
 
-def instruction(
-    round: int, payload: Payload | None, attempt: int = 1, orders: Orders | None = None
-) -> RecordDict:
+def instruction(round: int, told: Told, attempt: int = 1) -> RecordDict:
     """Return the content of a message to a client; clients that are told the same may share it."""
-    told = Instruction(round, payload, attempt, orders)
-    return LazyRecords(told, partial(_write_instruction, told))
+    instruction = Instruction(round, told.payload, attempt, told.orders, told.since)
+    return LazyRecords(instruction, partial(_write_instruction, instruction))
 
 
 def _write_instruction(told: Instruction) -> RecordDict:
-    plan = {"round": told.round, "attempt": told.attempt}
+    plan = {"round": told.round, "attempt": told.attempt, "since": told.since}
     content = RecordDict({_PLAN: ConfigRecord(plan)})  # type: ignore[arg-type]
     write_payload(content, _PAYLOAD, told.payload)
     write_payload(content, _ORDERS, told.orders)
@@ -137,6 +151,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         read_payload(content, _PAYLOAD),
         int(plan.get("attempt", 1)),  # type: ignore[arg-type]
         orders,
+        int(plan.get("since", 0)),  # type: ignore[arg-type]
     )
 
 
@@ -188,13 +203,21 @@ def node_instruction(
     round: int,
     attempt: int,
     received: Mapping[str, Any],
-    orders: Orders | None,
+    told: Told,
     assignment: Assignment,
 ) -> RecordDict:
-    """Return the content of a message to a node; `read_instruction` reads all but the last."""
-    plan = ConfigRecord({"round": round, "attempt": attempt})
+    """Return the content of a message to a node; `read_instruction` reads all but the last.
+
+    Args:
+        round: 1-based.
+        attempt: how often this was asked in this round, this time included.
+        received: the records of what it receives.
+        told: all else.
+        assignment: see there.
+    """
+    plan = ConfigRecord({"round": round, "attempt": attempt, "since": told.since})
     records = RecordDict({_PLAN: plan, _NODE: ConfigRecord(asdict(assignment)), **received})
-    write_payload(records, _ORDERS, orders)
+    write_payload(records, _ORDERS, told.orders)
     return records
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import Weighting
 from fedkd.training import Cohort, supervised
 from strategies.contract import (
     Call,
@@ -55,10 +56,12 @@ class FedAvg(Strategy[FedAvgSettings, GlobalModels]):
 
     Settings: ClassVar[type[StrategySettings]] = FedAvgSettings
     State: ClassVar[type[Value]] = GlobalModels
+    up = (Weights,)
+    down = (Weights,)
     judges_received = True
 
     @property
-    def sums(self) -> str:
+    def sums(self) -> Weighting:
         """The server needs the mean only."""
         return self.settings.weighting
 

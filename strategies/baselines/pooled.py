@@ -40,6 +40,8 @@ class Pooled(Strategy[PooledSettings, GlobalModels]):
 
     Settings: ClassVar[type[StrategySettings]] = PooledSettings
     State: ClassVar[type[Value]] = GlobalModels
+    up = (Weights,)
+    down = (Weights,)
     judges_received = True
 
     def begin(self, server: ServerTools) -> GlobalModels:

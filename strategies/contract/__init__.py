@@ -1,5 +1,6 @@
 """What an algorithm is written against: strategy, round, server tools, payloads."""
 
+from fedkd.exchange.views import Upload
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
     GivenRows,
@@ -13,7 +14,6 @@ from strategies.contract.strategy import (
     Step,
     Strategy,
     StrategySettings,
-    Upload,
     payloads_of,
     upload_logits,
 )

@@ -18,6 +18,7 @@ from fedkd.data import FederatedData
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import Upload, Weighting
 from fedkd.models import ModelSettings
 from fedkd.models.options import ImageShape
 from fedkd.training import Architecture, Cohort, ComposedObjective, stacking_of
@@ -38,27 +39,6 @@ class StrategySettings(BaseModel):
 @dataclass(frozen=True)
 class Nothing(Value):
     """The state of a server that remembers nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """One client's checked answer, as the aggregator sees it.
-
-    Attributes:
-        client: partition id; the first of those whose sum this is, where the server sees sums only.
-        payload: what it sent.
-        num_examples: private rows behind it. The server knows them from the partition.
-        clients: how many clients' mean it is.
-    """
-
-    client: int
-    payload: Payload
-    num_examples: int
-    clients: int = 1
-
-    def weight(self, weighting: str) -> int:
-        """Return how much it counts in a mean: by ``examples``, or every client once."""
-        return self.num_examples if weighting == "examples" else self.clients
 
 
 class Step(NamedTuple):
@@ -100,7 +80,17 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         self.settings = settings
         self.federation = federation
 
-    # -- what it needs -------------------------------------------------------------------
+    # -- what it needs and does -------------------------------------------------------------------
+
+    @property
+    def up(self) -> tuple[type[Payload], ...]:
+        """The kinds of payloads that clients may send."""
+        return ()
+
+    @property
+    def down(self) -> tuple[type[Payload], ...]:
+        """The kinds of payloads that clients may receive."""
+        return ()
 
     @property
     def has_ensemble(self) -> bool:
@@ -108,7 +98,7 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         return False
 
     @property
-    def sums(self) -> str | None:
+    def sums(self) -> Weighting | None:
         """How a client is weighted where `aggregate` uses nothing but the weighted mean of uploads.
 
         ``examples`` or ``equal``; None: it looks at each upload, and cannot do with their sum.

@@ -75,6 +75,8 @@ class DML(Strategy[DMLSettings, Peers]):
 
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
     State: ClassVar[type[Value]] = Peers
+    up = (Predictions,)
+    down = (Predictions,)
     needs_public = True
     has_ensemble = True
 

@@ -19,6 +19,7 @@ from fedkd.bounds import CountOrZero, Real
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import Weighting
 from fedkd.losses.distances import logit_l1, logit_mse
 from fedkd.losses.response import soft_target_loss
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
@@ -74,11 +75,13 @@ class FedMD(Strategy[FedMDSettings, Lesson]):
 
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
     State: ClassVar[type[Value]] = Lesson
+    up = (Predictions,)
+    down = (Predictions,)
     needs_public = True
     has_ensemble = True
 
     @property
-    def sums(self) -> str | None:
+    def sums(self) -> Weighting | None:
         """A mean is all that is needed; a robust consensus looks at each client."""
         return self.settings.weighting if self.settings.aggregation == "mean" else None
 

@@ -107,6 +107,7 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
 
     Settings: ClassVar[type[StrategySettings]] = OneWaySettings
     State: ClassVar[type[Value]] = Teaching
+    down = (Predictions,)
     needs_public = True
 
     def __init__(self, settings: OneWaySettings, federation: Federation) -> None:
@@ -117,6 +118,11 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
                 "largest_client or pooled do without"
             )
         check_public_labels(settings, federation)
+
+    @property
+    def up(self) -> tuple[type[Payload], ...]:
+        """Predictions, where clients teach the server."""
+        return (Predictions,) if self.has_ensemble else ()
 
     @property
     def has_ensemble(self) -> bool:

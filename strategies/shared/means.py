@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 import numpy as np
 
 from fedkd.exchange.payloads import Weights
+from fedkd.exchange.views import Weighting
 from fedkd.training import Arrays
 from strategies.contract import Upload, payloads_of
 
@@ -40,7 +41,9 @@ class WeightedMean:
 
 
 def mean_weights(
-    uploads: Iterable[Upload], weighting: str, group: Callable[[int], Hashable] = lambda _: None
+    uploads: Iterable[Upload],
+    weighting: Weighting,
+    group: Callable[[int], Hashable] = lambda _: None,
 ) -> dict[Hashable, Weights]:
     """Average uploaded weights, in each group of clients by itself.
 

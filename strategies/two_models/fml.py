@@ -22,6 +22,7 @@ from pydantic import Field
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import Weighting
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
 from fedkd.training import Architecture, Cohort, ComposedObjective, Learner
@@ -83,9 +84,11 @@ class FML(Strategy[FMLSettings, Meme]):
 
     Settings: ClassVar[type[StrategySettings]] = FMLSettings
     State: ClassVar[type[Value]] = Meme
+    up = (Weights,)
+    down = (Weights,)
 
     @property
-    def sums(self) -> str:
+    def sums(self) -> Weighting:
         """The server needs the mean only."""
         return self.settings.weighting
 
