@@ -16,9 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedkd.bounds import CountOrZero, Real
-from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Predictions
-from fedkd.exchange.values import Value
 from fedkd.exchange.views import Weighting
 from fedkd.losses.distances import logit_l1, logit_mse
 from fedkd.losses.response import soft_target_loss
@@ -30,13 +29,12 @@ from strategies.contract import (
     Round,
     ServerTools,
     Step,
-    Strategy,
     StrategySettings,
     Upload,
     payloads_of,
     upload_logits,
 )
-from strategies.shared.lessons import Lesson
+from strategies.shared.lessons import Lesson, SharedLesson
 
 
 class FedMDSettings(StrategySettings):
@@ -70,15 +68,10 @@ class FedMDSettings(StrategySettings):
         return self
 
 
-class FedMD(Strategy[FedMDSettings, Lesson]):
+class FedMD(SharedLesson[FedMDSettings]):
     """Transfer; then communicate, aggregate, distribute, digest, revisit, round after round."""
 
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
-    State: ClassVar[type[Value]] = Lesson
-    up = (Predictions,)
-    down = (Predictions,)
-    needs_public = True
-    has_ensemble = True
 
     @property
     def sums(self) -> Weighting | None:
@@ -127,18 +120,6 @@ class FedMD(Strategy[FedMDSettings, Lesson]):
             case "kl":
                 loss = soft_target_loss(student, consensus, temperature=1.0, sample_weights=counted)
         return {"digest": loss}
-
-    def receives(self, state: Lesson, client: int, round: Round) -> str | None:
-        """The consensus, for everybody."""
-        return state.for_all
-
-    def payload(self, state: Lesson, key: str) -> Predictions:
-        """The consensus."""
-        return state.taught
-
-    def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
-        """Logits of the round's rows."""
-        return round.asked_logits
 
     def aggregate(
         self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools

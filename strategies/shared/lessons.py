@@ -1,33 +1,48 @@
-"""What a server remembers that teaches everybody the same: one lesson on public rows."""
+"""Algorithms whose clients send logits and all receive the same lesson on public rows."""
 
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
+from fedkd.exchange.payload import Asked
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from strategies.contract import Round, ServerTools, Strategy, StrategySettings
+
+SettingsT = TypeVar("SettingsT", bound=StrategySettings)
 
 
 @dataclass(frozen=True)
 class Lesson(Value):
-    """What all clients receive.
+    """What the server remembers.
 
     Attributes:
-        predictions: what they learn; None before anybody has sent anything.
+        predictions: what all clients learn next; None before anybody has sent anything.
     """
 
     predictions: Predictions | None = None
 
-    @property
-    def for_all(self) -> str | None:
-        """The name of what every client receives; None where that is nothing."""
-        return None if self.predictions is None else "lesson"
 
-    @property
-    def taught(self) -> Predictions:
-        """What is taught.
+class SharedLesson(Strategy[SettingsT, Lesson]):
+    """Logits of the round's public rows go up; one lesson comes down to everybody.
 
-        Raises:
-            ValueError: there is nothing yet.
-        """
-        if self.predictions is None:
-            raise ValueError("there is no lesson yet")
-        return self.predictions
+    A subclass says what clients do with the lesson, and what the lesson is made of.
+    """
+
+    State: ClassVar[type[Value]] = Lesson
+    up = (Predictions,)
+    down = (Predictions,)
+    needs_public = True
+    has_ensemble = True
+
+    def receives(self, state: Lesson, client: int, round: Round) -> str | None:
+        """The lesson, once there is one."""
+        return None if state.predictions is None else "lesson"
+
+    def payload(self, state: Lesson, key: str) -> Predictions:
+        """The lesson."""
+        assert state.predictions is not None  # noqa: S101
+        return state.predictions
+
+    def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
+        """Logits of the round's rows."""
+        return round.asked_logits
