@@ -9,6 +9,7 @@ from strategies.baselines.fedavg import FedAvg
 from strategies.baselines.local import Local
 from strategies.baselines.pooled import Pooled
 from strategies.contract import Strategy, StrategySettings
+from strategies.data_free.fd import FD
 from strategies.mutual.dml import DML
 from strategies.public_predictions.fedmd import FedMD
 from strategies.server_models.one_way import OneWay
@@ -16,6 +17,7 @@ from strategies.two_models.fml import FML
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "dml": DML,
+    "fd": FD,
     "fedavg": FedAvg,
     "fedmd": FedMD,
     "fml": FML,

@@ -1,0 +1,165 @@
+"""FD: clients share the mean soft label of each class, and learn from everybody else's.
+
+Source: Jeong, Oh, Kim, Park, Bennis, Kim, 2018, Algorithm 1. https://arxiv.org/abs/1811.11479
+Differs from the paper: the mean is over the other clients that hold a class, where the paper divides
+by all others; so a class that nobody else holds teaches nothing. Clients that did not take part
+learn from all that did. The paper names no weight of its second term; here it is 1.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payloads import ClassTable
+from fedkd.exchange.values import Value
+from fedkd.losses.rows import log_softmax, row_mean
+from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
+from fedkd.targets import soften
+from fedkd.training import Batch, Cohort, Losses, Outputs, Table, as_tensor, supervised
+from strategies.contract import (
+    Call,
+    Received,
+    Round,
+    ServerTools,
+    Strategy,
+    StrategySettings,
+    Upload,
+    payloads_of,
+)
+from strategies.shared.class_means import Collect, class_means, fit_and_collect
+
+TAUGHT = "taught"
+"""What an objective calls the soft labels that were received, one row a class."""
+
+
+class FDSettings(StrategySettings):
+    """Settings under ``strategy:`` when ``name: fd``.
+
+    Attributes:
+        kd_weight: weight of the others' soft labels, gamma in the paper; a number or a schedule.
+        collect: which of its own soft labels a client averages. ``round``: those that its model
+            puts out in every step of the round's training, as in the paper; ``last_epoch``: in the
+            last pass; ``evaluation``: of the trained model, in evaluation mode.
+        weighting: ``equal`` counts every client that holds a class once, as in the paper;
+            ``count`` weights it by how many soft labels its mean is of, which travel then.
+    """
+
+    name: Literal["fd"] = "fd"
+    kd_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
+    collect: Collect = "round"
+    weighting: Literal["equal", "count"] = "equal"
+
+
+@dataclass(frozen=True)
+class Tables(Value):
+    """What the clients of a round sent, class by class.
+
+    Attributes:
+        total: float64 ``[classes, classes]``, the weighted sum of their tables.
+        weight: float64 ``[classes]``, the sum of the weights of those that hold a class.
+        own: each client's table.
+    """
+
+    total: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    own: Mapping[int, ClassTable] = field(default_factory=dict)
+
+
+def holding(table: ClassTable) -> np.ndarray:
+    """Return how much a client counts for each class: 0 for one that it does not hold."""
+    return (table.held if table.counts is None else table.counts).astype(np.float64)
+
+
+def added_up(tables: Mapping[int, ClassTable]) -> Tables:
+    """Add up what clients sent, by client."""
+    weights = {client: holding(table) for client, table in tables.items()}
+    total = sum(weights[client][:, None] * table.values for client, table in tables.items())
+    return Tables(np.asarray(total), np.asarray(sum(weights.values())), tables)
+
+
+def mean_over_other_holders(tables: Tables, client: int | None) -> ClassTable:
+    """Average, for each class, what the other clients that hold it sent; all of them for None."""
+    total, weight = tables.total, tables.weight
+    if client is not None:
+        own = tables.own[client]
+        # Of a client's own numbers only rounding is left, by which a probability may become < 0.
+        total = np.maximum(total - holding(own)[:, None] * own.values, 0)
+        weight = weight - holding(own)
+    mean = total / np.where(weight > 0, weight, np.inf)[:, None]
+    return ClassTable(values=mean.astype(np.float32))
+
+
+def taught_rows(
+    logits: Float[Tensor, "rows classes"],
+    labels: Int[Tensor, " rows"],
+    taught: Float[Tensor, "classes classes"],
+) -> Float[Tensor, " rows"]:
+    """Return each row's cross-entropy with the soft label of its class; 0 where that is zero."""
+    return -(taught[labels] * log_softmax(logits)).sum(-1)
+
+
+class FD(Strategy[FDSettings, Tables]):
+    """Class means up, everybody else's down: as many numbers as classes squared."""
+
+    Settings: ClassVar[type[StrategySettings]] = FDSettings
+    State: ClassVar[type[Value]] = Tables
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether what is received never counts."""
+        return self.federation.never(self.settings.kd_weight)
+
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
+        """Learn from labels and from the others' soft labels; send one's own, by class."""
+        weight = self.settings.kd_weight.at(call.progress)
+        if received and weight:
+            taught = Table([table.values for table in received.all(ClassTable)])
+            learn, tables = partial(self._learn, weight=weight), {TAUGHT: taught}
+        else:
+            learn, tables = supervised, {}
+        seen = fit_and_collect(cohort, learn, call, self.settings.collect, tables=tables)
+        return [self._table(own.logits, own.labels) for own in seen]
+
+    def _learn(self, outputs: Outputs, batch: Batch, *, weight: float) -> Losses:
+        """Cross-entropy with the label, and with what the others say of the label's class."""
+        assert outputs.private is not None and batch.labels is not None  # noqa: S101, PT018
+        rows = taught_rows(outputs.private, batch.labels, batch.tables[TAUGHT])
+        kd = weight * row_mean(rows, batch.private_counted)
+        return {**supervised(outputs, batch), "kd": kd}
+
+    def _table(self, logits: np.ndarray, labels: np.ndarray | None) -> ClassTable:
+        soft = soften(as_tensor(logits), temperature=1.0).numpy()
+        means, counts = class_means(soft, labels, self.federation.num_classes)
+        return ClassTable(
+            values=means, counts=counts if self.settings.weighting == "count" else None
+        )
+
+    def receives(self, state: Tables, client: int, round: Round) -> int | str | None:
+        """The mean of the others; of all for a client that sent nothing; nothing without any."""
+        if client not in state.own:
+            return "all" if state.own else None
+        others = state.weight - holding(state.own[client])
+        return client if (others > 0).any() else None
+
+    def payload(self, state: Tables, key: int | str) -> ClassTable:
+        """The mean over the other holders of each class."""
+        return mean_over_other_holders(state, None if isinstance(key, str) else key)
+
+    def asks(self, state: Tables, client: int, round: Round, server: ServerTools) -> Asked:
+        """A class table, with counts where they weight."""
+        return ClassTable.asked(
+            self.federation.num_classes, counts=self.settings.weighting == "count"
+        )
+
+    def aggregate(
+        self, state: Tables, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Tables:
+        """Add up this round's tables; without any there is nothing to learn from."""
+        sent = {upload.client: table for upload, table in payloads_of(uploads, ClassTable)}
+        return added_up(sent) if sent else Tables()
