@@ -1,9 +1,9 @@
 """FD: clients share the mean soft label of each class, and learn from everybody else's.
 
 Source: Jeong, Oh, Kim, Park, Bennis, Kim, 2018, Algorithm 1. https://arxiv.org/abs/1811.11479
-Differs from the paper: the mean is over the other clients that hold a class, where the paper divides
-by all others; so a class that nobody else holds teaches nothing. Clients that did not take part
-learn from all that did. The paper names no weight of its second term; here it is 1.
+Differs from the paper: the mean is over the other clients that hold a class, where the paper
+divides by all others; so a class that nobody else holds teaches nothing. Clients that did not take
+part learn from all that did. The paper names no weight of its second term; here it is 1.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from fedkd.exchange.values import Value
 from fedkd.losses.rows import log_softmax, row_mean
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.targets import soften
-from fedkd.training import Batch, Cohort, Losses, Outputs, Table, as_tensor, supervised
+from fedkd.training import Batch, Cohort, Losses, Objective, Outputs, Table, as_tensor, supervised
 from strategies.contract import (
     Call,
     Received,
@@ -109,6 +109,8 @@ class FD(Strategy[FDSettings, Tables]):
 
     Settings: ClassVar[type[StrategySettings]] = FDSettings
     State: ClassVar[type[Value]] = Tables
+    up = (ClassTable,)
+    down = (ClassTable,)
 
     @property
     def learns_alone(self) -> bool:
@@ -118,12 +120,12 @@ class FD(Strategy[FDSettings, Tables]):
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Learn from labels and from the others' soft labels; send one's own, by class."""
         weight = self.settings.kd_weight.at(call.progress)
+        objective: Objective = supervised
+        tables = {}
         if received and weight:
-            taught = Table([table.values for table in received.all(ClassTable)])
-            learn, tables = partial(self._learn, weight=weight), {TAUGHT: taught}
-        else:
-            learn, tables = supervised, {}
-        seen = fit_and_collect(cohort, learn, call, self.settings.collect, tables=tables)
+            objective = partial(self._learn, weight=weight)
+            tables[TAUGHT] = Table([table.values for table in received.all(ClassTable)])
+        seen = fit_and_collect(cohort, objective, call, self.settings.collect, tables=tables)
         return [self._table(own.logits, own.labels) for own in seen]
 
     def _learn(self, outputs: Outputs, batch: Batch, *, weight: float) -> Losses:

@@ -175,9 +175,7 @@ def test_counts_travel_only_where_they_weight(tiny_settings, tiny_data, parts):
 
 
 @pytest.mark.parametrize(("weighting", "up"), [("equal", 3 * 3 * 4), ("count", 3 * 3 * 4 + 3 * 4)])
-def test_an_absent_class_costs_its_bytes_too(
-    weighting, up, tiny_settings, tiny_data, simulate
-):
+def test_an_absent_class_costs_its_bytes_too(weighting, up, tiny_settings, tiny_data, simulate):
     # Client 3 of two rows cannot hold all three classes.
     data = tiny_data(rows=(12, 13, 9, 2))
     run = simulate(tiny_settings("fd", options={"weighting": weighting}), data)
