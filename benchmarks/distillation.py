@@ -24,13 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from measurement import describe, machine
 
+from fedkd.distillation.fit.workshop import labels_only
 from fedkd.distillation.methods import METHODS
-from fedkd.distillation.predicting import predict_logits
-from fedkd.distillation.rows import Rows, load_rows
-from fedkd.distillation.running import open_workshop
+from fedkd.distillation.run.running import open_workshop
 from fedkd.distillation.settings import DistillSettings
-from fedkd.distillation.teachers import Teacher
-from fedkd.distillation.workshop import labels_only
+from fedkd.distillation.task.predicting import predict_logits
+from fedkd.distillation.task.rows import Rows, load_rows
+from fedkd.distillation.task.teachers import Teacher
 from sim.reports.statistics import estimate, paired_difference
 
 CE_KD: dict[str, Any] = {"ce": 0.1, "kd": {"weight": 0.9, "temperature": 4}}

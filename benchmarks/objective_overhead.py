@@ -1,6 +1,6 @@
 """What naming, weighting and scheduling the terms of an objective costs.
 
-Trains one student with ``{ce: 0.1, kd: 0.9}`` through `fedkd.distillation.fitting.fit`, and the
+Trains one student with ``{ce: 0.1, kd: 0.9}`` through `fedkd.distillation.fit.fitting.fit`, and the
 same student on the same batches with a loop written by hand, in turns. Both keep the two parts of
 the loss of every step and measure accuracy and loss on the validation rows after every epoch.
 
@@ -30,12 +30,12 @@ from torch import nn
 
 from fedkd.data import DataSettings
 from fedkd.data.settings import PublicSettings
-from fedkd.distillation.combining import Combination
-from fedkd.distillation.fitting import Lesson, fit
-from fedkd.distillation.participants import TrainingSettings
-from fedkd.distillation.predicting import predict_logits
-from fedkd.distillation.rows import Rows, load_rows
-from fedkd.distillation.teachers import Teacher
+from fedkd.distillation.fit.fitting import Lesson, fit
+from fedkd.distillation.task.combining import Combination
+from fedkd.distillation.task.participants import TrainingSettings
+from fedkd.distillation.task.predicting import predict_logits
+from fedkd.distillation.task.rows import Rows, load_rows
+from fedkd.distillation.task.teachers import Teacher
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import Objective
 from fedkd.randomness import Purpose, generator_for

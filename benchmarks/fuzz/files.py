@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from fedkd.data import DataSettings, build_federated_data
-from fedkd.distillation.first_weights import load_weights
+from fedkd.distillation.task.first_weights import load_weights
 from fedkd.models import ModelSettings, build_model
 from sim.commands import running
 from sim.commands.cli import _code_of

@@ -10,16 +10,16 @@ from pydantic import Field, SerializeAsAny, field_validator
 from fedkd.bounds import Few, PathText, Rows, RowsOrZero, Seed, Share, Temperature, Whole, shown
 from fedkd.data import DataSettings
 from fedkd.data.settings import PublicSettings
-from fedkd.distillation.method import MethodSettings
+from fedkd.distillation.fit.method import MethodSettings
 from fedkd.distillation.methods import METHODS
-from fedkd.distillation.participants import (
+from fedkd.distillation.task.measures import DiagnosticsSettings
+from fedkd.distillation.task.participants import (
     Section,
     StudentSettings,
     TeacherSettings,
     TrainingSettings,
 )
-from fedkd.distillation.probes import DiagnosticsSettings
-from fedkd.distillation.selection import Selection
+from fedkd.distillation.task.selection import Selection
 from fedkd.names import check_name, nearest
 from fedkd.objectives import Objective
 

@@ -24,7 +24,7 @@ from fedkd_start import find_last
 from sim.commands.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
-    from fedkd.distillation.search import Trial
+    from fedkd.distillation.run.search import Trial
     from fedkd.distillation.settings import DistillSettings
     from sim.commands.progress import Signs
     from sim.commands.running import RunResult
@@ -593,7 +593,7 @@ def _search(
 
 
 def _list_components(arguments: Sequence[str] | None, *, json: bool) -> None:
-    from fedkd.distillation.listing import list_components
+    from fedkd.distillation.run.listing import list_components
     from sim.keeping.records import to_json
     from sim.settings import SettingsError
 

@@ -280,7 +280,7 @@ class ProgressObserver(Observer):
 
 
 class FitProgress:
-    """Counts the epochs of every model; an `fedkd.distillation.workshop.Observer`.
+    """Counts the epochs of every model; an `fedkd.distillation.fit.workshop.EpochListener`.
 
     Args:
         signs: where they are shown.

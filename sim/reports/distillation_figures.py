@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fedkd.distillation.figures import draw
+from fedkd.distillation.judging.figures import draw
 from sim.reports.figures import (
     DASHES,
     PALETTE,

@@ -2,21 +2,20 @@
 
 from typing import Any
 
-from fedkd.distillation.method import Method
+from fedkd.distillation.fit.method import Method
 from fedkd.distillation.methods.be_your_own_teacher import BeYourOwnTeacher
 from fedkd.distillation.methods.born_again import BornAgain
 from fedkd.distillation.methods.co_training import CoTraining
+from fedkd.distillation.methods.codistillation import Codistillation
 from fedkd.distillation.methods.dafl import DataFree
 from fedkd.distillation.methods.deep_inversion import DeepInversion
-from fedkd.distillation.methods.mutual import DeepMutualLearning, ProgressiveMutual
+from fedkd.distillation.methods.dml import DeepMutualLearning
+from fedkd.distillation.methods.kdcl import CollaborativeLearning
+from fedkd.distillation.methods.native_ensemble import NativeEnsemble
 from fedkd.distillation.methods.offline import Offline
-from fedkd.distillation.methods.online import (
-    Codistillation,
-    CollaborativeLearning,
-    DiversePeers,
-    NativeEnsemble,
-    PeerCollaborative,
-)
+from fedkd.distillation.methods.okddip import DiversePeers
+from fedkd.distillation.methods.pcl import PeerCollaborative
+from fedkd.distillation.methods.progressive_mutual import ProgressiveMutual
 from fedkd.distillation.methods.sskd import SelfSupervised
 
 METHODS: dict[str, type[Method[Any]]] = {

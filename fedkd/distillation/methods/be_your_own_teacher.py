@@ -10,16 +10,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import Weight
-from fedkd.distillation.method import Distilled, Method, MethodSettings
-from fedkd.distillation.peers import (
+from fedkd.distillation.fit.group import (
     Group,
+    GroupOutputs,
     GroupStep,
-    Outputs,
     SoftenedSettings,
     fit_group,
     parts_seed,
 )
-from fedkd.distillation.workshop import Workshop
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop
 from fedkd.losses.self_distillation import be_your_own_teacher_losses
 from fedkd.objectives import PENULTIMATE, layer_shapes, tapped, vectors
 from fedkd.objectives.taps import resolved_layer
@@ -203,10 +203,10 @@ class _Branches(Group[BeYourOwnTeacherSettings]):
     def exchanges(self, progress: float) -> bool:
         return self.kd_weight(progress) > 0 or self.settings.feature_weight > 0
 
-    def run(self, inputs: Sequence[Tensor]) -> Outputs:
+    def run(self, inputs: Sequence[Tensor]) -> GroupOutputs:
         features, logits = self.network.everything(inputs[0])
         beside = {"features": features.transpose(0, 1), "branches": logits.transpose(0, 1)}
-        return Outputs((logits[-1],), beside)
+        return GroupOutputs((logits[-1],), beside)
 
     def losses(self, step: GroupStep) -> dict[str, Tensor]:
         settings, (own,) = self.settings, step.own
@@ -251,7 +251,7 @@ class BeYourOwnTeacher(Method[BeYourOwnTeacherSettings]):
         """Refuse a layer that the student does not have, and a student without inner layers."""
         self._network(workshop)
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the student; every shallow classifier and the mean of all branches beside it."""
         network = self._network(workshop)
         fit_group(_Branches(workshop, self.settings, network))
@@ -259,7 +259,7 @@ class BeYourOwnTeacher(Method[BeYourOwnTeacherSettings]):
             f"classifier on {layer}": Branch(network, number)
             for number, layer in enumerate(network.layers)
         }
-        return Distilled(network.student, others | {"ensemble": BranchEnsemble(network)})
+        return MethodResult(network.student, others | {"ensemble": BranchEnsemble(network)})
 
     def _network(self, workshop: Workshop) -> BranchLogits:
         rows, student = workshop.rows, workshop.new_student()

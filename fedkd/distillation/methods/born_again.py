@@ -6,11 +6,11 @@ from pydantic import Field
 from torch import nn
 
 from fedkd.bounds import Few
-from fedkd.distillation.combining import Combination
-from fedkd.distillation.method import Distilled, Method, MethodSettings
-from fedkd.distillation.peers import Ensemble
-from fedkd.distillation.teachers import Teacher
-from fedkd.distillation.workshop import Workshop, labels_only
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop, labels_only
+from fedkd.distillation.methods.peers import Ensemble
+from fedkd.distillation.task.combining import Combination
+from fedkd.distillation.task.teachers import Teacher
 
 EARLIER = 8
 """Key of the batches of all generations but the last."""
@@ -52,7 +52,7 @@ class BornAgain(Method[BornAgainSettings]):
         )
         del workshop.histories["student"]
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the last generation as the student, the earlier ones beside it.
 
         With two born-again generations or more their ``ensemble`` is there too: as in the paper
@@ -76,7 +76,7 @@ class BornAgain(Method[BornAgainSettings]):
         others = dict(zip(names[:-1], models[:-1], strict=True))
         if last > 1:
             others["ensemble"] = Ensemble(models[1:])
-        return Distilled(models[-1], others)
+        return MethodResult(models[-1], others)
 
 
 def _teacher(workshop: Workshop, model: nn.Module) -> Teacher:

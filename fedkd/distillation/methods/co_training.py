@@ -8,16 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import Few, Real, Share, Weight
-from fedkd.distillation.method import Distilled, Method, MethodSettings
-from fedkd.distillation.peers import (
-    Group,
-    GroupSettings,
-    GroupStep,
-    build_peers,
-    distilled,
-    fit_group,
-)
-from fedkd.distillation.workshop import Workshop
+from fedkd.distillation.fit.group import Group, GroupSettings, GroupStep, fit_group
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop
+from fedkd.distillation.methods.peers import build_peers, result_of
 from fedkd.losses.co_training import (
     cross_pseudo_label_losses,
     fast_gradient_examples,
@@ -109,7 +103,7 @@ class CoTraining(Method[CoTrainingSettings]):
     )
     needs_teacher: ClassVar[bool] = False
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the first student, the others and their ensemble beside it.
 
         Raises:
@@ -125,4 +119,4 @@ class CoTraining(Method[CoTrainingSettings]):
         group = _Views(workshop, self.settings, build_peers(workshop, count), names)
         fit_group(group)
         epochs = workshop.histories["student"].epochs
-        return distilled(group, kept=epochs[-1].get("targets/kept") if epochs else None)
+        return result_of(group, kept=epochs[-1].get("targets/kept") if epochs else None)

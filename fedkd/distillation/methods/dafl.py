@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.bounds import Count, LearningRate, Weight, Width
-from fedkd.distillation.feeding import StepNotes, early_stopping, validated
-from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.method import Distilled, Method, MethodSettings
-from fedkd.distillation.teachers import Teacher
-from fedkd.distillation.workshop import Workshop
+from fedkd.distillation.fit.feeding import StepNotes, early_stopping, validated
+from fedkd.distillation.fit.fitting import EpochRow, FitHistory
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop
+from fedkd.distillation.task.teachers import Teacher
 from fedkd.losses.data_free import dafl_generator_losses
 from fedkd.models import ImageShape
 from fedkd.models.dropout import connect_dropout, step_keys
@@ -314,10 +314,10 @@ class DataFree(Method[DAFLSettings]):
         last_linear(teacher.first)
         without_labels(workshop.objective, method="dafl")
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the distilled student; ``notes`` say what the teacher sees in new images."""
         self.check(workshop)
         teacher, student = check_no_rows(workshop, method="dafl"), workshop.new_student()
         fit = _DataFreeFit(workshop, self.settings, teacher, student)
         fit.run()
-        return Distilled(student, notes=fit.seen_by_teacher())
+        return MethodResult(student, notes=fit.seen_by_teacher())

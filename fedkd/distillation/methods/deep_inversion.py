@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import Count, LearningRate, Rows, Weight, Whole
-from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.method import Distilled, Method, MethodSettings
+from fedkd.distillation.fit.fitting import EpochRow, FitHistory
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.methods.dafl import check_no_rows
-from fedkd.distillation.workshop import Workshop
 from fedkd.losses.data_free import batch_norm_losses, inversion_losses
 from fedkd.models import ImageShape, uses_batch_norm
 from fedkd.randomness import Purpose, torch_generator, torch_seed_for
@@ -145,7 +145,7 @@ class DeepInversion(Method[DeepInversionSettings]):
                 "teacher.models=[{name: cnn, options: {norm: batch}}], or method=dafl"
             )
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the distilled student.
 
         ``notes`` have the number of images and ``recognised``, the share of them in which the
@@ -178,7 +178,7 @@ class DeepInversion(Method[DeepInversionSettings]):
             teacher=teacher,
             rows=replace(rows, inputs=images, labels=labels, labelled=len(images)),
         )
-        return Distilled(
+        return MethodResult(
             student,
             notes={
                 "images": len(images),

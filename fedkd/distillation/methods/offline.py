@@ -2,8 +2,8 @@
 
 from typing import ClassVar, Literal
 
-from fedkd.distillation.method import Distilled, Method, MethodSettings
-from fedkd.distillation.workshop import Workshop
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop
 
 
 class OfflineSettings(MethodSettings):
@@ -18,8 +18,8 @@ class Offline(Method[OfflineSettings]):
     Settings: ClassVar[type[MethodSettings]] = OfflineSettings
     source: ClassVar[str] = "Hinton, Vinyals, Dean, 2015, https://arxiv.org/abs/1503.02531"
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the distilled student."""
         student = workshop.new_student()
         workshop.fit(student, name="student", teacher=workshop.teacher)
-        return Distilled(student)
+        return MethodResult(student)

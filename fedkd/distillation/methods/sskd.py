@@ -10,20 +10,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import CountOrZero, Share, Temperature, Weight
-from fedkd.distillation.feeding import transfer_batches
-from fedkd.distillation.fitting import EpochRow, FitHistory
-from fedkd.distillation.method import Distilled, Method, MethodSettings
-from fedkd.distillation.peers import (
+from fedkd.distillation.fit.feeding import transfer_batches
+from fedkd.distillation.fit.fitting import EpochRow, FitHistory
+from fedkd.distillation.fit.group import (
     Group,
+    GroupOutputs,
     GroupStep,
-    Outputs,
     SoftenedSettings,
     fit_group,
     parts_seed,
 )
-from fedkd.distillation.predicting import CHUNK_ROWS
-from fedkd.distillation.teachers import Teacher
-from fedkd.distillation.workshop import Workshop
+from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
+from fedkd.distillation.fit.workshop import Workshop
+from fedkd.distillation.task.predicting import CHUNK_ROWS
+from fedkd.distillation.task.teachers import Teacher
 from fedkd.losses.self_distillation import (
     contrastive_view_loss,
     rotated_views,
@@ -179,10 +179,10 @@ class _SelfSupervised(Group[SSKDSettings]):
         """Turn the transfer rows by 90, 180 and 270 degrees."""
         return (rotated_views(inputs[0])[1:].flatten(0, 1),)
 
-    def run(self, inputs: Sequence[Tensor]) -> Outputs:
+    def run(self, inputs: Sequence[Tensor]) -> GroupOutputs:
         logits = super().run(inputs).logits
         self._embeddings = vectors(self._ours[PENULTIMATE])
-        return Outputs(logits)
+        return GroupOutputs(logits)
 
     def losses(self, step: GroupStep) -> dict[str, Tensor]:
         if step.exchange is None:
@@ -240,13 +240,13 @@ class SelfSupervised(Method[SSKDSettings]):
         """Refuse images that are not square, and settings that have no part here."""
         self._checked_teacher(workshop)
 
-    def run(self, workshop: Workshop) -> Distilled:
+    def run(self, workshop: Workshop) -> MethodResult:
         """Return the distilled student; its head is not part of it."""
         teacher = self._checked_teacher(workshop)
         student = workshop.new_student()
         head = train_head(workshop, teacher, self.settings.head_epochs)
         fit_group(_SelfSupervised(workshop, self.settings, student, teacher, head))
-        return Distilled(student)
+        return MethodResult(student)
 
     @staticmethod
     def _checked_teacher(workshop: Workshop) -> Teacher:

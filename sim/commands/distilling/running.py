@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkd.distillation import running as library
-from fedkd.distillation.checking import check
-from fedkd.distillation.diagnostics import diagnose
-from fedkd.distillation.rows import Rows, load_rows
+from fedkd.distillation.fit.workshop import EpochListener
+from fedkd.distillation.judging.diagnostics import diagnose
+from fedkd.distillation.judging.result import Distillation
+from fedkd.distillation.run import running as library
+from fedkd.distillation.run.checking import check
 from fedkd.distillation.settings import DistillSettings
-from fedkd.distillation.workshop import Observer
+from fedkd.distillation.task.rows import Rows, load_rows
 from fedkd.threads import computing_threads
 from sim.commands.distilling.folder import DistillFolder
 from sim.commands.interruption import Interruption, interruptible
@@ -60,7 +61,7 @@ def distill(
     settings: DistillSettings | None = None,
     *,
     folder: Path | None = None,
-    observe: Observer = nobody,
+    observe: EpochListener = nobody,
     goes_on: str = "repeat the command",
 ) -> DistillResult:
     """Train or load a teacher, distil a student, and keep what comes of it.
@@ -129,7 +130,7 @@ def read_result(settings: DistillSettings, folder: Path) -> DistillResult:
     return DistillResult(settings, folder, read_row(folder, rows=True))
 
 
-def _measured(distillation: library.Distillation, recorder: DistillFolder) -> Row:
+def _measured(distillation: Distillation, recorder: DistillFolder) -> Row:
     """Write models and diagnostics, and return what every model is worth and costs."""
     rows = distillation.rows
     recorder.diagnostics(diagnose(distillation))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkd.distillation.search import Cell, Outcome, SearchResult, Trial, searched_term
-from fedkd.distillation.search import search as search_grid
+from fedkd.distillation.fit.workshop import EpochListener
+from fedkd.distillation.run.search import Cell, Outcome, SearchResult, Trial, searched_term
+from fedkd.distillation.run.search import search as search_grid
 from fedkd.distillation.settings import DistillSettings
-from fedkd.distillation.workshop import Observer
 from fedkd.objectives.basic import HardLabels
 from fedkd.objectives.terms import SoftenedTerm
 from fedkd.threads import computing_threads
@@ -142,7 +142,7 @@ def search(
     settings: DistillSettings | None = None,
     *,
     accept_code: bool = False,
-    observer_of: Callable[[Trial], Observer] | None = None,
+    observer_of: Callable[[Trial], EpochListener] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Search:
     """Search the grid ``settings.search``.
@@ -206,7 +206,7 @@ def search(
         computing_threads(settings.threads),
     ):
 
-        def watcher(trial: Trial) -> Observer:
+        def watcher(trial: Trial) -> EpochListener:
             tell = nobody if observer_of is None else observer_of(trial)
 
             def watch(name: str, epoch: Mapping[str, Any]) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedkd.distillation.fit.workshop import EpochListener
 from fedkd.distillation.settings import DistillSettings
-from fedkd.distillation.workshop import Observer
 from sim.commands.distilling.running import DistillResult, distill, nobody, read_result
 from sim.keeping.identity import fingerprint
 from sim.keeping.provenance import notes_on, place_run, provenance_of
@@ -53,7 +53,7 @@ def repeat(
     settings: DistillSettings | None = None,
     *,
     accept_code: bool = False,
-    observer_of: Callable[[int], Observer] | None = None,
+    observer_of: Callable[[int], EpochListener] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Repetition:
     """Distil with ``settings.seeds`` seeds from ``settings.seed`` on and report on them together.

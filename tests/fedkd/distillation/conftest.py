@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from fedkd.distillation.participants import StudentSettings, TrainingSettings
-from fedkd.distillation.rows import Rows
-from fedkd.distillation.selection import Selection
-from fedkd.distillation.workshop import Workshop
+from fedkd.distillation.fit.workshop import Workshop
+from fedkd.distillation.task.participants import StudentSettings, TrainingSettings
+from fedkd.distillation.task.rows import Rows
+from fedkd.distillation.task.selection import Selection
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
 
@@ -80,7 +80,7 @@ def workshop(toy_rows):
             ),
             selection=Selection(),
             seed=seed,
-            observer=lambda name, row: None,
+            listener=lambda name, row: None,
         )
 
     return make
@@ -89,8 +89,8 @@ def workshop(toy_rows):
 @pytest.fixture
 def trained_teacher(workshop):
     """Return a function that trains a teacher on the toy problem."""
-    from fedkd.distillation.combining import Combination
-    from fedkd.distillation.teachers import Teacher
+    from fedkd.distillation.task.combining import Combination
+    from fedkd.distillation.task.teachers import Teacher
 
     def make(*models, rows=None):
         shop = workshop(rows=rows)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd.distillation.combining import Combination
-from fedkd.distillation.fitting import Lesson, fit
-from fedkd.distillation.participants import TrainingSettings
-from fedkd.distillation.rows import Rows
-from fedkd.distillation.running import distill
+from fedkd.distillation.fit.fitting import Lesson, fit
+from fedkd.distillation.run.running import distill
 from fedkd.distillation.settings import DistillSettings
-from fedkd.distillation.teachers import Teacher
+from fedkd.distillation.task.combining import Combination
+from fedkd.distillation.task.participants import TrainingSettings
+from fedkd.distillation.task.rows import Rows
+from fedkd.distillation.task.teachers import Teacher
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import TERMS, Objective, View
 from fedkd.objectives.terms import LayerTerm

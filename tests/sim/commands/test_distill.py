@@ -362,7 +362,7 @@ def test_a_search_never_looks_at_test_rows(
 
 
 def test_the_list_names_every_table_entry(fedkd: Fedkd) -> None:
-    from fedkd.distillation.listing import list_components
+    from fedkd.distillation.run.listing import list_components
 
     code, out, err = fedkd("distill", "--list")
     assert (code, err) == (0, "")

@@ -1,0 +1,114 @@
+"""What a fit feeds to its models: which rows in which step, and which view of them."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fedkd.data.augmentation import Mix, Views, teacher_student_views
+from fedkd.distillation.task.participants import TrainingSettings
+from fedkd.distillation.task.predicting import predict_logits
+from fedkd.distillation.task.rows import Rows
+from fedkd.losses.response import hard_label_loss
+from fedkd.randomness import Purpose, generator_for, torch_generator, torch_seed_for
+from fedkd.training.batches import Passes
+from fedkd.training.early_stopping import EarlyStopping, EarlyStoppingSettings
+
+
+def transfer_batches(
+    rows: Rows, training: TrainingSettings, *, seed: int, key: tuple[int, ...]
+) -> list[Int[Tensor, " _"]]:
+    """Return the transfer rows' ids of every step, ``epochs`` passes; seed and key decide them."""
+    passes = Passes(batch_size=training.batch_size, epochs=training.epochs)
+    batches = passes.batches(len(rows.inputs), generator_for(seed, Purpose.DISTILL, *key, 3))
+    return [torch.from_numpy(batch).to(rows.device) for batch in batches]
+
+
+def own_batches(
+    rows: Rows,
+    count: int,
+    training: TrainingSettings,
+    *,
+    steps: int,
+    seed: int,
+    key: tuple[int, ...],
+) -> list[Int[Tensor, " _"]]:
+    """Return positions in [0, count) for every step: the rows with labels, as often as needed."""
+    passes = Passes(batch_size=training.batch_size, steps=steps)
+    batches = passes.batches(count, generator_for(seed, Purpose.DISTILL, *key, 4))
+    return [torch.from_numpy(batch).to(rows.device) for batch in batches]
+
+
+class RowViews:
+    """Rows as a model sees them in training: augmented where the settings say so.
+
+    Attributes:
+        augments: whether anything is changed; ``teacher_view`` alone changes nothing.
+    """
+
+    def __init__(
+        self, rows: Rows, training: TrainingSettings, *, seed: int, key: tuple[int, ...]
+    ) -> None:
+        self._rows, self._settings = rows, training.augmentation
+        plain = type(self._settings)(teacher_view=self._settings.teacher_view)
+        self.augments = self._settings != plain
+        self._generator = torch_generator(torch_seed_for(seed, Purpose.AUGMENT, *key))
+
+    def both(self, ids: Int[Tensor, " rows"]) -> Views:
+        """Return the views of a student and its teacher."""
+        inputs = self._rows.inputs.index_select(0, ids)
+        if not self.augments:
+            return Views(inputs, inputs, None, teacher_is_mixed=True)
+        mean, std = self._rows.mean, self._rows.std
+        views = teacher_student_views(inputs * std + mean, self._settings, self._generator)
+        return Views(
+            (views.student - mean) / std,
+            (views.teacher - mean) / std,
+            views.mix,
+            teacher_is_mixed=views.teacher_is_mixed,
+        )
+
+    def own(
+        self, ids: Int[Tensor, " rows"]
+    ) -> tuple[Float[Tensor, "rows channels height width"], Mix | None]:
+        """Return the student's view alone, and how it was mixed."""
+        views = self.both(ids)
+        return views.student, views.mix
+
+
+class StepNotes:
+    """What the steps of an epoch put out, kept as it is: adding up would hold up every step."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Keep a number of this step, or one number a model."""
+        self._values.setdefault(name, []).append(value.detach())
+
+    def take(self) -> dict[str, Tensor]:
+        """Return everything since the last time, by name, steps first."""
+        taken = {name: torch.stack(values) for name, values in self._values.items()}
+        self._values.clear()
+        return taken
+
+
+def validated(model: nn.Module, rows: Rows) -> dict[str, float]:
+    """Return ``validation_accuracy`` and ``validation_loss`` (nats) of a model as it is now."""
+    logits = predict_logits(model, rows.validation_inputs)
+    right = (logits.argmax(-1) == rows.validation_labels).double().mean()
+    return {
+        "validation_accuracy": float(right),
+        "validation_loss": float(hard_label_loss(logits, rows.validation_labels)),
+    }
+
+
+def watched_value(settings: EarlyStoppingSettings) -> str:
+    """Return which of the `validated` values decides when to stop."""
+    return "validation_loss" if settings.mode == "min" else "validation_accuracy"
+
+
+def early_stopping(training: TrainingSettings) -> tuple[EarlyStopping | None, str]:
+    """Return who decides when to stop, and the value that it watches; None: nobody does."""
+    if training.early_stopping is None:
+        return None, ""
+    return EarlyStopping(training.early_stopping), watched_value(training.early_stopping)

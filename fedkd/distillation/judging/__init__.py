@@ -1,0 +1,1 @@
+"""What finished models are worth: scores, diagnostics, figures."""

@@ -1,0 +1,1 @@
+"""A whole distillation, from settings to finished models; search, checks and the list of parts."""
