@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import PlainValidator, SerializeAsAny
 
 from fedkd.exchange.kinds import Kinds, Stage
 from fedkd.exchange.payload import Payload
@@ -62,5 +62,5 @@ class NoAdversary(Adversary):
 ADVERSARIES: Kinds[Adversary] = Kinds("adversary", Adversary, {"none": NoAdversary})
 """Adversaries by the name that a settings file uses."""
 
-AdversaryField: TypeAlias = Annotated[SerializeAsAny[Adversary], BeforeValidator(ADVERSARIES.read)]
+AdversaryField: TypeAlias = Annotated[SerializeAsAny[Adversary], PlainValidator(ADVERSARIES.read)]
 """An adversary in settings: its kind, or a table with its kind and settings."""

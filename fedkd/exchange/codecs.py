@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field, PlainValidator, SerializeAsAny
 
 from fedkd.bounds import Few
 from fedkd.exchange.kinds import Kinds, Stage
@@ -305,5 +305,5 @@ CODECS: Kinds[Codec] = Kinds(
 )
 """Codecs by the name that a settings file uses."""
 
-CodecField: TypeAlias = Annotated[SerializeAsAny[Codec], BeforeValidator(CODECS.read)]
+CodecField: TypeAlias = Annotated[SerializeAsAny[Codec], PlainValidator(CODECS.read)]
 """A codec in settings: its kind, or a table with its kind and settings."""

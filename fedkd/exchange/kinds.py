@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
+from fedkd import own_code
 from fedkd.bounds import shown
 from fedkd.names import nearest
 
@@ -13,7 +14,8 @@ from fedkd.names import nearest
 class Stage(BaseModel):
     """One stage of the exchange: its settings, and what it does by them.
 
-    A stage is a value: it has no memory but what it is handed.
+    A stage is a value: it has no memory but what it is handed. One of another package is named by
+    ``package.module:Class``, which is then its ``kind``.
 
     Attributes:
         kind: names it in settings.
@@ -22,6 +24,12 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
+
+
+class UnreadStage(Stage):
+    """Settings of a stage of another package whose code nobody has allowed, as they stand."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 StageT = TypeVar("StageT", bound=Stage)
@@ -49,20 +57,30 @@ class Kinds(Generic[StageT]):
         self._known[name] = kind
 
     def find(self, name: object) -> type[StageT]:
-        """Return the class of a name.
+        """Return the class of a name: of the table, or ``package.module:Class``.
 
         Raises:
-            ValueError: one line that says which there are.
+            ValueError: one line: there is none, or it cannot be used.
         """
-        if not isinstance(name, str) or name not in self._known:
-            known = ", ".join(self._known)
-            near = nearest(name, self._known) if isinstance(name, str) else ""
-            raise ValueError(f"unknown {self._what} {shown(name)}; known: {known}{near}")
-        return self._known[name]
+        if isinstance(name, str) and name in self._known:
+            return self._known[name]
+        if own_code.is_own_code(name):
+            found = own_code.load_class(str(name), self._base, self._what)
+            if found.model_fields["kind"].annotation is not str:
+                raise ValueError(
+                    f"{self._what} {name!r} is called by its full name, so it must not say what "
+                    "its kind is: leave 'kind' out of the class"
+                )
+            return found
+        near = nearest(name, self._known) if isinstance(name, str) else ""
+        raise ValueError(
+            f"unknown {self._what} {shown(name)}; known: {', '.join(self._known)}; or "
+            f"{own_code.HOW}{near}"
+        )
 
-    def read(self, value: object) -> StageT:
+    def read(self, value: object) -> StageT | UnreadStage:
         """Return the stage that settings name: by its kind alone, or by a table with a ``kind``."""
-        if isinstance(value, self._base):
+        if isinstance(value, self._base | UnreadStage):
             return value
         if isinstance(value, str):
             value = {"kind": value}
@@ -71,19 +89,20 @@ class Kinds(Generic[StageT]):
                 f"must be a kind of {self._what} or a table with a kind; known: "
                 f"{', '.join(self._known)}; got {shown(value)}"
             )
+        name = value["kind"]
         try:
-            kind = self.find(value["kind"])
+            if own_code.is_own_code(name) and not own_code.may_load(name):
+                return UnreadStage.model_validate(dict(value))
+            kind = self.find(name)
         except ValueError as error:
             raise _error(str(error)) from error
         try:
             return kind.model_validate(dict(value))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = "".join(f"{part}: " for part in first["loc"])
             said = first["msg"].removeprefix("Value error, ")
-            raise _error(
-                f"{value['kind']}: {where}: {said}, got {shown(first['input'])}"
-            ) from error
+            raise _error(f"{name}: {where}{said}, got {shown(first['input'])}") from error
 
 
 def _error(reason: str) -> PydanticCustomError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import PlainValidator, SerializeAsAny
 
 from fedkd.exchange.kinds import Kinds, Stage
 from fedkd.exchange.ledger import Cost
@@ -76,7 +76,5 @@ class NoRelease(ReleaseRule):
 RELEASE_RULES: Kinds[ReleaseRule] = Kinds("release rule", ReleaseRule, {"none": NoRelease})
 """Release rules by the name that a settings file uses."""
 
-ReleaseField: TypeAlias = Annotated[
-    SerializeAsAny[ReleaseRule], BeforeValidator(RELEASE_RULES.read)
-]
+ReleaseField: TypeAlias = Annotated[SerializeAsAny[ReleaseRule], PlainValidator(RELEASE_RULES.read)]
 """A release rule in settings: its kind, or a table with its kind and settings."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import PlainValidator, SerializeAsAny
 
 from fedkd.exchange.kinds import Kinds, Stage
 from fedkd.exchange.payload import Asked, Payload
@@ -172,5 +172,5 @@ class _Group:
 VIEWS: Kinds[View] = Kinds("view", View, {"all": All, "sum": Sum})
 """Views by the name that a settings file uses."""
 
-ViewField: TypeAlias = Annotated[SerializeAsAny[View], BeforeValidator(VIEWS.read)]
+ViewField: TypeAlias = Annotated[SerializeAsAny[View], PlainValidator(VIEWS.read)]
 """A view in settings: its kind, or a table with its kind and settings."""

@@ -355,7 +355,10 @@ def test_settings_name_a_codec_by_its_kind_or_with_its_settings(given, expected)
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("flot16", "unknown codec 'flot16'; known: float32, float16, top_k"),
+        (
+            "flot16",
+            "unknown codec 'flot16'; known: float32, float16, top_k; or package.module:Class",
+        ),
         ("flot16", "did you mean 'float16'?"),
         ({"k": 3}, "must be a kind of codec or a table with a kind"),
         (3, "must be a kind of codec or a table with a kind"),
