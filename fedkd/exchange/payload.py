@@ -295,7 +295,8 @@ def _replaced(held: Any, path: list[str], array: np.ndarray) -> Any:
 
 def _below(held: Mapping[Any, Any], path: list[str]) -> Iterator[tuple[Any, Any, list[str]]]:
     """Find the key of a mapping that a path goes through; keys may have slashes of their own."""
-    for length in range(1, len(path) + 1):
+    # Of two keys that begin alike the longer one is meant.
+    for length in range(len(path), 0, -1):
         name = "/".join(path[:length])
         for key, inner in held.items():
             if str(key) == name:

@@ -300,7 +300,7 @@ def test_an_optional_array_comes_whole_or_not_at_all():
     assert half.problem(wanted) == "a part of 'weights' is missing"
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     st.sampled_from(PAIRS),
     st.data(),

@@ -157,3 +157,10 @@ def test_a_kind_of_ones_own_is_one_class():
     assert "of size 11" in str(
         Sketch(buckets=np.full((1, 1), 11, np.float32)).problem(Sketch.asked(4))
     )
+
+
+def test_each_array_is_reached_by_its_place_also_where_one_name_begins_another():
+    sent = Weights(arrays={"a": np.zeros(1), "a/b": np.zeros(2), "a/b/c": np.zeros(3)})
+    for place, array in flatten(sent).arrays.items():
+        changed = flatten(sent.with_arrays({place: array + 1})).arrays
+        assert [name for name, other in changed.items() if other.any()] == [place]

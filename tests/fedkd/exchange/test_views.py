@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.exchange.payload import Payload
@@ -141,6 +141,7 @@ def uploads_of(*counts: int) -> list[Upload]:
     ]
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 1000), min_size=1, max_size=9), st.sampled_from(["examples", "equal"])
 )
@@ -153,8 +154,9 @@ def test_the_mean_over_a_sum_is_the_mean_over_all(counts, sums):
         ).arrays
 
     whole = mean(All(), together)
-    assert mean(Sum(), together)["w"] == pytest.approx(whole["w"], abs=1e-4, rel=1e-6)
-    assert mean(Sum(), together)["n"] == whole["n"]
+    summed = mean(Sum(), together)
+    assert np.abs(summed["w"] - whole["w"]).max() <= 1e-6 * np.abs(whole["w"]).max()
+    assert summed["n"] == whole["n"]
 
 
 def test_a_sum_is_one_upload_a_group_with_all_examples_and_clients():
