@@ -10,6 +10,7 @@ from strategies.baselines.local import Local
 from strategies.baselines.pooled import Pooled
 from strategies.contract import Strategy, StrategySettings
 from strategies.data_free.fd import FD
+from strategies.data_free.fedproto import FedProto
 from strategies.mutual.dml import DML
 from strategies.public_predictions.fedmd import FedMD
 from strategies.server_models.one_way import OneWay
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fd": FD,
     "fedavg": FedAvg,
     "fedmd": FedMD,
+    "fedproto": FedProto,
     "fml": FML,
     "local": Local,
     "one_way": OneWay,

@@ -30,6 +30,16 @@ class Prototypes(Payload):
     num_classes: int
     counts: np.ndarray | None = None
 
+    def by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the values of all classes, zero for those not held, and which of them are held.
+
+        float32 ``[num_classes, features]`` and bool ``[num_classes]``.
+        """
+        values = np.zeros((self.num_classes, self.values.shape[1]), np.float32)
+        held = np.zeros(self.num_classes, bool)
+        values[self.classes], held[self.classes] = self.values, True
+        return values, held
+
     @property
     def payload_bytes(self) -> int:
         """Bytes of the means and counts, and of saying which classes they are of."""
