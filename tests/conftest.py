@@ -157,7 +157,7 @@ def listening_grid() -> Callable[..., Any]:
     """
     from sim.engine.grid import FIRST_NODE_ID
     from sim.engine.inline import InlineGrid
-    from strategies.knowledge import read_knowledge
+    from sim.wire.messages import read_instruction
 
     class ListeningGrid(InlineGrid):
         def __init__(self, settings: Any, data: Any, change: Any = None) -> None:
@@ -172,7 +172,7 @@ def listening_grid() -> Callable[..., Any]:
             number = len(self.sent[phase])
             self.sent[phase].append(
                 {
-                    m.metadata.dst_node_id - FIRST_NODE_ID: read_knowledge(m.content)
+                    m.metadata.dst_node_id - FIRST_NODE_ID: read_instruction(m.content).payload
                     for m in messages
                 }
             )
@@ -195,28 +195,26 @@ def lose() -> Callable[..., Any]:
 
     from flwr.app import Error, Message
 
+    from fedkd.exchange.values import flatten
     from sim.wire.messages import read_reply, reply_content
-    from strategies.knowledge import Predictions
 
-    def spoil(knowledge: Any) -> Any:
-        if isinstance(knowledge, Predictions):
-            values = knowledge.values.copy()
-            values[0, 0] = np.nan
-            return replace(knowledge, values=values)
-        (name, array), *others = knowledge.arrays.items()
-        array = array.copy()
-        array.flat[0] = np.nan
-        return replace(knowledge, arrays={name: array, **dict(others)})
+    def spoil(payload: Any) -> Any:
+        """Put a NaN into the first table of numbers that a payload has."""
+        arrays = flatten(payload).arrays
+        place, table = next((p, a) for p, a in arrays.items() if a.dtype.kind == "f" and a.size)
+        table = table.copy()
+        table.flat[0] = np.nan
+        return payload.with_arrays({place: table})
 
     def build(clients: Any, how: str = "lost", *, phase: str = "train") -> Any:
         def change(asked: str, number: int, client: int, reply: Any) -> Any:
             if client not in clients or (asked, number) != (phase, 0):
                 return reply
             answer = read_reply(reply.content)
-            if how == "lost" or answer.knowledge is None:
+            if how == "lost" or answer.payload is None:
                 error = Error(1, f"Traceback\n  at home\nOSError: client {client} is gone")
                 return Message(error, metadata=reply.metadata)
-            spoilt = replace(answer, knowledge=spoil(answer.knowledge))
+            spoilt = replace(answer, payload=spoil(answer.payload))
             return Message(reply_content(spoilt), metadata=reply.metadata)
 
         return change

@@ -187,7 +187,7 @@ class Call(Round):
         return self.public_rows if orders is None or orders.rows is None else orders.rows
 
 
-class Received(Sequence["Payload | None"]):
+class Received(Sequence[Payload | None]):
     """What the members of a cohort received, in their order: all of them something, or nothing.
 
     Args:

@@ -8,44 +8,46 @@ import torch
 
 @pytest.fixture
 def parts(tiny_settings) -> Callable[..., Any]:
-    """Make the server half's surroundings by hand: (strategy, server) of some settings and data."""
+    """Make the server half's surroundings by hand: (strategy, tools) of some settings and data."""
     from sim.engine.runtime import build_strategy, federation_of
-    from strategies.server import Server
+    from strategies.contract import ServerTools
 
     def build(settings: Any, data: Any) -> Any:
         federation = federation_of(settings, data)
-        server = Server(
+        strategy = build_strategy(settings, federation)
+        server = ServerTools(
             federation=federation,
             data=data,
             optimizer=settings.clients.optimizer,
             device=torch.device("cpu"),
+            models=strategy.server_models(),
         )
-        return build_strategy(settings, federation), server
+        return strategy, server
 
     return build
 
 
 @pytest.fixture
 def scores() -> Callable[..., Any]:
-    """Make uploads of logits on a plan's public rows: client -> random or given values."""
-    from strategies.knowledge import ClientUpload, Predictions
+    """Make uploads of logits on a round's public rows: client -> random or given values."""
+    from fedkd.exchange.payloads import Predictions
+    from strategies.contract import Upload
 
-    def build(plan: Any, clients: Any, *, seed: int = 0) -> list[ClientUpload]:
+    def build(round: Any, clients: Any, *, seed: int = 0) -> list[Upload]:
         values = clients if isinstance(clients, dict) else dict.fromkeys(clients)
-        shape = len(plan.public_rows), plan.federation.num_classes
+        shape = len(round.public_rows), round.federation.num_classes
         return [
-            ClientUpload(
+            Upload(
                 client,
                 Predictions(
-                    kind="logits",
-                    rows=plan.public_rows,
+                    rows=round.public_rows,
                     values=(
                         np.random.default_rng([seed, client]).normal(0, 2, shape)
                         if given is None
                         else np.broadcast_to(given, shape)
                     ).astype(np.float32),
                 ),
-                plan.federation.num_examples[client],
+                round.federation.num_examples[client],
             )
             for client, given in values.items()
         ]
@@ -61,8 +63,10 @@ class SpyCohort:
         self.num_classes = num_classes
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    def fit(self, objective: Any, *, private: Any = None, public: Any = None) -> None:
-        self.asked.append(("fit", {"objective": objective, "private": private, "public": public}))
+    def fit(self, objective: Any, *, private: Any = None, public: Any = None, **more: Any) -> list:
+        told = {"objective": objective, "private": private, "public": public, **more}
+        self.asked.append(("fit", told))
+        return []
 
     def predict_public(self, rows: np.ndarray) -> np.ndarray:
         self.asked.append(("predict_public", {"rows": rows}))
@@ -97,29 +101,37 @@ def spy() -> Any:
 
 
 @pytest.fixture
-def same_knowledge() -> Callable[[Any, Any], bool]:
-    """Tell whether two pieces of knowledge are equal bit for bit, or both None."""
-    from strategies.knowledge import Predictions
+def told() -> Callable[..., Any]:
+    """Return what clients are told in a round: (strategy, state, round) -> client -> payload."""
+    from sim.server.outbox import Outbox
 
-    def arrays(knowledge: Any) -> dict[str, np.ndarray]:
-        if isinstance(knowledge, Predictions):
-            return {"rows": knowledge.rows, "values": knowledge.values}
-        return knowledge.arrays
+    def build(strategy: Any, state: Any, round: Any = None) -> Callable[[int], Any]:
+        outbox = Outbox(strategy, state, round or strategy.federation.round(1))
+        return lambda client: outbox(client).payload
+
+    return build
+
+
+@pytest.fixture
+def learn() -> Callable[..., Any]:
+    """Let a cohort go through one client half; all members receive the same, or nothing."""
+    from strategies.contract import Call, Received
+
+    def run(strategy: Any, cohort: Any, received: Any, number: int = 1) -> Any:
+        pieces = Received([received] * len(cohort.clients))
+        return strategy.client(cohort, pieces, Call(strategy.federation, number))
+
+    return run
+
+
+@pytest.fixture
+def same() -> Callable[[Any, Any], bool]:
+    """Tell whether two values are equal bit for bit, or both None."""
+    from fedkd.exchange.values import digest
 
     def compare(one: Any, other: Any) -> bool:
         if one is None or other is None:
             return one is other
-        mine, others = arrays(one), arrays(other)
-        return (
-            one.kind == other.kind
-            and getattr(one, "temperature", None) == getattr(other, "temperature", None)
-            and mine.keys() == others.keys()
-            and all(
-                mine[name].dtype == others[name].dtype
-                and mine[name].shape == others[name].shape
-                and mine[name].tobytes() == others[name].tobytes()
-                for name in mine
-            )
-        )
+        return digest(one) == digest(other)
 
     return compare

@@ -11,22 +11,25 @@ from fedkd.training import (
     supervised,
     weights_digest,
 )
-from strategies.knowledge import Broadcast
+from strategies.contract import Nothing
 
 
-def test_a_round_is_one_fit_on_private_rows_and_no_answer(spy, tiny_settings, tiny_data, parts):
+def test_a_round_is_one_fit_on_private_rows_and_no_answer(
+    spy, tiny_settings, tiny_data, parts, learn
+):
     strategy, _ = parts(tiny_settings("local"), tiny_data())
-    cohort, plan = spy(), strategy.federation.plan(1)
-    assert list(strategy.client_round(cohort, None, plan)) == []
+    cohort, local = spy(), strategy.federation.local
+    assert list(learn(strategy, cohort, None)) == []
     assert cohort.order == ["fit"]
-    assert cohort.fits == [{"objective": supervised, "private": plan.local, "public": None}]
+    assert cohort.fits == [{"objective": supervised, "private": local, "public": None}]
 
 
 def test_nothing_goes_out(tiny_settings, tiny_data, parts, simulate):
     settings, data = tiny_settings("local"), tiny_data()
     strategy, server = parts(settings, data)
-    assert strategy.prepare(server) == Broadcast()
-    assert strategy.aggregate([], strategy.federation.plan(1), server) == Broadcast()
+    state = strategy.begin(server)
+    assert state == Nothing()
+    assert strategy.aggregate(state, [], strategy.federation.round(1), server) == Nothing()
     run = simulate(settings, data)
     assert run.exchange == []
     assert all(row["bytes_up"] == row["bytes_down"] == 0 for row in run.history.federation)

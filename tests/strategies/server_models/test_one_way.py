@@ -2,37 +2,30 @@
 
 import numpy as np
 import pytest
-from strategies.knowledge import Broadcast, Predictions
-from strategies.server import Server, ServerModel
 
+from fedkd.exchange.payloads import Predictions
 from fedkd.training import Passes, distilled, supervised, supervised_public
+from strategies.contract import ServerModel, ServerTools, Trained
+from strategies.server_models.one_way import Teaching
 
 
-class FakeModel(ServerModel):
-    """Writes down how it is trained; predicts its number of fits."""
-
-    def __init__(self, settings, train_rows) -> None:
-        self.settings, self.train_rows, self.fits = settings, train_rows, []
-
-    def fit(self, objective, *, plan, private=None, public=None) -> None:
-        self.fits.append(
-            {"objective": objective, "plan": plan, "private": private, "public": public}
-        )
-
-    def predict_public(self, rows):
-        return np.full((len(rows), 3), len(self.fits), np.float32)
-
-
-class FakeServer(Server):
-    """Hands out fake models."""
+class FakeServer(ServerTools):
+    """Writes down how its model is trained; a model predicts its number of fits."""
 
     def __init__(self, server) -> None:
         self.federation, self.data = server.federation, server.data
-        self.models = []
+        self.made, self.fits = [], []
 
-    def model(self, settings, *, train_rows=None):
-        self.models.append(FakeModel(settings, train_rows))
-        return self.models[-1]
+    def new(self, name, weights=None):
+        self.made.append(name)
+        return ServerModel(name, {"fits": np.zeros(1)})
+
+    def fit(self, model, objective, **told):
+        self.fits.append({"objective": objective, **told})
+        return Trained(ServerModel(model.name, {"fits": model.arrays["fits"] + 1}))
+
+    def predict_public(self, model, rows):
+        return np.full((len(rows), 3), model.arrays["fits"], np.float32)
 
 
 @pytest.fixture
@@ -67,15 +60,14 @@ def one_way(tiny_settings, tiny_data, parts):
 )
 def test_what_the_teacher_learns_from(one_way, teacher_data, labelled, expected):
     strategy, server = one_way(labelled=labelled, teacher_data=teacher_data, teacher_epochs=7)
-    strategy.prepare(server)
-    (teacher,) = server.models
-    (fit,) = teacher.fits
-    assert fit["plan"] is None
+    strategy.begin(server)
+    assert server.made == ["teacher"]
+    (fit,) = server.fits
+    assert fit["round"] is None
     passes = Passes(batch_size=8, epochs=7)
     if expected == "public":
-        assert teacher.train_rows is None
         assert fit["objective"] is supervised_public
-        assert fit["private"] is None
+        assert not {"private", "rows"} & fit.keys()
         assert fit["public"].rows.tolist() == list(range(20))
         assert fit["public"].targets is None
         assert fit["public"].passes == passes
@@ -84,9 +76,10 @@ def test_what_the_teacher_learns_from(one_way, teacher_data, labelled, expected)
         "largest": server.data.client_rows[3].tolist(),  # 17 rows, the others 12, 13 and 9
         "pooled": list(range(12 + 13 + 9 + 17)),
     }[expected]
-    assert teacher.train_rows.tolist() == rows
+    assert fit["rows"].tolist() == rows
     assert fit["objective"] is supervised
-    assert (fit["private"], fit["public"]) == (passes, None)
+    assert fit["private"] == passes
+    assert "public" not in fit
 
 
 def test_public_without_labels_is_refused(one_way):
@@ -94,19 +87,21 @@ def test_public_without_labels_is_refused(one_way):
         one_way(teacher_data="public")
 
 
-def test_the_teacher_is_trained_once_and_shared_every_round(one_way, scores):
+def test_the_teacher_is_trained_once_and_shared_every_round(one_way, told):
     strategy, server = one_way()
-    broadcasts = [strategy.prepare(server)]
+    states = [strategy.begin(server)]
     for number in (1, 2, 3):
-        broadcasts.append(strategy.aggregate([], strategy.federation.plan(number), server))
-    assert [len(model.fits) for model in server.models] == [1]
+        round = strategy.federation.round(number)
+        states.append(strategy.aggregate(states[-1], [], round, server))
+    assert len(server.fits) == 1
     # Of the round that learns from it: 3, 2, 1, and the last once more.
-    assert [broadcast.shared.temperature for broadcast in broadcasts] == [3, 2, 1, 1]
-    for broadcast in broadcasts:
-        assert broadcast.shared.kind == "logits"
-        assert set(broadcast.shared.values.ravel()) == {1.0}
-        assert all(broadcast.to(client) is broadcast.shared for client in range(4))
-    assert strategy.server_model() is server.models[0]
+    assert [told(strategy, state)(0).temperature for state in states] == [3, 2, 1, 1]
+    for state in states:
+        receives = told(strategy, state)
+        assert receives(0).label == "logits"
+        assert set(receives(0).values.ravel()) == {1.0}
+        assert all(receives(client) is receives(0) for client in range(4))
+        assert strategy.judged_models(state) == {"teacher": states[0].model}
 
 
 @pytest.mark.parametrize("every_row", [True, False])
@@ -118,8 +113,8 @@ def test_the_teacher_never_changes_in_a_run(
     settings, data = tiny_settings("one_way", options=options, exchange=exchange), tiny_data()
     grid = listening_grid(settings, data)
     run = simulate(settings, data, grid)
-    model = run.loop._strategy.server_model()
-    now = model.predict_public(np.arange(20))
+    model = run.loop.boundary.state.model
+    now = run.loop._server.predict_public(model, np.arange(20))
     for received in grid.sent["train"]:
         for lesson in received.values():
             np.testing.assert_allclose(lesson.values, now[lesson.rows], rtol=1e-5, atol=1e-6)
@@ -141,37 +136,39 @@ def test_a_teacher_of_everything_knows_what_it_was_taught(tiny_settings, tiny_da
 @pytest.mark.parametrize("direction", ["server_to_clients", "clients_to_server"])
 def test_the_ensemble_teaches_the_server_model(one_way, scores, direction):
     strategy, server = one_way(direction, server_epochs=2, scale_by_t2=False)
-    assert strategy.prepare(server) == Broadcast()
-    plan = strategy.federation.plan(2)
-    uploads = scores(plan, [0, 1, 3])
-    strategy.aggregate(uploads, plan, server)
-    (model,) = server.models
-    (fit,) = model.fits
-    assert fit["plan"] is plan
-    assert fit["private"] is None
+    before = strategy.begin(server)
+    round = strategy.federation.round(2)
+    assert strategy.receives(before, 0, round) is None
+    uploads = scores(round, [0, 1, 3])
+    strategy.aggregate(before, uploads, round, server)
+    (fit,) = server.fits
+    assert fit["round"] is round
+    assert not {"private", "rows"} & fit.keys()
     assert fit["objective"].func is distilled
     assert fit["objective"].keywords == {"temperature": 2.0, "scale_by_t2": False}
-    powers = np.exp(np.stack([u.knowledge.values for u in uploads]).astype(np.float64) / 2.0)
+    powers = np.exp(np.stack([u.payload.values for u in uploads]).astype(np.float64) / 2.0)
     by_hand = (powers / powers.sum(-1, keepdims=True)).mean(axis=0)
     np.testing.assert_allclose(fit["public"].targets.values, by_hand, atol=1e-6)
-    assert np.array_equal(fit["public"].rows, plan.public_rows)
+    assert np.array_equal(fit["public"].rows, round.public_rows)
     assert fit["public"].passes == Passes(batch_size=8, epochs=2)
 
 
-def test_clients_receive_the_server_s_scores_only_where_it_teaches_back(one_way, scores):
+def test_clients_receive_the_server_s_scores_only_where_it_teaches_back(one_way, scores, told):
     for direction, teaches in (("server_to_clients", True), ("clients_to_server", False)):
         strategy, server = one_way(direction)
-        strategy.prepare(server)
-        plan = strategy.federation.plan(1)
-        broadcast = strategy.aggregate(scores(plan, [0, 1]), plan, server)
+        round = strategy.federation.round(1)
+        before = strategy.begin(server)
+        state = strategy.aggregate(before, scores(round, [0, 1]), round, server)
+        receives = told(strategy, state, round.next())
         if not teaches:
-            assert broadcast == Broadcast()
+            assert state == Teaching(state.model, taught=True)
+            assert [receives(client) for client in range(4)] == [None] * 4
             continue
-        assert broadcast.shared.kind == "logits"
-        assert broadcast.shared.temperature == 2.0
+        assert receives(0).label == "logits"
+        assert receives(0).temperature == 2.0
         # After its first lesson, not before.
-        assert set(broadcast.shared.values.ravel()) == {1.0}
-        assert broadcast.personal == {}
+        assert set(receives(0).values.ravel()) == {1.0}
+        assert all(receives(client) is receives(0) for client in range(4))
 
 
 @pytest.mark.parametrize(
@@ -214,16 +211,15 @@ def test_the_server_learns_from_its_clients(tiny_settings, tiny_data, simulate):
 
 
 @pytest.mark.parametrize("direction", ["teacher_to_clients", "server_to_clients"])
-def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, direction):
+def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, learn, direction):
     strategy, _ = one_way(direction, ce_weight=0.5, kd_weight=2.0, public_epochs=3)
-    cohort, plan = spy(), strategy.federation.plan(2)
+    cohort, round = spy(), strategy.federation.round(2)
     received = Predictions(
-        kind="logits",
-        rows=plan.public_rows,
+        rows=round.public_rows,
         values=np.zeros((20, 3), np.float32),
         temperature=2.5,
     )
-    answers = strategy.client_round(cohort, received, plan)
+    answers = learn(strategy, cohort, received, 2)
     (fit,) = cohort.fits
     assert fit["objective"].func is distilled
     assert fit["objective"].keywords == {
@@ -233,21 +229,21 @@ def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, direction
         "scale_by_t2": True,
         "confidence_threshold": 0.0,
     }
-    assert fit["private"] == plan.local
+    assert fit["private"] == round.local
     assert fit["public"].targets.values is received.values
     assert fit["public"].passes == Passes(batch_size=8, epochs=3)
     assert len(answers) == (direction == "server_to_clients")
 
 
 @pytest.mark.parametrize("kd_weight", [0.0, 1.0])
-def test_a_client_without_a_lesson_learns_from_its_labels(spy, one_way, kd_weight):
+def test_a_client_without_a_lesson_learns_from_its_labels(spy, one_way, learn, kd_weight):
     strategy, _ = one_way("server_to_clients", kd_weight=kd_weight, ce_weight=0.5)
-    cohort, plan = spy(), strategy.federation.plan(1)
-    strategy.client_round(cohort, None, plan)
+    cohort, round = spy(), strategy.federation.round(1)
+    learn(strategy, cohort, None)
     (fit,) = cohort.fits
     assert fit["objective"].func is supervised
     assert fit["objective"].keywords == {"weight": 0.5}
-    assert (fit["private"], fit["public"]) == (plan.local, None)
+    assert (fit["private"], fit["public"]) == (round.local, None)
     assert cohort.order == ["fit", "predict_public"]
 
 

@@ -5,7 +5,7 @@ import pytest
 from fedkd.models import ModelSettings, memory
 from fedkd.models.memory import check_memory, weight_bytes
 from fedkd.training import OptimizerSettings
-from strategies.trying import check_models
+from strategies.contract.trying import check_models
 
 SGD = OptimizerSettings(name="sgd", lr=0.1)
 BATCH_NORM = {"name": "cnn", "options": {"channels": [4], "norm": "batch"}}

@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import RecordDict
+from strategies.base import DistillationStrategy
+from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
+from strategies.memory import Memory, recall_broadcast, remember_broadcast
+from strategies.plan import Federation
+from strategies.server import Server
 
 import strategies
 from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
@@ -18,11 +23,6 @@ from sim.engine.runtime import ClientRuntime
 from sim.settings import Settings
 from sim.wire.messages import read_reply
 from strategies import STRATEGIES
-from strategies.base import DistillationStrategy
-from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
-from strategies.memory import Memory, recall_broadcast, remember_broadcast
-from strategies.plan import Federation
-from strategies.server import Server
 
 VARIANTS = {
     "dml": [

@@ -1,4 +1,4 @@
-"""Plans: what a round is, so that both sides agree on it without a message."""
+"""Rounds: what both sides derive from the settings, so that they agree without a message."""
 
 import numpy as np
 import pytest
@@ -22,23 +22,23 @@ def federation(tiny_settings, tiny_data):
 
 
 def test_progress_goes_from_the_first_round_to_the_last(federation):
-    plans = [federation().plan(number) for number in range(1, 6)]
-    assert [plan.progress for plan in plans] == [0, 0.25, 0.5, 0.75, 1]
-    assert federation(rounds=1).plan(1).progress == 0
+    rounds = [federation().round(number) for number in range(1, 6)]
+    assert [round.progress for round in rounds] == [0, 0.25, 0.5, 0.75, 1]
+    assert federation(rounds=1).round(1).progress == 0
 
 
 def test_the_round_after_the_last_is_the_last(federation):
-    plan = federation().plan
-    assert plan(2).next() == plan(3)
-    assert plan(5).next() == plan(5)
+    round = federation().round
+    assert round(2).next() == round(3)
+    assert round(5).next() == round(5)
 
 
 def test_participants_are_drawn_anew_each_round_by_the_seed_alone(federation):
-    drawn = [federation(clients=20, participants=5).plan(n).participants() for n in range(1, 6)]
-    again = [federation(clients=20, participants=5).plan(n).participants() for n in range(1, 6)]
+    drawn = [federation(clients=20, participants=5).round(n).drawn() for n in range(1, 6)]
+    again = [federation(clients=20, participants=5).round(n).drawn() for n in range(1, 6)]
     assert drawn == again
     assert len(set(drawn)) > 1
-    assert drawn[0] != federation(clients=20, participants=5, seed=1).plan(1).participants()
+    assert drawn[0] != federation(clients=20, participants=5, seed=1).round(1).drawn()
     for clients in drawn:
         assert len(set(clients)) == 5
         assert list(clients) == sorted(clients)
@@ -56,20 +56,20 @@ def test_participants_are_drawn_anew_each_round_by_the_seed_alone(federation):
     ],
 )
 def test_how_many_take_part(federation, who, expected):
-    assert len(federation(clients=10, **who).plan(1).participants()) == expected
+    assert len(federation(clients=10, **who).round(1).drawn()) == expected
 
 
 @pytest.mark.parametrize("count", range(1, 31))
 def test_a_number_of_participants_is_met_exactly(federation, count):
-    assert len(federation(clients=30, participants=count).plan(1).participants()) == count
+    assert len(federation(clients=30, participants=count).round(1).drawn()) == count
 
 
 def test_public_rows_are_drawn_anew_each_round_by_the_seed_alone(federation):
-    drawn = [federation(rows=6).plan(number).public_rows for number in range(1, 6)]
-    again = [federation(rows=6).plan(number).public_rows for number in range(1, 6)]
+    drawn = [federation(rows=6).round(number).public_rows for number in range(1, 6)]
+    again = [federation(rows=6).round(number).public_rows for number in range(1, 6)]
     assert all(np.array_equal(one, other) for one, other in zip(drawn, again, strict=True))
     assert len({tuple(rows) for rows in drawn}) > 1
-    assert not np.array_equal(drawn[0], federation(rows=6, seed=1).plan(1).public_rows)
+    assert not np.array_equal(drawn[0], federation(rows=6, seed=1).round(1).public_rows)
     for rows in drawn:
         assert len(rows) == 6
         assert (np.diff(rows) > 0).all()
@@ -79,7 +79,7 @@ def test_public_rows_are_drawn_anew_each_round_by_the_seed_alone(federation):
 
 @pytest.mark.parametrize("rows", [None, 20])
 def test_the_whole_public_set_is_exchanged_in_order(federation, rows):
-    assert federation(rows=rows).plan(3).public_rows.tolist() == list(range(20))
+    assert federation(rows=rows).round(3).public_rows.tolist() == list(range(20))
 
 
 def test_equal_architectures_can_exchange_weights(federation):

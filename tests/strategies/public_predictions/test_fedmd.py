@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies.knowledge import Broadcast, Predictions
 
+from fedkd.exchange.payloads import Predictions
 from fedkd.targets import Targets, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
+from strategies.public_predictions.fedmd import FedMDSettings
+from strategies.shared.lessons import Lesson
 
 
 @pytest.fixture
@@ -20,17 +22,24 @@ def fedmd(tiny_settings, tiny_data, parts):
     return build
 
 
-def consensus(plan, value=0.5):
-    rows = plan.public_rows
+def consensus(round, value=0.5):
+    rows = round.public_rows
     values = np.full((len(rows), 3), value, np.float32)
-    return Predictions(kind="mean_logit", rows=rows, values=values)
+    return Predictions(rows=rows, values=values, averaged=True)
 
 
-def test_a_round_digests_then_revisits_then_communicates(spy, fedmd):
+def agreed(strategy, uploads, round, server):
+    """Return what a round's uploads come to; everybody receives it."""
+    state = strategy.aggregate(Lesson(), uploads, round, server)
+    assert {strategy.receives(state, client, round.next()) for client in range(4)} == {"lesson"}
+    return strategy.payload(state, "lesson")
+
+
+def test_a_round_digests_then_revisits_then_communicates(spy, fedmd, learn):
     strategy, _ = fedmd(digest_epochs=2)
-    cohort, plan = spy((0, 2)), strategy.federation.plan(2)
-    received = consensus(plan)
-    answers = strategy.client_round(cohort, received, plan)
+    cohort, round = spy((0, 2)), strategy.federation.round(2)
+    received = consensus(round)
+    answers = learn(strategy, cohort, received, 2)
 
     assert cohort.order == ["fit", "fit", "predict_public"]
     digest, revisit = cohort.fits
@@ -38,24 +47,24 @@ def test_a_round_digests_then_revisits_then_communicates(spy, fedmd):
     assert digest["public"].targets.values is received.values
     assert digest["public"].rows is received.rows
     assert digest["public"].passes == Passes(batch_size=8, epochs=2)
-    assert revisit == {"objective": supervised, "private": plan.local, "public": None}
-    assert np.array_equal(cohort.asked[-1][1]["rows"], plan.public_rows)
-    assert [answer.kind for answer in answers] == ["logits", "logits"]
+    assert revisit == {"objective": supervised, "private": round.local, "public": None}
+    assert np.array_equal(cohort.asked[-1][1]["rows"], round.public_rows)
+    assert [answer.label for answer in answers] == ["logits", "logits"]
 
 
-def test_a_round_without_consensus_only_revisits(spy, fedmd):
+def test_a_round_without_consensus_only_revisits(spy, fedmd, learn):
     strategy, _ = fedmd()
-    cohort, plan = spy(), strategy.federation.plan(2)
-    strategy.client_round(cohort, None, plan)
+    cohort = spy()
+    learn(strategy, cohort, None, 2)
     assert cohort.order == ["fit", "predict_public"]
     assert cohort.fits[0]["objective"] is supervised
 
 
-def test_transfer_learning_comes_first_and_in_the_first_round_only(spy, fedmd):
+def test_transfer_learning_comes_first_and_in_the_first_round_only(spy, fedmd, learn):
     strategy, _ = fedmd(labelled=True, transfer_epochs=4)
     for number in (1, 2, 3):
-        cohort, plan = spy(), strategy.federation.plan(number)
-        strategy.client_round(cohort, None, plan)
+        cohort = spy()
+        learn(strategy, cohort, None, number)
         transfer = [fit for fit in cohort.fits if fit["objective"] is supervised_public]
         assert len(transfer) == (number == 1)
         assert cohort.fits[-1]["objective"] is supervised
@@ -68,10 +77,10 @@ def test_transfer_learning_comes_first_and_in_the_first_round_only(spy, fedmd):
 
 
 @pytest.mark.parametrize(("labelled", "epochs"), [(False, 4), (True, 0)])
-def test_transfer_learning_needs_labels_and_epochs(spy, fedmd, labelled, epochs):
+def test_transfer_learning_needs_labels_and_epochs(spy, fedmd, learn, labelled, epochs):
     strategy, _ = fedmd(labelled=labelled, transfer_epochs=epochs)
     cohort = spy()
-    strategy.client_round(cohort, None, strategy.federation.plan(1))
+    learn(strategy, cohort, None)
     assert [fit["objective"] for fit in cohort.fits] == [supervised]
 
 
@@ -85,15 +94,13 @@ def test_transfer_learning_needs_labels_and_epochs(spy, fedmd, labelled, epochs)
 )
 def test_consensus_is_the_mean_of_the_logits(fedmd, scores, weighting, expected):
     strategy, server = fedmd(weighting=weighting)
-    plan = strategy.federation.plan(1)
+    round = strategy.federation.round(1)
     shape = np.arange(60, dtype=np.float32).reshape(20, 3)
-    uploads = scores(plan, {0: shape, 1: 2 * shape, 3: 6 * shape})
-    broadcast = strategy.aggregate(uploads, plan, server)
-    shared = broadcast.shared
-    assert (shared.kind, shared.values.dtype) == ("mean_logit", np.float32)
-    assert np.array_equal(shared.rows, plan.public_rows)
+    uploads = scores(round, {0: shape, 1: 2 * shape, 3: 6 * shape})
+    shared = agreed(strategy, uploads, round, server)
+    assert (shared.label, shared.values.dtype) == ("mean_logits", np.float32)
+    assert np.array_equal(shared.rows, round.public_rows)
     np.testing.assert_allclose(shared.values, expected * shape, rtol=1e-6)
-    assert all(broadcast.to(client) is shared for client in range(4))
 
 
 @pytest.mark.parametrize(
@@ -107,11 +114,11 @@ def test_consensus_is_the_mean_of_the_logits(fedmd, scores, weighting, expected)
 )
 def test_a_robust_consensus_withstands_a_client_that_lies(fedmd, scores, options, expected):
     strategy, server = fedmd(**options)
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, dict(enumerate((1.0, 2.0, 3.0, 600.0))))
-    shared = strategy.aggregate(uploads, plan, server).shared
-    assert (shared.kind, shared.values.dtype) == ("mean_logit", np.float32)
-    assert np.array_equal(shared.rows, plan.public_rows)
+    round = strategy.federation.round(1)
+    uploads = scores(round, dict(enumerate((1.0, 2.0, 3.0, 600.0))))
+    shared = agreed(strategy, uploads, round, server)
+    assert (shared.label, shared.values.dtype) == ("mean_logits", np.float32)
+    assert np.array_equal(shared.rows, round.public_rows)
     np.testing.assert_allclose(shared.values, expected, rtol=1e-6)
 
 
@@ -120,22 +127,22 @@ def test_consensus_has_the_bits_of_the_rule_over_the_stacked_uploads(fedmd, scor
     strategy, server = fedmd(
         aggregation=aggregation, **({"trim": 0.25} if aggregation == "trimmed_mean" else {})
     )
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, range(4))
-    stacked = torch.from_numpy(np.stack([upload.knowledge.values for upload in uploads]))
+    round = strategy.federation.round(1)
+    uploads = scores(round, range(4))
+    stacked = torch.from_numpy(np.stack([upload.payload.values for upload in uploads]))
     expected = {
         "mean": stacked.double().sum(0) / 4,
         "median": coordinate_median(stacked),
         "trimmed_mean": trimmed_mean(stacked, trim=0.25),
     }[aggregation].float()
-    shared = strategy.aggregate(iter(uploads), plan, server).shared
+    shared = agreed(strategy, iter(uploads), round, server)
     assert np.array_equal(shared.values, expected.numpy())
 
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
 def test_a_robust_consensus_of_nobody_is_none(fedmd, aggregation):
     strategy, server = fedmd(aggregation=aggregation)
-    assert strategy.aggregate([], strategy.federation.plan(1), server) == Broadcast()
+    assert strategy.aggregate(Lesson(), [], strategy.federation.round(1), server) == Lesson()
 
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
@@ -147,8 +154,11 @@ def test_robust_rules_have_no_weights(fedmd, aggregation):
 
 def test_consensus_of_nobody_is_none(fedmd):
     strategy, server = fedmd()
-    assert strategy.prepare(server) == Broadcast()
-    assert strategy.aggregate([], strategy.federation.plan(1), server) == Broadcast()
+    state = strategy.begin(server)
+    assert state == Lesson()
+    assert strategy.receives(state, 0, strategy.federation.round(1)) is None
+    taught = Lesson(consensus(strategy.federation.round(1)))
+    assert strategy.aggregate(taught, [], strategy.federation.round(1), server) == Lesson()
 
 
 STUDENT = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 4.0]])
@@ -171,10 +181,10 @@ CONSENSUS = torch.tensor([[1.0, 0.0, 6.0], [1.0, 0.0, 0.0]])
         ),
     ],
 )
-def test_digest_losses_by_hand(spy, fedmd, name, expected):
+def test_digest_losses_by_hand(spy, fedmd, learn, name, expected):
     strategy, _ = fedmd(digest_loss=name)
-    cohort, plan = spy(), strategy.federation.plan(2)
-    strategy.client_round(cohort, consensus(plan), plan)
+    cohort = spy()
+    learn(strategy, cohort, consensus(strategy.federation.round(2)), 2)
     objective = cohort.fits[0]["objective"]
     losses = objective(Outputs(public=STUDENT), Batch(targets=Targets(CONSENSUS)))
     assert list(losses) == ["digest"]
@@ -182,8 +192,6 @@ def test_digest_losses_by_hand(spy, fedmd, name, expected):
 
 
 def test_l1_is_the_default_digest():
-    from strategies.fedmd import FedMDSettings
-
     assert FedMDSettings().digest_loss == "l1"
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fedkd.objectives import Objective
-from strategies.dml import DMLSettings
-from strategies.one_way import OneWaySettings
-from strategies.taught import knowledge_of
+from strategies.mutual.dml import DMLSettings
+from strategies.server_models.one_way import OneWaySettings
+from strategies.shared.taught import knowledge_of
 
 CE_KD = {"ce": 0.7, "kd": {"weight": 0.4, "temperature": 2.0}}
 PLAIN = {"ce_weight": 0.7, "kd_weight": 0.4, "temperature": 2.0}
@@ -124,7 +124,7 @@ def test_the_server_learns_by_the_terms_that_a_teacher_has_a_part_in(
     def server_weights(objective, rounds=2):
         options = {"direction": "clients_to_server", "objective": objective}
         run = simulate(tiny_settings("one_way", options=options, rounds=rounds), tiny_data())
-        weights = run.loop._strategy.server_model().weights()
+        weights = run.loop.boundary.state.model.weights
         return b"".join(array.tobytes() for array in weights.values())
 
     assert server_weights({"ce": 1.0, "kd": 1.0}) == server_weights({"ce": 1.0, "kd": 1.0})

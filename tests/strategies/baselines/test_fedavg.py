@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedkd.exchange.payloads import Weights
 from fedkd.training import (
     LoopCohort,
     Member,
@@ -14,8 +15,8 @@ from fedkd.training import (
     supervised,
     weights_digest,
 )
-from strategies.fedavg import WeightedMean
-from strategies.knowledge import ClientUpload, Parameters
+from strategies.baselines.fedavg import GlobalModels
+from strategies.contract import Upload
 
 
 def model(weight, counter=0):
@@ -25,69 +26,9 @@ def model(weight, counter=0):
     }
 
 
-def test_mean_is_weighted_by_hand():
-    mean = WeightedMean()
-    mean.add(model([1.0, 10.0]), 1)
-    mean.add(model([5.0, -2.0]), 3)
-    # (1 + 3 * 5) / 4 and (10 - 3 * 2) / 4
-    assert mean.mean()["weight"].tolist() == [4.0, 1.0]
-
-
-def test_counters_are_rounded_and_stay_counters():
-    mean = WeightedMean()
-    mean.add(model([0.0], counter=10), 1)
-    mean.add(model([0.0], counter=13), 2)
-    assert mean.mean()["num_batches_tracked"] == 12
-    mean.add(model([0.0], counter=14), 2)
-    averaged = mean.mean()["num_batches_tracked"]  # 64 / 5 = 12.8
-    assert averaged == 13
-    assert averaged.dtype == np.int64
-    assert mean.mean()["weight"].dtype == np.float32
-
-
-def test_the_mean_of_arrays_without_dimensions_has_none_either():
-    mean = WeightedMean()
-    for scale, counter, flag in ((1.0, 3, True), (4.0, 6, True), (4.0, 9, False)):
-        arrays = {"scale": np.float32(scale), "counter": np.int64(counter), "flag": np.bool_(flag)}
-        mean.add({name: np.asarray(value) for name, value in arrays.items()}, 1)
-    means = mean.mean()
-    assert {name: (type(a), a.shape, a.item()) for name, a in means.items()} == {
-        "scale": (np.ndarray, (), 3.0),
-        "counter": (np.ndarray, (), 6),
-        # True for the majority, and not for whatever is more than nothing.
-        "flag": (np.ndarray, (), True),
-    }
-    assert means["flag"].dtype == bool
-    mean.add({"scale": means["scale"], "counter": means["counter"], "flag": np.array(False)}, 9)
-    assert not mean.mean()["flag"]
-
-
-def test_one_model_is_its_own_mean_bit_for_bit():
-    weights = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    mean = WeightedMean()
-    mean.add({"weight": weights}, 17)
-    assert mean.mean()["weight"].tobytes() == weights.tobytes()
-
-
-def test_what_was_added_is_not_written_to():
-    first, second = model([1.0, 2.0]), model([3.0, 4.0])
-    mean = WeightedMean()
-    mean.add(first, 1)
-    mean.add(second, 1)
-    mean.mean()
-    assert first["weight"].tolist() == [1.0, 2.0]
-    assert second["weight"].tolist() == [3.0, 4.0]
-
-
-@pytest.mark.parametrize("weight", [0, -1, float("nan")])
-def test_refuses_a_weight_that_is_not_positive(weight):
-    with pytest.raises(ValueError, match="weight must be > 0, got"):
-        WeightedMean().add(model([1.0]), weight)
-
-
 def uploads(values, num_examples=(12, 13, 9, 17)):
     return [
-        ClientUpload(client, Parameters(model(value)), num_examples[client])
+        Upload(client, Weights(arrays=model(value)), num_examples[client])
         for client, value in values.items()
     ]
 
@@ -101,45 +42,49 @@ def uploads(values, num_examples=(12, 13, 9, 17)):
     ],
 )
 def test_each_architecture_has_a_mean_of_its_own(
-    tiny_settings, tiny_data, parts, weighting, mlp, cnn
+    tiny_settings, tiny_data, parts, told, weighting, mlp, cnn
 ):
     strategy, server = parts(tiny_settings("fedavg", options={"weighting": weighting}), tiny_data())
-    plan = strategy.federation.plan(1)
     answers = uploads({0: [1.0], 1: [2.0], 2: [8.0], 3: [5.0]})
-    broadcast = strategy.aggregate(answers, plan, server)
-    received = [broadcast.to(client).arrays["weight"].item() for client in range(4)]
+    state = strategy.aggregate(GlobalModels({}), answers, strategy.federation.round(1), server)
+    receives = told(strategy, state)
+    received = [receives(client).arrays["weight"].item() for client in range(4)]
     assert received == pytest.approx([mlp, cnn, mlp, cnn])
-    assert broadcast.to(0) is broadcast.to(2)
-    assert broadcast.to(1) is broadcast.to(3)
+    assert receives(0) is receives(2)
+    assert receives(1) is receives(3)
 
 
-def test_an_architecture_without_uploads_keeps_its_model(tiny_settings, tiny_data, parts):
+def test_an_architecture_without_uploads_keeps_its_model(tiny_settings, tiny_data, parts, told):
     strategy, server = parts(tiny_settings("fedavg"), tiny_data())
-    start = strategy.prepare(server)
-    after = strategy.aggregate(uploads({1: [2.0]}), strategy.federation.plan(1), server)
-    assert after.to(0) is start.to(0)
-    assert after.to(3).arrays["weight"].tolist() == [2.0]
+    start = strategy.begin(server)
+    round = strategy.federation.round(1)
+    after = strategy.aggregate(start, uploads({1: [2.0]}), round, server)
+    assert told(strategy, after)(0) is told(strategy, start)(0)
+    assert told(strategy, after)(3).arrays["weight"].tolist() == [2.0]
 
 
 def test_everybody_starts_from_the_first_client_of_its_architecture(
-    tiny_settings, tiny_data, parts, same_knowledge
+    tiny_settings, tiny_data, parts, told, same
 ):
     strategy, server = parts(tiny_settings("fedavg"), tiny_data())
-    start = strategy.prepare(server)
+    receives = told(strategy, strategy.begin(server))
     for client, first in ((0, 0), (1, 1), (2, 0), (3, 1)):
-        assert same_knowledge(start.to(client), Parameters(server.initial_weights(first)))
-    assert not same_knowledge(start.to(0), Parameters(server.initial_weights(2)))
+        assert same(receives(client), Weights(arrays=server.initial_weights(first)))
+    assert not same(receives(0), Weights(arrays=server.initial_weights(2)))
 
 
-def test_a_client_starts_from_the_global_model_without_memory(spy, tiny_settings, tiny_data, parts):
+def test_a_client_starts_from_the_global_model_without_memory(
+    spy, tiny_settings, tiny_data, parts, learn
+):
     strategy, _ = parts(tiny_settings("fedavg"), tiny_data())
-    cohort, plan = spy((0, 2)), strategy.federation.plan(2)
-    received = Parameters({"w": np.ones(1, np.float32)})
-    answers = strategy.client_round(cohort, received, plan)
+    cohort = spy((0, 2))
+    received = Weights(arrays={"w": np.ones(1, np.float32)})
+    answers = learn(strategy, cohort, received, 2)
     assert cohort.order == ["load_weights", "reset_optimizers", "fit", "weights"]
     assert cohort.asked[0][1]["weights"] is received.arrays
-    assert cohort.fits == [{"objective": supervised, "private": plan.local, "public": None}]
-    assert [answer.kind for answer in answers] == ["parameters", "parameters"]
+    local = strategy.federation.local
+    assert cohort.fits == [{"objective": supervised, "private": local, "public": None}]
+    assert [answer.kind for answer in answers] == ["weights", "weights"]
 
 
 def test_the_global_model_is_what_is_judged(tiny_settings, tiny_data, simulate):
@@ -151,9 +96,9 @@ def test_the_global_model_is_what_is_judged(tiny_settings, tiny_data, simulate):
 
 def test_refuses_predictions(tiny_settings, tiny_data, parts, scores):
     strategy, server = parts(tiny_settings("fedavg"), tiny_data())
-    plan = strategy.federation.plan(1)
-    with pytest.raises(TypeError, match="expected parameters from client 2"):
-        strategy.aggregate(scores(plan, [2]), plan, server)
+    round = strategy.federation.round(1)
+    with pytest.raises(TypeError, match="expected weights, got predictions"):
+        strategy.aggregate(GlobalModels({}), scores(round, [2]), round, server)
 
 
 def test_with_a_single_client_it_is_local_training_without_memory(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedkd.exchange.payloads import Weights
 from fedkd.models import build_model
 from fedkd.training import (
     PARTS,
@@ -17,8 +18,8 @@ from fedkd.training import (
     TrainingData,
     initial_model_seed,
 )
-from strategies.fml import MEME, PRIVATE, FMLSettings
-from strategies.knowledge import ClientUpload, Parameters
+from strategies.contract import Upload
+from strategies.two_models.fml import MEME, PRIVATE, FMLSettings
 
 LIHINT = {"name": "mlp", "options": {"hidden": []}}
 SGD = {"name": "sgd", "lr": 0.1}
@@ -54,7 +55,7 @@ def home(tiny_settings, tiny_data, parts):
 # -- the client --------------------------------------------------------------------------------
 
 
-def test_a_step_is_that_of_the_paper_computed_by_hand(home, tiny_data):
+def test_a_step_is_that_of_the_paper_computed_by_hand(home, tiny_data, learn, told):
     # alpha = 0.7, beta = 0.4; one step of SGD over all rows of client 0, with linear models.
     options = {
         "meme": LIHINT,
@@ -63,9 +64,9 @@ def test_a_step_is_that_of_the_paper_computed_by_hand(home, tiny_data):
     }
     clients = {"models": [LIHINT], "optimizer": SGD, "batch_size": 50, "local": {"epochs": 1}}
     strategy, server, open_client = home(options=options, clients=clients)
-    received = strategy.prepare(server).to(0)
+    received = told(strategy, strategy.begin(server))(0)
     cohort = open_client()
-    (upload,) = strategy.client_round(cohort, received, strategy.federation.plan(1))
+    (upload,) = learn(strategy, cohort, received)
 
     data = tiny_data()
     rows = data.client_rows[0]
@@ -107,16 +108,15 @@ def test_the_published_losses_are_the_default():
     assert terms["kd"].temperature.at(0.3) == 1.0
 
 
-def test_a_round_begins_with_the_global_meme_without_its_momentum(home):
+def test_a_round_begins_with_the_global_meme_without_its_momentum(home, learn, told):
     strategy, server, open_client = home()
-    plan = strategy.federation.plan
-    received = strategy.prepare(server).to(0)
+    received = told(strategy, strategy.begin(server))(0)
     cohort = open_client()
-    strategy.client_round(cohort, received, plan(1))
+    learn(strategy, cohort, received)
     state = cohort.states()[0]
     # 12 rows, batches of 8: two steps a round.
     cohort = open_client(state=state, round=2)
-    strategy.client_round(cohort, received, plan(2))
+    learn(strategy, cohort, received, 2)
     counters = {
         name: {float(value) for key, value in own.optimizer.items() if key.startswith("step/")}
         for name, own in cohort.states()[0].models.items()
@@ -129,7 +129,7 @@ def test_a_round_begins_with_the_global_meme_without_its_momentum(home):
     uploads = []
     for given in (state, other):
         cohort = open_client(state=given, round=2)
-        uploads += strategy.client_round(cohort, received, plan(2))
+        uploads += learn(strategy, cohort, received, 2)
     for name, array in uploads[0].arrays.items():
         assert np.array_equal(array, uploads[1].arrays[name])
 
@@ -141,14 +141,15 @@ def test_two_models_of_one_architecture_do_not_start_alike(home):
 
 
 def test_without_a_share_of_the_meme_the_private_model_learns_as_if_alone(
-    tiny_settings, tiny_data, simulate, same_knowledge
+    tiny_settings, tiny_data, simulate, same
 ):
     data = tiny_data()
     alone = simulate(tiny_settings("local"), data)
     beside = simulate(tiny_settings("fml", options={"objective": {"ce": 1.0, "kd": 0.0}}), data)
     for one, other in zip(alone.states, beside.states, strict=True):
-        assert same_knowledge(
-            Parameters(one.models["model"].weights), Parameters(other.models[PRIVATE].weights)
+        assert same(
+            Weights(arrays=one.models["model"].weights),
+            Weights(arrays=other.models[PRIVATE].weights),
         )
 
 
@@ -167,10 +168,10 @@ def test_memes_travel_and_projectors_and_private_models_stay_at_home(
     # A hidden layer of 64, biases included, in float32.
     size = 4 * (64 * 64 + 64 + 64 * 3 + 3)
     assert {row["bytes"] for row in run.exchange} == {size}
-    assert {row["kind"] for row in run.exchange} == {"parameters"}
+    assert {row["kind"] for row in run.exchange} == {"weights"}
     for replies in grid.replies["train"]:
         for reply in replies.values():
-            names = read_reply(reply.content).knowledge.arrays.keys()
+            names = read_reply(reply.content).payload.arrays.keys()
             assert names == {"1.weight", "1.bias", "3.weight", "3.bias"}
     for state in run.states:
         assert state.models.keys() == {PRIVATE, MEME, PARTS}
@@ -181,25 +182,26 @@ def test_memes_travel_and_projectors_and_private_models_stay_at_home(
 
 
 @pytest.mark.parametrize(("weighting", "expected"), [("equal", 3.0), ("examples", 1 + 4 * 13 / 25)])
-def test_memes_are_averaged_by_hand(home, weighting, expected):
+def test_memes_are_averaged_by_hand(home, told, same, weighting, expected):
     strategy, server, _ = home(options={"weighting": weighting})
-    ones = strategy.prepare(server).to(0)
+    start = strategy.begin(server)
+    like = told(strategy, start)(0).arrays
     uploads = [
-        ClientUpload(
+        Upload(
             client,
-            Parameters({n: np.full_like(a, value) for n, a in ones.arrays.items()}),
+            Weights(arrays={name: np.full_like(array, value) for name, array in like.items()}),
             strategy.federation.num_examples[client],
         )
         for client, value in ((0, 1.0), (1, 5.0))  # 12 and 13 rows
     ]
-    broadcast = strategy.aggregate(uploads, strategy.federation.plan(1), server)
+    state = strategy.aggregate(start, uploads, strategy.federation.round(1), server)
+    receives = told(strategy, state)
     for client in range(4):
-        for array in broadcast.to(client).arrays.values():
-            np.testing.assert_allclose(array, expected, rtol=1e-6)
-    judged = strategy.server_model().weights()
-    assert {name: array.tobytes() for name, array in judged.items()} == {
-        name: array.tobytes() for name, array in broadcast.shared.arrays.items()
-    }
+        assert receives(client) is receives(0)
+    for array in receives(0).arrays.values():
+        np.testing.assert_allclose(array, expected, rtol=1e-6)
+    (judged,) = strategy.judged_models(state).values()
+    assert same(Weights(arrays=judged.weights), receives(0))
 
 
 def test_a_meme_with_batch_norm_goes_through_every_round(tiny_settings, tiny_data, simulate):
@@ -209,14 +211,13 @@ def test_a_meme_with_batch_norm_goes_through_every_round(tiny_settings, tiny_dat
     run = simulate(settings, tiny_data())
     assert run.events == []
     # 12, 13, 9 and 17 rows in batches of 8 are 2, 2, 1 and 2 steps; their mean is rounded to 2.
-    assert run.loop._strategy.server_model().weights()["1.num_batches_tracked"] == 6
+    assert run.loop.boundary.state.model.weights["1.num_batches_tracked"] == 6
 
 
-def test_without_uploads_the_global_meme_stays(home, same_knowledge):
+def test_without_uploads_the_global_meme_stays(home):
     strategy, server, _ = home()
-    before = strategy.prepare(server).shared
-    after = strategy.aggregate([], strategy.federation.plan(1), server).shared
-    assert same_knowledge(before, after)
+    before = strategy.begin(server)
+    assert strategy.aggregate(before, [], strategy.federation.round(1), server) is before
 
 
 def test_private_models_are_judged_and_the_global_meme_beside_them(
@@ -233,8 +234,8 @@ def test_private_models_are_judged_and_the_global_meme_beside_them(
         model.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
         right = (model.eval()(tested).argmax(-1).numpy() == data.test_labels).mean()
         assert run.history.clients[client]["accuracy"] == pytest.approx(right)
-    meme = run.loop._strategy.server_model()
-    right = (meme.predict(tested).argmax(-1) == data.test_labels).mean()
+    meme = run.loop.boundary.state.model
+    right = (run.loop._server.predict(meme, tested).argmax(-1) == data.test_labels).mean()
     assert last["server_accuracy"] == pytest.approx(right)
 
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies.knowledge import Broadcast, Predictions
 
+from fedkd.exchange.payloads import Predictions
 from fedkd.training import Passes, distilled, supervised
+from strategies.mutual.dml import Peers
 
 SCHEDULE = {"kind": "linear", "start": 4.0, "end": 1.0}
 """Over four rounds: 4, 3, 2, 1."""
@@ -29,123 +30,131 @@ def softmax(values, temperature):
 
 
 def values_of(uploads):
-    return {upload.client: upload.knowledge.values for upload in uploads}
+    return {upload.client: upload.payload.values for upload in uploads}
 
 
 # -- what the server answers -------------------------------------------------------------------
 
 
-def test_each_of_three_clients_gets_the_mean_of_the_two_others(dml, scores):
+def test_each_of_three_clients_gets_the_mean_of_the_two_others(dml, scores, told):
     strategy, server = dml()
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, [0, 1, 3])
-    broadcast = strategy.aggregate(uploads, plan, server)
+    round = strategy.federation.round(1)
+    uploads = scores(round, [0, 1, 3])
+    receives = told(strategy, strategy.aggregate(Peers(), uploads, round, server))
     soft = {client: softmax(values, 3.0) for client, values in values_of(uploads).items()}
     for client, (one, other) in {0: (1, 3), 1: (0, 3), 3: (0, 1)}.items():
-        received = broadcast.to(client)
-        assert received.kind == "mean_probability"
+        received = receives(client)
+        assert received.label == "mean_probabilities"
         assert received.values.dtype == np.float32
-        assert np.array_equal(received.rows, plan.public_rows)
+        assert np.array_equal(received.rows, round.public_rows)
         np.testing.assert_allclose(received.values, (soft[one] + soft[other]) / 2, atol=1e-6)
 
 
-def test_a_newcomer_gets_the_mean_of_all(dml, scores):
+def test_a_newcomer_gets_the_mean_of_all(dml, scores, told):
     strategy, server = dml()
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, [0, 1, 3])
-    received = strategy.aggregate(uploads, plan, server).to(2)
+    round = strategy.federation.round(1)
+    uploads = scores(round, [0, 1, 3])
+    received = told(strategy, strategy.aggregate(Peers(), uploads, round, server))(2)
     soft = [softmax(values, 3.0) for values in values_of(uploads).values()]
     np.testing.assert_allclose(received.values, np.mean(soft, axis=0), atol=1e-6)
 
 
-def test_own_predictions_never_count(dml, scores):
+def test_own_predictions_never_count(dml, scores, told):
     strategy, server = dml()
-    plan = strategy.federation.plan(1)
+    round = strategy.federation.round(1)
     received = []
     for own in (0.0, 9.0):
-        uploads = scores(plan, [0, 1, 3])
-        mine = uploads[0].knowledge
+        uploads = scores(round, [0, 1, 3])
+        mine = uploads[0].payload
         changed = mine.values + np.array([own, 0, 0], np.float32)
-        uploads[0] = replace(uploads[0], knowledge=replace(mine, values=changed))
-        received.append(strategy.aggregate(uploads, plan, server))
-    np.testing.assert_allclose(received[0].to(0).values, received[1].to(0).values, atol=1e-7)
-    assert np.abs(received[0].to(1).values - received[1].to(1).values).max() > 0.01
+        uploads[0] = replace(uploads[0], payload=replace(mine, values=changed))
+        received.append(told(strategy, strategy.aggregate(Peers(), uploads, round, server)))
+    np.testing.assert_allclose(received[0](0).values, received[1](0).values, atol=1e-7)
+    assert np.abs(received[0](1).values - received[1](1).values).max() > 0.01
 
 
-def test_include_self_gives_everybody_the_mean_of_all(dml, scores):
+def test_include_self_gives_everybody_the_mean_of_all(dml, scores, told):
     strategy, server = dml(include_self=True)
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, [0, 1, 3])
-    broadcast = strategy.aggregate(uploads, plan, server)
+    round = strategy.federation.round(1)
+    uploads = scores(round, [0, 1, 3])
+    receives = told(strategy, strategy.aggregate(Peers(), uploads, round, server))
     soft = [softmax(values, 3.0) for values in values_of(uploads).values()]
-    assert all(broadcast.to(client) is broadcast.shared for client in range(4))
-    np.testing.assert_allclose(broadcast.shared.values, np.mean(soft, axis=0), atol=1e-6)
+    assert all(receives(client) is receives(0) for client in range(4))
+    np.testing.assert_allclose(receives(0).values, np.mean(soft, axis=0), atol=1e-6)
 
 
-def test_logits_may_be_averaged_instead_which_is_another_target(dml, scores):
+def test_logits_may_be_averaged_instead_which_is_another_target(dml, scores, told):
     strategy, server = dml(average="logit")
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, [0, 1, 3])
-    received = strategy.aggregate(uploads, plan, server).to(0)
+    round = strategy.federation.round(1)
+    uploads = scores(round, [0, 1, 3])
+    received = told(strategy, strategy.aggregate(Peers(), uploads, round, server))(0)
     values = values_of(uploads)
     by_hand = (values[1] + values[3]) / 2
-    assert received.kind == "mean_logit"
+    assert received.label == "mean_logits"
     assert received.temperature == pytest.approx(3.0)
     np.testing.assert_allclose(received.values, by_hand, atol=1e-6)
     probabilities = (softmax(values[1], 3.0) + softmax(values[3], 3.0)) / 2
     assert np.abs(softmax(by_hand, 3.0) - probabilities).max() > 1e-3
 
 
-def test_targets_are_distributions(dml, scores):
+def test_targets_are_distributions(dml, scores, told):
     strategy, server = dml()
-    plan = strategy.federation.plan(1)
+    round = strategy.federation.round(1)
     sure = np.where(np.arange(3) == 1, 500.0, -500.0)
-    uploads = scores(plan, {0: sure, 1: sure, 3: -sure})
+    uploads = scores(round, {0: sure, 1: sure, 3: -sure})
+    receives = told(strategy, strategy.aggregate(Peers(), uploads, round, server))
     for client in range(4):
-        values = strategy.aggregate(uploads, plan, server).to(client).values
+        values = receives(client).values
         assert values.min() >= 0
         np.testing.assert_allclose(values.sum(-1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, 3.0), (2, 2.0), (3, 1.0), (4, 1.0)])
-def test_the_temperature_is_that_of_the_round_that_learns(dml, scores, number, expected):
+def test_the_temperature_is_that_of_the_round_that_learns(dml, scores, told, number, expected):
     strategy, server = dml()
-    plan = strategy.federation.plan(number)
-    uploads = scores(plan, [0, 1])
-    received = strategy.aggregate(uploads, plan, server).to(0)
+    round = strategy.federation.round(number)
+    uploads = scores(round, [0, 1])
+    received = told(strategy, strategy.aggregate(Peers(), uploads, round, server))(0)
     assert received.temperature == pytest.approx(expected)
-    soft = softmax(uploads[1].knowledge.values, expected)
+    soft = softmax(uploads[1].payload.values, expected)
     np.testing.assert_allclose(received.values, soft, atol=1e-6)
 
 
-def test_a_lone_participant_receives_nothing_but_teaches_the_others(dml, scores):
+def test_a_lone_participant_receives_nothing_but_teaches_the_others(dml, scores, told):
     strategy, server = dml()
-    plan = strategy.federation.plan(1)
-    uploads = scores(plan, [2])
-    broadcast = strategy.aggregate(uploads, plan, server)
-    assert broadcast.to(2) is None
-    soft = softmax(uploads[0].knowledge.values, 3.0)
+    round = strategy.federation.round(1)
+    uploads = scores(round, [2])
+    receives = told(strategy, strategy.aggregate(Peers(), uploads, round, server))
+    assert receives(2) is None
+    soft = softmax(uploads[0].payload.values, 3.0)
     for client in (0, 1, 3):
-        np.testing.assert_allclose(broadcast.to(client).values, soft, atol=1e-6)
+        np.testing.assert_allclose(receives(client).values, soft, atol=1e-6)
 
 
-def test_nobody_teaches_nothing(dml):
+def test_nobody_teaches_nothing(dml, told):
     strategy, server = dml()
-    assert strategy.prepare(server) == Broadcast()
-    assert strategy.aggregate([], strategy.federation.plan(1), server) == Broadcast()
+    before = strategy.begin(server)
+    assert before == Peers()
+    assert strategy.aggregate(before, [], strategy.federation.round(1), server) == Peers()
+    assert [told(strategy, before)(client) for client in range(4)] == [None] * 4
 
 
 # -- what a client does ------------------------------------------------------------------------
 
 
-def received_by(plan, kind="mean_probability"):
-    value = 1 / 3 if kind == "mean_probability" else 2.0
-    values = np.full((len(plan.public_rows), 3), value, np.float32)
-    return Predictions(kind=kind, rows=plan.public_rows, values=values, temperature=2.5)
+def received_by(round, scale="probabilities"):
+    value = 1 / 3 if scale == "probabilities" else 2.0
+    return Predictions(
+        rows=round.public_rows,
+        values=np.full((len(round.public_rows), 3), value, np.float32),
+        scale=scale,
+        temperature=2.5,
+        averaged=True,
+    )
 
 
-@pytest.mark.parametrize("kind", ["mean_probability", "mean_logit"])
-def test_a_client_minimises_both_terms_in_every_step_and_then_predicts(spy, dml, kind):
+@pytest.mark.parametrize("scale", ["probabilities", "logits"])
+def test_a_client_minimises_both_terms_in_every_step_and_then_predicts(spy, dml, learn, scale):
     strategy, _ = dml(
         ce_weight=0.5,
         kd_weight={"kind": "linear", "start": 0.0, "end": 3.0},
@@ -153,9 +162,9 @@ def test_a_client_minimises_both_terms_in_every_step_and_then_predicts(spy, dml,
         public_epochs=2,
         confidence_threshold=0.25,
     )
-    cohort, plan = spy((1, 3)), strategy.federation.plan(3)
-    received = received_by(plan, kind)
-    answers = strategy.client_round(cohort, received, plan)
+    cohort, round = spy((1, 3)), strategy.federation.round(3)
+    received = received_by(round, scale)
+    answers = learn(strategy, cohort, received, 3)
 
     assert cohort.order == ["fit", "predict_public"]
     (fit,) = cohort.fits
@@ -167,25 +176,25 @@ def test_a_client_minimises_both_terms_in_every_step_and_then_predicts(spy, dml,
         "scale_by_t2": False,
         "confidence_threshold": 0.25,
     }
-    assert fit["private"] == plan.local
+    assert fit["private"] == round.local
     assert fit["public"].targets.values is received.values
     assert fit["public"].passes == Passes(batch_size=8, epochs=2)
-    assert np.array_equal(cohort.asked[-1][1]["rows"], plan.public_rows)
-    assert [answer.kind for answer in answers] == ["logits", "logits"]
+    assert np.array_equal(cohort.asked[-1][1]["rows"], round.public_rows)
+    assert [answer.label for answer in answers] == ["logits", "logits"]
 
 
 @pytest.mark.parametrize("with_target", [False, True])
 def test_without_a_teacher_or_a_weight_for_it_a_client_learns_from_its_labels(
-    spy, dml, with_target
+    spy, dml, learn, with_target
 ):
     strategy, _ = dml(kd_weight=0.0 if with_target else 1.0, ce_weight=0.5)
-    cohort, plan = spy(), strategy.federation.plan(1)
-    strategy.client_round(cohort, received_by(plan) if with_target else None, plan)
+    cohort, round = spy(), strategy.federation.round(1)
+    learn(strategy, cohort, received_by(round) if with_target else None)
     assert cohort.order == ["fit", "predict_public"]
     (fit,) = cohort.fits
     assert fit["objective"].func is supervised
     assert fit["objective"].keywords == {"weight": 0.5}
-    assert (fit["private"], fit["public"]) == (plan.local, None)
+    assert (fit["private"], fit["public"]) == (round.local, None)
 
 
 # -- whole runs --------------------------------------------------------------------------------
