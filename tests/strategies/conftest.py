@@ -102,12 +102,21 @@ def spy() -> Any:
 
 @pytest.fixture
 def told() -> Callable[..., Any]:
-    """Return what clients are told in a round: (strategy, state, round) -> client -> payload."""
-    from sim.server.outbox import Outbox
+    """Return what clients are told in a round: (strategy, state, round) -> client -> payload.
+
+    Those that receive the same are told one object.
+    """
 
     def build(strategy: Any, state: Any, round: Any = None) -> Callable[[int], Any]:
-        outbox = Outbox(strategy, state, round or strategy.federation.round(1))
-        return lambda client: outbox(client).payload
+        made: dict[Any, Any] = {None: None}
+
+        def tell(client: int) -> Any:
+            key = strategy.receives(state, client, round or strategy.federation.round(1))
+            if key not in made:
+                made[key] = strategy.payload(state, key)
+            return made[key]
+
+        return tell
 
     return build
 
