@@ -11,7 +11,6 @@ from fedkd.distillation.task.rows import Rows
 from fedkd.losses.response import hard_label_loss
 from fedkd.randomness import Purpose, generator_for, torch_generator, torch_seed_for
 from fedkd.training.batches import Passes
-from fedkd.training.early_stopping import EarlyStopping, EarlyStoppingSettings
 
 
 def transfer_batches(
@@ -75,23 +74,6 @@ class RowViews:
         return views.student, views.mix
 
 
-class StepNotes:
-    """What the steps of an epoch put out, kept as it is: adding up would hold up every step."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Keep a number of this step, or one number a model."""
-        self._values.setdefault(name, []).append(value.detach())
-
-    def take(self) -> dict[str, Tensor]:
-        """Return everything since the last time, by name, steps first."""
-        taken = {name: torch.stack(values) for name, values in self._values.items()}
-        self._values.clear()
-        return taken
-
-
 def validated(model: nn.Module, rows: Rows) -> dict[str, float]:
     """Return ``validation_accuracy`` and ``validation_loss`` (nats) of a model as it is now."""
     logits = predict_logits(model, rows.validation_inputs)
@@ -100,15 +82,3 @@ def validated(model: nn.Module, rows: Rows) -> dict[str, float]:
         "validation_accuracy": float(right),
         "validation_loss": float(hard_label_loss(logits, rows.validation_labels)),
     }
-
-
-def watched_value(settings: EarlyStoppingSettings) -> str:
-    """Return which of the `validated` values decides when to stop."""
-    return "validation_loss" if settings.mode == "min" else "validation_accuracy"
-
-
-def early_stopping(training: TrainingSettings) -> tuple[EarlyStopping | None, str]:
-    """Return who decides when to stop, and the value that it watches; None: nobody does."""
-    if training.early_stopping is None:
-        return None, ""
-    return EarlyStopping(training.early_stopping), watched_value(training.early_stopping)

@@ -10,10 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedkd.data.augmentation import AugmentationSettings, Views
+from fedkd.distillation.fit.epochs import (
+    EpochRow,
+    FitHistory,
+    FitRecord,
+    Watcher,
+    epoch_means,
+)
 from fedkd.distillation.fit.feeding import (
     RowViews,
-    StepNotes,
-    early_stopping,
     own_batches,
     transfer_batches,
     validated,
@@ -30,10 +35,7 @@ from fedkd.objectives.response import AnnealingKD, DisagreementKD, StandardisedK
 from fedkd.objectives.terms import Need, SoftenedTerm
 from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.targets import Targets
-from fedkd.training.objectives import total
-
-Watcher = Callable[[Mapping[str, Any]], None]
-"""Is told after every epoch: its number, mean loss terms, validation accuracy, values in force."""
+from fedkd.training.steps import RatedOptimizer, StepRecords, Steps
 
 LOGIT_TERMS = (LogitMSE, LogitL1, AnnealingKD, DisagreementKD, StandardisedKD)
 """Terms that compare logits as they are, and not the probabilities made of them."""
@@ -41,25 +43,9 @@ LOGIT_TERMS = (LogitMSE, LogitL1, AnnealingKD, DisagreementKD, StandardisedKD)
 Target = Callable[[float], Targets]
 """Makes the teacher's target for a temperature: logits whose softmax at it is the target."""
 
-EpochRow = dict[str, int | float]
-"""What is recorded of an epoch."""
-
 
 def _nobody(_row: Mapping[str, Any]) -> None:
     return None
-
-
-@dataclass(slots=True)
-class FitHistory:
-    """What happened while one model was trained: one row an epoch.
-
-    Attributes:
-        epochs: mean of each loss term, validation accuracy and loss, schedules in force.
-        best_epoch: the epoch whose weights were kept, None for the last one.
-    """
-
-    epochs: list[EpochRow] = field(default_factory=list)
-    best_epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,66 +129,49 @@ class _Fit:
         self._selector = self._row_selector()
 
     def run(self) -> FitHistory:
-        history = FitHistory()
         training, student = self._training, self._student
+        record = FitRecord(training, self._watch)
         batches = self._batches()
-        steps = len(batches)
-        if not steps:
+        if not batches:
             student.eval()
-            return history
-        per_epoch = steps // training.epochs
-        optimizer = training.optimizer.build(
-            [*student.parameters(), *self._bound.parts.parameters()]
-        )
-        stopping, watched = early_stopping(training)
+            return record.history
         seed = torch_seed_for(self._lesson.seed, Purpose.DISTILL, *self._lesson.key, 2)
+        parameters = [*student.parameters(), *self._bound.parts.parameters()]
+        optimizer = RatedOptimizer(
+            training.optimizer.build(parameters), training.optimizer, len(batches)
+        )
         dropout = connect_dropout(student)
-        keys = torch.from_numpy(step_keys(seed, steps)) if dropout is not None else None
+        steps = Steps(
+            [optimizer],
+            len(batches),
+            epochs=training.epochs,
+            dropout=[dropout],
+            keys=None if dropout is None else torch.from_numpy(step_keys(seed, len(batches))),
+        )
         teacher_model = None if self._teacher is None else self._teacher.first
-        constant_rate = training.optimizer.constant
-        noted = StepNotes()
         with (
             seeded_everything(seed),
             self._bound.tapping(student, teacher_model if self._taps else None) as features,
         ):
             student.train()
             self._bound.parts.train()
-            for step, (transfer, labelled) in enumerate(batches):
-                progress = step / max(steps - 1, 1)
-                if not constant_rate:
-                    optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
-                if dropout is not None and keys is not None:
-                    dropout.begin(keys[step])
-                losses = self._losses(transfer, labelled, features, progress, noted)
-                # Schedules may leave no term in force, and then there is nothing to learn.
-                if losses:
-                    optimizer.zero_grad()
-                    total(losses).backward()
-                    optimizer.step()
-                for name, loss in losses.items():
-                    noted.add(name, loss)
-                if (step + 1) % per_epoch == 0:
-                    epoch = (step + 1) // per_epoch
-                    if dropout is not None:
-                        dropout.end()
-                    row = self._epoch_row(epoch, noted.take(), per_epoch, progress)
-                    row["learning_rate"] = optimizer.param_groups[0]["lr"]
-                    if self._teaches and self._lesson.compares_gradients:
-                        row |= self._gradients(features, progress)
-                    history.epochs.append(row)
-                    self._watch({"epochs": training.epochs, **row})
-                    if stopping is not None:
-                        stopping.update(row[watched], student, step=epoch)
-                        if stopping.should_stop:
-                            break
-                    student.train()
-        if dropout is not None:
-            dropout.end()
-        if stopping is not None and stopping.best_step is not None:
-            stopping.restore(student)
-            history.best_epoch = stopping.best_step
+            for step in steps:
+                transfer, labelled = batches[step.number]
+                losses = self._losses(transfer, labelled, features, step.progress, steps.records)
+                steps.descend(losses)
+                if step.epoch is None:
+                    continue
+                row = self._epoch_row(step.epoch, steps.records.take(), step.progress)
+                row["learning_rate"] = optimizer.rate
+                if self._teaches and self._lesson.compares_gradients:
+                    row |= self._gradients(features, step.progress)
+                record.close_epoch(row, student)
+                if record.stopped:
+                    break
+                student.train()
+        record.restore_best(student)
         student.eval()
-        return history
+        return record.history
 
     def _batches(self) -> Sequence[tuple[Int[Tensor, " _"], Int[Tensor, " _"] | None]]:
         """Return for every step its transfer rows, and its labelled rows where these differ."""
@@ -222,7 +191,7 @@ class _Fit:
         labelled: Int[Tensor, " labelled"] | None,
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         progress: float,
-        noted: StepNotes,
+        records: StepRecords,
     ) -> dict[str, Float[Tensor, ""]]:
         rows, student = self._rows, self._student
         if not self._teaches:
@@ -247,9 +216,9 @@ class _Fit:
             weights, shares = self._selector.weights(view._replace(targets=target(1.0)))
             view = view._replace(weights=weights)
             for name, share in shares.items():
-                noted.add(f"targets/{name}", torch.as_tensor(share))
+                records.add(f"targets/{name}", torch.as_tensor(share))
         for name, value in self._bound.notes(view).items():
-            noted.add(f"notes/{name}", value)
+            records.add(f"notes/{name}", value)
         return self._bound.losses(view)
 
     def _view(
@@ -343,13 +312,8 @@ class _Fit:
         # Not a function in here: its annotations would be made anew in every step.
         return partial(_target, teacher, each, labels, tasks, views)
 
-    def _epoch_row(
-        self, epoch: int, noted: Mapping[str, Tensor], steps: int, progress: float
-    ) -> EpochRow:
-        row: EpochRow = {"epoch": epoch}
-        for name, values in noted.items():
-            plain = name if name.startswith(("targets/", "notes/")) else f"loss/{name}"
-            row[plain] = float(values.sum()) / steps
+    def _epoch_row(self, epoch: int, recorded: Mapping[str, Tensor], progress: float) -> EpochRow:
+        row: EpochRow = {"epoch": epoch, **epoch_means(recorded)}
         entropy = self._target_entropy.take()
         if entropy is not None:
             row["targets/entropy"] = entropy

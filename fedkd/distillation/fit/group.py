@@ -6,7 +6,7 @@ Targets are constants, so one backward pass gives every model the gradient of it
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -16,22 +16,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.data.augmentation import Mix
+from fedkd.distillation.fit.epochs import EpochRow, FitRecord, epoch_means
 from fedkd.distillation.fit.feeding import (
     RowViews,
-    StepNotes,
-    early_stopping,
     own_batches,
     transfer_batches,
     validated,
 )
-from fedkd.distillation.fit.fitting import EpochRow, FitHistory
 from fedkd.distillation.fit.method import MethodSettings
 from fedkd.distillation.fit.workshop import Workshop, labels_only
-from fedkd.models.dropout import DropoutStream, connect_dropout, step_keys
+from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.objectives import Parts, View
 from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
-from fedkd.training.early_stopping import EarlyStopping
+from fedkd.training.steps import RatedOptimizer, Steps
 
 
 class GroupSettings(MethodSettings):
@@ -268,30 +266,17 @@ def check_group(group: Group[Any]) -> None:
         )
 
 
-@dataclass(slots=True)
-class _Judge:
-    """What becomes of one model: its history, and its best weights."""
-
-    history: FitHistory
-    stopping: EarlyStopping | None
-    watched: str
-
-    @property
-    def stopped(self) -> bool:
-        return self.stopping is not None and self.stopping.should_stop
-
-
 class _GroupFit:
     def __init__(self, group: Group[Any], key: tuple[int, ...]) -> None:
         check_group(group)
         self._group, self._key = group, key
         self._workshop = workshop = group.workshop
         self._rows, self._training = workshop.rows, workshop.training
-        self._judges = []
+        self._records = []
         for name in group.names:
-            judge = _Judge(FitHistory(), *early_stopping(workshop.training))
-            self._judges.append(judge)
-            workshop.histories[name] = judge.history
+            record = FitRecord(workshop.training, partial(workshop.observe, name))
+            self._records.append(record)
+            workshop.histories[name] = record.history
         # The first model's streams are those of a fit with this key.
         keys = [key] + [(*key, 5, number) for number in range(1, len(group.models))]
         self._views = [
@@ -325,45 +310,39 @@ class _GroupFit:
 
     def run(self) -> None:
         group, training = self._group, self._training
-        steps = len(self._transfer)
-        if not steps:
+        count = len(self._transfer)
+        if not count:
             self._finish()
             return
-        per_epoch = steps // training.epochs
         trained = [model.parameters() for model in group.models]
         if len(group.parts):
             trained.append(group.parts.parameters())
-        optimizers = [training.optimizer.build(parameters) for parameters in trained]
         seed = torch_seed_for(self._workshop.seed, Purpose.DISTILL, *self._key, 2)
-        dropouts = [connect_dropout(model) for model in group.models]
-        keys = torch.from_numpy(step_keys(seed, steps))
-        notes = StepNotes()
+        steps = Steps(
+            [
+                RatedOptimizer(training.optimizer.build(parameters), training.optimizer, count)
+                for parameters in trained
+            ],
+            count,
+            epochs=training.epochs,
+            dropout=[connect_dropout(model) for model in group.models],
+            keys=torch.from_numpy(step_keys(seed, count)),
+        )
         with seeded_everything(seed), group.tapping():
-            for step in range(steps):
-                if step % per_epoch == 0:
+            begins = True
+            for step in steps:
+                if begins:
                     group.before_epoch()
                     for module in (*group.models, group.parts):
                         module.train()
-                progress = step / max(steps - 1, 1)
-                if not training.optimizer.constant:
-                    for optimizer in optimizers:
-                        optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
-                _begin(dropouts, keys[step])
-                losses = self._losses(step, progress)
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                group.after_step(step + 1)
-                noted = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-                noted |= {f"targets/{name}": value for name, value in group.noted.items()}
-                for name, value in noted.items():
-                    notes.add(name, value)
-                if (step + 1) % per_epoch == 0:
-                    _end(dropouts)
-                    self._judge((step + 1) // per_epoch, notes.take(), per_epoch, progress)
-                    if all(judge.stopped for judge in self._judges):
+                steps.descend(self._losses(step.number, step.progress))
+                group.after_step(step.number + 1)
+                for name, value in group.noted.items():
+                    steps.records.add(f"targets/{name}", value)
+                begins = step.epoch is not None
+                if step.epoch is not None:
+                    self._judge(step.epoch, steps.records.take(), step.progress)
+                    if all(record.stopped for record in self._records):
                         break
         self._finish()
 
@@ -433,48 +412,26 @@ class _GroupFit:
             seen.append(drawn[stream, id(rows)])
         return seen
 
-    def _judge(self, epoch: int, noted: Mapping[str, Tensor], steps: int, progress: float) -> None:
+    def _judge(self, epoch: int, recorded: Mapping[str, Tensor], progress: float) -> None:
         """Validate every model, write down its epoch, and keep what is best so far."""
         group, training = self._group, self._training
-        for number, (name, model, judge) in enumerate(
-            zip(group.names, group.judged, self._judges, strict=True)
-        ):
-            row: EpochRow = {"epoch": epoch}
-            for term, values in noted.items():
-                own = values[:, number].contiguous() if values.ndim > 1 else values
-                row[term] = float(own.sum()) / steps
+        for number, (model, record) in enumerate(zip(group.judged, self._records, strict=True)):
+            row: EpochRow = {"epoch": epoch, **epoch_means(recorded, model=number)}
             row |= validated(model, self._rows)
             row["learning_rate"] = training.optimizer.learning_rate(progress)
             row["weight/ce"] = group.settings.ce_weight.at(progress)
             row["weight/kd"] = group.kd_weight(progress)
             if isinstance(group.settings, SoftenedSettings):
                 row["temperature/kd"] = group.settings.temperature.at(progress)
-            judge.history.epochs.append(row)
-            self._workshop.observe(name, {"epochs": training.epochs, **row})
-            if judge.stopping is not None and not judge.stopping.should_stop:
-                judge.stopping.update(row[judge.watched], model, step=epoch)
+            record.close_epoch(row, model)
 
     def _finish(self) -> None:
         """Leave every model with the weights that count, in evaluation mode."""
         group = self._group
-        for model, judge in zip(group.judged, self._judges, strict=True):
-            if judge.stopping is not None and judge.stopping.best_step is not None:
-                judge.stopping.restore(model)
-                judge.history.best_epoch = judge.stopping.best_step
+        for model, record in zip(group.judged, self._records, strict=True):
+            record.restore_best(model)
         for module in (*group.models, *group.judged, group.parts):
             module.eval()
-
-
-def _begin(dropouts: Sequence[DropoutStream | None], key: Int[Tensor, ""]) -> None:
-    for number, dropout in enumerate(dropouts):
-        if dropout is not None:
-            dropout.begin(key, model=number)
-
-
-def _end(dropouts: Sequence[DropoutStream | None]) -> None:
-    for dropout in dropouts:
-        if dropout is not None:
-            dropout.end()
 
 
 def parts_seed(workshop: Workshop) -> int:

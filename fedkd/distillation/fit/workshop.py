@@ -1,6 +1,5 @@
 """The workshop: what a method needs to build, train and name models."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from fedkd.compression import PruningSettings, prune_weights
-from fedkd.distillation.fit.fitting import FitHistory, Lesson, fit
+from fedkd.distillation.fit.epochs import FitHistory
+from fedkd.distillation.fit.fitting import Lesson, fit
 from fedkd.distillation.task.first_weights import inherit_weights, load_weights
 from fedkd.distillation.task.participants import StudentSettings, TrainingSettings
 from fedkd.distillation.task.rows import Rows
@@ -19,14 +19,11 @@ from fedkd.models.memory import check_memory
 from fedkd.objectives import Objective
 from fedkd.objectives.basic import HardLabels
 from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.training.steps import DivergedError, diverged
 from fedkd.training.trial import TrialSettings, try_model
 
 EpochListener = Callable[[str, Mapping[str, Any]], None]
 """Is told after every epoch of every fit: the model's name, and the epoch's row."""
-
-
-class DivergedError(ValueError):
-    """A training whose loss is no number any more; the text names the model and the loss."""
 
 
 TRIAL_ROWS = 16
@@ -197,14 +194,13 @@ class Workshop:
             DivergedError: if a loss of that epoch is NaN or infinite: what follows is no training.
         """
         self.listener(name, row)
-        for key, value in row.items():
-            if key.startswith("loss/") and not math.isfinite(value):
-                of_teacher = name.startswith("teacher")
-                setting = f"{'teacher.' if of_teacher else ''}training.optimizer.lr"
-                raise DivergedError(
-                    f"{name} diverged: {key} is {value} in epoch {row['epoch']}; "
-                    f"a smaller {setting} or training.optimizer.warm_up may help"
-                )
+        loss = diverged(row)
+        if loss is not None:
+            setting = f"{'teacher.' if name.startswith('teacher') else ''}training.optimizer.lr"
+            raise DivergedError(
+                f"{name} diverged: {loss} is {row[loss]} in epoch {row['epoch']}; "
+                f"a smaller {setting} or training.optimizer.warm_up may help"
+            )
 
     def taught_by(self, teacher: Teacher) -> "Workshop":
         """Return the same workshop with a teacher."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fedkd.compression import ModelCost
-from fedkd.distillation.fit.fitting import EpochRow
+from fedkd.distillation.fit.epochs import EpochRow
 from fedkd.distillation.judging.finished import FinishedLogits
 from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.task.rows import Rows

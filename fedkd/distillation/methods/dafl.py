@@ -5,6 +5,7 @@ No row of the run reaches the student or the generator.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.bounds import Count, LearningRate, Weight, Width
-from fedkd.distillation.fit.feeding import StepNotes, early_stopping, validated
-from fedkd.distillation.fit.fitting import EpochRow, FitHistory
+from fedkd.distillation.fit.epochs import EpochRow, FitRecord, epoch_means
+from fedkd.distillation.fit.feeding import validated
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.task.teachers import Teacher
@@ -31,8 +32,8 @@ from fedkd.randomness import (
     torch_generator,
     torch_seed_for,
 )
-from fedkd.training.objectives import total
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.steps import RatedOptimizer, Steps
 
 GENERATOR = 10
 """Key of the generator's first weights and of what it starts from in every step."""
@@ -181,22 +182,31 @@ class _DataFreeFit:
 
     def run(self) -> None:
         workshop, settings, student = self._workshop, self._settings, self._student
-        training, per_epoch = workshop.training, settings.steps_per_epoch
-        history = workshop.histories["student"] = FitHistory()
-        steps = training.epochs * per_epoch
-        if not steps:
+        training = workshop.training
+        record = FitRecord(training, partial(workshop.observe, "student"))
+        workshop.histories["student"] = record.history
+        count = training.epochs * settings.steps_per_epoch
+        if not count:
             student.eval()
             return
         seed = torch_seed_for(workshop.seed, Purpose.DISTILL, 0, 2)
-        optimizer = training.optimizer.build(
-            [*student.parameters(), *self._bound.parts.parameters()]
+        of_student, of_generator = (
+            RatedOptimizer(chosen.build(parameters), chosen, count)
+            for chosen, parameters in (
+                (training.optimizer, [*student.parameters(), *self._bound.parts.parameters()]),
+                (
+                    OptimizerSettings(name="adam", lr=settings.generator_lr),
+                    self.generator.parameters(),
+                ),
+            )
         )
-        of_generator = OptimizerSettings(name="adam", lr=settings.generator_lr).build(
-            self.generator.parameters()
+        steps = Steps(
+            [of_generator, of_student],
+            count,
+            epochs=training.epochs,
+            dropout=[connect_dropout(student)],
+            keys=torch.from_numpy(step_keys(seed, count)),
         )
-        stopping, watched = early_stopping(training)
-        dropout, keys = connect_dropout(student), torch.from_numpy(step_keys(seed, steps))
-        noted = StepNotes()
         with (
             seeded_everything(seed),
             tapped(self._teacher.first, [PENULTIMATE]) as embeddings,
@@ -204,35 +214,16 @@ class _DataFreeFit:
         ):
             student.train()
             self._bound.parts.train()
-            for step in range(steps):
-                progress = step / max(steps - 1, 1)
-                if not training.optimizer.constant:
-                    optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
-                if dropout is not None:
-                    dropout.begin(keys[step])
-                losses = self._losses(embeddings, features, progress)
-                optimizer.zero_grad()
-                of_generator.zero_grad()
+            for step in steps:
                 # The student's images are constants: one pass gives each side its own gradient.
-                total(losses).backward()
-                of_generator.step()
-                optimizer.step()
-                for name, loss in losses.items():
-                    noted.add(name, loss)
-                if (step + 1) % per_epoch == 0:
-                    if dropout is not None:
-                        dropout.end()
-                    row = self._epoch_row((step + 1) // per_epoch, noted.take(), progress)
-                    row["learning_rate"] = optimizer.param_groups[0]["lr"]
-                    history.epochs.append(row)
-                    workshop.observe("student", {"epochs": training.epochs, **row})
-                    if stopping is not None:
-                        stopping.update(row[watched], student, step=int(row["epoch"]))
-                        if stopping.should_stop:
-                            break
-        if stopping is not None and stopping.best_step is not None:
-            stopping.restore(student)
-            history.best_epoch = stopping.best_step
+                steps.descend(self._losses(embeddings, features, step.progress))
+                if step.epoch is not None:
+                    row = self._epoch_row(step.epoch, steps.records.take(), step.progress)
+                    row["learning_rate"] = of_student.rate
+                    record.close_epoch(row, student)
+                    if record.stopped:
+                        break
+        record.restore_best(student)
         student.eval()
 
     @torch.no_grad()
@@ -279,10 +270,8 @@ class _DataFreeFit:
             "information_entropy": settings.information_entropy_weight * made.information_entropy,
         }
 
-    def _epoch_row(self, epoch: int, noted: Mapping[str, Tensor], progress: float) -> EpochRow:
-        row: EpochRow = {"epoch": epoch}
-        for name, values in noted.items():
-            row[f"loss/{name}"] = float(values.sum()) / self._settings.steps_per_epoch
+    def _epoch_row(self, epoch: int, recorded: Mapping[str, Tensor], progress: float) -> EpochRow:
+        row: EpochRow = {"epoch": epoch, **epoch_means(recorded)}
         row |= validated(self._student, self._workshop.rows)
         self._student.train()
         return row | self._bound.in_force(progress)

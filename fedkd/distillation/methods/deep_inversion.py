@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import Count, LearningRate, Rows, Weight, Whole
-from fedkd.distillation.fit.fitting import EpochRow, FitHistory
+from fedkd.distillation.fit.epochs import EpochRow, FitHistory
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.methods.dafl import check_no_rows
@@ -20,6 +20,7 @@ from fedkd.losses.data_free import batch_norm_losses, inversion_losses
 from fedkd.models import ImageShape, uses_batch_norm
 from fedkd.randomness import Purpose, torch_generator, torch_seed_for
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.steps import RatedOptimizer, Steps
 
 INVERSION = 11
 """Key of the noise, the classes and the jitter of the images."""
@@ -91,14 +92,17 @@ def invert(
     """
     start = torch.randn(len(labels), *shape, generator=generator)
     images = start.to(labels.device).requires_grad_()
-    optimizer = OptimizerSettings(name="adam", lr=settings.lr).build([images])
+    adam = OptimizerSettings(name="adam", lr=settings.lr)
+    steps = Steps(
+        [RatedOptimizer(adam.build([images]), adam, settings.iterations)], settings.iterations
+    )
     rolls = torch.randint(
         -settings.jitter, settings.jitter + 1, (settings.iterations, 2), generator=generator
     ).tolist()
     best: Inverted | None = None
     with batch_norm_losses(teacher) as layer_losses:
-        for down, right in rolls:
-            rolled = images.roll((down, right), dims=(2, 3))
+        for step in steps:
+            rolled = images.roll(rolls[step.number], dims=(2, 3))
             parts = inversion_losses(rolled, teacher(rolled), labels, layer_losses)
             loss = parts.total(
                 ce_weight=settings.ce_weight,
@@ -114,9 +118,7 @@ def invert(
                     value,
                     {name: float(part.detach()) for name, part in parts._asdict().items()},
                 )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            steps.descend({"images": loss})
     assert best is not None  # noqa: S101
     return best
 

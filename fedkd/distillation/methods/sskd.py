@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -10,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd.bounds import CountOrZero, Share, Temperature, Weight
+from fedkd.distillation.fit.epochs import EpochRow, FitRecord, epoch_means
 from fedkd.distillation.fit.feeding import transfer_batches
-from fedkd.distillation.fit.fitting import EpochRow, FitHistory
 from fedkd.distillation.fit.group import (
     Group,
     GroupOutputs,
@@ -32,6 +33,7 @@ from fedkd.losses.self_distillation import (
 from fedkd.objectives import PENULTIMATE, layer_shapes, tapped, vectors
 from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
+from fedkd.training.steps import RatedOptimizer, Steps
 
 TEACHER_HEAD = 9
 """Key of the batches and first weights of the teacher's head."""
@@ -123,26 +125,21 @@ def train_head(workshop: Workshop, teacher: Teacher, epochs: int) -> SelfSupervi
         head = SelfSupervisionHead(embeddings.shape[-1]).to(embeddings.device)
     training = workshop.training.model_copy(update={"epochs": epochs})
     batches = transfer_batches(workshop.rows, training, seed=workshop.seed, key=key)
-    history = workshop.histories[name] = FitHistory()
-    optimizer = training.optimizer.build(head.parameters())
-    sums = embeddings.new_zeros(())
-    for step, batch in enumerate(batches):
-        progress = step / max(len(batches) - 1, 1)
-        if not training.optimizer.constant:
-            optimizer.param_groups[0]["lr"] = training.optimizer.learning_rate(progress)
-        loss = contrastive_view_loss(head(embeddings[:, batch]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        sums = sums + loss.detach()
-        per_epoch = len(batches) // epochs
-        if (step + 1) % per_epoch == 0:
-            epoch = (step + 1) // per_epoch
-            row: EpochRow = {"epoch": epoch, "loss/contrastive": float(sums) / per_epoch}
-            row["learning_rate"] = optimizer.param_groups[0]["lr"]
-            history.epochs.append(row)
-            workshop.observe(name, {"epochs": epochs, **row})
-            sums = torch.zeros_like(sums)
+    record = FitRecord(
+        training.model_copy(update={"early_stopping": None}), partial(workshop.observe, name)
+    )
+    workshop.histories[name] = record.history
+    optimizer = RatedOptimizer(
+        training.optimizer.build(head.parameters()), training.optimizer, len(batches)
+    )
+    steps = Steps([optimizer], len(batches), epochs=epochs)
+    for step in steps:
+        views = embeddings[:, batches[step.number]]
+        steps.descend({"contrastive": contrastive_view_loss(head(views))})
+        if step.epoch is not None:
+            row: EpochRow = {"epoch": step.epoch, **epoch_means(steps.records.take())}
+            row["learning_rate"] = optimizer.rate
+            record.close_epoch(row, head)
     head.eval().requires_grad_(False)
     return head
 

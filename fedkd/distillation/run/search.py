@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedkd.distillation.fit.group import GroupSettings
 from fedkd.distillation.fit.method import Method
-from fedkd.distillation.fit.workshop import DivergedError, EpochListener, Workshop
+from fedkd.distillation.fit.workshop import EpochListener, Workshop
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.run.finishing import finish_student
 from fedkd.distillation.run.running import choose_device, open_workshop
@@ -20,6 +20,7 @@ from fedkd.objectives import Objective
 from fedkd.objectives.basic import HardLabels, SoftTargets
 from fedkd.objectives.terms import SoftenedTerm, Term
 from fedkd.schedules import ConstantSchedule
+from fedkd.training.steps import DivergedError
 
 
 class Trial(NamedTuple):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from fedkd.distillation.fit.workshop import DivergedError
 from fedkd.distillation.run.running import distill
 from fedkd.distillation.run.search import Trial, search
 from fedkd.distillation.settings import DistillSettings
+from fedkd.training.steps import DivergedError
 
 FAR_TOO_FAST = {"name": "sgd", "lr": 1e3}
 MLP = {"name": "mlp", "options": {"hidden": [8]}}

@@ -20,7 +20,7 @@ from fedkd.compression import (
     pruning_masks,
 )
 from fedkd.distillation.fit import workshop as workshop_module
-from fedkd.distillation.fit.fitting import FitHistory
+from fedkd.distillation.fit.epochs import FitHistory
 from fedkd.distillation.run.checking import check
 from fedkd.distillation.run.finishing import QUANTISED_STUDENT
 from fedkd.distillation.run.running import distill
