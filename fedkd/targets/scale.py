@@ -125,10 +125,15 @@ class Targets:
 
 
 def _check_probabilities(values: Tensor) -> None:
-    finite = values[torch.isfinite(values)]
-    if not len(finite):
+    if not values.numel():
         return
-    low, high = finite.aminmax()
+    low, high = values.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        # Whoever sent them is told of NaN and infinity elsewhere; the others are looked at.
+        finite = values[torch.isfinite(values)]
+        if not len(finite):
+            return
+        low, high = finite.aminmax()
     if low < -ROUNDING or high > 1 + ROUNDING:
         odd = float(low if low < -ROUNDING else high)
         raise ValueError(

@@ -1,6 +1,7 @@
 """Predictions: scores or soft labels of public rows."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -95,7 +96,7 @@ class Predictions(Payload):
         weights = 0 if self.weights is None else self.weights.nbytes
         return self.values.nbytes + weights + ids_bytes(self.ids, len(self.rows), self.planned)
 
-    @property
+    @cached_property
     def targets(self) -> Targets:
         """The values as what is to be learnt."""
         if self.scale == "probabilities":
