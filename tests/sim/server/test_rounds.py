@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.values import digest
 from fedkd.metrics.diversity import target_entropy
 from sim.engine.grid import FIRST_NODE_ID, Outcome
 from sim.engine.inline import InlineGrid
@@ -12,8 +14,7 @@ from sim.engine.runtime import judge
 from sim.server.history import History, selected_round, summary
 from sim.server.replies import QuorumError
 from sim.server.rounds import RoundLoop
-from strategies.knowledge import Parameters, Predictions
-from strategies.server import ServerModel
+from strategies.contract import ServerTools
 
 # -- replies that are left out -----------------------------------------------------------------
 
@@ -45,7 +46,7 @@ def test_a_lost_reply_is_named_with_the_client_s_own_words(
 
 @pytest.mark.parametrize("strategy", ["dml", "fedavg", "fedmd"])
 def test_a_rejected_upload_counts_no_more_than_a_lost_one(
-    tiny_settings, tiny_data, simulate, listening_grid, lose, same_tables, strategy
+    tiny_settings, tiny_data, simulate, listening_grid, lose, strategy
 ):
     settings, data = tiny_settings(strategy), tiny_data()
     runs = []
@@ -55,28 +56,18 @@ def test_a_rejected_upload_counts_no_more_than_a_lost_one(
     (rejected, spoilt_grid), (lost, lost_grid) = runs
     assert rejected.digest == lost.digest
     for one, other in zip(spoilt_grid.sent["train"], lost_grid.sent["train"], strict=True):
-        assert same_tables(one, other)
+        assert same_pieces(one, other)
     untouched = simulate(settings, data)
     assert rejected.digest != untouched.digest
 
 
-@pytest.fixture
-def same_tables():
-    """Tell whether two exchanges sent the same knowledge to the same clients, bit for bit."""
-
-    def bits(knowledge):
-        if knowledge is None:
-            return None
-        if isinstance(knowledge, Predictions):
-            return knowledge.kind, knowledge.values.tobytes(), knowledge.temperature
-        return [(name, array.tobytes()) for name, array in knowledge.arrays.items()]
-
-    def compare(one, other):
-        return {client: bits(k) for client, k in one.items()} == {
-            client: bits(k) for client, k in other.items()
-        }
-
-    return compare
+def same_pieces(one, other):
+    """Tell whether two exchanges told the same clients the same, bit for bit."""
+    first, second = (
+        {client: None if piece is None else digest(piece) for client, piece in told.items()}
+        for told in (one, other)
+    )
+    return first == second
 
 
 def test_bytes_of_a_rejected_upload_are_counted_they_were_sent(
@@ -246,13 +237,13 @@ def test_uploads_of_a_second_attempt_come_last_in_client_order(
     folded = []
     aggregate = kind.aggregate
 
-    def listening(self, uploads, plan, server):
+    def listening(self, state, uploads, round, server):
         def heard():
             for upload in uploads:
-                folded.append((plan.round, upload.client))
+                folded.append((round.number, upload.client))
                 yield upload
 
-        return aggregate(self, heard(), plan, server)
+        return aggregate(self, state, heard(), round, server)
 
     monkeypatch.setattr(kind, "aggregate", listening)
     simulate(tiny_settings(strategy, rounds=2, **dropping([0, 2], [2])), tiny_data())
@@ -284,8 +275,8 @@ def test_when_asking_again_does_not_help_the_run_stops(tiny_settings, tiny_data,
 
 
 @pytest.mark.parametrize("strategy", ["dml", "fedavg", "fedmd", "one_way", "local"])
-def test_a_skipped_round_leaves_models_and_knowledge_as_they_were(
-    tiny_settings, tiny_data, simulate, listening_grid, strategy, same_tables
+def test_a_skipped_round_leaves_models_and_lessons_as_they_were(
+    tiny_settings, tiny_data, simulate, listening_grid, strategy
 ):
     options = {"direction": "server_to_clients"} if strategy == "one_way" else {}
     settings = tiny_settings(
@@ -300,7 +291,7 @@ def test_a_skipped_round_leaves_models_and_knowledge_as_they_were(
     (event,) = [event for event in run.events if event["event"] == "round skipped"]
     assert event["round"] == 2
     # The third round's clients receive what the second's did, and start from the same weights.
-    assert same_tables(grid.sent["train"][1], grid.sent["train"][2])
+    assert same_pieces(grid.sent["train"][1], grid.sent["train"][2])
     for name in ("accuracy", "server_accuracy", "ensemble_accuracy"):
         assert run.history.federation[0].get(name) == skipped.get(name)
 
@@ -316,14 +307,9 @@ def test_the_server_remembers_nothing_of_a_skipped_round(tiny_settings, tiny_dat
     )
     data = tiny_data()
     loop = RoundLoop(InlineGrid(settings, data), settings, data, [])
-    memories = []
-
-    def remember():
-        memory = loop.boundary.memory
-        memories.append({name: array.tobytes() for name, array in memory.arrays.items()})
-
-    loop.run(remember)
-    after_first, after_skipped, after_third = memories
+    states = []
+    loop.run(lambda: states.append(digest(loop.boundary.state)))
+    after_first, after_skipped, after_third = states
     assert after_first == after_skipped != after_third
 
 
@@ -407,7 +393,7 @@ def test_rows_of_a_round(tiny_settings, tiny_data, simulate):
     assert last["worst_accuracy"] == min(row["accuracy"] for row in of_clients)
 
 
-def test_the_entropy_of_targets_is_that_of_those_which_somebody_receives(
+def test_the_entropy_of_targets_is_that_of_those_which_somebody_received_in_the_round(
     tiny_settings, tiny_data, simulate, listening_grid
 ):
     settings, data = tiny_settings(rounds=2), tiny_data()
@@ -415,12 +401,27 @@ def test_the_entropy_of_targets_is_that_of_those_which_somebody_receives(
     run = simulate(settings, data, grid)
     # Every client of dml receives a mean of its own, so the mean of all is for nobody.
     received = grid.sent["train"][1].values()
-    expected = np.mean([target_entropy(knowledge.probabilities()) for knowledge in received])
-    assert run.history.federation[0]["target_entropy"] == pytest.approx(expected, abs=1e-12)
-    shared = run.loop.boundary.broadcast.shared
-    last = list(run.loop.boundary.broadcast.received(4))
-    assert shared is not None
-    assert all(knowledge is not shared for knowledge in last)
+    expected = np.mean([target_entropy(piece.probabilities()) for piece in received])
+    first, second = (row["target_entropy"] for row in run.history.federation)
+    assert first is None
+    assert second == pytest.approx(expected, abs=1e-12)
+    state = run.loop.boundary.state
+    shared = target_entropy(state.shared.probabilities())
+    others = [target_entropy(piece.probabilities()) for piece in state.others.values()]
+    assert np.mean(others) != pytest.approx(shared, abs=1e-6)
+
+
+def test_a_lesson_that_is_in_logits_has_the_entropy_of_its_soft_labels(
+    tiny_settings, tiny_data, simulate, listening_grid
+):
+    settings, data = tiny_settings("fedmd", rounds=2), tiny_data()
+    grid = listening_grid(settings, data)
+    run = simulate(settings, data, grid)
+    logits = grid.sent["train"][1][0].values.astype(np.float64)
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    soft = powers / powers.sum(-1, keepdims=True)
+    by_hand = -(soft * np.log(soft)).sum(-1).mean()
+    assert run.history.federation[1]["target_entropy"] == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
@@ -441,7 +442,7 @@ def test_a_server_whose_model_predicts_no_numbers_is_named_and_not_judged(
 ):
     options = {"direction": "clients_to_server"}
     monkeypatch.setattr(
-        ServerModel, "predict", lambda self, inputs: np.full((len(inputs), 3), np.nan)
+        ServerTools, "predict", lambda self, model, inputs: np.full((len(inputs), 3), np.nan)
     )
     run = simulate(tiny_settings("one_way", options=options, rounds=1), tiny_data())
     (event,) = run.events
@@ -541,16 +542,16 @@ def test_a_summary_shows_the_last_and_the_selected_round():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "knowledge", "reason"),
+    ("strategy", "payload", "reason"),
     [
         ("dml", None, "expected predictions, got nothing"),
-        ("fedavg", None, "expected parameters, got nothing"),
-        ("local", Parameters({}), "expected nothing, got parameters"),
-        ("dml", Parameters({}), "expected predictions, got parameters"),
+        ("fedavg", None, "expected weights, got nothing"),
+        ("local", Weights(arrays={}), "expected nothing, got weights"),
+        ("dml", Weights(arrays={}), "expected predictions, got weights"),
     ],
 )
 def test_an_answer_of_the_wrong_kind_is_left_out(
-    tiny_settings, tiny_data, simulate, strategy, knowledge, reason
+    tiny_settings, tiny_data, simulate, strategy, payload, reason
 ):
     settings, data = tiny_settings(strategy), tiny_data()
 
@@ -560,7 +561,7 @@ def test_an_answer_of_the_wrong_kind_is_left_out(
                 replies = outcome.replies
                 if calls[position].call.phase == "train":
                     replies = [
-                        replace(reply, knowledge=knowledge) if client == 2 else reply
+                        replace(reply, payload=payload) if client == 2 else reply
                         for client, reply in zip(calls[position].call.clients, replies, strict=True)
                     ]
                 yield position, Outcome(replies)
@@ -570,7 +571,7 @@ def test_an_answer_of_the_wrong_kind_is_left_out(
     assert {row["replies"] for row in run.history.federation} == {3}
 
 
-@pytest.mark.parametrize("missing", ["metrics", "knowledge", "knowledge-arrays"])
+@pytest.mark.parametrize("missing", ["metrics", "payload", "payload-arrays"])
 def test_an_unreadable_reply_is_left_out_and_the_run_goes_on(
     tiny_settings, tiny_data, simulate, missing
 ):

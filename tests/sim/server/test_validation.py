@@ -1,5 +1,6 @@
 """Validation: every kind of bad reply is named, a good one passes, and nothing large is made."""
 
+import json
 import math
 import tracemalloc
 from dataclasses import replace
@@ -10,26 +11,26 @@ from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkd.exchange.payloads import Predictions, Weights
+from fedkd.exchange.payloads.predictions import LARGEST_SCORE
+from fedkd.exchange.payloads.weights import LARGEST_PARAMETER
 from fedkd.models import ModelSettings
 from fedkd.training import Passes
 from sim.adversity.bad_replies import BAD_REPLIES
 from sim.server.validation import (
     ACCURACIES,
-    LARGEST_PARAMETER,
-    LARGEST_SCORE,
     LONGEST_REASON,
     LONGEST_TRACEBACK,
     Expected,
     RejectedReplyError,
     bad_reply,
-    not_finite,
     read_valid_reply,
     valid_answer,
 )
 from sim.wire.flower import identify_process
 from sim.wire.messages import ClientReply, reply_content
-from strategies.knowledge import Parameters, Predictions, to_array_record
-from strategies.plan import Federation
+from sim.wire.records import to_array_record
+from strategies.contract import Federation
 
 FEDERATION = Federation(
     seed=0,
@@ -43,19 +44,19 @@ FEDERATION = Federation(
     num_classes=3,
     num_examples=(12,),
 )
-PLAN = FEDERATION.plan(2)
+ROUND = FEDERATION.round(2)
 
-LAYOUT = {
-    "weight": ((2, 3), np.dtype(np.float32)),
-    "running_var": ((3,), np.dtype(np.float32)),
-    "num_batches_tracked": ((), np.dtype(np.int64)),
+MODEL = {
+    "weight": np.zeros((2, 3), np.float32),
+    "running_var": np.zeros(3, np.float32),
+    "num_batches_tracked": np.array(0, np.int64),
 }
 
-TRAINED = Expected.training(PLAN, "predictions")
-SENT_MODEL = Expected.training(PLAN, "parameters", LAYOUT)
-ONLY_TRAINED = Expected.training(PLAN, "nothing")
-JUDGED = Expected.evaluation(PLAN, "predictions", test_rows=5)
-JUDGED_WITHOUT_SCORES = Expected.evaluation(PLAN, "parameters", test_rows=5)
+TRAINED = Expected(round=2, asked=ROUND.asked_logits)
+SENT_MODEL = Expected(round=2, asked=Weights.asked(MODEL))
+ONLY_TRAINED = Expected(round=2)
+JUDGED = Expected.evaluation(2, 5, 3, ensemble=True)
+JUDGED_WITHOUT_SCORES = Expected.evaluation(2, 5, 3, ensemble=False)
 
 
 def scores(rows=6, classes=3, seed=0):
@@ -63,22 +64,22 @@ def scores(rows=6, classes=3, seed=0):
 
 
 def predictions(**changes):
-    table = {"kind": "logits", "rows": PLAN.public_rows, "values": scores(), **changes}
+    table = {"rows": ROUND.public_rows, "values": scores(), **changes}
     return Predictions(**table)
 
 
-def parameters(**changes):
+def weights(**changes):
     arrays = {
         "weight": np.ones((2, 3), np.float32),
         "running_var": np.ones(3, np.float32),
         "num_batches_tracked": np.array(3, np.int64),
         **changes,
     }
-    return Parameters({name: array for name, array in arrays.items() if array is not None})
+    return Weights(arrays={name: a for name, a in arrays.items() if a is not None})
 
 
-def reply(knowledge=None, **changes):
-    return ClientReply(**{"knowledge": knowledge, "metrics": {"ce": 0.7}, "round": 2, **changes})
+def reply(payload=None, **changes):
+    return ClientReply(**{"payload": payload, "metrics": {"ce": 0.7}, "round": 2, **changes})
 
 
 def judged(**changes):
@@ -89,7 +90,7 @@ def judged(**changes):
 
 GOOD = [
     (reply(predictions()), TRAINED),
-    (reply(parameters()), SENT_MODEL),
+    (reply(weights()), SENT_MODEL),
     (reply(), ONLY_TRAINED),
     (judged(), JUDGED),
     (judged(test_probabilities=None), JUDGED_WITHOUT_SCORES),
@@ -120,8 +121,8 @@ def test_a_good_reply_passes_unchanged(sent, expected):
     assert reason(sent, expected) is None
     read = read_valid_reply(reply_content(sent), expected)
     assert (read.metrics, read.round) == (sent.metrics, sent.round)
-    if isinstance(sent.knowledge, Predictions):
-        assert read.knowledge.values.tobytes() == sent.knowledge.values.tobytes()
+    if isinstance(sent.payload, Predictions):
+        assert read.payload.values.tobytes() == sent.payload.values.tobytes()
 
 
 # -- scores ----------------------------------------------------------------------------------
@@ -156,44 +157,54 @@ def test_scores_that_no_training_gives_are_named(value):
 )
 def test_another_shape_is_named(shape):
     bad = reply(predictions(values=np.zeros(shape, np.float32)))
-    assert bad_reply(bad, TRAINED) == f"shape {shape}, expected (6, 3)"
+    assert bad_reply(bad, TRAINED) == f"'values' has shape {shape}, expected (6, 3)"
     assert reason(bad, TRAINED) == f"'values' has shape {shape}, expected (6, 3)"
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, bool])
 def test_another_type_is_named(dtype):
     bad = reply(predictions(values=scores().astype(dtype)))
-    assert bad_reply(bad, TRAINED) == f"dtype {np.dtype(dtype)}, expected float32"
+    assert bad_reply(bad, TRAINED) == f"'values' has dtype {np.dtype(dtype)}, expected float32"
     assert reason(bad, TRAINED) == f"'values' has dtype {np.dtype(dtype)}, expected float32"
 
 
 @pytest.mark.parametrize("change", ["order", "other", "earlier round"])
 def test_other_rows_are_named(change):
-    rows = PLAN.public_rows
+    rows = ROUND.public_rows
     unused = next(row for row in range(20) if row not in rows)
     changed = {
         "order": rows[::-1].copy(),
         "other": np.sort(np.append(rows[:-1], unused)),
-        "earlier round": FEDERATION.plan(1).public_rows,
+        "earlier round": FEDERATION.round(1).public_rows,
     }[change]
     bad = reply(predictions(rows=changed))
-    assert reason(bad, TRAINED) == "rows are not the 6 public rows of round 2"
+    assert reason(bad, TRAINED) == "rows are not the 6 public rows of the round"
 
 
 def test_fewer_rows_than_scores_are_named():
-    bad = reply(predictions(rows=PLAN.public_rows[:-1]))
-    assert bad_reply(bad, TRAINED) == "rows are not the 6 public rows of round 2"
+    bad = reply(predictions(rows=ROUND.public_rows[:-1]))
+    assert bad_reply(bad, TRAINED) == "'rows' has shape (5,), expected (6,)"
     assert reason(bad, TRAINED) == "'rows' has shape (5,), expected (6,)"
 
 
-@pytest.mark.parametrize("kind", ["mean_logit", "mean_probability"])
-def test_another_kind_of_predictions_is_named(kind):
-    assert reason(reply(predictions(kind=kind)), TRAINED) == f"kind {kind!r}, expected 'logits'"
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scale": "probabilities"}, "scale 'probabilities', expected 'logits'"),
+        (
+            {"averaged": True},
+            "an average of several models, expected the client's own predictions",
+        ),
+        ({"ids": "subset", "planned": 6}, "ids 'subset', expected 'planned'"),
+    ],
+)
+def test_predictions_of_another_form_are_named(changes, named):
+    assert reason(reply(predictions(**changes)), TRAINED) == named
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.0, math.nan, math.inf])
 def test_softened_logits_are_named(temperature):
-    expected = f"temperature {temperature:g}, expected 1: logits are not softened"
+    expected = f"temperature {temperature:g}, expected 1"
     assert reason(reply(predictions(temperature=temperature)), TRAINED) == expected
 
 
@@ -237,8 +248,8 @@ def test_logits_that_resemble_probabilities_pass(values):
 
 
 def test_a_lone_odd_row_at_the_end_of_many_makes_them_logits():
-    rows = replace(FEDERATION, public_size=500, rows_per_round=500).plan(1).public_rows
-    expected = replace(TRAINED, rows=rows)
+    round = replace(FEDERATION, public_size=500, rows_per_round=500).round(2)
+    rows, expected = round.public_rows, Expected(round=2, asked=round.asked_logits)
     values = softmax(scores(500))
     assert reason(reply(predictions(rows=rows, values=values)), expected) == PROBABILITIES
     values[-1, 0] += 0.5
@@ -246,55 +257,60 @@ def test_a_lone_odd_row_at_the_end_of_many_makes_them_logits():
 
 
 def test_three_rows_are_too_few_to_call_them_probabilities():
-    expected = replace(TRAINED, rows=PLAN.public_rows[:3])
-    sent = reply(predictions(rows=expected.rows, values=softmax(scores(3))))
+    rows = ROUND.public_rows[:3]
+    expected = Expected(round=2, asked=Predictions.asked(rows, 3))
+    sent = reply(predictions(rows=rows, values=softmax(scores(3))))
     assert reason(sent, expected) is None
 
 
 def test_scores_of_a_single_class_are_never_called_probabilities():
     sent = reply(predictions(values=np.ones((6, 1), np.float32)))
-    assert reason(sent, replace(TRAINED, classes=1)) is None
+    expected = Expected(round=2, asked=Predictions.asked(ROUND.public_rows, 1))
+    assert reason(sent, expected) is None
 
 
-# -- parameters ------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, bool, np.complex64])
 def test_a_parameter_of_another_type_is_named(dtype):
-    bad = reply(parameters(weight=np.ones((2, 3), dtype)))
+    bad = reply(weights(weight=np.ones((2, 3), dtype)))
     text = f"has dtype {np.dtype(dtype)}, expected float32"
-    assert bad_reply(bad, SENT_MODEL) == f"parameter 'weight' {text}"
-    assert reason(bad, SENT_MODEL) == f"'weight' {text}"
+    assert bad_reply(bad, SENT_MODEL) == f"'arrays/weight' {text}"
+    assert reason(bad, SENT_MODEL) == f"'arrays/weight' {text}"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 2, 3), (1, 3), (2, 1)])
 def test_a_parameter_of_another_shape_is_named(shape):
-    bad = reply(parameters(weight=np.ones(shape, np.float32)))
+    bad = reply(weights(weight=np.ones(shape, np.float32)))
     text = f"has shape {shape}, expected (2, 3)"
-    assert bad_reply(bad, SENT_MODEL) == f"parameter 'weight' {text}"
-    assert reason(bad, SENT_MODEL) == f"'weight' {text}"
+    assert bad_reply(bad, SENT_MODEL) == f"'arrays/weight' {text}"
+    assert reason(bad, SENT_MODEL) == f"'arrays/weight' {text}"
 
 
 @pytest.mark.parametrize(
     ("changes", "odd"),
-    [({"weight": None}, "['weight']"), ({"extra": np.zeros(1, np.float32)}, "['extra']")],
+    [
+        ({"weight": None}, "['arrays/weight']"),
+        ({"extra": np.zeros(1, np.float32)}, "['arrays/extra']"),
+    ],
 )
 def test_missing_and_unexpected_parameters_are_named(changes, odd):
-    bad = reply(parameters(**changes))
-    assert bad_reply(bad, SENT_MODEL) == f"unexpected or missing parameters: {odd}"
+    bad = reply(weights(**changes))
+    assert bad_reply(bad, SENT_MODEL) == f"unexpected or missing arrays: {odd}"
     assert reason(bad, SENT_MODEL) == f"unexpected or missing arrays: {odd}"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_parameter_that_is_no_number_is_named(value):
-    bad = reply(parameters(weight=np.full((2, 3), value, np.float32)))
+    bad = reply(weights(weight=np.full((2, 3), value, np.float32)))
     assert reason(bad, SENT_MODEL) == "NaN or infinity in parameter 'weight'"
 
 
 def test_a_parameter_that_would_ruin_every_model_is_named():
-    bad = reply(parameters(weight=np.full((2, 3), -1e30, np.float32)))
+    bad = reply(weights(weight=np.full((2, 3), -1e30, np.float32)))
     assert reason(bad, SENT_MODEL) == "parameter 'weight' of size 1e+30, expected at most 1e+08"
-    usual = reply(parameters(weight=np.full((2, 3), LARGEST_PARAMETER, np.float32)))
+    usual = reply(weights(weight=np.full((2, 3), LARGEST_PARAMETER, np.float32)))
     assert reason(usual, SENT_MODEL) is None
 
 
@@ -306,7 +322,7 @@ def test_a_parameter_that_would_ruin_every_model_is_named():
     ],
 )
 def test_statistics_that_cannot_be_negative_are_named(name, array):
-    bad = reply(parameters(**{name: array}))
+    bad = reply(weights(**{name: array}))
     assert reason(bad, SENT_MODEL) == f"parameter {name!r} is negative"
 
 
@@ -314,18 +330,18 @@ def test_statistics_that_cannot_be_negative_are_named(name, array):
 
 
 @pytest.mark.parametrize(
-    ("knowledge", "expected", "named"),
+    ("payload", "expected", "named"),
     [
-        (parameters(), TRAINED, "expected predictions, got parameters"),
-        (predictions(), SENT_MODEL, "expected parameters, got predictions"),
+        (weights(), TRAINED, "expected predictions, got weights"),
+        (predictions(), SENT_MODEL, "expected weights, got predictions"),
         (None, TRAINED, "expected predictions, got nothing"),
-        (None, SENT_MODEL, "expected parameters, got nothing"),
-        (parameters(), ONLY_TRAINED, "expected nothing, got parameters"),
-        (predictions(), ONLY_TRAINED, "expected nothing, got logits"),
+        (None, SENT_MODEL, "expected weights, got nothing"),
+        (weights(), ONLY_TRAINED, "expected nothing, got weights"),
+        (predictions(), ONLY_TRAINED, "expected nothing, got predictions"),
     ],
 )
-def test_the_wrong_kind_of_knowledge_is_named(knowledge, expected, named):
-    assert reason(reply(knowledge), expected) == named
+def test_the_wrong_kind_of_payload_is_named(payload, expected, named):
+    assert reason(reply(payload), expected) == named
 
 
 @pytest.mark.parametrize(
@@ -434,15 +450,15 @@ def test_test_predictions_that_nobody_asked_for_are_named():
 
 
 def arrays_of(content):
-    return content.array_records["knowledge-arrays"]
+    return content.array_records["payload-arrays"]
 
 
 @pytest.mark.parametrize(
     ("record", "named"),
     [
         ("metrics", "unexpected or missing records of metrics: ['metrics']"),
-        ("knowledge", "expected predictions, got nothing"),
-        ("knowledge-arrays", "unexpected or missing records of arrays: ['knowledge-arrays']"),
+        ("payload", "expected predictions, got nothing"),
+        ("payload-arrays", "unexpected or missing records of arrays: ['payload-arrays']"),
         ("plan", "the reply does not say which round, expected round 2"),
     ],
 )
@@ -479,7 +495,7 @@ def test_a_payload_that_is_too_large_is_named_before_it_is_decoded(monkeypatch):
     content = reply_content(reply(predictions(values=np.zeros((6000, 3), np.float32))))
     monkeypatch.setattr(Array, "numpy", lambda self: pytest.fail("was decoded"))
     size = sum(len(array.data) for array in arrays_of(content).values())
-    room = 6 * 8 + 6 * 3 * 4 + 2 * 4096
+    room = 6 * 8 + 6 * 3 * 4 + 6 * 4 + 3 * 4096
     assert record_reason(content) == f"a payload of {size} bytes, expected at most {room}"
 
 
@@ -548,7 +564,7 @@ def test_an_array_that_is_not_what_it_says_is_named(changes, named):
 def test_arrays_in_another_memory_order_pass():
     content = reply_content(reply(predictions()))
     arrays_of(content)["values"] = Array(np.asfortranarray(scores()))
-    assert np.array_equal(read_valid_reply(content, TRAINED).knowledge.values, scores())
+    assert np.array_equal(read_valid_reply(content, TRAINED).payload.values, scores())
 
 
 def test_a_reason_is_one_short_line():
@@ -567,7 +583,7 @@ def raw(content, name="values"):
 
 @pytest.mark.parametrize("name", ["rows", "values"])
 def test_no_byte_of_a_header_gets_past_the_reader(name):
-    good = read_valid_reply(reply_content(reply(predictions())), TRAINED).knowledge
+    good = read_valid_reply(reply_content(reply(predictions())), TRAINED).payload
     header = len(raw(reply_content(reply(predictions())), name)) - getattr(good, name).nbytes
     passed = 0
     for place in range(header):
@@ -577,7 +593,7 @@ def test_no_byte_of_a_header_gets_past_the_reader(name):
             data[place] = value
             arrays_of(content)[name].data = bytes(data)
             try:
-                read = read_valid_reply(content, TRAINED).knowledge
+                read = read_valid_reply(content, TRAINED).payload
             except RejectedReplyError:
                 continue
             passed += 1
@@ -619,11 +635,43 @@ def test_a_round_that_is_no_whole_number_is_named(round):
     assert record_reason(content) == f"the reply is to round {round!r}, expected round 2"
 
 
-@pytest.mark.parametrize("temperature", ["1", True, b"1", [1.0]])
+@pytest.mark.parametrize("temperature", ["1", True, [1.0], None])
 def test_a_temperature_that_is_no_number_is_named(temperature):
     content = reply_content(reply(predictions()))
-    content["knowledge"]["temperature"] = temperature
-    assert record_reason(content) == f"the temperature is {temperature!r}, expected a number"
+    told = json.loads(content["payload"]["plain"])
+    told["fields"]["temperature"] = temperature
+    content["payload"]["plain"] = json.dumps(told)
+    assert record_reason(content).startswith("unreadable reply: ValueError: ")
+
+
+@pytest.mark.parametrize(
+    ("plain", "named"),
+    [
+        (b"1", "plain values that are no text of at most 68608 letters"),
+        (7, "plain values that are no text of at most 68608 letters"),
+        ("x" * 70_000, "plain values that are no text of at most 68608 letters"),
+        ("[" * 60_000, "unreadable reply: RecursionError: "),
+        ("{", "unreadable reply: JSONDecodeError: "),
+        ("7", "unreadable reply: ValueError: "),
+        ('{"value": "os:system", "fields": {}}', "unreadable reply: ValueError: unknown kind"),
+        (
+            '{"value": "fedkd.exchange.payloads.orders:Orders", "fields": {}}',
+            "unreadable reply: ValueError: ",
+        ),
+    ],
+)
+def test_plain_values_that_cannot_be_are_named(plain, named):
+    content = reply_content(reply(predictions()))
+    content["payload"] = ConfigRecord({"kind": "predictions", "plain": plain})
+    assert record_reason(content).startswith(named)
+
+
+def test_a_payload_that_says_it_is_of_another_kind_than_it_is_is_named():
+    content = reply_content(reply(weights()))
+    content["payload"]["kind"] = "predictions"
+    arrays_of(content).clear()
+    arrays_of(content).update(arrays_of(reply_content(reply(predictions()))))
+    assert record_reason(content).startswith("unreadable reply: ValueError: ")
 
 
 def test_a_reason_holds_no_code_that_a_terminal_obeys():
@@ -640,7 +688,7 @@ def test_a_rejection_tells_what_was_carried_where_it_could_be_read():
     for values, known in ((spoilt(scores(), np.nan), True), (scores(7), False)):
         with pytest.raises(RejectedReplyError) as raised:
             read_valid_reply(reply_content(reply(predictions(values=values))), TRAINED)
-        assert (raised.value.knowledge is not None) is known
+        assert (raised.value.payload is not None) is known
 
 
 def test_an_error_in_the_place_of_a_reply_is_kept_within_bounds():
@@ -657,10 +705,10 @@ def test_an_error_in_the_place_of_a_reply_is_kept_within_bounds():
 
 def test_looking_at_a_large_payload_makes_no_table_of_its_size():
     rows = np.arange(20_000)
-    expected = replace(TRAINED, rows=rows, classes=50)
+    expected = Expected(round=2, asked=Predictions.asked(rows, 50))
     values = softmax(scores(20_000, 50))
     for table in (values, values - np.float32(1)):
-        sent = reply(Predictions(kind="logits", rows=rows, values=table))
+        sent = reply(Predictions(rows=rows, values=table))
         tracemalloc.start()
         try:
             bad_reply(sent, expected)
@@ -724,14 +772,14 @@ def same_content(one, other):
 
 def test_a_constant_mask_comes_back_as_it_was_or_is_named():
     mask = np.triu(np.full((2, 3), -np.inf, np.float32), 1)
-    expected = Expected.training(PLAN, "parameters", LAYOUT, not_finite({"weight": mask}))
-    assert reason(reply(parameters(weight=mask)), expected) is None
+    expected = Expected(round=2, asked=Weights.asked({**MODEL, "weight": mask}))
+    assert reason(reply(weights(weight=mask)), expected) is None
     message = "parameter 'weight' is a constant with NaN or infinity and has changed"
     for changed in (np.where(mask < 0, np.nan, mask), np.where(mask < 0, mask, 1), mask + 1):
-        assert reason(reply(parameters(weight=changed.astype(np.float32))), expected) == message
+        assert reason(reply(weights(weight=changed.astype(np.float32))), expected) == message
     # What was a number has to stay one.
     spoilt = np.array([1, np.inf, 1], np.float32)
-    assert "NaN or infinity" in reason(reply(parameters(weight=mask, running_var=spoilt)), expected)
+    assert "NaN or infinity" in reason(reply(weights(weight=mask, running_var=spoilt)), expected)
 
 
 @pytest.mark.parametrize("kind", ["Masked", "Scaled"])
@@ -743,10 +791,11 @@ def test_odd_models_are_averaged_round_after_round(
     place = {"clients": {"models": [model]}} if own == "models" else {"options": {"meme": model}}
     run = simulate(tiny_settings(strategy, **place), tiny_data())
     assert run.events == []
-    broadcast = run.loop.boundary.broadcast.to(0).arrays
+    state = run.loop.boundary.state
+    averaged = state.model.weights if strategy == "fml" else next(iter(state.models.values())).arrays
     if kind == "Masked":
-        assert np.isneginf(broadcast["mask"][0, 1])
-        assert np.isnan(broadcast["unset"])
+        assert np.isneginf(averaged["mask"][0, 1])
+        assert np.isnan(averaged["unset"])
     else:
-        assert broadcast["scale"].shape == ()
-        assert bool(broadcast["is_used"])
+        assert averaged["scale"].shape == ()
+        assert bool(averaged["is_used"])
