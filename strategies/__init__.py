@@ -13,6 +13,7 @@ from strategies.data_free.fd import FD
 from strategies.data_free.fedproto import FedProto
 from strategies.mutual.dml import DML
 from strategies.public_predictions.fedmd import FedMD
+from strategies.regularised.fedntd import FedNTD
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
 
@@ -21,6 +22,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fd": FD,
     "fedavg": FedAvg,
     "fedmd": FedMD,
+    "fedntd": FedNTD,
     "fedproto": FedProto,
     "fml": FML,
     "local": Local,

@@ -7,15 +7,16 @@ global model of its own, averaged over the clients that share it, since weights 
 shapes have no mean. BatchNorm statistics are averaged like parameters.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import Weighting
-from fedkd.training import Cohort, supervised
+from fedkd.training import Arrays, Cohort, supervised
 from strategies.contract import (
     Call,
     Received,
@@ -28,16 +29,24 @@ from strategies.contract import (
 from strategies.shared.means import mean_weights
 
 
-class FedAvgSettings(StrategySettings):
-    """Settings under ``strategy:`` when ``name: fedavg``.
+class AveragingSettings(StrategySettings):
+    """Settings of every algorithm whose server averages weights.
 
     Attributes:
         weighting: ``examples`` weights a client by its private rows, as the paper does;
             ``equal`` counts every client once.
     """
 
-    name: Literal["fedavg"] = "fedavg"
     weighting: Literal["examples", "equal"] = "examples"
+
+
+class FedAvgSettings(AveragingSettings):
+    """Settings under ``strategy:`` when ``name: fedavg``: those of averaging."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+AveragingT = TypeVar("AveragingT", bound=AveragingSettings)
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,19 @@ class GlobalModels(Value):
     models: Mapping[str, Weights]
 
 
-class FedAvg(Strategy[FedAvgSettings, GlobalModels]):
-    """Weights down, local training, weights up, weighted mean."""
+def global_weights(received: Received) -> Arrays | list[Arrays]:
+    """Return what was received: one set of weights for all members, or one for each."""
+    if isinstance(received.shared, Weights):
+        return dict(received.shared.arrays)
+    return [dict(own.arrays) for own in received.all(Weights)]
 
-    Settings: ClassVar[type[StrategySettings]] = FedAvgSettings
+
+class Averaging(Strategy[AveragingT, GlobalModels]):
+    """Weights down, local training, weights up, weighted mean.
+
+    A subclass says how clients train.
+    """
+
     State: ClassVar[type[Value]] = GlobalModels
     up = (Weights,)
     down = (Weights,)
@@ -72,14 +90,13 @@ class FedAvg(Strategy[FedAvgSettings, GlobalModels]):
         self.learn(cohort, received, call)
         return [Weights(arrays=arrays) for arrays in cohort.weights()]
 
+    @abstractmethod
     def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
-        """Train on private rows."""
-        cohort.fit(supervised, private=call.local)
+        """Train models that are the global one; it is what was received."""
 
     def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Judge the global model."""
-        if isinstance(received.shared, Weights):
-            cohort.load_weights(received.shared.arrays)
+        cohort.load_weights(global_weights(received))
 
     def begin(self, server: ServerTools) -> GlobalModels:
         """Start every architecture from the first weights of its first client."""
@@ -109,3 +126,13 @@ class FedAvg(Strategy[FedAvgSettings, GlobalModels]):
         architectures = self.federation.architectures
         means = mean_weights(uploads, self.settings.weighting, architectures.__getitem__)
         return GlobalModels({**state.models, **{str(key): mean for key, mean in means.items()}})
+
+
+class FedAvg(Averaging[FedAvgSettings]):
+    """Clients train the global model on their own rows, and nothing else."""
+
+    Settings: ClassVar[type[StrategySettings]] = FedAvgSettings
+
+    def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Train on private rows."""
+        cohort.fit(supervised, private=call.local)
