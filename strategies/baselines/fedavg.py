@@ -16,7 +16,8 @@ from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import Weighting
-from fedkd.training import Arrays, Cohort, supervised
+from fedkd.training import Cohort, supervised
+from fedkd.training.cohort import WeightsForMembers
 from strategies.contract import (
     Call,
     Received,
@@ -60,11 +61,11 @@ class GlobalModels(Value):
     models: Mapping[str, Weights]
 
 
-def global_weights(received: Received) -> Arrays | list[Arrays]:
+def global_weights(received: Received) -> WeightsForMembers:
     """Return what was received: one set of weights for all members, or one for each."""
     if isinstance(received.shared, Weights):
-        return dict(received.shared.arrays)
-    return [dict(own.arrays) for own in received.all(Weights)]
+        return received.shared.arrays
+    return [own.arrays for own in received.all(Weights)]
 
 
 class Averaging(Strategy[AveragingT, GlobalModels]):

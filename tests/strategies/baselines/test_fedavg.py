@@ -16,7 +16,7 @@ from fedkd.training import (
     weights_digest,
 )
 from strategies.baselines.fedavg import GlobalModels
-from strategies.contract import Upload
+from strategies.contract import Call, Received, Upload
 
 
 def model(weight, counter=0):
@@ -85,6 +85,17 @@ def test_a_client_starts_from_the_global_model_without_memory(
     local = strategy.federation.local
     assert cohort.fits == [{"objective": supervised, "private": local, "public": None}]
     assert [answer.kind for answer in answers] == ["weights", "weights"]
+
+
+def test_members_that_received_pieces_of_their_own_each_load_theirs(
+    spy, tiny_settings, tiny_data, parts
+):
+    # As they do where a codec with a memory decodes for each client by itself.
+    strategy, _ = parts(tiny_settings("fedavg"), tiny_data())
+    pieces = [Weights(arrays={"w": np.full(1, value, np.float32)}) for value in (1, 2)]
+    cohort = spy((0, 2))
+    strategy.client(cohort, Received(pieces), Call(strategy.federation, 1))
+    assert cohort.asked[0] == ("load_weights", {"weights": [piece.arrays for piece in pieces]})
 
 
 def test_the_global_model_is_what_is_judged(tiny_settings, tiny_data, simulate):
