@@ -20,6 +20,11 @@ from pydantic.fields import FieldInfo
 
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.settings import DistillSettings
+from fedkd.exchange.adversaries import ADVERSARIES, Adversary
+from fedkd.exchange.codecs import CODECS, Codec
+from fedkd.exchange.kinds import Stage
+from fedkd.exchange.release import RELEASE_RULES, ReleaseRule
+from fedkd.exchange.views import VIEWS, View
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
 from fedkd.objectives import Objective
@@ -52,6 +57,15 @@ CHOSEN = {
 """Sections whose keys depend on their name: the table of names, and where the keys are."""
 
 
+STAGES: dict[type[Stage], Any] = {
+    Codec: CODECS,
+    View: VIEWS,
+    ReleaseRule: RELEASE_RULES,
+    Adversary: ADVERSARIES,
+}
+"""Stages of the exchange: the table of their kinds."""
+
+
 class Key(NamedTuple):
     """One line of a table."""
 
@@ -78,6 +92,9 @@ def _keys(model: type[BaseModel], defaults: BaseModel, prefix: str) -> Iterator[
         if key in CHOSEN:
             names, meaning = CHOSEN[key]
             yield Key(f"{key}.name", f"`{value.name}`", _choices(names), meaning)
+        elif isinstance(value, Stage):
+            kinds = next(known for base, known in STAGES.items() if isinstance(value, base))
+            yield Key(key, f"`{value.kind}`", _choices(kinds), field.description or "")
         elif isinstance(value, BaseModel) and not _is_leaf(value):
             yield from _keys(type(value), value, f"{key}.")
         else:

@@ -153,7 +153,7 @@ def test_the_example_of_an_algorithm_learns(
     settings = tiny_settings("dml").model_copy(update={"strategy": vote.VoteSettings()})
     run = simulate(settings, tiny_data())
     assert run.events == []
-    assert {row["kind"] for row in run.exchange} == {"logits", "mean_probability"}
+    assert {row["kind"] for row in run.exchange} == {"logits", "mean_probabilities"}
     assert run.history.federation[-1]["accuracy"] > 1 / 3
 
 
