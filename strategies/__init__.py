@@ -12,13 +12,16 @@ from strategies.contract import Strategy, StrategySettings
 from strategies.data_free.fd import FD
 from strategies.data_free.fedproto import FedProto
 from strategies.mutual.dml import DML
+from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
+from strategies.public_predictions.scarlet import SCARLET
 from strategies.regularised.fedntd import FedNTD
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "dml": DML,
+    "dsfl": DSFL,
     "fd": FD,
     "fedavg": FedAvg,
     "fedmd": FedMD,
@@ -28,6 +31,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "local": Local,
     "one_way": OneWay,
     "pooled": Pooled,
+    "scarlet": SCARLET,
 }
 """The table of names: what ``strategy.name`` may be, besides the name of somebody's own class."""
 

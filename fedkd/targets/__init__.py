@@ -8,6 +8,7 @@ are different targets; each has its own name and none is a default for another.
 from fedkd.targets.averages import (
     coordinate_median,
     entropy_reduction,
+    entropy_reduction_by_power,
     leave_one_out,
     mean_logit,
     mean_probability,
@@ -54,6 +55,7 @@ __all__ = [
     "difficulty_weights",
     "entropy",
     "entropy_reduction",
+    "entropy_reduction_by_power",
     "hardest_mask",
     "kept_fraction",
     "leave_one_out",

@@ -167,6 +167,32 @@ def entropy_reduction(
     return soften(mean_probability, temperature=temperature)
 
 
+def entropy_reduction_by_power(
+    mean_probability: Float[Tensor, "rows classes"], *, power: float
+) -> Float[Tensor, "rows classes"]:
+    """Sharpen an averaged target: its probabilities to a power, made to sum to 1 again.
+
+    Unlike `entropy_reduction` it keeps the ratios of classes on the scale of logarithms: a softmax
+    of ``power * log(mean)``. A power of 1 changes nothing, one below 1 flattens.
+
+    Args:
+        mean_probability: averaged class probabilities, each row summing to 1.
+        power: > 0; the paper's beta.
+
+    Raises:
+        ValueError: if ``power`` is not positive and finite.
+
+    Source:
+        Azuma et al., 2025, SCARLET with Enhanced ERA. https://arxiv.org/abs/2504.19602
+    """
+    if not 0 < power < math.inf:
+        raise ValueError(f"power must be > 0 and finite, got {power}")
+    # The largest class becomes 1 first, so that no power of a row is 0 altogether.
+    relative = mean_probability / mean_probability.max(dim=-1, keepdim=True).values
+    powers = relative**power
+    return powers / powers.sum(dim=-1, keepdim=True)
+
+
 def _client_weights(
     weights: Sequence[int | float] | None, num_clients: int, device: torch.device
 ) -> Float[Tensor, "clients"]:

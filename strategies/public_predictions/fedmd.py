@@ -68,7 +68,7 @@ class FedMDSettings(StrategySettings):
         return self
 
 
-class FedMD(SharedLesson[FedMDSettings]):
+class FedMD(SharedLesson[FedMDSettings, Lesson]):
     """Transfer; then communicate, aggregate, distribute, digest, revisit, round after round."""
 
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings

@@ -1,4 +1,4 @@
-"""Algorithms whose clients send logits and all receive the same lesson on public rows."""
+"""Algorithms whose clients send predictions and all receive the same lesson on public rows."""
 
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -22,7 +22,10 @@ class Lesson(Value):
     predictions: Predictions | None = None
 
 
-class SharedLesson(Strategy[SettingsT, Lesson]):
+LessonT = TypeVar("LessonT", bound=Lesson)
+
+
+class SharedLesson(Strategy[SettingsT, LessonT]):
     """Logits of the round's public rows go up; one lesson comes down to everybody.
 
     A subclass says what clients do with the lesson, and what the lesson is made of.
@@ -34,15 +37,15 @@ class SharedLesson(Strategy[SettingsT, Lesson]):
     needs_public = True
     has_ensemble = True
 
-    def receives(self, state: Lesson, client: int, round: Round) -> str | None:
+    def receives(self, state: LessonT, client: int, round: Round) -> str | None:
         """The lesson, once there is one."""
         return None if state.predictions is None else "lesson"
 
-    def payload(self, state: Lesson, key: str) -> Predictions:
+    def payload(self, state: LessonT, key: str) -> Predictions:
         """The lesson."""
         assert state.predictions is not None  # noqa: S101
         return state.predictions
 
-    def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
+    def asks(self, state: LessonT, client: int, round: Round, server: ServerTools) -> Asked:
         """Logits of the round's rows."""
         return round.asked_logits

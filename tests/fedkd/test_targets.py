@@ -21,6 +21,7 @@ from fedkd.targets import (
     coordinate_median,
     entropy,
     entropy_reduction,
+    entropy_reduction_by_power,
     leave_one_out,
     mean_logit,
     mean_probability,
@@ -218,6 +219,33 @@ def test_entropy_reduction_sharpens_at_the_published_temperature_and_flattens_at
     assert (entropy(entropy_reduction(mean, temperature=0.1)) < entropy(mean)).all()
     assert (entropy(entropy_reduction(mean, temperature=1.0)) > entropy(mean)).all()
     assert torch.equal(entropy_reduction(mean, temperature=0.1).argmax(1), mean.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("power", "expected"),
+    [
+        (2.0, [0.01089960, 0.30479358, 0.67872434, 0.00558249]),
+        (0.5, [0.14378820, 0.33065272, 0.40391874, 0.12164034]),
+        (1.0, [0.06713702, 0.35502569, 0.52978979, 0.04804750]),
+    ],
+)
+def test_entropy_reduction_by_power_keeps_the_ratios_of_logarithms(power, expected):
+    mean = torch.tensor([[0.06713702, 0.35502569, 0.52978979, 0.04804750]], dtype=torch.float64)
+    sharpened = entropy_reduction_by_power(mean, power=power)
+    expected = torch.tensor([expected], dtype=torch.float64)
+    torch.testing.assert_close(sharpened, expected, rtol=0, atol=2e-8)
+
+
+def test_no_power_of_a_row_is_zero_altogether():
+    mean = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    sharpened = entropy_reduction_by_power(mean, power=100.0)
+    torch.testing.assert_close(sharpened, mean)
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, math.nan, math.inf])
+def test_refuses_a_power_that_is_none(power: float):
+    with pytest.raises(ValueError, match="power must be > 0"):
+        entropy_reduction_by_power(torch.full((1, 2), 0.5), power=power)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])

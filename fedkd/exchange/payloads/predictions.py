@@ -179,8 +179,8 @@ class Predictions(Payload):
         return None
 
     def votes(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the rows and the class that each is given."""
-        return self.rows, self.values.argmax(-1)
+        """Return the rows and the class that each is given; None without rows."""
+        return (self.rows, self.values.argmax(-1)) if len(self.rows) else None
 
     def targets_entropy(self) -> float | None:
         """Return the mean entropy of the soft labels, in nats; None without rows."""
