@@ -1,5 +1,7 @@
 """Where the command ``fedkd`` starts: what lies in the user's folder hides nothing of ours.
 
+The functions of ``import fedkd`` start here, too: a folder `sim` beside a notebook is not ours.
+
 With ``python -m`` or ``PYTHONPATH=.`` Python looks in the current folder first, and in an editable
 install it looks everywhere else before it finds our packages. A folder `strategies` or `datasets`
 there, or a file `typing.py`, would be taken for ours, or for somebody's that we need. Models of
@@ -38,6 +40,47 @@ def find_last(folder: str) -> None:
     known = [finder.folder for finder in sys.meta_path if isinstance(finder, _Folder)]
     if folder not in known:
         sys.meta_path.append(_Folder(folder))
+
+
+def pin() -> None:
+    """Let our packages be found where this module is, whatever has their names elsewhere.
+
+    Raises:
+        ImportError: naming a package of that name that is loaded already and is not ours.
+    """
+    for name in OURS:
+        loaded = sys.modules.get(name)
+        file = getattr(loaded, "__file__", None)
+        if loaded is not None and not _is_ours(file, name):
+            place = file or next(iter(getattr(loaded, "__path__", ())), "nowhere")
+            raise ImportError(
+                f"{name!r} is loaded from {place!r}, and fedkd has a package of that name: "
+                "rename yours"
+            )
+    if any(isinstance(finder, _Folder) and finder.names == OURS for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Folder(HOME, OURS))
+    hidden = [
+        place
+        for entry in sys.path
+        for name in OURS
+        for file in (os.path.join(name, "__init__.py"), f"{name}.py")
+        for place in (os.path.join(entry or os.getcwd(), file),)
+        if os.path.isfile(place) and not _is_ours(place, name)
+    ]
+    if hidden:
+        import warnings
+
+        warnings.warn(
+            f"{', '.join(map(repr, hidden))} cannot be imported beside fedkd, which has a package "
+            "of that name: rename yours",
+            stacklevel=3,
+        )
+
+
+def _is_ours(file: "str | None", name: str) -> bool:
+    ours = os.path.join(HOME, name, "__init__.py")
+    return file is not None and os.path.realpath(file) == os.path.realpath(ours)
 
 
 def settle_path() -> None:

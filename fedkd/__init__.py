@@ -1,4 +1,75 @@
 """Knowledge distillation: losses, targets, schedules, models, data, training and metrics.
 
-This floor stands alone: it imports neither Flower nor Ray.
+This floor stands alone: it imports neither Flower nor Ray, nor the floors above. One exception has
+a name: the functions of `OFFERED`, one for each command, are those of ``sim``. They are looked up
+when they are first asked for, so that ``import fedkd`` is enough, and takes no time::
+
+    import fedkd
+
+    result = fedkd.run(fedkd.load_settings("conf/quickstart.yaml", ["strategy.name=dml"]))
 """
+
+# Not from `typing`: under ``python -m fedkd`` a file of the user's may be called so, and it is this
+# module that is imported first.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sim import (
+        DistillSettings,
+        Settings,
+        SettingsError,
+        compare,
+        distill,
+        load_distill_settings,
+        load_settings,
+        report,
+        run,
+    )
+    from sim import data as data_overview
+
+OFFERED = {
+    "run": "run",
+    "compare": "compare",
+    "distill": "distill",
+    # `fedkd.data` is the package of data sets.
+    "data_overview": "data",
+    "report": "report",
+    "Settings": "Settings",
+    "load_settings": "load_settings",
+    "DistillSettings": "DistillSettings",
+    "load_distill_settings": "load_distill_settings",
+    "SettingsError": "SettingsError",
+}
+"""What a notebook needs, each with its name in ``sim``."""
+
+__all__ = [
+    "DistillSettings",
+    "Settings",
+    "SettingsError",
+    "compare",
+    "data_overview",
+    "distill",
+    "load_distill_settings",
+    "load_settings",
+    "report",
+    "run",
+]
+
+
+def __getattr__(name: str) -> "Any":
+    """Open what is offered from the floor above.
+
+    Raises:
+        ImportError: a package of another's that has the name of one of ours is loaded already.
+    """
+    if name not in OFFERED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    import_module("fedkd_start").pin()
+    return getattr(import_module("sim"), OFFERED[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *OFFERED})

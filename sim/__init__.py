@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sim.commands.running import run
     from sim.commands.study import compare
     from sim.reports import report
-    from sim.settings import Settings, load_distill_settings, load_settings
+    from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
 
 # Nothing that we start reports to anybody; both are read when Flower and Ray are imported.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -31,6 +31,7 @@ _FUNCTIONS = {
     "data": "sim.commands.overview",
     "report": "sim.reports",
     "Settings": "sim.settings",
+    "SettingsError": "sim.settings",
     "load_settings": "sim.settings",
     "DistillSettings": "fedkd.distillation.settings",
     "load_distill_settings": "sim.settings",
@@ -40,6 +41,7 @@ _FUNCTIONS = {
 __all__ = [
     "DistillSettings",
     "Settings",
+    "SettingsError",
     "compare",
     "data",
     "distill",
