@@ -25,7 +25,7 @@ import torch
 from measurement import describe, machine
 
 from fedkd.distillation.fit.workshop import labels_only
-from fedkd.distillation.methods import METHODS
+from fedkd.distillation.methods import METHODS, method_class
 from fedkd.distillation.run.running import open_workshop
 from fedkd.distillation.settings import DistillSettings
 from fedkd.distillation.task.predicting import predict_logits
@@ -159,7 +159,7 @@ def run_seed(task: tuple[int, tuple[str, ...], int | None]) -> list[dict[str, An
 
 
 def _measure(settings: DistillSettings, rows: Rows) -> dict[str, Any]:
-    method = METHODS[settings.method.name](settings.method)
+    method = method_class(settings.method.name)(settings.method)
     bare = open_workshop(
         settings.model_copy(update={"method": METHODS["dml"].Settings(name="dml")}), rows
     )

@@ -10,13 +10,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, Union, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator, PlainValidator, SerializeAsAny, Tag
 
 from fedkd.bounds import shown
 
@@ -25,6 +25,9 @@ _NAME = re.compile(f"{_DOTTED}:{_DOTTED}")
 
 HOW = "package.module:Class"
 """How a class of one's own is written."""
+
+OTHER_PACKAGE = "another package"
+"""In the place of a name where a problem lies in settings of a class of another package."""
 
 T = TypeVar("T")
 
@@ -133,13 +136,12 @@ def load_class(name: str, base: type[T], setting: str) -> type[T]:
     return found
 
 
-def check_settings(owner: type, base: type[BaseModel], key: str, named: str) -> None:
+def check_settings(owner: type, base: type[BaseModel], named: str) -> None:
     """Refuse a class whose ``Settings`` are none, or cannot hold the name that it was called by.
 
     Args:
         owner: the class.
         base: what its settings have to be.
-        key: of the settings that holds the name.
         named: the setting that names the class and its value, for the message.
 
     Raises:
@@ -149,12 +151,52 @@ def check_settings(owner: type, base: type[BaseModel], key: str, named: str) -> 
     wanted = f"a class derived from {base.__module__}.{base.__qualname__}"
     if not isinstance(settings, type) or not issubclass(settings, base):
         raise ValueError(f"{named} needs Settings, {wanted}; got {shown(settings)}")
+    check_holds_name(settings, "name", f"{named}: its Settings")
+
+
+def check_holds_name(settings: type[BaseModel], key: str, whose: str) -> None:
+    """Refuse settings whose ``name`` or ``kind`` is fixed, as those of a table's rows are.
+
+    Raises:
+        ValueError: one line that says what to write.
+    """
     annotation = settings.model_fields[key].annotation
     if annotation is not str:
         raise ValueError(
-            f"{named}: a class of another package is called by its full name, so its Settings "
-            f"must have '{key}: str', got '{key}: {shown(annotation).removeprefix('typing.')}'"
+            f"{whose} must have '{key}: str', got '{key}: "
+            f"{shown(annotation).removeprefix('typing.')}': what is not of the table is called by "
+            "its full name"
         )
+
+
+def by_name(
+    table: Mapping[str, Any], unread: type[BaseModel], class_of: Callable[[str], Any]
+) -> Any:
+    """Return the type of a section of settings whose ``name`` decides what else it has.
+
+    Args:
+        table: classes of ours by name, each with its ``Settings``.
+        unread: holds settings of a class of another package where they are only looked at.
+        class_of: finds that class by its name.
+    """
+    base = unread.__mro__[1]
+
+    def name_of(value: object) -> str:
+        name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+        return name if isinstance(name, str) and name in table else OTHER_PACKAGE
+
+    def read(value: Any) -> BaseModel:
+        given = value.model_dump() if isinstance(value, BaseModel) else dict(value)
+        if not may_load(given["name"]):
+            return unread.model_validate(given)
+        kind: type[BaseModel] = class_of(given["name"]).Settings
+        return value if isinstance(value, kind) else kind.model_validate(given)
+
+    kinds = [
+        *(Annotated[kind.Settings, Tag(name)] for name, kind in table.items()),
+        Annotated[SerializeAsAny[base], PlainValidator(read), Tag(OTHER_PACKAGE)],  # type: ignore[valid-type]
+    ]
+    return Annotated[Union[tuple(kinds)], Discriminator(name_of)]  # noqa: UP007 - not known before
 
 
 def _told(error: BaseException) -> str:

@@ -53,5 +53,5 @@ def strategy_class(name: object) -> type[Strategy[Any, Any]]:
             f"{own_code.HOW}{nearest(str(name), STRATEGIES)}"
         )
     found = own_code.load_class(name, Strategy, "strategy.name")  # type: ignore[type-abstract]
-    own_code.check_settings(found, StrategySettings, "name", f"strategy.name {name!r}")
+    own_code.check_settings(found, StrategySettings, f"strategy.name {name!r}")
     return found

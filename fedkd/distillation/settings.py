@@ -1,17 +1,16 @@
 """Settings of ``fedkd distill``: one frozen, checked object."""
 
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, field_validator
 
-from fedkd.bounds import Few, PathText, Rows, RowsOrZero, Seed, Share, Temperature, Whole, shown
+from fedkd import own_code
+from fedkd.bounds import Few, PathText, Rows, RowsOrZero, Seed, Share, Temperature, Whole
 from fedkd.data import DataSettings
 from fedkd.data.settings import PublicSettings
 from fedkd.distillation.fit.method import MethodSettings
-from fedkd.distillation.methods import METHODS
+from fedkd.distillation.methods import METHODS, method_class
 from fedkd.distillation.task.measures import DiagnosticsSettings
 from fedkd.distillation.task.participants import (
     Section,
@@ -20,15 +19,20 @@ from fedkd.distillation.task.participants import (
     TrainingSettings,
 )
 from fedkd.distillation.task.selection import Selection
-from fedkd.names import check_name, nearest
+from fedkd.names import check_name
 from fedkd.objectives import Objective
+
+
+class UnreadMethod(MethodSettings):
+    """Settings of a method of another package whose code nobody has allowed, as they stand."""
+
+    model_config = ConfigDict(extra="allow")
+
 
 if TYPE_CHECKING:
     MethodField = SerializeAsAny[MethodSettings]
 else:
-    MethodField = Annotated[
-        reduce(or_, (method.Settings for method in METHODS.values())), Field(discriminator="name")
-    ]
+    MethodField = own_code.by_name(METHODS, UnreadMethod, method_class)
 
 
 class TransferRows(PublicSettings):
@@ -116,11 +120,8 @@ class DistillSettings(Section):
         if not isinstance(value, dict):
             return value
         name = value.get("name", "offline")
-        if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(
-                f"unknown method {shown(name)}; known: {', '.join(METHODS)}"
-                + nearest(str(name), METHODS)
-            )
+        if not own_code.is_own_code(name) or own_code.may_load(name, "method.name"):
+            method_class(name)
         return {**value, "name": name}
 
     def to_table(self) -> dict[str, Any]:

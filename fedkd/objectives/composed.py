@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkd.bounds import shown
 from fedkd.names import nearest
-from fedkd.objectives.table import TERMS
+from fedkd.objectives.table import TERMS, term_class
 from fedkd.objectives.taps import Features, layer_shapes, resolved_layer, tapped
 from fedkd.objectives.terms import LayerPairs, Need, Parts, SoftenedTerm, Term
 from fedkd.objectives.view import View
@@ -263,15 +263,11 @@ def read_term(name: str, given: object) -> Term:
             f"objective.{name} must be a weight or a table of settings, got {shown(given)}"
         )
     kind = table.get("kind", name)
-    if not isinstance(kind, str) or kind not in TERMS:
-        raise ValueError(
-            f"unknown term {shown(kind)} in objective; known: {', '.join(TERMS)}"
-            + nearest(str(kind), TERMS)
-        )
+    term = term_class(kind, f"objective.{name}.kind")
     try:
-        return TERMS[kind].model_validate({**table, "kind": kind})
+        return term.model_validate({**table, "kind": kind})
     except ValidationError as error:
-        raise ValueError(_readable(name, TERMS[kind], error)) from None
+        raise ValueError(_readable(name, term, error)) from None
 
 
 def _readable(name: str, term: type[Term], error: ValidationError) -> str:
@@ -280,8 +276,9 @@ def _readable(name: str, term: type[Term], error: ValidationError) -> str:
         where = ".".join(["objective", name, *map(str, problem["loc"])])
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(key for key in term.model_fields if key != "kind")
-            lines.append(f"unknown setting {where!r} (known there: {known})")
+            known = [key for key in term.model_fields if key != "kind"]
+            near = nearest(str(problem["loc"][-1]), known)
+            lines.append(f"unknown setting {where!r} (known there: {', '.join(known)}){near}")
         elif "got " in message:
             lines.append(f"{where}: {message}")
         else:

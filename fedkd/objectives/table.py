@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from fedkd import own_code
+from fedkd.bounds import shown
+from fedkd.names import nearest
 from fedkd.objectives.adversarial import Adversarial
 from fedkd.objectives.basic import HardLabels, LogitL1, LogitMSE, SoftCrossEntropy, SoftTargets
 from fedkd.objectives.feature import AttentionTransfer, CosineFeatures, Hint
@@ -17,7 +20,7 @@ from fedkd.objectives.response import (
     ProbabilityMSE,
     StandardisedKD,
 )
-from fedkd.objectives.terms import Term
+from fedkd.objectives.terms import Term, UnreadTerm
 
 TERMS: dict[str, type[Term]] = {
     "ce": HardLabels,
@@ -44,7 +47,32 @@ TERMS: dict[str, type[Term]] = {
     "crd": RowContrast,
     "adversarial": Adversarial,
 }
-"""Kinds of terms by the name that a settings file uses."""
+"""Kinds of terms by the name that a settings file uses; besides them, somebody's own classes."""
+
+
+def term_class(kind: object, setting: str) -> type[Term]:
+    """Return the term of a kind: a row of the table, or ``package.module:Class``.
+
+    Args:
+        kind: its name.
+        setting: that names it, for the message.
+
+    Raises:
+        ValueError: one line: an unknown kind; or code that may not be loaded, cannot be, or is no
+            term.
+    """
+    if isinstance(kind, str) and kind in TERMS:
+        return TERMS[kind]
+    if not isinstance(kind, str) or not own_code.is_own_code(kind):
+        raise ValueError(
+            f"unknown term {shown(kind)} in objective; known: {', '.join(TERMS)}; or kind: "
+            f"{own_code.HOW}{nearest(str(kind), TERMS)}"
+        )
+    if not own_code.may_load(kind, setting):
+        return UnreadTerm
+    found = own_code.load_class(kind, Term, setting)  # type: ignore[type-abstract]
+    own_code.check_holds_name(found, "kind", f"{setting} {kind!r}")
+    return found
 
 
 def describe_terms() -> list[dict[str, Any]]:

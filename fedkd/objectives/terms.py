@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Float
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedkd.objectives.view import View
@@ -84,6 +84,15 @@ class Term(BaseModel, ABC):
     """Whether a weight for each transfer row changes it."""
 
     weight: NonNegativeSchedule = default_weight(1.0)
+    kind: str = Field("", description="what it is called in a settings file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_called_by_its_full_name(cls, value: object) -> object:
+        # A row of the table says in its type how it is called.
+        if isinstance(value, dict) and cls.model_fields["kind"].annotation is str:
+            return {"kind": f"{cls.__module__}:{cls.__qualname__}", **value}
+        return value
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -123,6 +132,17 @@ class Term(BaseModel, ABC):
             rows: how many transfer rows there are.
         """
         return {}
+
+
+class UnreadTerm(Term):
+    """A term of another package whose code nobody has allowed, as its settings stand."""
+
+    model_config = ConfigDict(extra="allow")
+    source: ClassVar[str] = ""
+
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+        """Refuse to be computed."""
+        raise TypeError(f"the term {self.kind!r} was only looked at, and its code is not loaded")
 
 
 class SoftenedTerm(Term):

@@ -18,7 +18,7 @@ from fedkd.objectives import Objective
 from fedkd.own_code import Permit
 from sim.settings.hints import colon_hint, foreign_hint, section_hint, setting_hint, setting_paths
 from sim.settings.permission import looking, permit_of
-from sim.settings.schema import OTHER_PACKAGE, Settings, SettingsError
+from sim.settings.schema import Settings, SettingsError
 from sim.settings.tables import fill_in, read_word, read_yaml
 from strategies import strategy_class
 
@@ -305,18 +305,23 @@ def _checked(kind: type[SettingsT], table: Mapping[str, Any]) -> SettingsT:
 
 
 def _in_force(kind: type[SettingsT], table: Mapping[str, Any]) -> type[SettingsT]:
-    """Return a kind of settings with the settings of an algorithm of another package in it."""
-    strategy = named("strategy", table.get("strategy"))
-    name = strategy.get("name") if isinstance(strategy, Mapping) else None
-    if "strategy" not in kind.model_fields or not own_code.is_own_code(name):
+    """Return a kind of settings with those of the class of another package that a table names."""
+    key = "strategy" if "strategy" in kind.model_fields else "method"
+    section = named(key, table.get(key))
+    name = section.get("name") if isinstance(section, Mapping) else None
+    if not own_code.is_own_code(name):
         return kind
+    class_of: Callable[[object], Any] = strategy_class
+    if key == "method":
+        from fedkd.distillation.methods import method_class as class_of
     try:
         if not own_code.may_load(str(name)):
             return kind
-        own = strategy_class(name).Settings
+        own = class_of(name).Settings
     except ValueError:
+        # Which is the problem that is told.
         return kind
-    fields: dict[str, Any] = {"strategy": (own, ...)}
+    fields: dict[str, Any] = {key: (own, ...)}
     return create_model(kind.__name__, __base__=kind, **fields)
 
 
@@ -397,7 +402,7 @@ def _place(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[s
     for part in location:
         named = [section for section in sections if _tag(section) == part]
         of_none = not any(part in section.model_fields for section in sections)
-        if part == OTHER_PACKAGE and of_none:
+        if part == own_code.OTHER_PACKAGE and of_none:
             continue
         if named and of_none:
             # The name by which one of several kinds of section was chosen is no key.

@@ -5,16 +5,13 @@ Below this line code takes typed objects or plain values, never a table of text.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    PlainValidator,
     SerializeAsAny,
-    Tag,
     field_validator,
     model_validator,
 )
@@ -50,8 +47,6 @@ from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
 
 MOST_SEEDS = 1000
-OTHER_PACKAGE = "another package"
-"""In the place of a name where a problem lies in settings of a class of another package."""
 
 
 class SettingsError(ValueError):
@@ -258,35 +253,10 @@ class UnreadStrategy(StrategySettings):
     model_config = ConfigDict(extra="allow")
 
 
-def _known_name(value: object) -> str:
-    """Return the row of the table that settings are of, or `OTHER_PACKAGE`."""
-    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
-    return name if isinstance(name, str) and name in STRATEGIES else OTHER_PACKAGE
-
-
-def _of_another_package(value: object) -> StrategySettings:
-    """Read settings by the class that their name stands for."""
-    table = value.model_dump() if isinstance(value, StrategySettings) else dict(value)  # type: ignore[call-overload]
-    if not own_code.may_load(table["name"]):
-        return UnreadStrategy.model_validate(table)
-    kind = strategy_class(table["name"]).Settings
-    return value if isinstance(value, kind) else kind.model_validate(table)
-
-
 if TYPE_CHECKING:
     StrategyField = SerializeAsAny[StrategySettings]
 else:
-    StrategyField = Annotated[
-        Union[
-            *(Annotated[kind.Settings, Tag(name)] for name, kind in STRATEGIES.items()),
-            Annotated[
-                SerializeAsAny[StrategySettings],
-                PlainValidator(_of_another_package),
-                Tag(OTHER_PACKAGE),
-            ],
-        ],
-        Discriminator(_known_name),
-    ]
+    StrategyField = own_code.by_name(STRATEGIES, UnreadStrategy, strategy_class)
 
 
 class Settings(_Section):

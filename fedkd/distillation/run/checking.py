@@ -8,7 +8,7 @@ import torch
 
 from fedkd.distillation.fit.fitting import Lesson, check_needs
 from fedkd.distillation.fit.method import MethodSettings
-from fedkd.distillation.methods import METHODS
+from fedkd.distillation.methods import method_class
 from fedkd.distillation.run.finishing import finish_student, quantised_student, settle
 from fedkd.distillation.run.running import open_workshop
 from fedkd.distillation.settings import DistillSettings
@@ -51,7 +51,7 @@ def check(settings: DistillSettings, rows: Rows) -> None:
             workshop.try_out(architecture)
         except ValueError as error:
             raise ValueError(f"{setting}: {error}") from error
-    METHODS[settings.method.name](settings.method).check(
+    method_class(settings.method.name)(settings.method).check(
         replace(workshop, student=settings.student)
     )
     student = workshop.new_student()

@@ -10,7 +10,7 @@ from torch import nn
 from fedkd.distillation.fit.workshop import EpochListener, Workshop, labels_only
 from fedkd.distillation.judging.result import Distillation
 from fedkd.distillation.judging.scores import finished_logits, score, teacher_on_training_rows
-from fedkd.distillation.methods import METHODS
+from fedkd.distillation.methods import method_class
 from fedkd.distillation.run.finishing import (
     QUANTISED_STUDENT,
     compare_with_float,
@@ -63,7 +63,7 @@ def distill(
     if rows is None:
         rows = load_rows(settings.data, seed=settings.seed, device=choose_device(settings.device))
     workshop = open_workshop(settings, rows, observe)
-    method = METHODS[settings.method.name](settings.method)
+    method = method_class(settings.method.name)(settings.method)
     distilled = method.run(workshop)
     finish_student(distilled.student, workshop)
     twin = workshop.new_twin()
@@ -125,7 +125,7 @@ def open_workshop(
         listener=observe,
         compares_gradients=settings.diagnostics.gradients,
     )
-    if not METHODS[settings.method.name].needs_teacher:
+    if not method_class(settings.method.name).needs_teacher:
         return workshop
     return workshop.taught_by(train_teacher(settings.teacher, workshop))
 

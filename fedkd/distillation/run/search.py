@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fedkd.distillation.fit.group import GroupSettings
 from fedkd.distillation.fit.method import Method
 from fedkd.distillation.fit.workshop import EpochListener, Workshop
-from fedkd.distillation.methods import METHODS
+from fedkd.distillation.methods import method_class
 from fedkd.distillation.run.finishing import finish_student
 from fedkd.distillation.run.running import choose_device, open_workshop
 from fedkd.distillation.settings import DistillSettings
@@ -135,7 +135,7 @@ def search(
         watch = [observe(trial) if observe is not None else _nobody for trial in trials]
         of_seed = settings.model_copy(update={"seed": seed})
         workshop = open_workshop(of_seed, rows, watch[0])
-        method = METHODS[settings.method.name](settings.method)
+        method = method_class(settings.method.name)(settings.method)
         for trial, watcher in zip(trials, watch, strict=True):
             bench = replace(
                 workshop,
