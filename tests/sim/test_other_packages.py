@@ -13,7 +13,14 @@ import sim
 from sim.commands.arms import load_study
 from sim.commands.running import settings_of_run
 from sim.keeping.provenance import changes, provenance_of
-from sim.settings import Settings, SettingsError, load_settings, read_settings, settings_from_table
+from sim.settings import (
+    Settings,
+    SettingsError,
+    load_distill_settings,
+    load_settings,
+    read_settings,
+    settings_from_table,
+)
 from sim.settings.permission import allow_flags
 
 NAME = "lone_methods.again:Again"
@@ -52,6 +59,48 @@ def function():
     pass
 '''
 
+DISTILLING = '''
+from typing import ClassVar
+
+from fedkd.bounds import Count
+from fedkd.distillation.fit.method import MethodResult, MethodSettings
+from fedkd.distillation.methods.offline import Offline
+from fedkd.objectives.basic import LogitMSE
+
+
+class Settings(MethodSettings):
+    lessons: Count = 1
+
+
+class Lessons(Offline):
+    """Distil several times over."""
+
+    Settings = Settings
+
+    def run(self, workshop):
+        student = workshop.new_student()
+        for lesson in range(self.settings.lessons):
+            workshop.fit(student, name="student", teacher=workshop.teacher)
+        return MethodResult(student)
+
+
+class Distance(LogitMSE):
+    kind: str = ""
+    times: Count = 1
+
+    def value(self, view, parts, pairs):
+        return self.times * super().value(view, parts, pairs)
+'''
+LESSONS, DISTANCE = "lone_methods.distilling:Lessons", "lone_methods.distilling:Distance"
+SMALL_DISTILLATION = (
+    "data.private_rows=60",
+    "data.public.size=40",
+    "data.test_rows=80",
+    "teacher.models=mlp",
+    "teacher.training.epochs=1",
+    "training.epochs=1",
+)
+
 Small = Callable[..., Settings]
 
 
@@ -61,6 +110,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     (folder / "again.py").write_text(METHOD)
+    (folder / "distilling.py").write_text(DISTILLING)
     monkeypatch.syspath_prepend(folder.parent)
     yield folder
     for name in [name for name in sys.modules if name.startswith("lone_methods")]:
@@ -91,7 +141,7 @@ def test_it_runs_and_its_settings_make_a_difference(small: Small, package: Path)
         "strategy=lone_methods.again:Settings": "must be a subclass of strategies.",
         "strategy=lone_methods.again:Nope": "has no attribute 'Nope'",
         "strategy=lone_methods.nope:Again": "strategy.name 'lone_methods.nope:Again': cannot",
-        "strategy=lone_methods.again": "unknown strategy 'lone_methods.again'; known: dml, fedavg",
+        "strategy=lone_methods.again": "unknown strategy 'lone_methods.again'; known: dml, ",
     }.items(),
 )
 def test_what_cannot_work_is_one_line_that_names_the_setting(
@@ -101,6 +151,68 @@ def test_what_cannot_work_is_one_line_that_names_the_setting(
         load_settings(None, words.split(" ", 1) if "{" in words else words.split())
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_term_of_one_s_own_is_minimised_by_clients(small: Small, package: Path) -> None:
+    def digest(kind: str) -> str | None:
+        words = (f"strategy.objective={{ce: 1, far: {{kind: '{kind}'}}}}", "rounds=2")
+        return sim.run(small("strategy.name=dml", *words)).weights_sha256
+
+    assert digest(DISTANCE) == digest("mse")
+    settings = small("strategy.name=dml", f"strategy.objective={{far: {{kind: '{DISTANCE}'}}}}")
+    assert allow_flags(settings) == " --allow lone_methods"
+    assert "lone_methods/distilling.py" in provenance_of(settings).code
+
+
+def test_a_method_of_one_s_own_distils(package: Path, tmp_path: Path) -> None:
+    def student(*words: str) -> object:
+        words = (*SMALL_DISTILLATION, *words, f"output={tmp_path / 'runs'}")
+        result = sim.distill(load_distill_settings(None, words))
+        made_of = json.loads((result.folder / "identity.json").read_text())
+        assert ("lone_methods/distilling.py" in made_of["code"]) == (len(words) > 7)
+        measured = result.row["models"]["student"]
+        return {key: value for key, value in measured.items() if key != "latency_s"}
+
+    assert student(f"method={LESSONS}") == student()
+    other = student(
+        f"method={LESSONS}",
+        "method.lessons=3",
+        f"objective={{ce: 1, far: {{kind: '{DISTANCE}', times: 2}}}}",
+    )
+    assert other != student()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    {
+        f"method={LESSONS} method.lesson=2": "unknown setting 'method.lesson'; did you mean "
+        "'method.lessons'?",
+        f"method={LESSONS} method.lessons=0": "method.lessons: must be greater than or equal to 1",
+        "method=lone_methods.distilling:Distance": "method.name 'lone_methods.distilling:Distance' "
+        "must be a subclass of fedkd.distillation.fit.method.Method",
+        "method=lone_methods.distilling:Nope": "has no attribute 'Nope'",
+        "method=lone": "unknown method 'lone'; known: offline, dml",
+    }.items(),
+)
+def test_what_cannot_distil_is_one_line(package: Path, words: str, complaint: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_distill_settings(None, words.split())
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_alone_makes_neither_a_method_nor_a_term_run(package: Path, tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    for text, setting in (
+        (f"method: '{LESSONS}'", "method.name"),
+        (f"objective: {{far: {{kind: '{DISTANCE}'}}}}", "objective.far.kind"),
+    ):
+        config.write_text(text)
+        with pytest.raises(SettingsError, match=f"{setting}: .*only a file names"):
+            load_distill_settings(config)
+        assert "lone_methods" not in sys.modules
+        assert load_distill_settings(config, allow=["lone_methods.distilling"])
+        del sys.modules["lone_methods"], sys.modules["lone_methods.distilling"]
 
 
 def test_saved_settings_are_read_again_and_travel_as_a_table(small: Small, package: Path) -> None:
