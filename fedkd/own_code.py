@@ -194,7 +194,7 @@ def by_name(
 
     kinds = [
         *(Annotated[kind.Settings, Tag(name)] for name, kind in table.items()),
-        Annotated[SerializeAsAny[base], PlainValidator(read), Tag(OTHER_PACKAGE)],  # type: ignore[valid-type]
+        Annotated[SerializeAsAny[base], PlainValidator(read), Tag(OTHER_PACKAGE)],  # type: ignore[misc, valid-type]
     ]
     return Annotated[Union[tuple(kinds)], Discriminator(name_of)]  # noqa: UP007 - not known before
 

@@ -125,12 +125,12 @@ def test_settings_have_to_be_settings_that_hold_the_full_name() -> None:
     class Fixed(Base):
         name: type = int
 
-    own_code.check_settings(type("A", (), {"Settings": Named}), Base, "name", "x")
+    own_code.check_settings(type("A", (), {"Settings": Named}), Base, "x")
     for owner, complaint in (
         ({}, "x needs Settings, a class derived from .*Base; got None"),
         ({"Settings": {"count": 3}}, "got {'count': 3}"),
         ({"Settings": dict}, "got <class 'dict'>"),
-        ({"Settings": Fixed}, "must have 'name: str', got 'name: <class 'type'>'"),
+        ({"Settings": Fixed}, "x: its Settings must have 'name: str', got 'name: <class 'type'>'"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            own_code.check_settings(type("A", (), owner), Base, "name", "x")
+            own_code.check_settings(type("A", (), owner), Base, "x")
