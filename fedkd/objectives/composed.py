@@ -164,7 +164,7 @@ class BoundObjective:
         return any(need in bound.term.needs for bound in self.terms.values())
 
     def losses(
-        self, view: View, parts: Mapping[str, Parts] | None = None
+        self, view: View, parts: Mapping[str, Parts] | None = None, *, labels_only: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """Return each term times its weight; their sum is minimised.
 
@@ -174,11 +174,12 @@ class BoundObjective:
         Args:
             view: the step.
             parts: how to run the modules of each term; None: as they are.
+            labels_only: leave out all terms but those of labelled rows.
         """
         losses = {}
         for name, bound in self.terms.items():
             weight = bound.term.weight.at(view.progress)
-            if weight == 0:
+            if weight == 0 or (labels_only and set(bound.term.needs) != {"labels"}):
                 continue
             own = self._parts[name] if parts is None else parts[name]
             loss = bound.term.value(view, own, bound.pairs)

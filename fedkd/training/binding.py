@@ -75,7 +75,7 @@ class BoundLearners:
         self._rows = rows
         self.objectives = self._bind(0)
         self.parts = _parts_of(self.objectives)
-        layers: dict[str, list[str]] = {name: [] for name in composed.learners}
+        layers: dict[str, list[str]] = {name: [] for name in composed.models}
         for name, learner in composed.learners.items():
             layers[name] += self.objectives[name].student_layers
             if learner.teacher is not None:
@@ -114,6 +114,8 @@ class BoundLearners:
         outputs: Mapping[str, Outputs],
         batch: Batch,
         parts: PartsOf | None = None,
+        *,
+        alone: bool = False,
     ) -> Losses:
         """Return every learner's weighted terms, by their names in the metrics.
 
@@ -122,12 +124,17 @@ class BoundLearners:
             outputs: of every model, by name.
             batch: the step's rows.
             parts: how to run the parts; None: as the modules that they are.
+            alone: whether the client has no public rows, though others have: terms that learn
+                from targets on them are left out.
         """
         losses: Losses = {}
         for name, bound in self.objectives.items():
             view = composed.view(name, outputs, batch)
             own = None if parts is None else parts[name]
-            for term, loss in bound.losses(view, own).items():
+            taught_in_public = composed.learners[name].teacher is None
+            for term, loss in bound.losses(
+                view, own, labels_only=alone and taught_in_public
+            ).items():
                 losses[composed.loss_name(name, term)] = loss
         return losses
 
@@ -231,10 +238,11 @@ class BoundLearners:
             return torch.randn(2, *shape, device=device)
 
         outputs, settings = {}, {}
-        for name, learner in self._composed.learners.items():
+        for name in self._composed.models:
             shapes = layer_shapes(self._modules[name], self._inputs) if self.layers[name] else {}
             features = {layer: draw(rows, *shapes[layer]) for layer in self.layers[name]}
             outputs[name] = Outputs(draw(rows, classes), draw(rows, classes), features)
+        for name, learner in self._composed.learners.items():
             for term in self.objectives[name].terms:
                 settings[self._composed.loss_name(name, term)] = f"{learner.setting}.{term}"
         labels = torch.arange(rows, device=device).remainder(classes).expand(2, rows)
@@ -282,10 +290,13 @@ def stacking_of(
     Raises:
         ValueError: if the objective does not fit the models.
     """
+    known = dict(models)
     modules = {
-        name: build_model(model, input_shape=input_shape, num_classes=num_classes, seed=0)
-        for name, model in models
-        if name in composed.learners
+        # A teacher that never trains has the architecture of a model of the client.
+        name: build_model(
+            known.get(name, models[0][1]), input_shape=input_shape, num_classes=num_classes, seed=0
+        )
+        for name in composed.models
     }
     bound = BoundLearners(
         composed,

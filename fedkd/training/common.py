@@ -204,9 +204,18 @@ class BackendCohort(Cohort):
             return tuple(objective.learners)
         return tuple(models or (self._first,))
 
+    def _teachers(self, objective: object) -> Sequence[str]:
+        """Return the models that a composed objective cannot do without."""
+        return objective.models if isinstance(objective, ComposedObjective) else ()
+
+    def _models_of(self, fit: Fit) -> dict[str, ModelSettings]:
+        """Return the architectures of all models by name, those that never train included."""
+        return self._models | {name: self._models[like] for name, like in fit.frozen.items()}
+
     def _resolved(
         self,
         learning: Sequence[str],
+        teachers: Sequence[str],
         *,
         private: Passes | None,
         public: PublicLesson | None,
@@ -224,6 +233,12 @@ class BackendCohort(Cohort):
         """
         for name in learning:
             self._settings_of(name)
+        absent = [name for name in teachers if name not in (*learning, *frozen)]
+        if absent:
+            raise ValueError(
+                f"{absent[0]!r} teaches in this fit and is not in it: it must learn as well, or "
+                f"be named in frozen; there are {', '.join([*learning, *frozen])}"
+            )
         followed = {}
         for name, average in (averages or {}).items():
             model = average.model or self._first

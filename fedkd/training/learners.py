@@ -17,8 +17,9 @@ class Learner:
 
     Attributes:
         objective: the terms that it minimises.
-        teacher: another model of the client, which teaches on the client's private rows while it
-            learns itself. None: the targets of the public rows teach, on those rows.
+        teacher: another model, which teaches on the client's private rows: one that learns in the
+            same step, or one that never trains. None: the targets of the public rows teach, on
+            those rows.
         setting: the setting that holds the objective, for messages.
     """
 
@@ -43,7 +44,7 @@ class ComposedObjective:
         temperature: at which these probabilities are taken; > 0.
 
     Raises:
-        ValueError: if there is no learner, or a teacher is none of them.
+        ValueError: if there is no learner.
     """
 
     learners: Mapping[str, Learner]
@@ -54,15 +55,15 @@ class ComposedObjective:
     def __post_init__(self) -> None:
         if not self.learners:
             raise ValueError("a composed objective needs at least one learner, got none")
-        for name, learner in self.learners.items():
-            if learner.teacher is not None and learner.teacher not in self.learners:
-                raise ValueError(
-                    f"{name!r} learns from {learner.teacher!r}, which must learn as well; "
-                    f"there are {', '.join(self.learners)}"
-                )
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that a step needs: those that learn, then teachers that never train."""
+        teachers = [own.teacher for own in self.learners.values() if own.teacher is not None]
+        return tuple(dict.fromkeys([*self.learners, *teachers]))
 
     @property
     def key(self) -> str:

@@ -121,6 +121,7 @@ class LoopCohort(BackendCohort):
     ) -> list[RowOutputs]:
         fit = self._resolved(
             self._learning(objective, models),
+            self._teachers(objective),
             private=private,
             public=public,
             frozen=frozen,
@@ -138,15 +139,18 @@ class LoopCohort(BackendCohort):
         elif objective.idle:
             return self._nothing_kept(fit)
         else:
-            bound = self._pool.bound(objective, self._models)
-            parts = self._pool.parts_slot(objective, self._models)
-            losses_of = partial(bound.losses, objective)
+            architectures = self._models_of(fit)
+            bound = self._pool.bound(objective, architectures)
+            parts = self._pool.parts_slot(objective, architectures)
             fit = fit.with_layers(bound.layers)
             kept = []
             for position, member in enumerate(self._members):
                 if parts is not None:
                     own = self._parts[position]
                     parts.load(parts_of(bound, own, self._streams.seed, member.client))
+                lesson = fit.lesson(position)
+                alone = lesson is not None and not len(lesson.rows)
+                losses_of = partial(bound.losses, objective, alone=alone)
                 kept.append(self._fit_member(fit, position, losses_of, parts))
                 if parts is not None:
                     self._parts[position] = with_parts(self._parts[position], parts.state())
@@ -430,6 +434,9 @@ class _Step:
 
 def _descend(learning: Sequence[Slot], losses: Losses) -> None:
     """Take one step down the sum of the losses."""
+    if not losses:
+        # Nothing is in force for a client without public rows: it rests.
+        return
     for slot in learning:
         slot.optimizer.zero_grad()
     total(losses).backward()

@@ -223,8 +223,7 @@ class ModelPool:
         key = _bound_key(composed, models)
         if key not in self._bound:
             modules = {
-                name: self.build(models[name], seed=0).to(self._device)
-                for name in composed.learners
+                name: self.build(models[name], seed=0).to(self._device) for name in composed.models
             }
             self._bound[key] = BoundLearners(
                 composed,
@@ -339,7 +338,7 @@ def with_parts(state: ModelState | None, changed: ModelState) -> ModelState:
 
 
 def _bound_key(composed: ComposedObjective, models: Mapping[str, ModelSettings]) -> str:
-    return "; ".join([composed.key, *(f"{name}={models[name].key}" for name in composed.learners)])
+    return "; ".join([composed.key, *(f"{name}={models[name].key}" for name in composed.models)])
 
 
 def initial_model_seed(seed: int, client: int) -> int:

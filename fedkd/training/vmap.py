@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedkd.models import ModelSettings
 from fedkd.models.dropout import step_keys
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
@@ -134,6 +135,7 @@ class VmapCohort(BackendCohort):
     ) -> list[RowOutputs]:
         fit = self._resolved(
             self._learning(objective, models),
+            self._teachers(objective),
             private=private,
             public=public,
             frozen=frozen,
@@ -147,7 +149,8 @@ class VmapCohort(BackendCohort):
             return self._fit_stacks(fit, self._runs(fit), _on_outputs(objective))
         if objective.idle:
             return self._nothing_kept(fit)
-        bound = self._pool.bound(objective, self._models)
+        architectures = self._models_of(fit)
+        bound = self._pool.bound(objective, architectures)
         if bound.stacking.obstacle:
             raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
         runs = self._runs(fit)
@@ -156,7 +159,7 @@ class VmapCohort(BackendCohort):
                 f"{bound.stacking.mixes_rows} compares the rows of a batch with each other and "
                 f"cannot leave out those that pad the batches of clients with fewer; {TRY_LOOP}"
             )
-        parts = self._stacked_parts(objective)
+        parts = self._stacked_parts(objective, architectures)
         kept = self._fit_stacks(
             fit.with_layers(bound.layers),
             runs,
@@ -170,11 +173,13 @@ class VmapCohort(BackendCohort):
             ]
         return kept
 
-    def _stacked_parts(self, objective: ComposedObjective) -> Stack | None:
-        skeleton = self._pool.parts_skeleton(objective, self._models)
+    def _stacked_parts(
+        self, objective: ComposedObjective, architectures: Mapping[str, ModelSettings]
+    ) -> Stack | None:
+        skeleton = self._pool.parts_skeleton(objective, architectures)
         if skeleton is None:
             return None
-        bound = self._pool.bound(objective, self._models)
+        bound = self._pool.bound(objective, architectures)
         states = [
             parts_of(bound, own, self._streams.seed, member.client)
             for own, member in zip(self._parts, self._members, strict=True)
@@ -552,12 +557,12 @@ class _Step:
             tables=steps.tables_of(rows),
         )
         if self._parts is None or self._parts_with is None:
-            losses = self._losses_of(outputs, batch)
+            losses = self._losses_of(outputs, batch, alone=steps.alone)
         else:
             skeleton = self._parts.skeleton
             _tell_what_counts(skeleton, steps, rows)
             run = partial(skeleton.run_at, handed[-1])
-            losses = self._losses_of(outputs, batch, self._parts_with(run))
+            losses = self._losses_of(outputs, batch, self._parts_with(run), alone=steps.alone)
         for table in self._features.values():
             # A member's tensors mean nothing outside of vmap.
             table.clear()
@@ -612,6 +617,9 @@ def _gradients(losses: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> Sequen
 
     A member's losses reach its own tensors only, so one backward pass serves all.
     """
+    if not losses:
+        # Nothing is in force for clients without public rows: they rest.
+        return [None] * len(leaves)
     gradients: Sequence[Tensor | None] = torch.autograd.grad(
         total(dict(losses)).sum(), leaves, allow_unused=True
     )
@@ -703,7 +711,7 @@ def _on_outputs(objective: Objective | JointObjective) -> Callable[..., dict[str
     """Hand an objective what it expects: one model's outputs, or those of several by name."""
     of_step: Any = objective
 
-    def losses(outputs: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+    def losses(outputs: Mapping[str, Outputs], batch: Batch, *, alone: bool) -> dict[str, Tensor]:  # noqa: ARG001
         seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
         named: dict[str, Tensor] = of_step(seen, batch)
         return named
@@ -764,6 +772,7 @@ class _StackedSteps:
         seed: of torch's global generators during the fit.
         padded: whether any step has rows that do not count.
         apart: whether private and public rows go through the models one after the other.
+        alone: whether these members have no public rows, though others have.
         targets: what tells the scale of the lesson's targets.
         private_rows: ids of all private rows of each member, in the order of its steps.
         num_private, fewest: of the step last taken: private rows of its width, and rows of its
@@ -798,6 +807,7 @@ class _StackedSteps:
         self.targets: Targets | None = None
         self._targets: _OfMembers | None = None
         self.apart = public is not None and public.apart and bool(own) and bool(shared)
+        self.alone = public is not None and not shared
         if public is not None and shared:
             self._public = _Padded(shared, device)
             self._public_rows = _tensors_of_members(public.rows, order, device)

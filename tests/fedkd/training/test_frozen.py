@@ -7,9 +7,12 @@ import torch.nn.functional as F
 
 from fedkd.losses.response import soft_target_kl, soft_target_loss
 from fedkd.models import ModelSettings, build_model
+from fedkd.objectives import Objective
 from fedkd.training import (
     Average,
     ClientState,
+    ComposedObjective,
+    Learner,
     OptimizerSettings,
     Passes,
     check_state,
@@ -326,3 +329,40 @@ def test_an_average_in_a_state_must_be_one_of_the_client_s_models(both_kinds):
         odd = ClientState(state.models, {**state.arrays, name: array})
         with pytest.raises(ValueError, match=message):
             check_state(odd, like, ("momentum_buffer",), made_later="parts")
+
+
+# -- composed objectives -----------------------------------------------------------------------
+
+
+def composed(**terms):
+    return ComposedObjective(
+        learners={"model": Learner(objective=Objective.model_validate(terms), teacher="teacher")}
+    )
+
+
+COMPOSED = {
+    "logits": {"ce": 1.0, "kd": {"temperature": 2.0}, "ntd": 0.5},
+    "layers": {"ce": 1.0, "hint": 0.3},
+}
+
+
+@pytest.mark.parametrize("terms", COMPOSED.values(), ids=COMPOSED.keys())
+@every_model
+def test_terms_learn_from_a_frozen_teacher(
+    float64, both_kinds, largest_difference, same_bits, model, terms
+):
+    loop, vmap = both_kinds(model=model)
+    teacher = fresh(model, 50)
+    for cohort in (loop, vmap):
+        cohort.freeze("teacher", teacher)
+        cohort.fit(composed(**terms), private=PASSES, frozen=["teacher"])
+        assert same_bits(cohort.weights(model="teacher")[0], teacher)
+        assert set(cohort.metrics()[0]) == {f"loss/{name}" for name in terms}
+    assert largest_difference(loop.states(), vmap.states()) < 1e-5
+
+
+@every_kind
+def test_terms_with_a_teacher_that_is_not_there_are_refused(both_kinds, kind):
+    cohort = both_kinds()[kind]
+    with pytest.raises(ValueError, match="'teacher' teaches in this fit and is not in it"):
+        cohort.fit(composed(ce=1.0, kd=1.0), private=PASSES)

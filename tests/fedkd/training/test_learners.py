@@ -106,9 +106,10 @@ def test_a_peer_without_private_rows_is_refused(outputs, batch):
         mutual().view("private", outputs, batch)
 
 
-def test_a_teacher_has_to_learn_itself():
-    with pytest.raises(ValueError, match="'private' learns from 'mentor', which must learn"):
-        ComposedObjective(learners={"private": learner(teacher="mentor")})
+def test_a_teacher_learns_itself_or_never_trains():
+    assert mutual().models == tuple(mutual().learners)
+    frozen = ComposedObjective(learners={"private": learner(teacher="mentor")})
+    assert frozen.models == ("private", "mentor")
     with pytest.raises(ValueError, match="at least one learner"):
         ComposedObjective(learners={})
 

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.models import ModelSettings, build_model
+from fedkd.objectives import Objective
 from fedkd.targets import Targets
 from fedkd.training import (
     ClientState,
+    ComposedObjective,
+    Learner,
     OptimizerSettings,
     Passes,
     PublicLesson,
@@ -264,3 +267,21 @@ def test_a_fit_s_own_optimizer_begins_without_memory(both_kinds, same_bits, kind
     fresh.fit(supervised, private=PASSES)
     for one, other in zip(cohort.weights(), fresh.weights(), strict=True):
         assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("terms", [{"ce": 1.0, "kd": {"temperature": 2.0}}, {"kd": 1.0}])
+def test_terms_that_learn_in_public_rest_where_a_member_has_no_public_rows(
+    float64, both_kinds, largest_difference, public_lesson, terms
+):
+    objective = ComposedObjective(
+        learners={"model": Learner(objective=Objective.model_validate(terms))}
+    )
+    loop, vmap = both_kinds()
+    first = loop.weights()[1]
+    for cohort in (loop, vmap):
+        cohort.fit(objective, private=PASSES, public=public_lesson(ROWS["none for one"]))
+        named = [{f"loss/{name}" for name in terms} - own.keys() for own in cohort.metrics()]
+        assert named == [set(), {"loss/kd"}, set()]
+    assert largest_difference(loop.states(), vmap.states()) < 1e-5
+    rested = largest_difference(loop.weights()[1], first) == 0
+    assert rested == ("ce" not in terms)
