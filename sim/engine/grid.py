@@ -157,7 +157,7 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
     def client_states(self, clients: Iterable[int]) -> Iterator[ClientState | None]:
         """Yield each client's latest state, None for a client that has not trained yet."""
         for client in clients:
-            handle = self._state_of(client)
+            handle = self.state_of(client)
             yield None if handle is None else self._fetch(handle)
 
     def load_states(self, states: Iterable[tuple[int, ClientState]]) -> None:
@@ -193,23 +193,31 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         events, self._events = self._events, []
         return events
 
-    def _state_of(self, client: int) -> Handle | None:
+    def state_of(self, client: int) -> Handle | None:
+        """Return what is kept of a client's latest state; None before its first training."""
         return self._pending.get(client) or self._committed.get(client)
 
-    def _exclude(self, call: CohortCall, reason: str) -> None:
+    def exclude(self, call: CohortCall, reason: str) -> None:
+        """Never ask these clients again."""
         for client in call.clients:
             self._excluded[client] = f"excluded since round {call.round}: {reason}"
-        self._tell("excluded", call, reason)
+        self.tell("excluded", call, reason)
 
-    def _tell(self, event: str, call: CohortCall, reason: str) -> None:
+    def tell(self, event: str, call: CohortCall, reason: str) -> None:
+        """Write down what happened to the clients of a call."""
         self._events.extend(
             {"round": call.round, "client": client, "event": event, "reason": reason}
             for client in call.clients
         )
 
-    def _tell_split(self, call: CohortCall, reason: str) -> None:
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Write down an event."""
+        self._events.append(dict(row))
+
+    def tell_split(self, call: CohortCall, reason: str) -> None:
+        """Write down that members of a stack had to train one by one."""
         if reason:
-            self._tell("stack split", call, f"trained one by one because of {reason}")
+            self.tell("stack split", call, f"trained one by one because of {reason}")
 
     # -- Flower's Grid ---------------------------------------------------------------------
 

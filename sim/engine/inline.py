@@ -19,10 +19,10 @@ class InlineGrid(CohortGrid[ClientState]):
 
     def _execute(self, calls: Sequence[PackedCall]) -> Iterator[tuple[int, Outcome]]:
         for position, packed in enumerate(calls):
-            states = [self._state_of(client) for client in packed.call.clients]
+            states = [self.state_of(client) for client in packed.call.clients]
             served = self._runtime.serve(packed.call, packed.received, states)
             self._pending.update(served.states)
-            self._tell_split(packed.call, served.split)
+            self.tell_split(packed.call, served.split)
             yield position, Outcome(served.answers)
 
     def _fetch(self, handle: ClientState) -> ClientState:

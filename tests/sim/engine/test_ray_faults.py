@@ -155,14 +155,14 @@ def test_no_process_is_left_when_a_run_with_deaths_ends(
 def test_workers_that_die_while_they_start_end_the_run_instead_of_dying_for_ever(
     small: Small, session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sim.engine import ray_grid
+    from sim.engine import dispatch
     from sim.server.replies import QuorumError
 
     class Stillborn(Worker):
         def configure(self, settings: object, data: object) -> None:
             os._exit(1)
 
-    monkeypatch.setattr(ray_grid, "DEATHS_IN_A_ROW", 3)
+    monkeypatch.setattr(dispatch, "DEATHS_IN_A_ROW", 3)
     monkeypatch.setattr(session, "_start_worker", lambda: ray.remote(Stillborn).remote("."))
     # One client has one worker, and none of those that take its place comes to life.
     one = ["clients.count=1", "engine.retries=1", "engine.below_quorum=abort"]
