@@ -417,7 +417,8 @@ class Cohort(ABC):
         """Keep an array with each member, under a name; it stays in the clients' states.
 
         Args:
-            name: 1 to 300 characters; not ``average/...``, which running averages use.
+            name: 1 to 300 characters; not ``average/...`` or
+                ``exchange/...``, which are those of running averages and codecs.
             values: one for each member, of any shape; None forgets what it had.
 
         Raises:

@@ -20,6 +20,10 @@ from fedkd.training.cohort import (
 from fedkd.training.state import AVERAGE, Arrays, ClientState, check_named_array, copy_to_numpy
 
 
+RESERVED = (AVERAGE, "exchange/")
+"""How names begin that an algorithm cannot give: a codec's memory stays in the same place."""
+
+
 @dataclass(frozen=True, slots=True)
 class FrozenModel:
     """Weights of a model that never trains.
@@ -82,8 +86,11 @@ class KeptArrays:
                 f"kept array {name!r} needs one array for each of {len(self._arrays)} members, "
                 f"got {len(values)}"
             )
-        if name.startswith(AVERAGE):
-            raise ValueError(f"names that begin with {AVERAGE!r} are running averages', {name!r}")
+        if name.startswith(RESERVED):
+            raise ValueError(
+                f"names that begin with {' or '.join(RESERVED)} are those of running averages and "
+                f"codecs, got {name!r}"
+            )
         for value in values:
             check_named_array(name, np.zeros(0) if value is None else value)
         for own, value in zip(self._arrays, values, strict=True):
