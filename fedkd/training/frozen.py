@@ -19,7 +19,6 @@ from fedkd.training.cohort import (
 )
 from fedkd.training.state import AVERAGE, Arrays, ClientState, check_named_array, copy_to_numpy
 
-
 RESERVED = (AVERAGE, "exchange/")
 """How names begin that an algorithm cannot give: a codec's memory stays in the same place."""
 
