@@ -18,6 +18,7 @@ from strategies.public_predictions.scarlet import SCARLET
 from strategies.regularised.fedntd import FedNTD
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
+from strategies.two_models.proxyfl import ProxyFL
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "dml": DML,
@@ -31,6 +32,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "local": Local,
     "one_way": OneWay,
     "pooled": Pooled,
+    "proxyfl": ProxyFL,
     "scarlet": SCARLET,
 }
 """The table of names: what ``strategy.name`` may be, besides the name of somebody's own class."""

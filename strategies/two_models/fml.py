@@ -25,7 +25,7 @@ from fedkd.exchange.values import Value
 from fedkd.exchange.views import Weighting
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
-from fedkd.training import Architecture, Cohort, ComposedObjective, Learner
+from fedkd.training import Architecture, Cohort, ComposedObjective
 from strategies.contract import (
     Call,
     Received,
@@ -39,13 +39,10 @@ from strategies.contract import (
     Upload,
 )
 from strategies.shared.means import mean_weights
+from strategies.two_models.pairs import HALF_AND_HALF, PRIVATE, each_other, learns_alone
 
-PRIVATE, MEME = "private", "meme"
-"""A client's models by name; the private one is judged."""
-
-HALF_AND_HALF = Objective.model_validate(
-    {"ce": 0.5, "kd": {"weight": 0.5, "temperature": 1.0}},
-)
+MEME = "meme"
+"""The model that travels."""
 
 
 class FMLSettings(StrategySettings):
@@ -99,30 +96,15 @@ class FML(Strategy[FMLSettings, Meme]):
     @property
     def learns_alone(self) -> bool:
         """Whether a private model never learns from its meme; the meme may from it."""
-        terms = self.settings.objective.terms.values()
-        return all(self.federation.never(t.weight) for t in terms if t.needs != ("labels",))
+        return learns_alone(self.settings.objective, self.federation)
 
     def composed(self) -> ComposedObjective:
         """Both models' objectives, each with the other model as its teacher."""
         return self._mutual(0.0)
 
     def _mutual(self, progress: float) -> ComposedObjective:
-        settings, in_force = self.settings, self.federation.in_force
-        return ComposedObjective(
-            learners={
-                PRIVATE: Learner(
-                    objective=in_force(settings.objective),
-                    teacher=MEME,
-                    setting="strategy.objective",
-                ),
-                MEME: Learner(
-                    objective=in_force(settings.meme_objective),
-                    teacher=PRIVATE,
-                    setting="strategy.meme_objective",
-                ),
-            },
-            progress=progress,
-        )
+        objectives = {PRIVATE: self.settings.objective, MEME: self.settings.meme_objective}
+        return each_other(objectives, federation=self.federation, progress=progress)
 
     def smallest_steps(self) -> Iterator[Step]:
         """A client's meme learns in every step, too."""

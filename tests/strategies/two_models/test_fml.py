@@ -19,7 +19,8 @@ from fedkd.training import (
     initial_model_seed,
 )
 from strategies.contract import Upload
-from strategies.two_models.fml import MEME, PRIVATE, FMLSettings
+from strategies.two_models.fml import MEME, FMLSettings
+from strategies.two_models.pairs import PRIVATE
 
 LIHINT = {"name": "mlp", "options": {"hidden": []}}
 SGD = {"name": "sgd", "lr": 0.1}
