@@ -5,9 +5,10 @@ reply with a reason in one short line; one that decodes to the very numbers of t
 harmless.
 """
 
+import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +18,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from harness import HARMLESS, Case
 
-from fedkd.models import ModelSettings
-from fedkd.training import Passes
+from fedkd.exchange.codecs import TopK
+from fedkd.exchange.payload import Asked as Wanted
+from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Bundle, ClassTable, Predictions, Prototypes, Weights
+from fedkd.exchange.pipeline import BadPayloadError, ExchangeState, ServerTurn, Stages
+from fedkd.exchange.values import flatten
 from sim.server.validation import (
     ACCURACIES,
     LONGEST_REASON,
@@ -28,8 +33,6 @@ from sim.server.validation import (
 )
 from sim.wire.flower import identify_process
 from sim.wire.messages import ClientReply, reply_content
-from strategies.knowledge import Parameters, Predictions
-from strategies.plan import Federation
 
 ROUND = 2
 ROWS, CLASSES, TEST_ROWS = 20, 5, 30
@@ -37,11 +40,18 @@ ROWS, CLASSES, TEST_ROWS = 20, 5, 30
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for, and a good answer."""
+    """What was asked for, and a good answer.
+
+    Attributes:
+        payload: what has to be sent, decoded; None: nothing.
+        stages: what it passes on its way.
+    """
 
     name: str
-    expected: Expected
     reply: ClientReply
+    payload: Wanted | None = None
+    expected: Expected | None = None
+    stages: Stages = field(default_factory=Stages)
 
     def content(self) -> RecordDict:
         """Return the answer as ordinary records, none of them shared."""
@@ -61,47 +71,51 @@ def _copy(record: Any) -> Any:
 
 
 def asked(rng: np.random.Generator) -> list[Asked]:
-    """Return a training that sends predictions, one that sends parameters, and an evaluation."""
-    federation = Federation(
-        seed=0,
-        rounds=3,
-        participation=1.0,
-        models=(ModelSettings(name="mlp"),),
-        local=Passes(batch_size=8, epochs=1),
-        public_size=40,
-        rows_per_round=ROWS,
-        public_labelled=False,
-        num_classes=CLASSES,
-        num_examples=(12,),
-    )
-    plan = federation.plan(ROUND)
+    """Return trainings that send payloads of several kinds, and an evaluation."""
+    rows = np.sort(rng.choice(2 * ROWS, ROWS, replace=False))
     arrays = {
         "0.weight": rng.normal(size=(4, 3)).astype(np.float32),
         "1.running_var": np.ones(4, np.float32),
         "1.num_batches_tracked": np.array(7, np.int64),
     }
-    layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     scores = rng.normal(size=(ROWS, CLASSES)).astype(np.float32)
-    predictions = Predictions(kind="logits", rows=plan.public_rows, values=scores)
+    whole = Predictions(rows=rows, values=scores)
+    some = Predictions(rows=rows[3:9], values=scores[3:9], ids="subset", planned=ROWS)
+    table = ClassTable(values=rng.dirichlet(np.ones(CLASSES), size=CLASSES).astype(np.float32))
+    prototypes = Prototypes(
+        classes=np.array([0, 2, 3]),
+        values=rng.normal(size=(3, 6)).astype(np.float32),
+        num_classes=CLASSES,
+    )
+    soft = Predictions(
+        rows=rows,
+        values=rng.dirichlet(np.ones(CLASSES), size=ROWS).astype(np.float32),
+        scale="probabilities",
+    )
+    soft_asked = Predictions.asked(rows, CLASSES, scale="probabilities")
+    top = TopK(k=2)
     shares = rng.dirichlet(np.ones(CLASSES), size=TEST_ROWS).astype(np.float32)
-    losses = {"loss/ce": 0.7, "loss/kd": 0.1, "seconds": 0.5}
     return [
-        Asked(
-            "predictions",
-            Expected.training(plan, "predictions"),
-            ClientReply(predictions, losses, None, ROUND),
+        _training("predictions", whole, Predictions.asked(rows, CLASSES)),
+        _training("some predictions", some, Predictions.asked(rows, CLASSES, ids="subset")),
+        _training("weights", Weights(arrays=arrays), Weights.asked(arrays)),
+        _training(
+            "a bundle",
+            Bundle(parts={"means": table, "features": prototypes}),
+            Bundle.asked(means=ClassTable.asked(CLASSES), features=Prototypes.asked(CLASSES, 6)),
         ),
-        Asked(
-            "parameters",
-            Expected.training(plan, "parameters", layout),
-            ClientReply(Parameters(arrays), losses, None, ROUND),
-        ),
+        _training("the largest classes", top.encode(soft, {}, rng)[0], soft_asked, Stages(up=top)),
         Asked(
             "evaluation",
-            Expected.evaluation(plan, "predictions", TEST_ROWS),
             ClientReply(None, dict.fromkeys(ACCURACIES, 0.5), shares, ROUND),
+            expected=Expected.evaluation(ROUND, TEST_ROWS, CLASSES, ensemble=True),
         ),
     ]
+
+
+def _training(name: str, payload: Payload, wanted: Wanted, stages: Stages | None = None) -> Asked:
+    losses = {"loss/ce": 0.7, "loss/kd": 0.1, "seconds": 0.5}
+    return Asked(name, ClientReply(payload, losses, None, ROUND), wanted, stages=stages or Stages())
 
 
 def cases(rng: np.random.Generator, count: int, _: Path) -> Iterator[Case]:
@@ -134,10 +148,17 @@ def _message(content: RecordDict) -> Message:
 
 
 def _attempt(chosen: Asked, message: Message, again: bool) -> str:
+    turn = ServerTurn(chosen.stages, ExchangeState(), seed=0, rounds=3, round=ROUND)
+    expected = chosen.expected
+    if expected is None and chosen.payload is not None:
+        on_the_way = turn.asked(chosen.payload)
+        expected = Expected(round=ROUND, asked=on_the_way, checks_payload=False)
     try:
-        reply = valid_answer(message, chosen.expected, again=again)
-    except RejectedReplyError as error:
-        reason = str(error)
+        reply = valid_answer(message, expected, again=again)
+        turn.receive(0, reply.payload, chosen.payload)
+    except (RejectedReplyError, BadPayloadError) as error:
+        # The round loop makes the one of the other.
+        reason = str(RejectedReplyError(str(error)))
         if not reason or len(reason) > LONGEST_REASON or not reason.isprintable():
             return f"the reason is no short line: {reason!r}"
         return ""
@@ -145,15 +166,13 @@ def _attempt(chosen: Asked, message: Message, again: bool) -> str:
 
 
 def _bits(reply: ClientReply) -> object:
-    knowledge = reply.knowledge
-    if isinstance(knowledge, Predictions):
-        arrays = {"rows": knowledge.rows, "values": knowledge.values}
-    else:
-        arrays = {} if knowledge is None else knowledge.arrays
+    plain, arrays = None, {}
+    if reply.payload is not None:
+        arrays, plain = flatten(reply.payload)
     if reply.test_probabilities is not None:
         arrays = {**arrays, "test": reply.test_probabilities}
     flat = {name: (a.dtype.str, a.shape, a.tobytes()) for name, a in arrays.items()}
-    return reply.round, reply.metrics, flat, getattr(knowledge, "temperature", None)
+    return reply.round, reply.metrics, flat, plain
 
 
 # -- kinds of malformed replies --------------------------------------------------------------
@@ -306,18 +325,45 @@ def _round(content: RecordDict, rng: np.random.Generator) -> None:
 
 def _text(content: RecordDict, rng: np.random.Generator) -> None:
     """Say in words, or in a list, what should be a number or a name."""
-    if "knowledge" in content.config_records and rng.random() < 0.5:
-        told = content.config_records["knowledge"]
-        key = _pick(rng, *told)
-        good = told[key]
-        told[key] = _pick(rng, "x", b"x", ["logits"], True, "\x1b[2J", "1e999", -1.0, 1e308)
-        if key == "temperature" and good is not None and told[key] == good:
-            told[key] = "1"
-        if key == "temperature" and told["kind"] == "parameters":
-            told["kind"] = "x"
+    if "payload" in content.config_records and rng.random() < 0.5:
+        told = content.config_records["payload"]
+        told[_pick(rng, *told)] = _pick(rng, "x", b"x", ["logits"], True, "\x1b[2J", "1e999", -1.0)
         return
     del content["metrics"]
     content["metrics"] = ConfigRecord({"loss/ce": _pick(rng, "0.5", True, b"1", ["0.1"])})
+
+
+def _plain(content: RecordDict, rng: np.random.Generator) -> None:
+    """Say something else in one of the plain values of a payload, or break the text itself."""
+    if "payload" not in content.config_records:
+        _missing(content, rng)
+        return
+    told = content.config_records["payload"]
+    text = str(told["plain"])
+    if rng.random() < 0.3:
+        told["plain"] = _pick(
+            rng, text[: rng.integers(len(text))], "[" * 60_000, "{" * 99, "x" * 10**6, "1" * 5000
+        )
+        return
+    plain = json.loads(text)
+    places = list(_places(plain))
+    inside, key = places[rng.integers(len(places))]
+    good = inside[key]
+    inside[key] = _pick(
+        rng, None, True, -7, 1e308, float("nan"), "x", "\x1b[2J", [], {}, {"array": "x"}, [[1, 2]]
+    )
+    if inside[key] == good:
+        del inside[key]
+    told["plain"] = json.dumps(plain)
+
+
+def _places(plain: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield everything within plain values: what holds it, and under which key."""
+    keys = plain.keys() if isinstance(plain, dict) else range(len(plain))
+    for key in list(keys):
+        yield plain, key
+        if isinstance(plain[key], dict | list):
+            yield from _places(plain[key])
 
 
 def _missing(content: RecordDict, rng: np.random.Generator) -> None:
@@ -395,6 +441,7 @@ KINDS: dict[str, Spoiler] = {
     "labels": _label,
     "rounds": _round,
     "text for numbers": _text,
+    "plain values": _plain,
     "missing records": _missing,
     "records too many": _extra,
     "names of arrays": _names,

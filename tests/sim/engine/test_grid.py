@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedkd.exchange.payloads import Predictions
 from fedkd.training import ClientState, ModelState
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid, Outcome, PackedCall
-from sim.wire.messages import ClientReply, Phase, instruction, read_reply
-from strategies.knowledge import Predictions
+from sim.wire.messages import ClientReply, Phase, Told, instruction, read_reply
 
 
 def state_of(number: int) -> ClientState:
@@ -57,7 +57,7 @@ def grid_of(tiny_data: Callable[..., Any], tiny_settings: Callable[..., Any]) ->
 def ask(
     grid: CohortGrid[Any], clients: Iterable[int], content: object = None, phase: Phase = "train"
 ) -> list[Message]:
-    content = content or instruction(1, None)
+    content = content or instruction(1, Told())
     messages = [Message(content, client + FIRST_NODE_ID, phase) for client in clients]
     return list(grid.send_and_receive(messages))
 
@@ -111,9 +111,9 @@ def test_a_call_that_fails_fails_for_its_clients_only(grid_of: Any) -> None:
 
 def test_what_was_trained_counts_once_it_is_committed(grid_of: Any) -> None:
     grid = grid_of(2)
-    ask(grid, range(2), instruction(1, None))
+    ask(grid, range(2), instruction(1, Told()))
     grid.commit()
-    ask(grid, [1], instruction(2, None))
+    ask(grid, [1], instruction(2, Told()))
     first, second = grid.client_states(range(2))
     assert (first, second) == (first, grid._pending[1])
     assert second.models["model"].weights["weight"][0] == 2
@@ -144,17 +144,17 @@ def test_excluded_clients_are_not_asked_again_not_even_after_a_resume(grid_of: A
 
 def test_a_client_that_drops_out_is_not_asked(grid_of: Any) -> None:
     grid = grid_of(3, faults=[{"kind": "dropout", "clients": [1], "rounds": [2]}])
-    assert not any(reply.has_error() for reply in ask(grid, range(3), instruction(1, None)))
-    replies = ask(grid, range(3), instruction(2, None))
+    assert not any(reply.has_error() for reply in ask(grid, range(3), instruction(1, Told())))
+    replies = ask(grid, range(3), instruction(2, Told()))
     assert [reply.has_error() for reply in replies] == [False, True, False]
-    assert not ask(grid, [1], instruction(2, None, attempt=2))[0].has_error()
+    assert not ask(grid, [1], instruction(2, Told(), attempt=2))[0].has_error()
 
 
 def test_clients_that_receive_one_object_have_it_decoded_once(grid_of: Any) -> None:
     grid = grid_of(4, engine={"vectorize": "vmap", "cohort_size": 4})
     values = np.ones((5, 3), np.float32)
-    piece = Predictions(kind="mean_logit", rows=np.arange(5), values=values)
-    ask(grid, range(4), instruction(1, piece))
+    piece = Predictions(rows=np.arange(5), values=values, averaged=True)
+    ask(grid, range(4), instruction(1, Told(piece)))
     first, *others = grid.calls[0].received
     assert isinstance(first, Predictions)
     assert np.array_equal(first.values, values)
@@ -163,7 +163,7 @@ def test_clients_that_receive_one_object_have_it_decoded_once(grid_of: Any) -> N
 
 def test_push_and_pull_give_the_replies_of_the_ids_asked_for(grid_of: Any) -> None:
     grid = grid_of(3)
-    content = instruction(1, None)
+    content = instruction(1, Told())
     messages = [Message(content, client + FIRST_NODE_ID, "query") for client in range(3)]
     ids = list(grid.push_messages(messages))
     assert [r.metadata.src_node_id for r in grid.pull_messages(ids[1:2])] == [1 + FIRST_NODE_ID]

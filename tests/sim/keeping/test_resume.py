@@ -462,6 +462,9 @@ def first(prefix: str, value: Callable[[np.ndarray], np.ndarray] | None) -> Any:
     return change
 
 
+SHARED = ("state", "fields", "shared", "fields")
+OTHERS = ("state", "fields", "others", "map")
+
 FORGED: dict[str, Any] = {
     "no marks": at("marks"),
     "marks of nothing": at("marks", value={}),
@@ -473,18 +476,30 @@ FORGED: dict[str, Any] = {
     "a backend of no kind": at("grid", "backends", value={"mlp": "fast"}),
     "fewer clients": at("clients", value=3),
     "clients in words": at("clients", value="four"),
-    "pieces that are text": at("broadcast", "pieces", value="none"),
-    "a piece of no kind": at("broadcast", "pieces", 0, "kind", value="weights"),
-    "a hot piece": at("broadcast", "pieces", 0, "temperature", value="hot"),
-    "a cold piece": at("broadcast", "pieces", 0, "temperature", value=-1.0),
-    "a piece that is not there": at("broadcast", "shared", value=7),
+    "a state that is text": at("state", value="none"),
+    "a state of nobody": at("state", "value", value="os:system"),
+    "a state of another algorithm": at(
+        "state", value={"value": "strategies.contract.strategy:Nothing", "fields": {}}
+    ),
+    "a field less": at("state", "fields", "others"),
+    "a field more": at("state", "fields", "more", value=1),
+    "a part that is none": at("state", "fields", "shared", value=7),
+    "a part of another kind": at("state", "fields", "shared", "value", value="os:system"),
+    "a hot temperature": at(*SHARED, "temperature", value="hot"),
+    "a cold temperature": at(*SHARED, "temperature", value=-1.0),
+    "no scale of ours": at(*SHARED, "scale", value="odds"),
+    "an array that is not there": at(*SHARED, "values", "array", value="nowhere"),
+    "an array twice": at(*OTHERS, 0, 1, "fields", "values", "array", value="shared/values"),
+    "no memory of the exchange": at("exchange"),
+    "a state in the place of the exchange's": at(
+        "exchange", value={"value": "strategies.contract.strategy:Nothing", "fields": {}}
+    ),
     "another shape": first("client-0/", lambda array: np.zeros((2, 2), np.float32)),
     "another type": first("client-0/", lambda array: array.astype(np.float64)),
     "a weight less": first("client-0/model/weights/", None),
     "a slot less": first("client-0/model/optimizer/exp_avg/", None),
-    "a client twice": at("broadcast", "personal", 1, 0, value=0),
-    "a client who is not there": at("broadcast", "personal", 1, 0, value=99),
-    "a piece from behind": at("broadcast", "personal", 1, 1, value=-1),
+    "a client twice": at(*OTHERS, 1, 0, value=0),
+    "a client in letters": at(*OTHERS, 1, 0, value="1"),
     "a slot of another name": lambda _, arrays: arrays.update(
         {"client-0/model/optimizer/speed/0": np.zeros(1, np.float32)}
     ),
@@ -497,9 +512,9 @@ FORGED: dict[str, Any] = {
     "a client in words": lambda _, arrays: arrays.update({"client-x/y": np.zeros(1, np.float32)}),
     "another table": lambda _, arrays: arrays.update({"other/y": np.zeros(1, np.float32)}),
     "no table": lambda _, arrays: arrays.update({"other": np.zeros(1, np.float32)}),
-    "rows of nowhere": first("broadcast/0/rows", lambda rows: rows + 10**6),
-    "scores of fewer classes": first("broadcast/0/values", lambda values: values[:, :1].copy()),
-    "no scores": first("broadcast/0/values", None),
+    "rows of nowhere": first("state/shared/rows", lambda rows: rows + 10**6),
+    "scores of fewer classes": first("state/shared/values", lambda values: values[:, :1].copy()),
+    "no scores": first("state/shared/values", None),
 }
 
 
@@ -553,7 +568,7 @@ def test_what_other_algorithms_remember_is_looked_at_too(make: Make, strategy: s
     newest = folder / CHECKPOINTS_FOLDER / "round-000002"
 
     def reshape(_: object, arrays: dict[str, np.ndarray]) -> None:
-        for name in [name for name in arrays if name.startswith("strategy/")]:
+        for name in [name for name in arrays if name.startswith("state/")]:
             arrays[name] = np.zeros((3, 1, 2), np.float32)
 
     forge(newest, reshape)

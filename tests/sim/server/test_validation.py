@@ -792,7 +792,9 @@ def test_odd_models_are_averaged_round_after_round(
     run = simulate(tiny_settings(strategy, **place), tiny_data())
     assert run.events == []
     state = run.loop.boundary.state
-    averaged = state.model.weights if strategy == "fml" else next(iter(state.models.values())).arrays
+    averaged = (
+        state.model.weights if strategy == "fml" else next(iter(state.models.values())).arrays
+    )
     if kind == "Masked":
         assert np.isneginf(averaged["mask"][0, 1])
         assert np.isnan(averaged["unset"])
