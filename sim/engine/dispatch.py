@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
@@ -41,6 +41,7 @@ PATIENCE_S = 1.5
 """How much later than a worker we lose patience: it interrupts an overdue cohort by itself."""
 
 
+@runtime_checkable
 class Books(Protocol):
     """Who keeps clients' states and writes down what happened."""
 
