@@ -71,9 +71,19 @@ def learned_temperature_kl(
     Source:
         Li et al., 2023, equation 4. https://arxiv.org/abs/2211.16231
     """
+    loss = row_mean(
+        learned_temperature_rows(student_logits, teacher_logits, temperature), sample_weights
+    )
+    return loss * temperature**2 if scale_by_t2 else loss
+
+
+def learned_temperature_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: Float[Tensor, ""],
+) -> Float[Tensor, "batch"]:
+    """Return what `learned_temperature_kl` averages, without its factor ``temperature**2``."""
     student_log_p = torch.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     constants = at_least_float32(teacher_logits.detach()).to(student_log_p.dtype)
     teacher_log_p = torch.log_softmax(constants / temperature, dim=-1)
-    row_losses = (teacher_log_p.exp() * (teacher_log_p - student_log_p)).sum(dim=-1)
-    loss = row_mean(row_losses, sample_weights)
-    return loss * temperature**2 if scale_by_t2 else loss
+    return (teacher_log_p.exp() * (teacher_log_p - student_log_p)).sum(dim=-1)

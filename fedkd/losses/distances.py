@@ -30,7 +30,15 @@ def logit_mse(
     Source:
         Kim et al., 2021. https://arxiv.org/abs/2105.08919
     """
-    return row_mean(_differences(student_logits, teacher_logits).square().mean(-1), sample_weights)
+    return row_mean(logit_mse_rows(student_logits, teacher_logits), sample_weights)
+
+
+def logit_mse_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+) -> Float[Tensor, "batch"]:
+    """Return what `logit_mse` averages, a number for each row."""
+    return _differences(student_logits, teacher_logits).square().mean(-1)
 
 
 def logit_l1(
@@ -50,7 +58,15 @@ def logit_l1(
         The digest loss in the published code of FedMD, Li and Wang, 2019.
         https://arxiv.org/abs/1910.03581
     """
-    return row_mean(_differences(student_logits, teacher_logits).abs().mean(-1), sample_weights)
+    return row_mean(logit_l1_rows(student_logits, teacher_logits), sample_weights)
+
+
+def logit_l1_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+) -> Float[Tensor, "batch"]:
+    """Return what `logit_l1` averages, a number for each row."""
+    return _differences(student_logits, teacher_logits).abs().mean(-1)
 
 
 def probability_mse(
@@ -77,9 +93,20 @@ def probability_mse(
     Raises:
         ValueError: if ``temperature`` is not positive and finite.
     """
+    teacher_p = soften(teacher_logits, temperature=temperature)
+    rows = probability_mse_rows(student_logits, teacher_p, temperature=temperature)
+    return row_mean(rows, sample_weights)
+
+
+def probability_mse_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    target_probabilities: Float[Tensor, "batch classes"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `probability_mse` averages; the target is softened already."""
     student_p = soften(student_logits, temperature=temperature)
-    teacher_p = soften(teacher_logits.detach(), temperature=temperature).to(student_p.dtype)
-    return row_mean((student_p - teacher_p).square().mean(-1), sample_weights)
+    return (student_p - target_probabilities.detach().to(student_p.dtype)).square().mean(-1)
 
 
 def annealing_kd(
@@ -113,16 +140,26 @@ def annealing_kd(
         Jafari et al., 2021, Annealing Knowledge Distillation, stage I.
         https://arxiv.org/abs/2104.07163. The mean over classes is taken where the paper sums.
     """
+    rows = annealing_rows(
+        student_logits, teacher_logits, progress=progress, max_temperature=max_temperature
+    )
+    return row_mean(rows, sample_weights)
+
+
+def annealing_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    *,
+    progress: float,
+    max_temperature: float = 10.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `annealing_kd` averages, a number for each row."""
     if not 0 <= progress <= 1:
         raise ValueError(f"progress must be in [0, 1], got {progress}")
     if not 1 <= max_temperature < math.inf:
         raise ValueError(f"max_temperature must be >= 1 and finite, got {max_temperature}")
     shrink = 1 - (max_temperature - 1) * (1 - progress) / max_temperature
-    return logit_mse(
-        student_logits,
-        shrink * at_least_float32(teacher_logits),
-        sample_weights=sample_weights,
-    )
+    return logit_mse_rows(student_logits, shrink * at_least_float32(teacher_logits))
 
 
 def _differences(

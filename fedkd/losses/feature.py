@@ -41,8 +41,16 @@ def hint_loss(
         Romero et al., 2015, FitNets, equation 3. https://arxiv.org/abs/1412.6550. The paper takes
         half the sum where the mean is taken here.
     """
+    return row_mean(hint_rows(student_features, teacher_features), sample_weights)
+
+
+def hint_rows(
+    student_features: Float[Tensor, "batch student_channels *student_space"],
+    teacher_features: Float[Tensor, "batch teacher_channels *teacher_space"],
+) -> Float[Tensor, "batch"]:
+    """Return what `hint_loss` averages, a number for each row."""
     student, teacher = _of_one_shape(student_features, teacher_features, "hint_loss")
-    return row_mean((student - teacher).square().flatten(1).mean(dim=1), sample_weights)
+    return (student - teacher).square().flatten(1).mean(dim=1)
 
 
 def cosine_feature_loss(
@@ -71,8 +79,16 @@ def cosine_feature_loss(
         The hidden-layer loss of PyTorch's knowledge distillation tutorial.
         https://docs.pytorch.org/tutorials/beginner/knowledge_distillation_tutorial.html
     """
+    return row_mean(cosine_feature_rows(student_features, teacher_features), sample_weights)
+
+
+def cosine_feature_rows(
+    student_features: Float[Tensor, "batch student_channels *student_space"],
+    teacher_features: Float[Tensor, "batch teacher_channels *teacher_space"],
+) -> Float[Tensor, "batch"]:
+    """Return what `cosine_feature_loss` averages, a number for each row."""
     student, teacher = _of_one_shape(student_features, teacher_features, "cosine_feature_loss")
-    return row_mean(1 - cosine_similarity(student.flatten(1), teacher.flatten(1)), sample_weights)
+    return 1 - cosine_similarity(student.flatten(1), teacher.flatten(1))
 
 
 def attention_transfer(
@@ -107,6 +123,16 @@ def attention_transfer(
         Zagoruyko and Komodakis, 2017, Paying More Attention to Attention, equation 2.
         https://arxiv.org/abs/1612.03928
     """
+    return row_mean(attention_rows(student_maps, teacher_maps, mode=mode), sample_weights)
+
+
+def attention_rows(
+    student_maps: Float[Tensor, "batch student_channels *student_space"],
+    teacher_maps: Float[Tensor, "batch teacher_channels *teacher_space"],
+    *,
+    mode: Literal["code", "paper"] = "code",
+) -> Float[Tensor, "batch"]:
+    """Return what `attention_transfer` averages, a number for each row."""
     if mode not in ("code", "paper"):
         raise ValueError(f"unknown mode {mode!r}; known: code, paper")
     for side, maps in (("student", student_maps), ("teacher", teacher_maps)):
@@ -121,8 +147,9 @@ def attention_transfer(
     size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
     difference = _attention(student, size) - _attention(teacher, size)
     if mode == "code":
-        return row_mean(difference.square().mean(dim=1), sample_weights)
-    return row_mean(torch.linalg.vector_norm(difference, dim=1), sample_weights)
+        return difference.square().mean(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return norms
 
 
 def pool_maps(

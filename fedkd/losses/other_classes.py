@@ -53,6 +53,22 @@ def decoupled_kd(
         Zhao et al., 2022, Decoupled Knowledge Distillation, section 3.3.
         https://arxiv.org/abs/2203.08679
     """
+    rows = decoupled_rows(
+        student_logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature
+    )
+    return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)
+
+
+def decoupled_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"],
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `decoupled_kd` averages, without its factor ``temperature**2``."""
     _check_other_classes(student_logits, "decoupled_kd")
     check_weights(alpha=alpha, beta=beta)
     check_temperature(temperature)
@@ -60,8 +76,7 @@ def decoupled_kd(
     teacher = at_least_float32(teacher_logits.detach()).to(student.dtype) / temperature
     student_pair, teacher_pair = (_label_or_not(logits, labels) for logits in (student, teacher))
     label_losses = (teacher_pair.exp() * (teacher_pair - student_pair)).sum(dim=-1)
-    row_losses = alpha * label_losses + beta * _other_class_kl(student, teacher, labels)
-    return row_mean(row_losses, sample_weights) * t2_factor(temperature, scale_by_t2)
+    return alpha * label_losses + beta * _other_class_kl(student, teacher, labels)
 
 
 def normalised_kd(
@@ -102,6 +117,27 @@ def normalised_kd(
         Yang et al., 2023, From Knowledge Distillation to Self-Knowledge Distillation.
         https://arxiv.org/abs/2303.13005
     """
+    rows = normalised_rows(
+        student_logits,
+        teacher_logits,
+        labels,
+        gamma=gamma,
+        temperature=temperature,
+        scale_by_t2=scale_by_t2,
+    )
+    return row_mean(rows, sample_weights)
+
+
+def normalised_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"],
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+) -> Float[Tensor, "batch"]:
+    """Return what `normalised_kd` averages, a number for each row."""
     _check_other_classes(student_logits, "normalised_kd")
     check_weights(gamma=gamma)
     check_temperature(temperature)
@@ -113,7 +149,7 @@ def normalised_kd(
     other_log_p = _log_softmax_of_others(student / temperature, labels)[1]
     other_losses = -(other_target_p * other_log_p).sum(dim=-1)
     factor = gamma * t2_factor(temperature, scale_by_t2)
-    return row_mean(factor * other_losses - label_target_p * label_log_p, sample_weights)
+    return factor * other_losses - label_target_p * label_log_p
 
 
 def not_true_loss(
@@ -149,12 +185,23 @@ def not_true_loss(
         Lee et al., 2022, Preservation of the Global Knowledge by Not-True Distillation (FedNTD).
         https://arxiv.org/abs/2106.03097
     """
+    rows = not_true_rows(student_logits, teacher_logits, labels, temperature=temperature)
+    return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)
+
+
+def not_true_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"],
+    *,
+    temperature: float = 3.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `not_true_loss` averages, without its factor ``temperature**2``."""
     _check_other_classes(student_logits, "not_true_loss")
     check_temperature(temperature)
     student = at_least_float32(student_logits) / temperature
     teacher = at_least_float32(teacher_logits.detach()).to(student.dtype) / temperature
-    row_losses = _other_class_kl(student, teacher, labels)
-    return row_mean(row_losses, sample_weights) * t2_factor(temperature, scale_by_t2)
+    return _other_class_kl(student, teacher, labels)
 
 
 def _label_mask(

@@ -33,11 +33,26 @@ def hard_label_loss(
     """
     if sample_weights is None and len(logits) > 0 and not classes_first(logits):
         return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=label_smoothing)
+    rows = hard_label_rows(logits, labels, label_smoothing=label_smoothing)
+    return row_mean(rows, sample_weights)
+
+
+def hard_label_rows(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"],
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `hard_label_loss` averages, a number for each row."""
+    if not classes_first(logits):
+        return F.cross_entropy(
+            at_least_float32(logits), labels, label_smoothing=label_smoothing, reduction="none"
+        )
     log_p = log_softmax(at_least_float32(logits))
     row_losses = -log_p.gather(1, labels[:, None]).squeeze(1)
     if label_smoothing:
         row_losses = (1 - label_smoothing) * row_losses - label_smoothing * log_p.mean(dim=-1)
-    return row_mean(row_losses, sample_weights)
+    return row_losses
 
 
 def soft_target_kl(
@@ -74,16 +89,21 @@ def soft_target_kl(
     Source:
         Hinton, Vinyals, Dean, 2015, section 2. https://arxiv.org/abs/1503.02531
     """
+    rows = soft_target_rows(student_logits, target_probabilities, temperature=temperature)
+    return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)
+
+
+def soft_target_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    target_probabilities: Float[Tensor, "batch classes"],
+    *,
+    temperature: float,
+) -> Float[Tensor, "batch"]:
+    """Return what `soft_target_kl` averages, without its factor ``temperature**2``."""
     student_log_p = log_soften(student_logits, temperature)
     target_p = target_probabilities.detach().to(student_log_p.dtype)
-    scale = t2_factor(temperature, scale_by_t2)
     # xlogy: a class the target rules out contributes 0 * log 0 = 0, not NaN.
-    if sample_weights is None:
-        # Summed at once: fewer nodes in the graph of every step, and the same gradient.
-        loss = torch.xlogy(target_p, target_p).sum() - (target_p * student_log_p).sum()
-        return loss / max(len(student_log_p), 1) * scale
-    row_losses = (torch.xlogy(target_p, target_p) - target_p * student_log_p).sum(dim=-1)
-    return row_mean(row_losses, sample_weights) * scale
+    return (torch.xlogy(target_p, target_p) - target_p * student_log_p).sum(dim=-1)
 
 
 def soft_target_loss(
@@ -159,7 +179,17 @@ def soft_cross_entropy(
     Raises:
         ValueError: if ``temperature`` is not positive and finite.
     """
+    rows = soft_cross_entropy_rows(student_logits, target_probabilities, temperature=temperature)
+    return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)
+
+
+def soft_cross_entropy_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    target_probabilities: Float[Tensor, "batch classes"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `soft_cross_entropy` averages, without its factor ``temperature**2``."""
     student_log_p = log_soften(student_logits, temperature)
     target_p = target_probabilities.detach().to(student_log_p.dtype)
-    row_losses = -(target_p * student_log_p).sum(dim=-1)
-    return row_mean(row_losses, sample_weights) * t2_factor(temperature, scale_by_t2)
+    return -(target_p * student_log_p).sum(dim=-1)

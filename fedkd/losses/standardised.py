@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedkd.losses.response import soft_target_loss
-from fedkd.losses.rows import centre_rows
-from fedkd.targets import at_least_float32
+from fedkd.losses.response import soft_target_rows
+from fedkd.losses.rows import centre_rows, row_mean, t2_factor
+from fedkd.targets import at_least_float32, soften
 
 
 def standardise_logits(
@@ -77,10 +77,19 @@ def standardised_kd(
         Sun et al., 2024, Logit Standardization in Knowledge Distillation, algorithm 1.
         https://arxiv.org/abs/2403.01427
     """
-    return soft_target_loss(
+    rows = standardised_rows(student_logits, teacher_logits, temperature=temperature)
+    return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)
+
+
+def standardised_rows(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    *,
+    temperature: float = 2.0,
+) -> Float[Tensor, "batch"]:
+    """Return what `standardised_kd` averages, without its factor ``temperature**2``."""
+    return soft_target_rows(
         standardise_logits(student_logits),
-        standardise_logits(teacher_logits.detach()),
+        soften(standardise_logits(teacher_logits.detach()), temperature=temperature),
         temperature=temperature,
-        scale_by_t2=scale_by_t2,
-        sample_weights=sample_weights,
     )

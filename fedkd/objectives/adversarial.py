@@ -15,6 +15,7 @@ from fedkd.losses.adversarial import (
     discriminator_loss,
     generator_loss,
 )
+from fedkd.losses.reduction import Loss, WholeStep
 from fedkd.objectives.terms import LayerPairs, Parts, Shapes, Term, default_weight
 from fedkd.objectives.view import View
 from fedkd.schedules import NonNegativeSchedule
@@ -47,10 +48,10 @@ class Adversarial(Term):
         discriminator = Discriminator(num_classes, width=self.width, num_layers=self.num_layers)
         return {"adversary": Adversary(discriminator, lr=self.discriminator_lr)}
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Train the discriminator on the step, then return how well the student is found out."""
         student, teacher = view.pair()
-        return parts.call("adversary", student, teacher, view.weights)
+        return WholeStep(parts.call("adversary", student, teacher, view.weights))
 
     def notes(self, view: View, parts: Parts) -> dict[str, Float[Tensor, ""]]:
         """Return the discriminator's accuracy: 0.5 where it cannot tell the models apart."""

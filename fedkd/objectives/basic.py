@@ -12,10 +12,16 @@ from fedkd.losses.curriculum_temperature import (
     LOWEST,
     SPAN,
     LearnedTemperature,
-    learned_temperature_kl,
+    learned_temperature_rows,
 )
-from fedkd.losses.distances import logit_l1, logit_mse
-from fedkd.losses.response import hard_label_loss, soft_cross_entropy, soft_target_kl
+from fedkd.losses.distances import logit_l1_rows, logit_mse_rows
+from fedkd.losses.reduction import Loss
+from fedkd.losses.response import (
+    hard_label_rows,
+    soft_cross_entropy_rows,
+    soft_target_rows,
+)
+from fedkd.losses.rows import t2_factor
 from fedkd.objectives.terms import LayerPairs, Need, Parts, Shapes, SoftenedTerm, Term
 from fedkd.objectives.view import View
 from fedkd.schedules import PositiveSchedule
@@ -36,20 +42,15 @@ class HardLabels(Term):
         """What it cannot do without: labelled rows."""
         return ("labels",)
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the labelled rows, in nats."""
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each labelled row, in nats."""
         if view.labelled_logits is None or view.labels is None:
             raise ValueError("this step has no labelled rows")
-        loss = partial(
-            hard_label_loss,
-            view.labelled_logits,
-            sample_weights=view.labelled_weights,
-            label_smoothing=self.label_smoothing,
-        )
+        rows = partial(hard_label_rows, view.labelled_logits, label_smoothing=self.label_smoothing)
         if view.mix is None:
-            return loss(view.labels)
+            return view.of_labelled(rows(view.labels))
         share, partners = view.mix.share, view.labels[view.mix.permutation]
-        return share * loss(view.labels) + (1 - share) * loss(partners)
+        return view.of_labelled(share * rows(view.labels) + (1 - share) * rows(partners))
 
 
 class SoftTargets(SoftenedTerm):
@@ -115,26 +116,16 @@ class SoftTargets(SoftenedTerm):
             return {}
         return {"temperature": parts.call("temperature", view.progress)}
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each transfer row, in nats."""
         if self.learned:
-            student, teacher = view.pair()
-            temperature = parts.call("temperature", view.progress)
-            return learned_temperature_kl(
-                student,
-                teacher,
-                temperature,
-                scale_by_t2=self.scale_by_t2,
-                sample_weights=view.weights,
-            )
+            learned = parts.call("temperature", view.progress)
+            rows = learned_temperature_rows(*view.pair(), learned)
+            return view.of_transfer(rows * learned**2 if self.scale_by_t2 else rows)
+        temperature = self.temperature.at(view.progress)
         student, target = view.softened_pair(self.target_temperature_at(view.progress, parts))
-        return soft_target_kl(
-            student,
-            target,
-            temperature=self.temperature.at(view.progress),
-            scale_by_t2=self.scale_by_t2,
-            sample_weights=view.weights,
-        )
+        rows = soft_target_rows(student, target, temperature=temperature)
+        return t2_factor(temperature, self.scale_by_t2) * view.of_transfer(rows)
 
 
 class SoftCrossEntropy(SoftenedTerm):
@@ -147,15 +138,11 @@ class SoftCrossEntropy(SoftenedTerm):
     kind: Literal["soft_ce"] = "soft_ce"
     scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each transfer row, in nats."""
         temperature = self.temperature.at(view.progress)
-        return soft_cross_entropy(
-            *view.softened_pair(temperature),
-            temperature=temperature,
-            scale_by_t2=self.scale_by_t2,
-            sample_weights=view.weights,
-        )
+        rows = soft_cross_entropy_rows(*view.softened_pair(temperature), temperature=temperature)
+        return t2_factor(temperature, self.scale_by_t2) * view.of_transfer(rows)
 
 
 class LogitMSE(Term):
@@ -165,9 +152,9 @@ class LogitMSE(Term):
 
     kind: Literal["mse"] = "mse"
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over transfer rows and classes."""
-        return logit_mse(*view.pair(), sample_weights=view.weights)
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the mean over classes of each transfer row."""
+        return view.of_transfer(logit_mse_rows(*view.pair()))
 
 
 class LogitL1(Term):
@@ -177,6 +164,6 @@ class LogitL1(Term):
 
     kind: Literal["l1"] = "l1"
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over transfer rows and classes."""
-        return logit_l1(*view.pair(), sample_weights=view.weights)
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the mean over classes of each transfer row."""
+        return view.of_transfer(logit_l1_rows(*view.pair()))

@@ -11,6 +11,7 @@ from pydantic import RootModel, SerializeAsAny, ValidationError, field_validator
 from torch import Tensor, nn
 
 from fedkd.bounds import shown
+from fedkd.losses.reduction import Loss
 from fedkd.names import nearest
 from fedkd.objectives.table import TERMS, term_class
 from fedkd.objectives.taps import Features, layer_shapes, resolved_layer, tapped
@@ -164,9 +165,23 @@ class BoundObjective:
         return any(need in bound.term.needs for bound in self.terms.values())
 
     def losses(
-        self, view: View, parts: Mapping[str, Parts] | None = None, *, labels_only: bool = False
+        self, view: View, parts: Mapping[str, Parts] | None = None
     ) -> dict[str, Float[Tensor, ""]]:
-        """Return each term times its weight; their sum is minimised.
+        """Return each term times its weight as one number; their sum is minimised.
+
+        Args:
+            view: the step, all of whose rows count.
+            parts: how to run the modules of each term; None: as they are.
+
+        Raises:
+            ValueError: naming a term whose loss fits no rows of the step.
+        """
+        return view.step_rows.means(self.weighted(view, parts))
+
+    def weighted(
+        self, view: View, parts: Mapping[str, Parts] | None = None, *, labels_only: bool = False
+    ) -> dict[str, Loss]:
+        """Return each term times its weight, of rows or of the whole step.
 
         A term whose weight is 0 at this progress is left out: with ``kd: 0`` a step has the bits
         of one without the term.
@@ -176,15 +191,13 @@ class BoundObjective:
             parts: how to run the modules of each term; None: as they are.
             labels_only: leave out all terms but those of labelled rows.
         """
-        losses = {}
+        losses: dict[str, Loss] = {}
         for name, bound in self.terms.items():
             weight = bound.term.weight.at(view.progress)
             if weight == 0 or (labels_only and set(bound.term.needs) != {"labels"}):
                 continue
             own = self._parts[name] if parts is None else parts[name]
-            loss = bound.term.value(view, own, bound.pairs)
-            # A product with 1 changes no bit and costs two nodes of the graph in every step.
-            losses[name] = loss if weight == 1 else weight * loss
+            losses[name] = weight * bound.term.value(view, own, bound.pairs)
         return losses
 
     def notes(self, view: View) -> dict[str, Float[Tensor, ""]]:

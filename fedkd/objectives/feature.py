@@ -7,7 +7,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedkd.losses.feature import attention_transfer, cosine_feature_loss, hint_loss, pool_maps
+from fedkd.losses.feature import attention_rows, cosine_feature_rows, hint_rows, pool_maps
+from fedkd.losses.reduction import Loss
 from fedkd.objectives.taps import LAST_MAP, vector_width, vectors
 from fedkd.objectives.terms import LayerPairs, LayerTerm, Parts, Shapes, default_weight, total_of
 from fedkd.objectives.view import View
@@ -45,10 +46,8 @@ class ProjectedTerm(LayerTerm):
     """
 
     @abstractmethod
-    def compare(
-        self, student: Tensor, teacher: Tensor, weights: Float[Tensor, " rows"] | None
-    ) -> Float[Tensor, ""]:
-        """Return the loss of one pair of layers, of one shape."""
+    def compare(self, student: Tensor, teacher: Tensor) -> Float[Tensor, " rows"]:
+        """Return each row's loss of one pair of layers, of one shape."""
 
     def build_parts(
         self, pairs: LayerPairs, student: Shapes, teacher: Shapes, *, num_classes: int, rows: int
@@ -63,15 +62,15 @@ class ProjectedTerm(LayerTerm):
                 parts[_projector(number)] = Projector(*widths, maps=maps)
         return parts
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the sum over the pairs of layers, each a mean over the transfer rows."""
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return each transfer row's sum over the pairs of layers."""
         losses = []
         for number, features in enumerate(self.features(view, pairs)):
             student, teacher = _matched(*features)
             if student.shape != teacher.shape:
                 student = parts.call(_projector(number), student)
-            losses.append(self.compare(student, teacher, view.weights))
-        return total_of(losses)
+            losses.append(self.compare(student, teacher))
+        return view.of_transfer(total_of(losses))
 
 
 class Hint(ProjectedTerm):
@@ -84,11 +83,9 @@ class Hint(ProjectedTerm):
         1.0, "ports that train in one stage use 100 with wide networks"
     )
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, weights: Float[Tensor, " rows"] | None
-    ) -> Float[Tensor, ""]:
-        """Return the mean over transfer rows and elements."""
-        return hint_loss(student, teacher, sample_weights=weights)
+    def compare(self, student: Tensor, teacher: Tensor) -> Float[Tensor, " rows"]:
+        """Return the mean over the elements of each row."""
+        return hint_rows(student, teacher)
 
 
 class CosineFeatures(ProjectedTerm):
@@ -102,11 +99,9 @@ class CosineFeatures(ProjectedTerm):
     kind: Literal["cosine"] = "cosine"
     weight: NonNegativeSchedule = default_weight(0.25, "published beside 0.75 for ce")
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, weights: Float[Tensor, " rows"] | None
-    ) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows."""
-        return cosine_feature_loss(student, teacher, sample_weights=weights)
+    def compare(self, student: Tensor, teacher: Tensor) -> Float[Tensor, " rows"]:
+        """Return one minus the cosine of each row."""
+        return cosine_feature_rows(student, teacher)
 
 
 class AttentionTransfer(LayerTerm):
@@ -144,14 +139,13 @@ class AttentionTransfer(LayerTerm):
                     )
         return {}
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the sum over the pairs of layers, each a mean over the transfer rows."""
-        return total_of(
-            [
-                attention_transfer(student, teacher, mode=self.mode, sample_weights=view.weights)
-                for student, teacher in self.features(view, pairs)
-            ]
-        )
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return each transfer row's sum over the pairs of layers."""
+        rows = [
+            attention_rows(student, teacher, mode=self.mode)
+            for student, teacher in self.features(view, pairs)
+        ]
+        return view.of_transfer(total_of(rows))
 
 
 def _projector(number: int) -> str:

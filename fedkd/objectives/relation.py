@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedkd.bounds import Count, ShareBelowOne, Temperature, Width
+from fedkd.losses.reduction import Loss, WholeStep
 from fedkd.losses.relation import (
     ContrastiveMemory,
     pkt_loss,
@@ -85,9 +86,11 @@ class RkdDistance(RelationTerm):
     kind: Literal["rkd_distance"] = "rkd_distance"
     weight: NonNegativeSchedule = default_weight(25.0)
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Return the sum over the pairs of layers, each a mean over pairs of rows."""
-        return total_of([rkd_distance_loss(*pair) for pair in self.embeddings(view, pairs)])
+        return WholeStep(
+            total_of([rkd_distance_loss(*pair) for pair in self.embeddings(view, pairs)])
+        )
 
 
 class RkdAngle(RelationTerm):
@@ -100,9 +103,9 @@ class RkdAngle(RelationTerm):
     kind: Literal["rkd_angle"] = "rkd_angle"
     weight: NonNegativeSchedule = default_weight(50.0)
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Return the sum over the pairs of layers, each a mean over triplets of rows."""
-        return total_of([rkd_angle_loss(*pair) for pair in self.embeddings(view, pairs)])
+        return WholeStep(total_of([rkd_angle_loss(*pair) for pair in self.embeddings(view, pairs)]))
 
 
 class SimilarityPreserving(RelationTerm):
@@ -117,10 +120,10 @@ class SimilarityPreserving(RelationTerm):
         3000.0, "published for features; on logits 100 is plenty"
     )
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Return the sum over the pairs of layers, each a mean over pairs of rows."""
         losses = [similarity_preserving_loss(*pair) for pair in self.embeddings(view, pairs)]
-        return total_of(losses)
+        return WholeStep(total_of(losses))
 
     def flattened(self, features: Tensor) -> Float[Tensor, "rows _"]:
         """Return one vector a row: maps as they are, as published."""
@@ -140,9 +143,9 @@ class PKT(RelationTerm):
         "published for features, large because of the mean over rows^2; on logits 1000 is plenty",
     )
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Return the sum over the pairs of layers, each a mean over pairs of rows."""
-        return total_of([pkt_loss(*pair) for pair in self.embeddings(view, pairs)])
+        return WholeStep(total_of([pkt_loss(*pair) for pair in self.embeddings(view, pairs)]))
 
 
 class RowContrast(RelationTerm):
@@ -190,7 +193,7 @@ class RowContrast(RelationTerm):
             for number, own in enumerate(widths)
         }
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Return the sum over the pairs of layers, each a mean over the transfer rows, in nats."""
         if view.rows is None:
             raise ValueError("this step has no ids of the transfer rows")
@@ -198,7 +201,7 @@ class RowContrast(RelationTerm):
             parts.call(_memory(number), student, teacher, view.rows)
             for number, (student, teacher) in enumerate(self.embeddings(view, pairs))
         ]
-        return total_of(losses)
+        return WholeStep(total_of(losses))
 
 
 class RowMemory(nn.Module):

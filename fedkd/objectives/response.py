@@ -2,20 +2,21 @@
 
 from typing import ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from fedkd.bounds import PositiveShare, Real, Temperature, Weight
 from fedkd.losses.correlation import dist_loss
-from fedkd.losses.distances import annealing_kd, probability_mse
-from fedkd.losses.other_classes import decoupled_kd, normalised_kd, not_true_loss
+from fedkd.losses.distances import annealing_rows, probability_mse_rows
+from fedkd.losses.other_classes import decoupled_rows, normalised_rows, not_true_rows
+from fedkd.losses.reduction import Loss, WholeStep
 from fedkd.losses.row_temperatures import (
     confidence_temperatures,
     disagreement_temperatures,
     row_temperature_kl,
 )
-from fedkd.losses.standardised import standardised_kd
+from fedkd.losses.rows import t2_factor
+from fedkd.losses.standardised import standardised_rows
 from fedkd.objectives.terms import (
     LayerPairs,
     Need,
@@ -38,13 +39,11 @@ class ProbabilityMSE(SoftenedTerm):
     kind: Literal["prob_mse"] = "prob_mse"
     temperature: PositiveSchedule = default_temperature(1.0)
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over transfer rows and classes."""
-        return probability_mse(
-            *view.pair(),
-            temperature=self.temperature.at(view.progress),
-            sample_weights=view.weights,
-        )
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the mean over classes of each transfer row."""
+        temperature = self.temperature.at(view.progress)
+        rows = probability_mse_rows(*view.softened_pair(temperature), temperature=temperature)
+        return view.of_transfer(rows)
 
 
 class AnnealingKD(Term):
@@ -62,14 +61,14 @@ class AnnealingKD(Term):
         "steps to 0 there leaves the rest to the labels, as published",
     )
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over transfer rows and classes."""
-        return annealing_kd(
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the mean over classes of each transfer row."""
+        rows = annealing_rows(
             *view.pair(),
             progress=min(1.0, view.progress / self.until),
             max_temperature=self.max_temperature,
-            sample_weights=view.weights,
         )
+        return view.of_transfer(rows)
 
 
 class OtherClassTerm(SoftenedTerm):
@@ -102,17 +101,17 @@ class DecoupledKD(OtherClassTerm):
     beta: Weight = Field(8.0, description="the paper's weight of the other classes")
     scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
-        return decoupled_kd(
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each transfer row, in nats."""
+        temperature = self.temperature.at(view.progress)
+        rows = decoupled_rows(
             *view.pair(),
             view.known_labels(),
             alpha=self.alpha,
             beta=self.beta,
-            temperature=self.temperature.at(view.progress),
-            scale_by_t2=self.scale_by_t2,
-            sample_weights=view.weights,
+            temperature=temperature,
         )
+        return t2_factor(temperature, self.scale_by_t2) * view.of_transfer(rows)
 
 
 class NormalisedKD(OtherClassTerm):
@@ -127,16 +126,16 @@ class NormalisedKD(OtherClassTerm):
         True, description="multiply the other classes' part by the temperature squared"
     )
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
-        return normalised_kd(
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each transfer row, in nats."""
+        rows = normalised_rows(
             *view.pair(),
             view.known_labels(),
             gamma=self.gamma,
             temperature=self.temperature.at(view.progress),
             scale_by_t2=self.scale_by_t2,
-            sample_weights=view.weights,
         )
+        return view.of_transfer(rows)
 
 
 class NotTrueKD(OtherClassTerm):
@@ -148,15 +147,11 @@ class NotTrueKD(OtherClassTerm):
     temperature: PositiveSchedule = default_temperature(3.0)
     scale_by_t2: bool = Field(False, description="multiply by the temperature squared")
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
-        return not_true_loss(
-            *view.pair(),
-            view.known_labels(),
-            temperature=self.temperature.at(view.progress),
-            scale_by_t2=self.scale_by_t2,
-            sample_weights=view.weights,
-        )
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each transfer row, in nats."""
+        temperature = self.temperature.at(view.progress)
+        rows = not_true_rows(*view.pair(), view.known_labels(), temperature=temperature)
+        return t2_factor(temperature, self.scale_by_t2) * view.of_transfer(rows)
 
 
 class DIST(SoftenedTerm):
@@ -171,9 +166,9 @@ class DIST(SoftenedTerm):
     gamma: Weight = Field(1.0, description="the paper's weight of ranks within classes")
     scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
         """Return one minus the mean correlations, without unit."""
-        return dist_loss(
+        loss = dist_loss(
             *view.pair(),
             beta=self.beta,
             gamma=self.gamma,
@@ -181,6 +176,7 @@ class DIST(SoftenedTerm):
             scale_by_t2=self.scale_by_t2,
             sample_weights=view.weights,
         )
+        return WholeStep(loss)
 
 
 class StandardisedKD(SoftenedTerm):
@@ -193,14 +189,11 @@ class StandardisedKD(SoftenedTerm):
     temperature: PositiveSchedule = default_temperature(2.0)
     scale_by_t2: bool = Field(True, description="multiply by the temperature squared")
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
-        return standardised_kd(
-            *view.pair(),
-            temperature=self.temperature.at(view.progress),
-            scale_by_t2=self.scale_by_t2,
-            sample_weights=view.weights,
-        )
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss of each transfer row, in nats."""
+        temperature = self.temperature.at(view.progress)
+        rows = standardised_rows(*view.pair(), temperature=temperature)
+        return t2_factor(temperature, self.scale_by_t2) * view.of_transfer(rows)
 
 
 class RowTemperatureTerm(SoftenedTerm):
@@ -222,8 +215,8 @@ class DisagreementKD(RowTemperatureTerm):
     kind: Literal["flsw"] = "flsw"
     gamma: Real = Field(1.0, ge=1e-6, le=100, description="exponent of the disagreement")
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the mean over the transfer rows, whose temperatures depend on each other."""
         student, teacher = view.pair()
         temperatures = disagreement_temperatures(
             student,
@@ -233,13 +226,14 @@ class DisagreementKD(RowTemperatureTerm):
             gamma=self.gamma,
             min_temperature=self.min_temperature,
         )
-        return row_temperature_kl(
+        loss = row_temperature_kl(
             student,
             teacher,
             temperatures,
             scale_by_t2=self.scale_by_t2,
             sample_weights=view.weights,
         )
+        return WholeStep(loss)
 
 
 class ConfidenceKD(RowTemperatureTerm):
@@ -252,8 +246,8 @@ class ConfidenceKD(RowTemperatureTerm):
 
     kind: Literal["cwsm"] = "cwsm"
 
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the mean over the transfer rows, in nats."""
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the mean over the transfer rows, whose temperatures depend on each other."""
         student, teacher = view.pair()
         temperatures = confidence_temperatures(
             student,
@@ -261,10 +255,11 @@ class ConfidenceKD(RowTemperatureTerm):
             beta=self.beta,
             min_temperature=self.min_temperature,
         )
-        return row_temperature_kl(
+        loss = row_temperature_kl(
             student,
             teacher,
             temperatures,
             scale_by_t2=self.scale_by_t2,
             sample_weights=view.weights,
         )
+        return WholeStep(loss)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from fedkd.losses.reduction import Loss
 from fedkd.objectives.view import View
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule, PositiveSchedule
 
@@ -100,8 +101,11 @@ class Term(BaseModel, ABC):
         return ("teacher",)
 
     @abstractmethod
-    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Float[Tensor, ""]:
-        """Return the loss before its weight.
+    def value(self, view: View, parts: Parts, pairs: LayerPairs) -> Loss:
+        """Return the loss before its weight: of each row, or of the step as a whole.
+
+        ``view.of_transfer(values)`` says that there is one value for each transfer row, and
+        ``view.of_labelled(values)`` for each labelled row; `WholeStep` that rows are compared.
 
         Args:
             view: the step.
@@ -218,7 +222,7 @@ class LayerTerm(Term):
         return [(view.features[ours], view.teacher_features[theirs]) for ours, theirs in pairs]
 
 
-def total_of(losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
+def total_of(losses: Sequence[Float[Tensor, "*rows"]]) -> Float[Tensor, "*rows"]:
     """Sum a term over its layers, as attention transfer was published."""
     first, *others = losses
     for loss in others:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.data.augmentation import Mix
+from fedkd.losses.reduction import PerRow, RowKind, StepRows
 from fedkd.targets import Targets
 
 NO_FEATURES: Mapping[str, Tensor] = MappingProxyType({})
@@ -22,6 +23,7 @@ class View(NamedTuple):
     Attributes:
         labelled_logits: the student's logits for rows whose labels it may see.
         labels: classes of those rows.
+        labelled_of: which rows of the step they are.
         labelled_weights: >= 0, how much each of those rows counts; None: all the same.
         mix: how the labelled rows were mixed with each other; None where they were not.
         logits: the student's logits for the transfer rows.
@@ -30,18 +32,21 @@ class View(NamedTuple):
         weights: >= 0, how much each transfer row counts; None: all the same.
         features: what the student's tapped layers put out for the transfer rows, by layer.
         teacher_features: the same of the teacher; constants.
+        transfer_of: which rows of the step the transfer rows are.
         rows: ids of the transfer rows; the same row has the same id all the time.
         progress: how much of the training is done, in [0, 1].
     """
 
     labelled_logits: Float[Tensor, "labelled classes"] | None = None
     labels: Int[Tensor, " labelled"] | None = None
+    labelled_of: RowKind = "private"
     labelled_weights: Float[Tensor, " labelled"] | None = None
     mix: Mix | None = None
     logits: Float[Tensor, "rows classes"] | None = None
     targets: Targets | None = None
     transfer_labels: Int[Tensor, " rows"] | None = None
     weights: Float[Tensor, " rows"] | None = None
+    transfer_of: RowKind = "public"
     features: Mapping[str, Tensor] = NO_FEATURES
     teacher_features: Mapping[str, Tensor] = NO_FEATURES
     rows: Int[Tensor, " rows"] | None = None
@@ -71,6 +76,26 @@ class View(NamedTuple):
         if self.logits is None or self.targets is None:
             raise ValueError("this step has no rows that a teacher speaks about")
         return self.logits, self.targets
+
+    def of_labelled(self, values: Float[Tensor, " labelled"]) -> PerRow:
+        """Return a loss of the labelled rows, each of which counts as the view says."""
+        return PerRow(values, of=self.labelled_of, weights=self.labelled_weights)
+
+    def of_transfer(self, values: Float[Tensor, " rows"]) -> PerRow:
+        """Return a loss of the transfer rows, each of which counts as the view says."""
+        return PerRow(values, of=self.transfer_of, weights=self.weights)
+
+    @property
+    def step_rows(self) -> StepRows:
+        """The rows that the view shows, all of which count."""
+        sizes: dict[RowKind, int] = {}
+        if self.labelled_logits is not None:
+            sizes[self.labelled_of] = len(self.labelled_logits)
+        if self.logits is not None:
+            sizes[self.transfer_of] = len(self.logits)
+        elif self.features:
+            sizes[self.transfer_of] = len(next(iter(self.features.values())))
+        return StepRows(sizes)
 
     def known_labels(self) -> Int[Tensor, " rows"]:
         """Return the classes of the transfer rows.

@@ -1,5 +1,6 @@
 """Training over cohorts of clients: state, batches, optimizers, objectives and backends."""
 
+from fedkd.losses.reduction import Loss, PerRow, WholeStep
 from fedkd.tensors import as_tensor
 from fedkd.training.backends import (
     Backend,
@@ -30,7 +31,6 @@ from fedkd.training.objectives import (
     Losses,
     Objective,
     Outputs,
-    distilled,
     supervised,
     supervised_public,
 )
@@ -56,6 +56,7 @@ __all__ = [
     "JointObjective",
     "Learner",
     "LoopCohort",
+    "Loss",
     "Losses",
     "Member",
     "ModelPool",
@@ -64,6 +65,7 @@ __all__ = [
     "OptimizerSettings",
     "Outputs",
     "Passes",
+    "PerRow",
     "PublicLesson",
     "RowOutputs",
     "Stacking",
@@ -72,10 +74,10 @@ __all__ = [
     "TrainingData",
     "VmapCohort",
     "VmapUnsupportedError",
+    "WholeStep",
     "as_tensor",
     "check_state",
     "choose_backend",
-    "distilled",
     "initial_model_seed",
     "measure_backends",
     "open_cohort",

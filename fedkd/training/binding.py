@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedkd.losses.reduction import Loss, RowKind, StepRows, WholeStep
 from fedkd.models import ModelSettings, build_model
 from fedkd.models.options import ImageShape
 from fedkd.objectives import BoundObjective, Parts, layer_shapes
@@ -39,8 +40,8 @@ class Stacking:
 
     Attributes:
         obstacle: why not; empty where it can.
-        mixes_rows: the first term whose value changes where a batch is padded with rows that do
-            not count; empty where none does.
+        mixes_rows: the first term that compares the rows of a step with each other; empty where
+            none does. Where batches are padded such terms are computed client by client.
     """
 
     obstacle: str = ""
@@ -117,7 +118,7 @@ class BoundLearners:
         *,
         alone: bool = False,
     ) -> Losses:
-        """Return every learner's weighted terms, by their names in the metrics.
+        """Return every learner's weighted terms, of rows or not, by their names in the metrics.
 
         Args:
             composed: the objective that was bound, or one that differs in its progress only.
@@ -127,12 +128,12 @@ class BoundLearners:
             alone: whether the client has no public rows, though others have: terms that learn
                 from targets on them are left out.
         """
-        losses: Losses = {}
+        losses: dict[str, Loss] = {}
         for name, bound in self.objectives.items():
             view = composed.view(name, outputs, batch)
             own = None if parts is None else parts[name]
             taught_in_public = composed.learners[name].teacher is None
-            for term, loss in bound.losses(
+            for term, loss in bound.weighted(
                 view, own, labels_only=alone and taught_in_public
             ).items():
                 losses[composed.loss_name(name, term)] = loss
@@ -160,7 +161,11 @@ class BoundLearners:
         """
         with seeded_torch(0):
             outputs, batch, _ = self._made_up()
-            self._unweighted(_of_member(outputs, 0, TRIED_ROWS), _of_member(batch, 0, TRIED_ROWS))
+            values = self._unweighted(
+                _of_member(outputs, 0, TRIED_ROWS), _of_member(batch, 0, TRIED_ROWS)
+            )
+            for name, value in values.items():
+                _trial_rows(TRIED_ROWS).read(name, value)
         for name, learner in self._composed.learners.items():
             for term, bound in self.objectives[name].terms.items():
                 if bound.term.stateful:
@@ -176,7 +181,7 @@ class BoundLearners:
             return Stacking(f"cannot be stacked: {str(error).strip().splitlines()[0]}")
 
     def _tried_out(self) -> Stacking:
-        """Compare two stacked clients, whose last row is padding, with each of them alone."""
+        """Compare two stacked clients with each of them alone: without padding, and with a row."""
         with seeded_torch(0):
             outputs, batch, shared = self._made_up()
             skeleton = Skeleton(self.parts, self._inputs.device)
@@ -185,37 +190,80 @@ class BoundLearners:
                 name: torch.stack([skeleton.turned(name, state[name]) for state in initial])
                 for name in skeleton.stored
             }
-            rows = TRIED_ROWS - 1
-
-            def stacked(outputs: Any, fields: dict[str, Any], tensors: Any) -> dict[str, Tensor]:
-                targets = Targets.from_model(fields["targets"])
-                batch = Batch(**{**fields, "targets": targets})
-                skeleton.counted.weights = torch.ones(TRIED_ROWS, device=self._inputs.device)
-                skeleton.counted.weights[rows:] = 0
-                skeleton.counted.fewest = rows
-                parts = self.parts_with(partial(skeleton.run_at, tensors))
-                return self._unweighted(outputs, batch, parts)
-
-            assert batch.targets is not None  # noqa: S101
-            together = torch.vmap(stacked, randomness="different")(
-                outputs, {**batch._asdict(), "targets": batch.targets.tensor}, tensors
-            )
+            every, whole = slice(None), set[str]()
+            results = []
+            for rows in (TRIED_ROWS - 1, TRIED_ROWS):
+                of = _of_member(outputs, every, rows), _of_member(batch, every, rows)
+                started = {name: tensor.clone() for name, tensor in tensors.items()}
+                results.append(self._stacked_trial(skeleton, *of, started, whole))
             for member in range(2):
                 # A part's buffers may have moved: both begin with the same ones.
                 self.parts.load_state_dict(initial[member])
-                alone = self._unweighted(
-                    _of_member(outputs, member, rows), _of_member(batch, member, rows)
+                alone = _trial_rows(TRIED_ROWS - 1).means(
+                    self._unweighted(
+                        _of_member(outputs, member, TRIED_ROWS - 1),
+                        _of_member(batch, member, TRIED_ROWS - 1),
+                    )
                 )
-                for name, loss in alone.items():
-                    if not torch.isclose(together[name][member], loss, rtol=SAME, atol=SAME):
-                        return Stacking(mixes_rows=shared[name])
-        return Stacking()
+                for together, padded in zip(results, (False, True), strict=True):
+                    for name, loss in alone.items():
+                        if padded and name in whole:
+                            continue
+                        if not torch.isclose(together[name][member], loss, rtol=SAME, atol=SAME):
+                            return Stacking(
+                                f"{shared[name]} says that it is a loss of each row, but a row "
+                                "that pads the batch changes the others: return WholeStep"
+                                if padded
+                                else f"{shared[name]} has another value where clients are stacked"
+                            )
+        return Stacking(mixes_rows=next((shared[name] for name in alone if name in whole), ""))
+
+    def _stacked_trial(
+        self,
+        skeleton: Skeleton,
+        outputs: Mapping[str, Outputs],
+        batch: Batch,
+        tensors: Mapping[str, Tensor],
+        whole: set[str],
+    ) -> dict[str, Tensor]:
+        """Return two clients' terms; the last of `TRIED_ROWS` rows is padding.
+
+        Args:
+            skeleton: of the parts.
+            outputs: of both clients, stacked.
+            batch: of both clients, stacked.
+            tensors: of the parts, stacked.
+            whole: gets the names of the terms that are of the step as a whole.
+        """
+        assert batch.targets is not None  # noqa: S101
+        rows = len(batch.targets.tensor[0])
+        counted = torch.ones(rows, device=self._inputs.device)
+        counted[TRIED_ROWS - 1 :] = 0
+        padded = rows == TRIED_ROWS
+
+        def stacked(outputs: Any, fields: dict[str, Any], tensors: Any) -> dict[str, Tensor]:
+            targets = Targets.from_model(fields["targets"])
+            batch = Batch(**{**fields, "targets": targets})
+            skeleton.counted.weights = counted if padded else None
+            skeleton.counted.fewest = TRIED_ROWS - 1
+            parts = self.parts_with(partial(skeleton.run_at, tensors))
+            values = self._unweighted(outputs, batch, parts)
+            step = _trial_rows(rows, counted if padded else None)
+            read = {name: step.read(name, value) for name, value in values.items()}
+            whole.update(name for name, value in read.items() if isinstance(value, WholeStep))
+            return step.means(read)
+
+        fields = {**batch._asdict(), "targets": batch.targets.tensor}
+        result: dict[str, Tensor] = torch.vmap(stacked, randomness="different")(
+            outputs, fields, tensors
+        )
+        return result
 
     def _unweighted(
         self, outputs: Mapping[str, Outputs], batch: Batch, parts: PartsOf | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Loss]:
         """Return each term's value: a weight that is 0 now may grow later."""
-        values = {}
+        values: dict[str, Loss] = {}
         for name, bound in self.objectives.items():
             view = self._composed.view(name, outputs, batch)
             for term, own in bound.terms.items():
@@ -246,16 +294,20 @@ class BoundLearners:
             for term in self.objectives[name].terms:
                 settings[self._composed.loss_name(name, term)] = f"{learner.setting}.{term}"
         labels = torch.arange(rows, device=device).remainder(classes).expand(2, rows)
-        counted = torch.ones(2, rows, device=device)
-        counted[:, -1] = 0
         ids = torch.arange(rows, device=device).expand(2, rows)
         targets = Targets.from_model(draw(rows, classes))
-        batch = Batch(labels, targets, labels, counted, counted, ids, ids, {})
+        batch = Batch(labels, targets, labels, ids, ids, {})
         return outputs, batch, settings
 
 
-def _of_member(value: Any, member: int, rows: int) -> Any:
-    """Take one client's first rows out of stacked outputs or a stacked batch; nothing counts."""
+def _trial_rows(rows: int, counted: Tensor | None = None) -> StepRows:
+    """Return the rows of a step of a trial, in which there are as many of each kind."""
+    sizes: dict[RowKind, int] = {"private": rows, "public": rows}
+    return StepRows(sizes, {} if counted is None else dict.fromkeys(sizes, counted))
+
+
+def _of_member(value: Any, member: int | slice, rows: int) -> Any:
+    """Take one client's first rows, or those of all, out of stacked outputs or a stacked batch."""
     if isinstance(value, Tensor):
         return value[member, :rows]
     if isinstance(value, Targets):

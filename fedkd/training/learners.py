@@ -100,7 +100,6 @@ class ComposedObjective:
             return View(
                 labelled_logits=own.private,
                 labels=batch.labels,
-                labelled_weights=batch.private_counted,
                 logits=own.public,
                 targets=batch.targets,
                 transfer_labels=batch.public_labels,
@@ -115,11 +114,10 @@ class ComposedObjective:
         return View(
             labelled_logits=own.private,
             labels=batch.labels,
-            labelled_weights=batch.private_counted,
             logits=own.private,
             targets=Targets.from_model(other.private.detach()),
             transfer_labels=batch.labels,
-            weights=batch.private_counted,
+            transfer_of="private",
             features={layer: tensor[:rows] for layer, tensor in own.features.items()},
             teacher_features={
                 layer: tensor[:rows].detach() for layer, tensor in other.features.items()
@@ -129,10 +127,8 @@ class ComposedObjective:
         )
 
     def _public_weights(self, batch: Batch) -> Float[Tensor, " public"] | None:
-        """Return how much each public row counts."""
-        weights = batch.public_counted
+        """Return 1 for each public row whose target is sure enough, else 0; None: all count."""
         if batch.targets is None or not self.confidence_threshold:
-            return weights
+            return None
         probabilities = batch.targets.probabilities(self.temperature)
-        kept = confidence_mask(probabilities, self.confidence_threshold)
-        return kept if weights is None else kept * weights
+        return confidence_mask(probabilities, self.confidence_threshold)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedkd.losses.reduction import RowKind, StepRows
 from fedkd.models.dropout import step_keys
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
@@ -225,7 +226,7 @@ class LoopCohort(BackendCohort):
                     slot.set_learning_rate(rate)
             key = None if keys is None else keys[number]
             outputs = step.outputs(inputs, num_private, key, apart=steps.apart)
-            losses = step.losses_of(outputs, batch)
+            losses = _rows_of(batch).means(step.losses_of(outputs, batch))
             _descend(learning, losses)
             for name, loss in losses.items():
                 # Kept as they are: to read or add up numbers here would hold up every step.
@@ -432,7 +433,17 @@ class _Step:
         return outputs
 
 
-def _descend(learning: Sequence[Slot], losses: Losses) -> None:
+def _rows_of(batch: Batch) -> StepRows:
+    """Return how many rows of each kind a step has; all of them count."""
+    sizes: dict[RowKind, int] = {}
+    if batch.private_rows is not None:
+        sizes["private"] = len(batch.private_rows)
+    if batch.public_rows is not None:
+        sizes["public"] = len(batch.public_rows)
+    return StepRows(sizes)
+
+
+def _descend(learning: Sequence[Slot], losses: Mapping[str, Tensor]) -> None:
     """Take one step down the sum of the losses."""
     if not losses:
         # Nothing is in force for a client without public rows: it rests.

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedkd.losses.reduction import RowKind, StepRows, WholeStep
 from fedkd.models import ModelSettings
 from fedkd.models.dropout import step_keys
 from fedkd.objectives.view import NO_FEATURES
@@ -56,7 +57,7 @@ from fedkd.training.common import (
 from fedkd.training.feeds import Feed
 from fedkd.training.frozen import fold_in
 from fedkd.training.learners import ComposedObjective
-from fedkd.training.objectives import Batch, JointObjective, Objective, Outputs, total
+from fedkd.training.objectives import Batch, JointObjective, Losses, Objective, Outputs, total
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
 from fedkd.training.stacking import (
@@ -146,7 +147,7 @@ class VmapCohort(BackendCohort):
             keep_outputs=keep_outputs,
         )
         if not isinstance(objective, ComposedObjective):
-            return self._fit_stacks(fit, self._runs(fit), _on_outputs(objective))
+            return self._fit_stacks(fit, self._runs(fit), _on_outputs(objective), None)
         if objective.idle:
             return self._nothing_kept(fit)
         architectures = self._models_of(fit)
@@ -154,16 +155,12 @@ class VmapCohort(BackendCohort):
         if bound.stacking.obstacle:
             raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
         runs = self._runs(fit)
-        if bound.stacking.mixes_rows and any(steps.padded for steps in runs):
-            raise VmapUnsupportedError(
-                f"{bound.stacking.mixes_rows} compares the rows of a batch with each other and "
-                f"cannot leave out those that pad the batches of clients with fewer; {TRY_LOOP}"
-            )
         parts = self._stacked_parts(objective, architectures)
         kept = self._fit_stacks(
             fit.with_layers(bound.layers),
             runs,
             partial(bound.losses, objective),
+            bool(bound.stacking.mixes_rows),
             parts,
             bound.parts_with,
         )
@@ -225,7 +222,8 @@ class VmapCohort(BackendCohort):
         self,
         fit: Fit,
         runs: Sequence["_StackedSteps"],
-        losses_of: Callable[..., dict[str, Tensor]],
+        losses_of: Callable[..., Losses],
+        compares_rows: bool | None,
         parts: Stack | None = None,
         parts_with: Callable[..., Any] | None = None,
     ) -> list[RowOutputs]:
@@ -252,7 +250,7 @@ class VmapCohort(BackendCohort):
                 for name, module in modules.items()
                 if name in fit.paths
             }
-            step = _Step(models, losses_of, fit, features, frozen, parts, parts_with)
+            step = _Step(models, losses_of, compares_rows, fit, features, frozen, parts, parts_with)
             for stack in step.learning:
                 stack.skeleton.module.train()
             for steps in runs:
@@ -312,12 +310,11 @@ class VmapCohort(BackendCohort):
             for stack, tensors in zip(stacks, handed, strict=True)
         ]
         every_leaf = [leaf for own in leaves for leaf in own]
-        step_losses = torch.vmap(partial(step.losses, steps), randomness="different")
         terms: dict[str, list[Tensor]] = {}
         for number in numbers:
             for optimizer in optimizers:
                 optimizer.set_learning_rates(partial(self._streams.progress, number))
-            losses, seen = step_losses(handed, resting, steps.take(number, active))
+            losses, seen = step.run(steps, number, handed, resting, steps.take(number, active))
             gradients = iter(_gradients(losses, every_leaf))
             for stack, optimizer in zip(stacks, optimizers, strict=True):
                 own = {name: next(gradients) for name in stack.skeleton.trainable}
@@ -510,7 +507,8 @@ class _Step:
     def __init__(
         self,
         models: Mapping[str, Stack],
-        losses_of: Callable[..., dict[str, Tensor]],
+        losses_of: Callable[..., Losses],
+        compares_rows: bool | None,
         fit: Fit,
         features: Mapping[str, dict[str, Tensor]],
         frozen: Mapping[str, "_Frozen"],
@@ -519,54 +517,146 @@ class _Step:
     ) -> None:
         self._skeletons = {name: stack.skeleton for name, stack in models.items()}
         self._losses_of = losses_of
+        self._compares_rows = compares_rows
         self._features = features
         self._paths = fit.paths
+        self._tables_of = {name: table.of for name, table in fit.tables.items()}
         self._kept = fit.learning[0] if fit.keep_outputs else None
         self._parts = parts
         self._parts_with = parts_with
         self.learning = [*models.values(), *([] if parts is None else [parts])]
         self.frozen = frozen
 
-    def losses(
+    def run(
+        self,
+        steps: "_StackedSteps",
+        number: int,
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return all members' losses ``[members]``, and what is kept of their outputs.
+
+        Args:
+            steps: where the step is one of.
+            number: which of them.
+            handed: all members' tensors, of each stack that learns.
+            resting: the same of each frozen model of which every member has its own.
+            rows: all members' rows.
+        """
+        if "counted" not in rows or self._compares_rows is False:
+            at_once = torch.vmap(partial(self._losses, steps), randomness="different")
+            losses, kept = at_once(handed, resting, rows)
+            return losses, kept
+        forward = torch.vmap(partial(self._forward, steps), randomness="different")
+        outputs, kept = forward(handed, resting, rows)
+        if self._compares_rows is None:
+            try:
+                judge = torch.vmap(partial(self._judged, steps), randomness="different")
+                losses = judge(outputs, handed, rows)
+            except _ComparesRowsError:
+                self._compares_rows = True
+            else:
+                return losses, kept
+        return self._one_by_one(steps, number, outputs, handed, rows), kept
+
+    def _losses(
         self,
         steps: "_StackedSteps",
         handed: Sequence[dict[str, Tensor]],
         resting: Mapping[str, dict[str, Tensor]],
         rows: dict[str, Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return one member's losses, and what is kept of its outputs; this is what vmap runs.
+        """Do for one member what `run` does; this is what vmap runs."""
+        outputs, kept = self._forward(steps, handed, resting, rows)
+        return self._judged(steps, outputs, handed, rows), kept
 
-        Args:
-            steps: where the step is one of.
-            handed: the member's tensors, of each stack that learns.
-            resting: the same of each frozen model of which every member has its own.
-            rows: the member's rows.
-        """
+    def _forward(
+        self,
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Return what every model puts out for one member, and what is kept of it."""
         outputs = self._outputs(steps, handed, rows)
         for name, model in self.frozen.items():
             logits = model.logits(resting[name], rows["inputs"])
             outputs[name] = Outputs.split(logits, steps.num_private, self._seen(name))
-        batch = Batch(
-            labels=rows.get("labels"),
-            targets=None if steps.targets is None else steps.targets.of(rows["targets"]),
-            public_labels=rows.get("public_labels"),
-            private_counted=rows.get("private_counted"),
-            public_counted=rows.get("public_counted"),
-            private_rows=rows.get("private_rows"),
-            public_rows=rows.get("public_rows"),
-            tables=steps.tables_of(rows),
-        )
-        if self._parts is None or self._parts_with is None:
-            losses = self._losses_of(outputs, batch, alone=steps.alone)
-        else:
-            skeleton = self._parts.skeleton
-            _tell_what_counts(skeleton, steps, rows)
-            run = partial(skeleton.run_at, handed[-1])
-            losses = self._losses_of(outputs, batch, self._parts_with(run), alone=steps.alone)
+        kept = {} if self._kept is None else _private(outputs[self._kept], steps)
         for table in self._features.values():
             # A member's tensors mean nothing outside of vmap.
             table.clear()
-        return losses, {} if self._kept is None else _private(outputs[self._kept], steps)
+        return {name: _packed(own, rows) for name, own in outputs.items()}, kept
+
+    def _judged(
+        self,
+        steps: "_StackedSteps",
+        outputs: Mapping[str, dict[str, Tensor]],
+        handed: Sequence[dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return one member's losses."""
+        of_step = steps.rows_of(rows)
+        batch = steps.batch_of(rows)
+        losses = self._of_objective(
+            {name: _unpacked(own) for name, own in outputs.items()}, batch, steps, handed, rows
+        )
+        read = {name: of_step.read(name, loss) for name, loss in losses.items()}
+        whole = [name for name, loss in read.items() if isinstance(loss, WholeStep)]
+        if whole and of_step.counted:
+            raise _ComparesRowsError(
+                f"loss {whole[0]!r} was of each row in earlier steps and is of the whole step now, "
+                f"which has rows that pad it; {TRY_LOOP}"
+            )
+        if self._compares_rows is None:
+            self._compares_rows = bool(whole)
+        return of_step.means(read)
+
+    def _one_by_one(
+        self,
+        steps: "_StackedSteps",
+        number: int,
+        outputs: Mapping[str, dict[str, Tensor]],
+        handed: Sequence[dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return all members' losses, each of which sees the rows that count and no others."""
+        each = []
+        for at, sizes in enumerate(steps.sizes_of(number, len(rows["inputs"]))):
+            cut = partial(_cut, at=at, sizes=sizes, num_private=steps.num_private)
+            own = {name: cut(_ROW_KINDS, packed) for name, packed in outputs.items()}
+            seen = {name: each for name, each in rows.items() if not name.endswith("counted")}
+            own_rows = cut({**_ROW_KINDS, **self._table_kinds()}, seen)
+            tensors = [{name: each[at] for name, each in stack.items()} for stack in handed]
+            losses = self._of_objective(
+                {name: _unpacked(packed) for name, packed in own.items()},
+                steps.batch_of(own_rows),
+                steps,
+                tensors,
+                {},
+            )
+            each.append(StepRows(sizes).means(losses))
+        return {name: torch.stack([losses[name] for losses in each]) for name in each[0]}
+
+    def _table_kinds(self) -> dict[str, str]:
+        return {f"table {name}": of for name, of in self._tables_of.items()}
+
+    def _of_objective(
+        self,
+        outputs: Mapping[str, Outputs],
+        batch: Batch,
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        rows: Mapping[str, Tensor],
+    ) -> Losses:
+        """Ask the objective about one member; without ``rows`` that count, all of them do."""
+        if self._parts is None or self._parts_with is None:
+            return self._losses_of(outputs, batch, alone=steps.alone)
+        skeleton = self._parts.skeleton
+        _tell_what_counts(skeleton, steps, rows)
+        run = partial(skeleton.run_at, handed[-1])
+        return self._losses_of(outputs, batch, self._parts_with(run), alone=steps.alone)
 
     def _outputs(
         self,
@@ -624,6 +714,77 @@ def _gradients(losses: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> Sequen
         total(dict(losses)).sum(), leaves, allow_unused=True
     )
     return gradients
+
+
+class _ComparesRowsError(VmapUnsupportedError):
+    """A loss of the step as a whole, in a step with rows that do not count."""
+
+
+_ROW_KINDS = {
+    "labels": "private",
+    "private_rows": "private",
+    "private": "private",
+    "targets": "public",
+    "public_labels": "public",
+    "public_rows": "public",
+    "public": "public",
+}
+"""Of which rows the entries of a step are; others are of all rows, or of none."""
+
+
+def _packed(outputs: Outputs, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return outputs as tensors by name; those of rows that do not count become 0.
+
+    So whatever an objective makes of them, no gradient of it comes back.
+    """
+    packed = {}
+    for kind, logits in (("private", outputs.private), ("public", outputs.public)):
+        if logits is not None:
+            packed[kind] = _blanked(logits, rows.get(f"{kind}_counted"))
+    for name, features in outputs.features.items():
+        packed[f"layer {name}"] = _blanked(features, rows.get("counted"))
+    return packed
+
+
+def _unpacked(packed: Mapping[str, Tensor]) -> Outputs:
+    features = {
+        name.removeprefix("layer "): tensor
+        for name, tensor in packed.items()
+        if name.startswith("layer ")
+    }
+    return Outputs(packed.get("private"), packed.get("public"), features or NO_FEATURES)
+
+
+def _blanked(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the values with 0 in rows that do not count."""
+    if counted is None:
+        return values
+    counts = counted.reshape(-1, *[1] * (values.ndim - 1)) > 0
+    return torch.where(counts, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def _cut(
+    kinds: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    *,
+    at: int,
+    sizes: Mapping[RowKind, int],
+    num_private: int,
+) -> dict[str, Tensor]:
+    """Return one member's rows that count, of tensors of all members."""
+    private, public = sizes.get("private", 0), sizes.get("public", 0)
+    cut = {}
+    for name, tensor in tensors.items():
+        own = tensor[at]
+        if name.startswith("layer "):
+            cut[name] = torch.cat([own[:private], own[num_private : num_private + public]])
+        elif kinds.get(name) == "private":
+            cut[name] = own[:private]
+        elif kinds.get(name) == "public":
+            cut[name] = own[:public]
+        else:
+            cut[name] = own
+    return cut
 
 
 class _Frozen:
@@ -707,13 +868,13 @@ def _tell_what_counts(
     skeleton.counted.fewest = steps.fewest
 
 
-def _on_outputs(objective: Objective | JointObjective) -> Callable[..., dict[str, Tensor]]:
+def _on_outputs(objective: Objective | JointObjective) -> Callable[..., Losses]:
     """Hand an objective what it expects: one model's outputs, or those of several by name."""
     of_step: Any = objective
 
-    def losses(outputs: Mapping[str, Outputs], batch: Batch, *, alone: bool) -> dict[str, Tensor]:  # noqa: ARG001
+    def losses(outputs: Mapping[str, Outputs], batch: Batch, *, alone: bool) -> Losses:  # noqa: ARG001
         seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
-        named: dict[str, Tensor] = of_step(seen, batch)
+        named: Losses = of_step(seen, batch)
         return named
 
     return losses
@@ -730,17 +891,12 @@ class _Padded:
         width = int(self.sizes.max(initial=0))
         table = np.zeros((len(batches), steps, width), np.int64)
         real = np.arange(width) < self.sizes[:, :, None]
-        # Padding repeats row 0: any finite numbers do, for they count for nothing.
+        # Padding repeats row 0: any numbers do, for they count for nothing.
         table[real] = np.concatenate(
             [np.empty(0, np.int64), *(batch for own in batches for batch in own)]
         )
         self._table = as_tensor(table).to(device)
         self._device = device
-
-    def is_padded(self, step: int, active: int) -> bool:
-        """Tell whether a step has rows that do not count."""
-        sizes = self.sizes[:active, step]
-        return int(sizes.min()) < int(sizes.max())
 
     def take(self, step: int, active: int) -> tuple[Tensor, Tensor | None]:
         """Return a step's rows ``[active, width]``, and which count unless all do."""
@@ -770,7 +926,6 @@ class _StackedSteps:
         counts: steps of each member, never rising.
         total: steps of the member that takes most.
         seed: of torch's global generators during the fit.
-        padded: whether any step has rows that do not count.
         apart: whether private and public rows go through the models one after the other.
         alone: whether these members have no public rows, though others have.
         targets: what tells the scale of the lesson's targets.
@@ -857,14 +1012,42 @@ class _StackedSteps:
         own = {name: rows[f"table {name}"] for name in self._tables}
         return {**self._shared_tables, **own}
 
-    @property
-    def padded(self) -> bool:
-        tables = [table for table in (self._private, self._public) if table is not None]
-        return any(
-            table.is_padded(step, self.active(step))
-            for table in tables
-            for step in range(self.total)
+    def rows_of(self, rows: Mapping[str, Tensor]) -> StepRows:
+        """Return how many rows of each kind a step has, and which count for one member."""
+        sizes: dict[RowKind, int] = {}
+        if "private_rows" in rows:
+            sizes["private"] = len(rows["private_rows"])
+        if "public_rows" in rows:
+            sizes["public"] = len(rows["public_rows"])
+        return StepRows(
+            sizes, {kind: rows[f"{kind}_counted"] for kind in sizes if f"{kind}_counted" in rows}
         )
+
+    def batch_of(self, rows: Mapping[str, Tensor]) -> Batch:
+        """Return what one member's objective knows beside the outputs."""
+        targets = None
+        if self.targets is not None:
+            targets = self.targets.of(_blanked(rows["targets"], rows.get("public_counted")))
+        return Batch(
+            labels=rows.get("labels"),
+            targets=targets,
+            public_labels=rows.get("public_labels"),
+            private_rows=rows.get("private_rows"),
+            public_rows=rows.get("public_rows"),
+            tables=self.tables_of(rows),
+        )
+
+    def sizes_of(self, step: int, active: int) -> list[dict[RowKind, int]]:
+        """Return how many rows of each kind each member takes in a step."""
+        tables: dict[RowKind, _Padded | None] = {"private": self._private, "public": self._public}
+        return [
+            {
+                kind: int(table.sizes[at, step])
+                for kind, table in tables.items()
+                if table is not None
+            }
+            for at in range(active)
+        ]
 
     def active(self, step: int) -> int:
         """Return how many members take this step; they come first."""

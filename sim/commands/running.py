@@ -122,25 +122,12 @@ def load_data(settings: Settings) -> FederatedData:
 
 
 def _check_stacking(strategy: Strategy[Any, Any], data: FederatedData) -> None:
-    """Refuse to stack clients whose objective cannot be, or whose batches would be padded."""
-    federation = strategy.federation
-    for architecture, stacking in strategy.stackings(data.input_shape).items():
-        reason = stacking.obstacle
-        rows = {
-            count
-            for count, own in zip(federation.num_examples, federation.architectures, strict=True)
-            if own == architecture
-        }
-        # Equal clients have equal batches, and full ones are equal anyway.
-        padded = len(rows) > 1 and any(count % federation.local.batch_size for count in rows)
-        if stacking.mixes_rows and padded:
-            reason = (
-                f"{stacking.mixes_rows} compares the rows of a batch with each other and cannot "
-                "leave out those that pad the batches of clients with fewer"
-            )
-        if reason:
+    """Refuse to stack clients whose objective cannot be."""
+    for stacking in strategy.stackings(data.input_shape).values():
+        if stacking.obstacle:
             raise ValueError(
-                f"engine.vectorize: vmap cannot stack these clients: {reason}; use auto or loop"
+                f"engine.vectorize: vmap cannot stack these clients: {stacking.obstacle}; use auto "
+                "or loop"
             )
 
 

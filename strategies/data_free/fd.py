@@ -18,7 +18,8 @@ from torch import Tensor
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import ClassTable
 from fedkd.exchange.values import Value
-from fedkd.losses.rows import log_softmax, row_mean
+from fedkd.losses.reduction import PerRow
+from fedkd.losses.rows import log_softmax
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.targets import soften
 from fedkd.training import Batch, Cohort, Losses, Objective, Outputs, Table, as_tensor, supervised
@@ -132,8 +133,7 @@ class FD(Strategy[FDSettings, Tables]):
         """Cross-entropy with the label, and with what the others say of the label's class."""
         assert outputs.private is not None and batch.labels is not None  # noqa: S101, PT018
         rows = taught_rows(outputs.private, batch.labels, batch.tables[TAUGHT])
-        kd = weight * row_mean(rows, batch.private_counted)
-        return {**supervised(outputs, batch), "kd": kd}
+        return {**supervised(outputs, batch), "kd": weight * PerRow(rows, of="private")}
 
     def _table(self, logits: np.ndarray, labels: np.ndarray | None) -> ClassTable:
         soft = soften(as_tensor(logits), temperature=1.0).numpy()

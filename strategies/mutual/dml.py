@@ -89,8 +89,8 @@ class DML(Strategy[DMLSettings, Peers]):
         """Whether what is received never counts."""
         return never_taught(self.settings, self.federation)
 
-    def composed(self) -> ComposedObjective | None:
-        """The terms of ``strategy.objective``, where it is set."""
+    def composed(self) -> ComposedObjective:
+        """The settings' terms."""
         return composed_of(self.settings, self.federation)
 
     def rows_of_step(self, private_rows: int) -> int:

@@ -19,8 +19,9 @@ from fedkd.bounds import CountOrZero, Real
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.views import Weighting
-from fedkd.losses.distances import logit_l1, logit_mse
-from fedkd.losses.response import soft_target_loss
+from fedkd.losses.distances import logit_l1_rows, logit_mse_rows
+from fedkd.losses.reduction import PerRow
+from fedkd.losses.response import soft_target_rows
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
 from strategies.contract import (
@@ -110,16 +111,15 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
         """Approach the consensus: the distance of a member's logits to the mean logits."""
         if outputs.public is None or batch.targets is None:
             raise ValueError("a digest needs public rows with targets")
-        student, consensus = outputs.public, batch.targets.logits()
-        counted = batch.public_counted
+        student, targets = outputs.public, batch.targets
         match self.settings.digest_loss:
             case "l1":
-                loss = logit_l1(student, consensus, sample_weights=counted)
+                rows = logit_l1_rows(student, targets.logits())
             case "mse":
-                loss = logit_mse(student, consensus, sample_weights=counted)
+                rows = logit_mse_rows(student, targets.logits())
             case "kl":
-                loss = soft_target_loss(student, consensus, temperature=1.0, sample_weights=counted)
-        return {"digest": loss}
+                rows = soft_target_rows(student, targets.probabilities(1.0), temperature=1.0)
+        return {"digest": PerRow(rows, of="public")}
 
     def aggregate(
         self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools

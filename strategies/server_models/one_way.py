@@ -11,7 +11,6 @@ place of weights. https://arxiv.org/abs/2006.07242).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,9 +25,7 @@ from fedkd.targets import StreamingMean
 from fedkd.training import (
     Cohort,
     ComposedObjective,
-    Objective,
     as_tensor,
-    distilled,
     supervised,
     supervised_public,
 )
@@ -135,8 +132,8 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
         one_sided = self.settings.direction == "clients_to_server"
         return one_sided or never_taught(self.settings, self.federation)
 
-    def composed(self) -> ComposedObjective | None:
-        """The terms of ``strategy.objective``, where it is set."""
+    def composed(self) -> ComposedObjective:
+        """The settings' terms."""
         return composed_of(self.settings, self.federation)
 
     def rows_of_step(self, private_rows: int) -> int:
@@ -234,17 +231,10 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
             return Teaching(model, taught=taught)
         return Teaching(model, self._lesson_for(model, following, server), taught)
 
-    def _server_objective(
-        self, ensemble: Predictions, round: Round
-    ) -> Objective | ComposedObjective | None:
+    def _server_objective(self, ensemble: Predictions, round: Round) -> ComposedObjective | None:
         """What the server distils by; it has no private rows, so terms on labels have no say."""
-        settings = self.settings
-        if settings.objective is None:
-            return partial(
-                distilled, temperature=ensemble.temperature, scale_by_t2=settings.scale_by_t2
-            )
-        knowledge = knowledge_of(settings.objective, round.progress)
-        return None if knowledge is None else lesson_of(knowledge, ensemble, settings, round)
+        knowledge = knowledge_of(self.settings.terms, round.progress)
+        return None if knowledge is None else lesson_of(knowledge, ensemble, self.settings, round)
 
     def _lesson_for(self, model: ServerModel, round: Round, server: ServerTools) -> Predictions:
         return Predictions(

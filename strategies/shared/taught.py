@@ -1,7 +1,7 @@
 """What clients do in every algorithm that teaches them on public rows while they learn at home."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -9,6 +9,7 @@ from pydantic import model_validator
 from fedkd.bounds import Count, ShareBelowOne
 from fedkd.exchange.payloads import Predictions
 from fedkd.objectives import Objective
+from fedkd.objectives.basic import HardLabels, SoftTargets
 from fedkd.objectives.terms import SoftenedTerm, Term
 from fedkd.schedules import (
     ConstantSchedule,
@@ -22,8 +23,6 @@ from fedkd.training import (
     ComposedObjective,
     Learner,
     PublicLesson,
-    distilled,
-    supervised,
 )
 from strategies.contract import Call, Federation, Received, Round, Step, Strategy, StrategySettings
 
@@ -36,10 +35,10 @@ class TaughtSettings(StrategySettings):
         ce_weight: weight of cross-entropy on private rows; a number or a schedule.
         kd_weight: weight of distillation on public rows; a number or a schedule.
         scale_by_t2: multiply the public term by the temperature's square.
-        objective: terms in the place of the four settings above: those that need labels only are
-            taken on private rows, the others on public rows with what was received as the
-            teacher's logits. What travels is softened with the first temperature among them, or
-            with 1.
+        objective: terms, of which the four settings above are a short form (``ce`` and ``kd``):
+            those that need labels only are taken on private rows, the others on public rows, where
+            what was received is the teacher. What travels is softened with the first temperature
+            among them, or with 1.
         public_epochs: passes over the round's public rows, spread over its steps; more of them
             where a step would have fewer than two public rows.
         public_forward: ``joint`` takes a step's private and public rows through the model in one
@@ -81,11 +80,20 @@ class TaughtSettings(StrategySettings):
             )
         return self
 
+    @cached_property
+    def terms(self) -> Objective:
+        """What a client minimises: ``objective``, or what its short form stands for."""
+        if self.objective is not None:
+            return self.objective
+        ce = HardLabels(weight=self.ce_weight)
+        kd = SoftTargets(
+            weight=self.kd_weight, temperature=self.temperature, scale_by_t2=self.scale_by_t2
+        )
+        return Objective.model_validate({"ce": ce, "kd": kd})
+
     def softening(self, progress: float) -> float:
         """Return what predictions on public rows are softened with, at ``progress`` of the run."""
-        if self.objective is None:
-            return self.temperature.at(progress)
-        for term in self.objective.terms.values():
+        for term in self.terms.terms.values():
             if isinstance(term, SoftenedTerm):
                 return term.temperature.at(progress)
         return 1.0
@@ -97,7 +105,7 @@ def check_public_labels(settings: TaughtSettings, federation: Federation) -> Non
     Raises:
         ValueError: naming the term and the setting.
     """
-    needing = () if settings.objective is None else settings.objective.needs("transfer_labels")
+    needing = settings.terms.needs("transfer_labels")
     if needing and not federation.public_labelled:
         raise ValueError(
             f"strategy.objective.{needing[0]} needs the labels of public rows: set "
@@ -105,18 +113,14 @@ def check_public_labels(settings: TaughtSettings, federation: Federation) -> Non
         )
 
 
-def composed_of(settings: TaughtSettings, federation: Federation) -> ComposedObjective | None:
-    """Return ``strategy.objective`` as what a client minimises; None where it is not set."""
-    if settings.objective is None:
-        return None
-    return ComposedObjective(learners={MODEL: _learner(federation.in_force(settings.objective))})
+def composed_of(settings: TaughtSettings, federation: Federation) -> ComposedObjective:
+    """Return what a client minimises."""
+    return ComposedObjective(learners={MODEL: _learner(federation.in_force(settings.terms))})
 
 
 def never_taught(settings: TaughtSettings, federation: Federation) -> bool:
     """Return whether what clients receive has no weight in any round."""
-    if settings.objective is None:
-        return federation.never(settings.kd_weight)
-    terms = _knowledge_terms(settings.objective)
+    terms = _knowledge_terms(settings.terms)
     return all(federation.never(term.weight) for term in terms.values())
 
 
@@ -165,39 +169,12 @@ def rows_of_step(federation: Federation, settings: TaughtSettings, private_rows:
 
 
 def learn(cohort: Cohort, received: Received, call: Call, settings: TaughtSettings) -> None:
-    """Minimise both terms in every step, or the private one where nothing teaches.
+    """Minimise all terms in every step, or those on private rows where nothing teaches.
 
-    With ``kd_weight`` 0 the public rows are left out altogether, so that the bits are those of
-    learning alone; so it is with an objective whose other terms have weight 0.
+    Where no other term has a weight the public rows are left out altogether, so that the bits are
+    those of learning alone.
     """
-    if settings.objective is not None:
-        objective = call.federation.in_force(settings.objective)
-        _learn_terms(cohort, received, call, settings, objective)
-        return
-    ce_weight = settings.ce_weight.at(call.progress)
-    kd_weight = settings.kd_weight.at(call.progress)
-    if not received or kd_weight == 0:
-        cohort.fit(partial(supervised, weight=ce_weight), private=call.local)
-        return
-    taught = received.all(Predictions)[0]
-    both = partial(
-        distilled,
-        temperature=taught.temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        scale_by_t2=settings.scale_by_t2,
-        confidence_threshold=settings.confidence_threshold,
-    )
-    cohort.fit(both, private=call.local, public=_public(received, call, settings))
-
-
-def _learn_terms(
-    cohort: Cohort,
-    received: Received,
-    call: Call,
-    settings: TaughtSettings,
-    objective: Objective,
-) -> None:
+    objective = call.federation.in_force(settings.terms)
     if received and knowledge_of(objective, call.progress) is not None:
         taught = received.all(Predictions)[0]
         lesson = lesson_of(objective, taught, settings, call)

@@ -206,7 +206,7 @@ class Group(Generic[SettingsT]):
             own: logits of any model, for rows whose labels are known.
         """
         view = View(labelled_logits=own.logits, labels=own.labels, mix=own.mix)
-        return self._labels.value(view, self._no_parts, ())
+        return view.step_rows.mean("ce", self._labels.value(view, self._no_parts, ()))
 
     def before_epoch(self) -> None:
         """Prepare the next epoch; models are in the mode that validation left them in."""

@@ -27,6 +27,7 @@ from fedkd.training import (
     TrainingData,
     VmapCohort,
     VmapUnsupportedError,
+    WholeStep,
     choose_backend,
     measure_backends,
     stacking_of,
@@ -40,10 +41,6 @@ WIDE = ModelSettings(name="mlp", options={"hidden": [20]})
 CNN = ModelSettings(name="cnn", options={"channels": [4], "norm": "batch"})
 TWINS = {"private": NARROW, "meme": NARROW}
 UNLIKE = {"private": NARROW, "meme": WIDE}
-
-
-def row_mean(losses, weights):
-    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
 
 
 class Near(LayerTerm):
@@ -63,7 +60,7 @@ class Near(LayerTerm):
         own, other = vectors(view.features[ours]), vectors(view.teacher_features[theirs])
         if own.shape != other.shape:
             own = parts.call("projector", own)
-        return row_mean((own - other).square().mean(1), view.weights)
+        return view.of_transfer((own - other).square().mean(1))
 
 
 class Normalised(Near):
@@ -80,20 +77,30 @@ class Normalised(Near):
         ((ours, theirs),) = pairs
         own = parts.call("projector", vectors(view.features[ours]))
         other = vectors(view.teacher_features[theirs])
-        return row_mean((own - other).square().mean(1), view.weights)
+        return view.of_transfer((own - other).square().mean(1))
 
 
 class Distances(LayerTerm):
-    """Compares rows with each other and knows nothing of rows that do not count."""
+    """Compares rows with each other."""
 
     source: ClassVar[str] = "test"
     kind: Literal["distances"] = "distances"
 
     def value(self, view, parts, pairs):
         ((ours, theirs),) = pairs
-        return rkd_distance_loss(
-            vectors(view.features[ours]), vectors(view.teacher_features[theirs])
-        )
+        pair = vectors(view.features[ours]), vectors(view.teacher_features[theirs])
+        return WholeStep(rkd_distance_loss(*pair))
+
+
+class Pretending(Distances):
+    """Compares rows with each other, and says that it is a loss of each row."""
+
+    kind: Literal["pretending"] = "pretending"
+
+    def value(self, view, parts, pairs):
+        ((ours, _),) = pairs
+        own = vectors(view.features[ours])
+        return view.of_transfer((own - own.mean(0)).square().mean(1))
 
 
 class Remembering(Term):
@@ -130,7 +137,7 @@ class Failing(Term):
 
 @pytest.fixture(autouse=True)
 def _known_terms(monkeypatch):
-    for term in (Near, Normalised, Distances, Remembering, Branching, Failing):
+    for term in (Near, Normalised, Distances, Pretending, Remembering, Branching, Failing):
         monkeypatch.setitem(TERMS, term.model_fields["kind"].default, term)
 
 
@@ -469,12 +476,22 @@ def test_what_cannot_be_stacked_trains_in_the_loop(table, reason):
     assert f"loss/{next(iter(table))}" in cohort.metrics()[0]
 
 
-def test_a_term_that_mixes_rows_is_refused_where_batches_are_padded():
-    composed = mutual({"ce": 1.0, "distances": 1.0})
-    with pytest.raises(VmapUnsupportedError, match=r"strategy\.objective\.distances compares the"):
-        cohort_of(VmapCohort, UNEQUAL, TWINS).fit(composed, private=PASSES)
-    apart, *_ = both(EQUAL, TWINS, composed, passes=Passes(batch_size=8, steps=2))
-    assert apart < 1e-4
+@pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("models", [TWINS, UNLIKE], ids=["twins", "unlike"])
+def test_a_term_that_compares_rows_sees_those_that_count_and_no_others(double, sizes, models):
+    # Behind a projector with statistics there is a part of every member's own as well.
+    table = {"ce": 1.0, "distances": 1.0, "normalised": 0.3}
+    apart, *_ = both(sizes, models, mutual(table if models is UNLIKE else {"ce": 1, "sp": 1}))
+    assert apart < 1e-6
+
+
+def test_a_loss_of_rows_that_mixes_them_is_refused_by_name():
+    found = stacking(mutual({"ce": 1.0, "pretending": 1.0}))
+    assert found.obstacle.startswith("strategy.objective.pretending says that it is a loss of each")
+    with pytest.raises(VmapUnsupportedError, match=r"return WholeStep; engine"):
+        cohort_of(VmapCohort, UNEQUAL, UNLIKE).fit(
+            mutual({"ce": 1.0, "pretending": 1.0}), private=PASSES
+        )
 
 
 def test_the_choice_of_a_backend_knows_the_terms():

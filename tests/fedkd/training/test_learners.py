@@ -40,7 +40,6 @@ def outputs(drawn):
 def batch():
     return Batch(
         labels=torch.tensor([0, 1, 2, 0]),
-        private_counted=torch.tensor([1.0, 1.0, 1.0, 0.0]),
         private_rows=torch.tensor([7, 3, 9, 0]),
         public_rows=torch.tensor([1, 2, 3, 4, 0]),
     )
@@ -56,8 +55,7 @@ def test_a_peer_teaches_on_private_rows_and_is_a_constant(outputs, batch):
     assert view.features["2"].requires_grad
     assert not view.targets.logits().requires_grad
     assert not view.teacher_features["2"].requires_grad
-    for weights in (view.weights, view.labelled_weights):
-        assert torch.equal(weights, batch.private_counted)
+    assert (view.labelled_of, view.transfer_of) == ("private", "private")
     assert torch.equal(view.transfer_labels, batch.labels)
     assert torch.equal(view.rows, batch.private_rows)
     assert view.progress == 0.25
@@ -76,27 +74,25 @@ def taught(**options):
 def test_received_targets_teach_on_public_rows(outputs, batch):
     targets = Targets(torch.randn(PUBLIC, CLASSES))
     classes = torch.tensor([0, 1, 2, 1, 0])
-    weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
-    batch = batch._replace(targets=targets, public_labels=classes, public_counted=weights)
+    batch = batch._replace(targets=targets, public_labels=classes)
     view = taught().view("model", {"model": outputs["private"]}, batch)
     assert view.logits is outputs["private"].public
     assert view.labelled_logits is outputs["private"].private
     assert view.targets is targets
     assert torch.equal(view.transfer_labels, classes)
-    assert torch.equal(view.weights, weights)
-    assert torch.equal(view.labelled_weights, batch.private_counted)
+    assert (view.labelled_of, view.transfer_of) == ("private", "public")
+    assert view.weights is view.labelled_weights is None
     assert torch.equal(view.rows, batch.public_rows)
 
 
 @pytest.mark.parametrize("are_logits", [True, False])
 def test_a_row_of_an_unsure_target_does_not_count(are_logits, outputs, batch):
     sure = torch.tensor([[0.8, 0.1, 0.1], [0.4, 0.3, 0.3], [0.1, 0.7, 0.2]]).repeat(2, 1)[:PUBLIC]
-    counted = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
     composed = taught(temperature=2.0, confidence_threshold=0.6)
     targets = Targets(2.0 * sure.log()) if are_logits else Targets(sure, "probabilities", 2.0)
-    batch = batch._replace(targets=targets, public_counted=counted)
+    batch = batch._replace(targets=targets)
     view = composed.view("model", {"model": outputs["private"]}, batch)
-    assert view.weights.tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert view.weights.tolist() == [1.0, 0.0, 1.0, 1.0, 0.0]
 
 
 def test_a_peer_without_private_rows_is_refused(outputs, batch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from own_objectives import distilled
 from torch import nn
 
 from fedkd.models import ModelSettings, build_model
@@ -20,7 +21,6 @@ from fedkd.training import (
     Passes,
     PublicLesson,
     TrainingData,
-    distilled,
     initial_model_seed,
     supervised,
     supervised_public,

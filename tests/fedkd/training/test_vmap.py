@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from own_objectives import distilled
 from torch import nn
 
-from fedkd.losses.distances import logit_l1, logit_mse
+from fedkd.losses.distances import logit_l1_rows, logit_mse_rows
+from fedkd.losses.response import hard_label_rows
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
 from fedkd.targets import Targets
@@ -19,12 +23,13 @@ from fedkd.training import (
     ModelPool,
     OptimizerSettings,
     Passes,
+    PerRow,
     PublicLesson,
     Streams,
     TrainingData,
     VmapCohort,
     VmapUnsupportedError,
-    distilled,
+    WholeStep,
     supervised,
     supervised_public,
 )
@@ -218,8 +223,7 @@ def test_every_optimizer_agrees_with_the_loop(double, options, sizes):
 
 
 def digest(outputs, batch, *, distance):
-    counted = batch.public_counted
-    return {"digest": distance(outputs.public, batch.targets.logits(), sample_weights=counted)}
+    return {"digest": PerRow(distance(outputs.public, batch.targets.logits()), of="public")}
 
 
 OBJECTIVES = {
@@ -237,8 +241,8 @@ OBJECTIVES = {
         partial(distilled, temperature=1.0, confidence_threshold=0.5, scale_by_t2=False),
         {"private": PASSES, "public": lesson()},
     ),
-    "l1": (partial(digest, distance=logit_l1), {"public": lesson(logits=True)}),
-    "mse": (partial(digest, distance=logit_mse), {"public": lesson(logits=True)}),
+    "l1": (partial(digest, distance=logit_l1_rows), {"public": lesson(logits=True)}),
+    "mse": (partial(digest, distance=logit_mse_rows), {"public": lesson(logits=True)}),
 }
 
 
@@ -792,3 +796,92 @@ def test_rows_go_together_where_there_is_one_kind_only():
         cohort.fit(partial(distilled, temperature=2.0), public=public)
         digests.append(cohort.states()[0].to_arrays())
     assert largest_difference(*digests) == 0
+
+
+# -- whatever an author writes -----------------------------------------------------------------
+
+
+def rows_apart(outputs, batch):
+    """Compare rows with each other, and count them: wrong by much where padding takes part."""
+    distances = torch.cdist(outputs.private, outputs.private)
+    return {
+        "ce": PerRow(hard_label_rows(outputs.private, batch.labels), of="private"),
+        "apart": WholeStep(0.1 * distances.mean() / len(batch.labels)),
+    }
+
+
+def not_a_number_in_padding(outputs, batch):
+    """Divide by a number that is 0 in the rows that pad a batch, whose ids are 0."""
+    by = (batch.private_rows > 0).to(outputs.private.dtype)
+    rows = (outputs.private / by[:, None]).square().mean(1) + by / by - 1
+    return {"odd": PerRow(rows, of="private", weights=1 / by)}
+
+
+def bare(outputs, batch):
+    return {"ce": hard_label_rows(outputs.private, batch.labels)}
+
+
+def both_kinds_compared(outputs, batch):
+    """Tell private from public rows, with a layer and the targets' probabilities."""
+    hidden = outputs.features["penultimate"]
+    count = len(outputs.private) + len(outputs.public)
+    assert len(hidden) == count or hidden.ndim > 2
+    spread = hidden.var(0).mean() + outputs.public.std() * batch.targets.probabilities(2.0).std()
+    return {"kd": PerRow(outputs.public.square().mean(1), of="public"), "spread": WholeStep(spread)}
+
+
+AUTHORS = {
+    "compares rows": (rows_apart, {"private": PASSES}),
+    "bare rows": (bare, {"private": PASSES}),
+    "both kinds": (
+        both_kinds_compared,
+        {"private": PASSES, "public": lesson(), "layers": ["penultimate"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("objective", "options"), AUTHORS.values(), ids=AUTHORS.keys())
+@pytest.mark.parametrize("model", [MLP, DROPOUT, BATCH_NORM], ids=["mlp", "dropout", "batch norm"])
+def test_an_objective_gives_the_same_padded_or_not(double, objective, options, model):
+    difference = both(UNEQUAL, lambda cohort: cohort.fit(objective, **options), model=model)
+    assert difference < 1e-6
+
+
+@settings(deadline=None, max_examples=6)
+@given(sizes=st.lists(st.integers(2, 19), min_size=2, max_size=4), batch_size=st.integers(2, 9))
+def test_any_padding_gives_the_numbers_of_the_loop(sizes, batch_size):
+    torch.set_default_dtype(torch.float64)
+    try:
+        passes = Passes(batch_size=batch_size)
+        for objective in (rows_apart, bare):
+            fit = partial(_fit, objective, private=passes)
+            assert both(tuple(sizes), fit, model=MLP) < 1e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _fit(objective, cohort, **options):
+    cohort.fit(objective, **options)
+
+
+def test_padding_that_is_not_a_number_reaches_no_weight(double):
+    # Client 0, whose rows begin with 0, has full batches; the others' padding repeats row 0.
+    sizes = (24, 13, 5)
+    data = rows_of(sizes)
+    cohorts = [cohort_of(kind, sizes, data=data, model=MLP) for kind in (LoopCohort, VmapCohort)]
+    for cohort in cohorts:
+        cohort.fit(not_a_number_in_padding, private=PASSES)
+    for client in (1, 2):
+        one, other = (cohort.states()[client].to_arrays() for cohort in cohorts)
+        assert all(np.isfinite(array).all() for array in other.values())
+        assert largest_difference(one, other) < 1e-6
+
+
+def test_ambiguous_losses_are_refused_in_both_backends(double):
+    def ambiguous(outputs, batch):
+        return {"kd": outputs.public.square().mean(1)}
+
+    for kind in (LoopCohort, VmapCohort):
+        cohort = cohort_of(kind, UNEQUAL, data=rows_of(UNEQUAL), model=MLP)
+        with pytest.raises(ValueError, match=r"'kd' .* could be of either kind"):
+            cohort.fit(ambiguous, private=PASSES, public=lesson())
