@@ -21,7 +21,7 @@ from fedkd.bounds import Width
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Prototypes
 from fedkd.exchange.values import Value
-from fedkd.losses.rows import row_mean
+from fedkd.losses.reduction import PerRow
 from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import PENULTIMATE
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
@@ -129,8 +129,7 @@ class FedProto(Strategy[FedProtoSettings, Prototypes]):
         features = pooled(outputs.features[PENULTIMATE], prototypes.shape[1])
         distances = distance_rows(features, prototypes[batch.labels])
         rows = batch.tables["known"][batch.labels] * distances
-        drawn = weight * row_mean(rows, batch.private_counted)
-        return {**supervised(outputs, batch), "prototype": drawn}
+        return {**supervised(outputs, batch), "prototype": weight * PerRow(rows, of="private")}
 
     def _sent(self, features: Tensor, labels: np.ndarray | None) -> Prototypes:
         classes = self.federation.num_classes

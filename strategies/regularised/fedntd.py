@@ -14,7 +14,9 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from fedkd.bounds import Temperature
-from fedkd.losses.other_classes import not_true_loss
+from fedkd.losses.other_classes import not_true_rows
+from fedkd.losses.reduction import PerRow
+from fedkd.losses.rows import t2_factor
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
 from strategies.baselines.fedavg import Averaging, AveragingSettings, global_weights
@@ -66,12 +68,9 @@ class FedNTD(Averaging[FedNTDSettings]):
         own, known = outputs[MODEL], outputs[GLOBAL]
         assert own.private is not None and known.private is not None  # noqa: S101, PT018
         assert batch.labels is not None  # noqa: S101
-        ntd = not_true_loss(
-            own.private,
-            known.private,
-            batch.labels,
-            temperature=self.settings.temperature,
-            scale_by_t2=self.settings.scale_by_t2,
-            sample_weights=batch.private_counted,
+        settings = self.settings
+        rows = not_true_rows(
+            own.private, known.private, batch.labels, temperature=settings.temperature
         )
+        ntd = t2_factor(settings.temperature, settings.scale_by_t2) * PerRow(rows, of="private")
         return {**supervised(own, batch), "ntd": weight * ntd}

@@ -112,9 +112,9 @@ def test_the_distance_is_the_mean_square_by_hand(tiny_settings, tiny_data, parts
     known = [[0.9, 0.2], [0.1, 0.8], [-0.8, -0.2]]
     features = torch.tensor([[0.5, 0.5], [-0.5, 0.5]])
     losses = strategy._learn(*step(known, [1, 1, 1], features, [0, 2]), weight=1.0)
-    assert losses["prototype"].item() == pytest.approx(0.2075, rel=1e-6)
+    assert losses["prototype"].mean().item() == pytest.approx(0.2075, rel=1e-6)
     halved = strategy._learn(*step(known, [1, 1, 1], features, [0, 2]), weight=0.5)
-    assert halved["prototype"].item() == pytest.approx(0.10375, rel=1e-6)
+    assert halved["prototype"].mean().item() == pytest.approx(0.10375, rel=1e-6)
 
 
 def test_a_class_without_a_prototype_draws_nowhere(tiny_settings, tiny_data, parts):
@@ -122,9 +122,9 @@ def test_a_class_without_a_prototype_draws_nowhere(tiny_settings, tiny_data, par
     features = torch.tensor([[0.5, 0.5], [-0.5, 0.5]], requires_grad=True)
     known = [[0.9, 0.2], [0.1, 0.8], [0.0, 0.0]]
     losses = strategy._learn(*step(known, [1, 1, 0], features, [0, 2]), weight=1.0)
-    losses["prototype"].backward()
+    losses["prototype"].mean().backward()
     # (.4^2 + .3^2) / 2 of the first row, nothing of the second, over two rows.
-    assert losses["prototype"].item() == pytest.approx(0.0625, rel=1e-6)
+    assert losses["prototype"].mean().item() == pytest.approx(0.0625, rel=1e-6)
     assert features.grad[0].any()
     assert not features.grad[1].any()
 

@@ -1,6 +1,5 @@
 """What clients learn from received predictions, above all where the objective is made of terms."""
 
-import numpy as np
 import pytest
 
 from fedkd.objectives import Objective
@@ -12,51 +11,83 @@ CE_KD = {"ce": 0.7, "kd": {"weight": 0.4, "temperature": 2.0}}
 PLAIN = {"ce_weight": 0.7, "kd_weight": 0.4, "temperature": 2.0}
 
 
-def closest(one, other):
-    """Return the largest difference of any weight between two runs' states."""
-    return max(
-        float(np.abs(mine[name] - others[name]).max())
-        for mine, others in (
-            (a.models["model"].weights, b.models["model"].weights)
-            for a, b in zip(one.states, other.states, strict=True)
-        )
-        for name in mine
-    )
+FALLING = {"kind": "linear", "start": 5.0, "end": 1.0}
+LATE = {"kind": "step", "values": [0.0, 1.0], "milestones": [0.4]}
+
+SHORT_FORMS = {
+    "temperature": ({"temperature": 2.0}, {"ce": 1.0, "kd": {"temperature": 2.0}}),
+    "weights": (PLAIN, CE_KD),
+    "schedules": (
+        {"temperature": FALLING, "ce_weight": 0.5, "kd_weight": LATE},
+        {"ce": 0.5, "kd": {"weight": LATE, "temperature": FALLING}},
+    ),
+    "no square": (
+        {"temperature": 3.0, "scale_by_t2": False},
+        {"ce": 1.0, "kd": {"temperature": 3.0, "scale_by_t2": False}},
+    ),
+    "no teacher": (
+        {"temperature": 2.0, "kd_weight": 0.0},
+        {"ce": 1.0, "kd": {"weight": 0.0, "temperature": 2.0}},
+    ),
+    "no labels": (
+        {"temperature": 2.0, "ce_weight": 0.0},
+        {"ce": 0.0, "kd": {"temperature": 2.0}},
+    ),
+}
 
 
+@pytest.mark.parametrize(("short", "terms"), SHORT_FORMS.values(), ids=SHORT_FORMS.keys())
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("dml", {}),
-        ("dml", {"average": "logit"}),
-        ("dml", {"confidence_threshold": 0.4}),
-        ("one_way", {}),
-        ("one_way", {"direction": "server_to_clients"}),
+        ("one_way", {"direction": "server_to_clients", "confidence_threshold": 0.4}),
     ],
+    ids=["dml", "one_way"],
 )
-def test_terms_are_what_the_plain_settings_are(name, options, tiny_settings, tiny_data, simulate):
+def test_the_short_form_and_the_terms_written_out_give_one_digest(
+    name, options, short, terms, tiny_settings, tiny_data, simulate
+):
     data = tiny_data()
-    clients = {"optimizer": {"name": "sgd", "lr": 0.05}}
-    runs = [
-        simulate(tiny_settings(name, options={**options, **way}, clients=clients), data)
-        for way in (PLAIN, {"objective": CE_KD}, {"objective": {"ce": 0.7, "kd": 0.4}})
-    ]
-    if options.get("direction") == "server_to_clients":
-        # There kd_weight is the clients' alone, and the objective is the server's as well.
-        runs[1] = simulate(
-            tiny_settings(
-                name,
-                options={**options, "objective": {"ce": 0.7, "kd": {"temperature": 2.0}}},
-                clients=clients,
-            ),
-            data,
+    one, other = (
+        simulate(tiny_settings(name, options={**options, **way}), data)
+        for way in (short, {"objective": terms})
+    )
+    assert one.digest == other.digest
+    assert one.history.server == other.history.server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dml", {"average": "logit", "confidence_threshold": 0.4}),
+        ("one_way", {"confidence_threshold": 0.4}),
+        ("one_way", {"direction": "clients_to_server"}),
+    ],
+    ids=["dml of logits", "teacher", "to the server"],
+)
+@pytest.mark.parametrize(("short", "terms"), SHORT_FORMS.values(), ids=SHORT_FORMS.keys())
+def test_the_short_form_is_the_terms_in_every_variant(
+    name, options, short, terms, tiny_settings, tiny_data, simulate
+):
+    test_the_short_form_and_the_terms_written_out_give_one_digest(
+        name, options, short, terms, tiny_settings, tiny_data, simulate
+    )
+
+
+def test_what_is_written_out_differently_is_learnt_differently(tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    digests = {
+        simulate(tiny_settings("dml", options=options), data).digest
+        for options in (
+            {"temperature": 2.0},
+            {"temperature": 3.0},
+            {"objective": {"ce": 1.0, "kd": {"temperature": 2.0, "scale_by_t2": False}}},
+            {"objective": {"ce": 1.0, "kd": {"temperature": 2.0, "weight": 0.5}}},
         )
-        runs[0] = simulate(
-            tiny_settings(name, options={**options, **PLAIN, "kd_weight": 1.0}, clients=clients),
-            data,
-        )
-    assert closest(runs[0], runs[1]) < 2e-5
-    assert closest(runs[0], runs[2]) > 1e-4
+    }
+    assert len(digests) == 4
 
 
 def test_without_a_teachers_weight_clients_learn_alone_bit_for_bit(
