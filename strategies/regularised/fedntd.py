@@ -64,7 +64,7 @@ class FedNTD(Averaging[FedNTDSettings]):
         cohort.fit(partial(self._learn, weight=weight), private=call.local, frozen=[GLOBAL])
 
     def _learn(self, outputs: Mapping[str, Outputs], batch: Batch, *, weight: float) -> Losses:
-        """Cross-entropy, and the divergence from the global model over all classes but the label."""
+        """Cross-entropy, and the divergence from the global model over the other classes."""
         own, known = outputs[MODEL], outputs[GLOBAL]
         assert own.private is not None and known.private is not None  # noqa: S101, PT018
         assert batch.labels is not None  # noqa: S101

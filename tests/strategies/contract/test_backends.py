@@ -6,8 +6,7 @@ import torch
 from flwr.app import RecordDict
 from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
 
-from fedkd.targets import Targets
-from fedkd.training import Batch, Member, ModelPool, Outputs, Streams, TrainingData, open_cohort
+from fedkd.training import Member, ModelPool, Streams, TrainingData, open_cohort
 from strategies import STRATEGIES
 
 VARIANTS = {
@@ -111,17 +110,3 @@ def test_two_rounds_are_the_same_through_both_backends(
             close(state.to_arrays(), by_vmap[1][client].to_arrays())
         for one, other in zip(by_loop[2], by_vmap[2], strict=True):
             close(one, other)
-
-
-@pytest.mark.parametrize("loss", ["l1", "mse", "kl"])
-def test_a_digest_is_over_the_rows_that_count(loss, tiny_settings, tiny_data, parts):
-    strategy, _ = parts(tiny_settings("fedmd", options={"digest_loss": loss}), tiny_data())
-    draw = torch.Generator().manual_seed(0)
-    student, consensus = torch.randn(2, 4, 3, generator=draw)
-    counted = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    padded = Batch(targets=Targets(consensus), public_counted=counted)
-    only = Batch(targets=Targets(consensus[[0, 2]]))
-    torch.testing.assert_close(
-        strategy._digest(Outputs(public=student), padded),
-        strategy._digest(Outputs(public=student[[0, 2]]), only),
-    )

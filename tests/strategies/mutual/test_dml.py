@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedkd.exchange.payloads import Predictions
-from fedkd.training import Passes, distilled, supervised
+from fedkd.training import Passes
 from strategies.mutual.dml import Peers
 
 SCHEDULE = {"kind": "linear", "start": 4.0, "end": 1.0}
@@ -168,14 +168,12 @@ def test_a_client_minimises_both_terms_in_every_step_and_then_predicts(spy, dml,
 
     assert cohort.order == ["fit", "predict_public"]
     (fit,) = cohort.fits
-    assert fit["objective"].func is distilled
-    assert fit["objective"].keywords == {
-        "temperature": 2.5,
-        "ce_weight": 0.5,
-        "kd_weight": pytest.approx(2.0),
-        "scale_by_t2": False,
-        "confidence_threshold": 0.25,
-    }
+    objective = fit["objective"]
+    assert objective.learners["model"].objective == strategy.settings.terms
+    ce, kd = strategy.settings.terms.terms.values()
+    assert (ce.weight.at(objective.progress), kd.weight.at(objective.progress)) == (0.5, 2.0)
+    assert not kd.scale_by_t2
+    assert (objective.confidence_threshold, objective.temperature) == (0.25, 2.5)
     assert fit["private"] == round.local
     assert fit["public"].targets.values is received.values
     assert fit["public"].passes == Passes(batch_size=8, epochs=2)
@@ -192,8 +190,8 @@ def test_without_a_teacher_or_a_weight_for_it_a_client_learns_from_its_labels(
     learn(strategy, cohort, received_by(round) if with_target else None)
     assert cohort.order == ["fit", "predict_public"]
     (fit,) = cohort.fits
-    assert fit["objective"].func is supervised
-    assert fit["objective"].keywords == {"weight": 0.5}
+    (term,) = fit["objective"].learners["model"].objective.terms.values()
+    assert (term.kind, term.weight.at(0.0)) == ("ce", 0.5)
     assert (fit["private"], fit["public"]) == (round.local, None)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedkd.exchange.payloads import Predictions
-from fedkd.training import Passes, distilled, supervised, supervised_public
+from fedkd.training import Passes, supervised, supervised_public
 from strategies.contract import ServerModel, ServerTools, Trained
 from strategies.server_models.one_way import Teaching
 
@@ -144,8 +144,8 @@ def test_the_ensemble_teaches_the_server_model(one_way, scores, direction):
     (fit,) = server.fits
     assert fit["round"] is round
     assert not {"private", "rows"} & fit.keys()
-    assert fit["objective"].func is distilled
-    assert fit["objective"].keywords == {"temperature": 2.0, "scale_by_t2": False}
+    (kd,) = fit["objective"].learners["model"].objective.terms.values()
+    assert (kd.kind, kd.scale_by_t2, kd.temperature.at(round.progress)) == ("kd", False, 2.0)
     powers = np.exp(np.stack([u.payload.values for u in uploads]).astype(np.float64) / 2.0)
     by_hand = (powers / powers.sum(-1, keepdims=True)).mean(axis=0)
     np.testing.assert_allclose(fit["public"].targets.values, by_hand, atol=1e-6)
@@ -221,14 +221,10 @@ def test_a_client_learns_from_labels_and_teacher_at_once(spy, one_way, learn, di
     )
     answers = learn(strategy, cohort, received, 2)
     (fit,) = cohort.fits
-    assert fit["objective"].func is distilled
-    assert fit["objective"].keywords == {
-        "temperature": 2.5,
-        "ce_weight": 0.5,
-        "kd_weight": 2.0,
-        "scale_by_t2": True,
-        "confidence_threshold": 0.0,
-    }
+    assert fit["objective"].learners["model"].objective == strategy.settings.terms
+    weights = [term.weight.at(0.5) for term in strategy.settings.terms.terms.values()]
+    assert weights == [0.5, 2.0]
+    assert fit["objective"].confidence_threshold == 0.0
     assert fit["private"] == round.local
     assert fit["public"].targets.values is received.values
     assert fit["public"].passes == Passes(batch_size=8, epochs=3)
@@ -241,8 +237,8 @@ def test_a_client_without_a_lesson_learns_from_its_labels(spy, one_way, learn, k
     cohort, round = spy(), strategy.federation.round(1)
     learn(strategy, cohort, None)
     (fit,) = cohort.fits
-    assert fit["objective"].func is supervised
-    assert fit["objective"].keywords == {"weight": 0.5}
+    (term,) = fit["objective"].learners["model"].objective.terms.values()
+    assert (term.kind, term.weight.at(0.0)) == ("ce", 0.5)
     assert (fit["private"], fit["public"]) == (round.local, None)
     assert cohort.order == ["fit", "predict_public"]
 
