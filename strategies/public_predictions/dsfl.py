@@ -8,7 +8,6 @@ the paper's cross-entropy; a client distils and trains by one optimizer.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,8 +20,9 @@ from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
+from fedkd.objectives import Objective
 from fedkd.targets import StreamingMean, entropy_reduction, entropy_reduction_by_power
-from fedkd.training import Cohort, as_tensor, distilled, supervised
+from fedkd.training import MODEL, Cohort, ComposedObjective, Learner, as_tensor, supervised
 from strategies.contract import (
     Call,
     Received,
@@ -41,7 +41,9 @@ from strategies.shared.lessons import Lesson, SharedLesson
 SERVER = "server"
 """The name of the server's model."""
 
-towards_target = partial(distilled, temperature=1.0)
+towards_target = ComposedObjective(
+    learners={MODEL: Learner(objective=Objective.model_validate({"kd": {"temperature": 1.0}}))}
+)
 """KL(target || model) on public rows: targets are sharp already."""
 
 
