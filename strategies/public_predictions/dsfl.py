@@ -19,10 +19,10 @@ from fedkd.bounds import Count, Real, Temperature
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.losses.response import soft_target_rows
 from fedkd.models import ModelSettings
-from fedkd.objectives import Objective
 from fedkd.targets import StreamingMean, entropy_reduction, entropy_reduction_by_power
-from fedkd.training import MODEL, Cohort, ComposedObjective, Learner, as_tensor, supervised
+from fedkd.training import Batch, Cohort, Losses, Outputs, PerRow, as_tensor, supervised
 from strategies.contract import (
     Call,
     Received,
@@ -41,10 +41,13 @@ from strategies.shared.lessons import Lesson, SharedLesson
 SERVER = "server"
 """The name of the server's model."""
 
-towards_target = ComposedObjective(
-    learners={MODEL: Learner(objective=Objective.model_validate({"kd": {"temperature": 1.0}}))}
-)
-"""KL(target || model) on public rows: targets are sharp already."""
+
+def towards_target(outputs: Outputs, batch: Batch) -> Losses:
+    """KL(target || model) on public rows, in nats: targets are sharp already."""
+    assert outputs.public is not None and batch.targets is not None  # noqa: S101, PT018
+    target = batch.targets.probabilities(1.0)
+    rows = soft_target_rows(outputs.public, target, temperature=1.0)
+    return {"kd": PerRow(rows, of="public")}
 
 
 class SoftLabelSettings(StrategySettings):

@@ -86,7 +86,7 @@ def test_a_client_pays_for_what_separates_it_from_the_target(target, expected):
     # target's entropy.
     batch = Batch(targets=Targets(torch.tensor(target), scale="probabilities"))
     losses = towards_target(Outputs(public=torch.tensor(S)), batch)
-    total = sum(float(loss) for loss in losses.values())
+    total = sum(float(loss.mean()) for loss in losses.values())
     assert total == pytest.approx(expected, abs=2e-7)
 
 
