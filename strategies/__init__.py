@@ -16,6 +16,7 @@ from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
 from strategies.public_predictions.scarlet import SCARLET
 from strategies.regularised.fedntd import FedNTD
+from strategies.server_models.feddf import FedDF
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
 from strategies.two_models.proxyfl import ProxyFL
@@ -25,6 +26,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "dsfl": DSFL,
     "fd": FD,
     "fedavg": FedAvg,
+    "feddf": FedDF,
     "fedmd": FedMD,
     "fedntd": FedNTD,
     "fedproto": FedProto,

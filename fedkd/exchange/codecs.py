@@ -166,7 +166,7 @@ class TopK(_Coding):
         if kind in (Predictions, Bundle):
             return None
         return (
-            f"top_k keeps the largest scores of each row of predictions, got {kind.kind}; use "
+            f"it keeps the largest scores of each row of predictions, got {kind.kind}; use "
             "float32 or float16"
         )
 

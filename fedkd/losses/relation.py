@@ -80,7 +80,7 @@ def similarity_preserving_loss(
     student_embedding: Float[Tensor, "batch student_width"],
     teacher_embedding: Float[Tensor, "batch teacher_width"],
 ) -> Float[Tensor, ""]:
-    """Rows that excite the teacher alike excite the student alike.
+    """Rows with similar activations in the teacher get similar ones in the student.
 
     ``||G_s - G_t||_F^2 / batch^2`` of the matrices of inner products between rows, every matrix
     row scaled to unit length.

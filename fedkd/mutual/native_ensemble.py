@@ -122,7 +122,7 @@ def one_losses(
     scale_by_t2: bool = True,
     sample_weights: Float[Tensor, "batch"] | None = None,
 ) -> Terms:
-    """Native ensemble: branches and their gated ensemble learn labels, branches the ensemble.
+    """Native ensemble: labels teach branches and ensemble, the ensemble teaches the branches.
 
     The ensemble is a constant in the KL; labels alone teach it and the gate.
 

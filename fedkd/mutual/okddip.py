@@ -20,7 +20,7 @@ from fedkd.targets import at_least_float32, soften
 class PeerAttention(nn.Module):
     """How much each peer learns from each other one, row by row: a softmax of queries times keys.
 
-    The features are constants here: attention learns to choose, the peers do not learn to please.
+    Features enter as constants: only the two linear maps of the attention get a gradient.
 
     Source:
         Chen et al., 2020, Online Knowledge Distillation with Diverse Peers (OKDDip), equation 3.

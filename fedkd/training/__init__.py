@@ -23,6 +23,7 @@ from fedkd.training.cohort import (
     Streams,
     TrainingData,
 )
+from fedkd.training.gradients import PLAIN, GradientRule, Plain, Proximal
 from fedkd.training.learners import ComposedObjective, Learner
 from fedkd.training.loop import LoopCohort
 from fedkd.training.objectives import (
@@ -33,6 +34,7 @@ from fedkd.training.objectives import (
     Outputs,
     supervised,
     supervised_public,
+    towards_targets,
 )
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool, initial_model_seed
@@ -44,6 +46,7 @@ from fedkd.training.vmap import VmapCohort
 __all__ = [
     "MODEL",
     "PARTS",
+    "PLAIN",
     "Architecture",
     "Arrays",
     "Average",
@@ -53,6 +56,7 @@ __all__ = [
     "ClientState",
     "Cohort",
     "ComposedObjective",
+    "GradientRule",
     "JointObjective",
     "Learner",
     "LoopCohort",
@@ -66,6 +70,8 @@ __all__ = [
     "Outputs",
     "Passes",
     "PerRow",
+    "Plain",
+    "Proximal",
     "PublicLesson",
     "RowOutputs",
     "Stacking",
@@ -84,5 +90,6 @@ __all__ = [
     "stacking_of",
     "supervised",
     "supervised_public",
+    "towards_targets",
     "weights_digest",
 ]

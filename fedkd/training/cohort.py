@@ -21,6 +21,7 @@ from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.targets import Targets
 from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
+from fedkd.training.gradients import PLAIN, GradientRule
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
 from fedkd.training.optimizers import OptimizerSettings
@@ -311,6 +312,7 @@ class Cohort(ABC):
         layers: Layers = (),
         tables: Mapping[str, Table] | None = None,
         optimizer: OptimizerSettings | None = None,
+        gradient: GradientRule = PLAIN,
         averages: Mapping[str, Average] | None = None,
         keep_outputs: bool = False,
     ) -> list[RowOutputs]:
@@ -336,6 +338,8 @@ class Cohort(ABC):
             tables: what the objective sees as ``batch.tables``, by name.
             optimizer: of this fit alone. It begins without memory and ends with the fit; what the
                 clients' own optimizer remembers stays as it is. None: the clients' own.
+            gradient: what becomes of the losses before an optimizer sees a gradient; a rule that
+                clips the gradient of each row refuses models and losses that mix rows.
             averages: running averages of weights, by name, that follow every step of this fit.
                 They stay with the clients. One that is named in ``frozen`` teaches as it stood
                 before the step.

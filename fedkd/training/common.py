@@ -35,6 +35,7 @@ from fedkd.training.cohort import (
 )
 from fedkd.training.feeds import FitKey, FitKeys
 from fedkd.training.frozen import FrozenModel, KeptArrays, frozen_model
+from fedkd.training.gradients import GradientRule
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import PREDICT_ROWS, ModelPool
@@ -69,6 +70,7 @@ class Fit:
     paths: Mapping[str, Paths]
     tables: Mapping[str, Table]
     optimizer: OptimizerSettings | None
+    gradient: GradientRule
     keep_outputs: bool
 
     def with_layers(self, layers: Mapping[str, Sequence[str]]) -> "Fit":
@@ -223,6 +225,7 @@ class BackendCohort(Cohort):
         layers: Layers,
         tables: Mapping[str, Table] | None,
         optimizer: OptimizerSettings | None,
+        gradient: GradientRule,
         averages: Mapping[str, Average] | None,
         keep_outputs: bool,
     ) -> Fit:
@@ -291,6 +294,7 @@ class BackendCohort(Cohort):
             },
             tables=tables or {},
             optimizer=optimizer,
+            gradient=gradient,
             keep_outputs=keep_outputs,
         )
 

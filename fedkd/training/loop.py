@@ -46,6 +46,7 @@ from fedkd.training.common import (
 )
 from fedkd.training.feeds import Feed
 from fedkd.training.frozen import copied_tensors, fold_in, to_arrays
+from fedkd.training.gradients import PLAIN, Anchor, GradientRule
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
     Batch,
@@ -117,6 +118,7 @@ class LoopCohort(BackendCohort):
         layers: Layers = (),
         tables: Mapping[str, Table] | None = None,
         optimizer: OptimizerSettings | None = None,
+        gradient: GradientRule = PLAIN,
         averages: Mapping[str, Average] | None = None,
         keep_outputs: bool = False,
     ) -> list[RowOutputs]:
@@ -129,6 +131,7 @@ class LoopCohort(BackendCohort):
             layers=layers,
             tables=tables,
             optimizer=optimizer,
+            gradient=gradient,
             averages=averages,
             keep_outputs=keep_outputs,
         )
@@ -218,6 +221,8 @@ class LoopCohort(BackendCohort):
             # Every fit, because an evaluation in between leaves the model in evaluation mode.
             slot.module.train()
             slot.set_learning_rate(settings.learning_rate(0.0))
+        weights = [each for slot in slots.values() for each in slot.learnt]
+        anchor = Anchor.of(step.fit.gradient, weights)
         for number in range(steps.count):
             inputs, num_private, batch = steps.take(number)
             if schedule is not None:
@@ -227,7 +232,9 @@ class LoopCohort(BackendCohort):
             key = None if keys is None else keys[number]
             outputs = step.outputs(inputs, num_private, key, apart=steps.apart)
             losses = _rows_of(batch).means(step.losses_of(outputs, batch))
-            _descend(learning, losses)
+            if anchor is not None and losses:
+                losses["proximal"] = anchor.penalty(weights, stacked=False)
+            _descend(learning, losses, anchor, weights)
             for name, loss in losses.items():
                 # Kept as they are: to read or add up numbers here would hold up every step.
                 terms.setdefault(name, []).append(loss.detach())
@@ -443,14 +450,23 @@ def _rows_of(batch: Batch) -> StepRows:
     return StepRows(sizes)
 
 
-def _descend(learning: Sequence[Slot], losses: Mapping[str, Tensor]) -> None:
-    """Take one step down the sum of the losses."""
+def _descend(
+    learning: Sequence[Slot],
+    losses: Mapping[str, Tensor],
+    anchor: Anchor | None,
+    weights: Sequence[nn.Parameter],
+) -> None:
+    """Take one step down the sum of the losses, held by an anchor where there is one."""
     if not losses:
         # Nothing is in force for a client without public rows: it rests.
         return
     for slot in learning:
         slot.optimizer.zero_grad()
     total(losses).backward()
+    if anchor is not None:
+        pulled = anchor.pulled([weight.grad for weight in weights], weights)
+        for weight, gradient in zip(weights, pulled, strict=True):
+            weight.grad = gradient
     for slot in learning:
         slot.optimizer.step()
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.losses.reduction import Loss, PerRow
-from fedkd.losses.response import hard_label_rows
+from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.targets import Targets
 
@@ -100,6 +100,15 @@ def supervised_public(outputs: Outputs, batch: Batch) -> Losses:
         raise ValueError("supervised learning on public rows needs data.public.labelled: true")
     rows = hard_label_rows(outputs.public, batch.public_labels)
     return {"ce_public": PerRow(rows, of="public")}
+
+
+def towards_targets(outputs: Outputs, batch: Batch, *, temperature: float = 1.0) -> Losses:
+    """``temperature**2 * KL(targets || model)`` on public rows, in nats."""
+    if outputs.public is None or batch.targets is None:
+        raise ValueError("learning from targets needs public rows with targets")
+    target = batch.targets.probabilities(temperature)
+    rows = soft_target_rows(outputs.public, target, temperature=temperature)
+    return {"kd": temperature**2 * PerRow(rows, of="public")}
 
 
 def total(losses: Mapping[str, Float[Tensor, "*members"]]) -> Float[Tensor, "*members"]:

@@ -68,6 +68,11 @@ class Slot:
         ]
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    @property
+    def learnt(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [each for each in self._parameters.values() if each.requires_grad]
+
     def set_learning_rate(self, rate: float) -> None:
         """Use this learning rate from the next step on."""
         self.optimizer.param_groups[0]["lr"] = rate

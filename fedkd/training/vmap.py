@@ -56,6 +56,7 @@ from fedkd.training.common import (
 )
 from fedkd.training.feeds import Feed
 from fedkd.training.frozen import fold_in
+from fedkd.training.gradients import PLAIN, Anchor, GradientRule
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, JointObjective, Losses, Objective, Outputs, total
 from fedkd.training.optimizers import OptimizerSettings
@@ -131,6 +132,7 @@ class VmapCohort(BackendCohort):
         layers: Layers = (),
         tables: Mapping[str, Table] | None = None,
         optimizer: OptimizerSettings | None = None,
+        gradient: GradientRule = PLAIN,
         averages: Mapping[str, Average] | None = None,
         keep_outputs: bool = False,
     ) -> list[RowOutputs]:
@@ -143,6 +145,7 @@ class VmapCohort(BackendCohort):
             layers=layers,
             tables=tables,
             optimizer=optimizer,
+            gradient=gradient,
             averages=averages,
             keep_outputs=keep_outputs,
         )
@@ -253,6 +256,14 @@ class VmapCohort(BackendCohort):
             step = _Step(models, losses_of, compares_rows, fit, features, frozen, parts, parts_with)
             for stack in step.learning:
                 stack.skeleton.module.train()
+            anchor = Anchor.of(
+                fit.gradient,
+                [
+                    stack.tensors[name]
+                    for stack in models.values()
+                    for name in stack.skeleton.trainable
+                ],
+            )
             for steps in runs:
                 with seeded_for(own_code=self._has_own_code, seed=steps.seed):
                     start = 0
@@ -262,7 +273,14 @@ class VmapCohort(BackendCohort):
                         while stop < steps.total and steps.active(stop) == active:
                             stop += 1
                         self._fit_together(
-                            step, optimizers, steps, active, range(start, stop), averages, kept
+                            step,
+                            optimizers,
+                            steps,
+                            active,
+                            range(start, stop),
+                            averages,
+                            kept,
+                            anchor,
                         )
                         start = stop
         for optimizer in optimizers:
@@ -293,6 +311,7 @@ class VmapCohort(BackendCohort):
         numbers: range,
         averages: Mapping[str, "_StackedAverage"],
         kept: "_Kept | None",
+        anchor: Anchor | None,
     ) -> None:
         """Take steps that the same ``active`` members take, which stand first in their run."""
         stacks = step.learning
@@ -310,12 +329,19 @@ class VmapCohort(BackendCohort):
             for stack, tensors in zip(stacks, handed, strict=True)
         ]
         every_leaf = [leaf for own in leaves for leaf in own]
+        # The last stack may be that of the parts, which no anchor holds.
+        held = [leaf for own in leaves[: step.num_models] for leaf in own]
+        anchor = None if anchor is None else anchor.of_members(here)
         terms: dict[str, list[Tensor]] = {}
         for number in numbers:
             for optimizer in optimizers:
                 optimizer.set_learning_rates(partial(self._streams.progress, number))
             losses, seen = step.run(steps, number, handed, resting, steps.take(number, active))
-            gradients = iter(_gradients(losses, every_leaf))
+            every_gradient = list(_gradients(losses, every_leaf))
+            if anchor is not None and losses:
+                every_gradient[: len(held)] = anchor.pulled(every_gradient[: len(held)], held)
+                losses["proximal"] = anchor.penalty(held, stacked=True)
+            gradients = iter(every_gradient)
             for stack, optimizer in zip(stacks, optimizers, strict=True):
                 own = {name: next(gradients) for name in stack.skeleton.trainable}
                 optimizer.step(own, steps.first, active)
@@ -501,6 +527,7 @@ class _Step:
 
     Attributes:
         learning: every stack that learns: the models', then that of the parts.
+        num_models: how many of them are models'.
         frozen: the models that do not, by name.
     """
 
@@ -525,6 +552,7 @@ class _Step:
         self._parts = parts
         self._parts_with = parts_with
         self.learning = [*models.values(), *([] if parts is None else [parts])]
+        self.num_models = len(models)
         self.frozen = frozen
 
     def run(

@@ -80,7 +80,7 @@ class Averaging(Strategy[AveragingT, GlobalModels]):
     judges_received = True
 
     @property
-    def sums(self) -> Weighting:
+    def sums(self) -> Weighting | None:
         """The server needs the mean only."""
         return self.settings.weighting
 

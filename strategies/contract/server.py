@@ -1,7 +1,7 @@
 """The server's side of a simulation: what it may see, and models of its own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -182,6 +182,43 @@ class ServerTools:
         )
         return Trained(self._after(model, cohort), kept[0] if kept else None, cohort.metrics()[0])
 
+    def fit_while_better(
+        self,
+        model: ServerModel,
+        objective: Objective | ComposedObjective,
+        *,
+        round: Round,
+        public: PublicLesson,
+        patience: int,
+        every: int,
+    ) -> Trained:
+        """Train on public rows for as long as accuracy on validation rows gets better.
+
+        Args:
+            model: to begin with.
+            objective: what is minimised.
+            round: in which this is.
+            public: public rows; their passes say after how many steps to stop in any case.
+            patience: steps without a better accuracy after which to stop, >= 1.
+            every: steps between two looks at the validation rows, >= 1.
+
+        Returns:
+            The model that was best, which may be the one to begin with.
+        """
+        cohort = self._cohort(model, round)
+        best, best_model = self._accuracy(cohort), model
+        left = public.passes.count(len(public.rows))
+        since = 0
+        while left and since < patience:
+            steps = min(every, left)
+            passes = replace(public.passes, steps=steps)
+            cohort.fit(objective, public=replace(public, passes=passes))
+            left, since = left - steps, since + steps
+            accuracy = self._accuracy(cohort)
+            if accuracy > best:
+                best, best_model, since = accuracy, self._after(model, cohort), 0
+        return Trained(best_model, losses=cohort.metrics()[0])
+
     def predict(self, model: ServerModel, inputs: torch.Tensor) -> np.ndarray:
         """Return float32 logits ``[rows, classes]``, in evaluation mode."""
         logits: np.ndarray = self._cohort(model, None).predict(inputs)[0]
@@ -194,8 +231,7 @@ class ServerTools:
 
     def validation_accuracy(self, model: ServerModel) -> float:
         """Return the share of validation rows that the model gets right: what may select it."""
-        logits = self.predict(model, as_tensor(self.data.validation_inputs).to(self._device))
-        return float((logits.argmax(-1) == self.data.validation_labels).mean())
+        return self._accuracy(self._cohort(model, None))
 
     # -- clients' models -------------------------------------------------------------------
 
@@ -216,12 +252,12 @@ class ServerTools:
         self, model: ModelSettings, weights: Mapping[str, np.ndarray], rows: np.ndarray
     ) -> np.ndarray:
         """Return the logits on public rows of a model that somebody sent, in evaluation mode."""
-        state = self._pool.initial_state(model, seed=0)
-        member = Member(SERVER_ID, np.empty(0, np.int64), state)
-        cohort = self._open(member, model, self._optimizer, self._tensors, self._pool, None)
-        cohort.load_weights(weights)
-        logits: np.ndarray = cohort.predict_public(rows)[0]
+        logits: np.ndarray = self._sent(model, weights).predict_public(rows)[0]
         return logits
+
+    def accuracy_with(self, model: ModelSettings, weights: Mapping[str, np.ndarray]) -> float:
+        """Return the share of validation rows that a model gets right that somebody sent."""
+        return self._accuracy(self._sent(model, weights))
 
     # -- what was kept ---------------------------------------------------------------------
 
@@ -238,6 +274,19 @@ class ServerTools:
         check_state(state, like, optimizer.remembers, made_later=PARTS)
 
     # -- inside ----------------------------------------------------------------------------
+
+    def _sent(self, model: ModelSettings, weights: Mapping[str, np.ndarray]) -> LoopCohort:
+        """Return a model that somebody sent."""
+        state = self._pool.initial_state(model, seed=0)
+        member = Member(SERVER_ID, np.empty(0, np.int64), state)
+        cohort = self._open(member, model, self._optimizer, self._tensors, self._pool, None)
+        cohort.load_weights(weights)
+        return cohort
+
+    def _accuracy(self, cohort: LoopCohort) -> float:
+        inputs = as_tensor(self.data.validation_inputs).to(self._device)
+        right: np.ndarray = cohort.predict(inputs)[0].argmax(-1) == self.data.validation_labels
+        return float(right.mean())
 
     def _settings(self, name: str) -> ServerModelSettings:
         if name not in self._models:

@@ -19,10 +19,9 @@ from fedkd.bounds import Count, Real, Temperature
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
-from fedkd.losses.response import soft_target_rows
 from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean, entropy_reduction, entropy_reduction_by_power
-from fedkd.training import Batch, Cohort, Losses, Outputs, PerRow, as_tensor, supervised
+from fedkd.training import Cohort, as_tensor, supervised, towards_targets
 from strategies.contract import (
     Call,
     Received,
@@ -40,14 +39,6 @@ from strategies.shared.lessons import Lesson, SharedLesson
 
 SERVER = "server"
 """The name of the server's model."""
-
-
-def towards_target(outputs: Outputs, batch: Batch) -> Losses:
-    """KL(target || model) on public rows, in nats: targets are sharp already."""
-    assert outputs.public is not None and batch.targets is not None  # noqa: S101, PT018
-    target = batch.targets.probabilities(1.0)
-    rows = soft_target_rows(outputs.public, target, temperature=1.0)
-    return {"kd": PerRow(rows, of="public")}
 
 
 class SoftLabelSettings(StrategySettings):
@@ -96,7 +87,7 @@ class SoftLabelSettings(StrategySettings):
         if model is None:
             return None
         lesson = round.lesson(target, epochs=self.server_epochs)
-        return server.fit(model, towards_target, round=round, public=lesson).model
+        return server.fit(model, towards_targets, round=round, public=lesson).model
 
 
 def steps_on_public_rows(
@@ -144,7 +135,7 @@ class DSFL(SharedLesson[DSFLSettings, Target]):
         """Distil the last target, train on private rows, predict the round's public rows."""
         if received:
             lesson = call.lesson(received, epochs=self.settings.distil_epochs)
-            cohort.fit(towards_target, public=lesson)
+            cohort.fit(towards_targets, public=lesson)
         cohort.fit(supervised, private=call.local)
         return soft_labels(cohort, call.public_rows)
 

@@ -19,7 +19,7 @@ from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
 from fedkd.exchange.values import Value
 from fedkd.targets import StreamingMean
-from fedkd.training import Cohort, supervised
+from fedkd.training import Cohort, supervised, towards_targets
 from strategies.contract import (
     Call,
     Received,
@@ -38,7 +38,6 @@ from strategies.public_predictions.dsfl import (
     SoftLabelSettings,
     soft_labels,
     steps_on_public_rows,
-    towards_target,
 )
 
 CACHE = "cache"
@@ -99,7 +98,7 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
             rows = self.federation.round(int(orders.phase)).public_rows
             lessons = Received([_labels_of(cache, rows) for cache in caches])
             lesson = call.lesson(lessons, epochs=self.settings.distil_epochs)
-            cohort.fit(towards_target, public=lesson)
+            cohort.fit(towards_targets, public=lesson)
         cohort.fit(supervised, private=call.local)
         return soft_labels(cohort, call.rows_of(0))
 

@@ -7,8 +7,8 @@ labels, and from the other's predictions. After training the proxy goes to the p
 a directed exponential graph, where it takes the place of the peer's own. Nothing is averaged; the
 server passes on what it gets.
 
-Differs from the paper: proxies are trained without noise. They replace the receiver's own, as in the
-authors' code. A client whose peer was away keeps its own proxy; one that was away itself finds,
+Differs from the paper: proxies are trained without noise. They replace the receiver's own, as in
+the authors' code. A client whose peer was away keeps its own proxy; one that was away itself finds,
 when it is back, the last proxy that was sent to it.
 """
 

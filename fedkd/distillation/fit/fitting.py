@@ -378,7 +378,7 @@ def check_needs(lesson: Lesson) -> None:
 
 
 def _check_mixing(lesson: Lesson) -> None:
-    """Refuse mixup for what goes by single rows: a mixed row has no one label, id or features."""
+    """Refuse mixup where something needs a row's own label, id or features: mixed rows have none."""
     augmentation, objective, teacher = (
         lesson.training.augmentation,
         lesson.objective,
@@ -418,7 +418,7 @@ def _check_weighing(lesson: Lesson) -> None:
 
 
 def _check_temperatures(lesson: Lesson) -> None:
-    """Refuse terms of several temperatures where the target is made for one of them."""
+    """Refuse terms of different temperatures where one target is made for one temperature."""
     teacher, augmentation = lesson.teacher, lesson.training.augmentation
     if teacher is None:
         return

@@ -72,7 +72,7 @@ class Teacher(nn.Module):
 
     @property
     def depends_on_temperature(self) -> bool:
-        """Whether its target is made for one temperature, and is another for another."""
+        """Whether the target that is made for one temperature is wrong for another."""
         average = self.combination.average
         return average == "era" or (len(self.members) > 1 and average == "probability")
 

@@ -314,6 +314,20 @@ def test_equal_keys_are_made_and_encoded_once_and_opened_once():
     assert opened[0].values.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_what_a_codec_that_remembers_sends_is_made_and_released_once_as_well():
+    stages = Stages(down=DELTA, release=Noise(kind="noise", sigma=2.0), where="server")
+    server = server_turn(stages, ExchangeState(changed=1), round=2)
+    made = []
+
+    def make(key: str) -> Predictions:
+        made.append(key)
+        return predictions(*range(6))
+
+    sent = [server.send(client, "a", make, asked=ASKED).payload for client in (0, 1)]
+    assert made == ["a"]
+    assert sent[0].coded["values"].tolist() == sent[1].coded["values"].tolist()
+
+
 # -- checks --------------------------------------------------------------------------------------
 
 
@@ -339,6 +353,13 @@ def test_equal_keys_are_made_and_encoded_once_and_opened_once():
                 sent, coded={**sent.coded, "values/classes": np.full((3, 1), 2, np.uint8)}
             ),
             "a class of size 2, expected at most 1",
+        ),
+        (
+            TopK(k=2),
+            lambda sent: replace(
+                sent, coded={**sent.coded, "values/classes": np.array([[1, 0]] * 3, np.uint8)}
+            ),
+            "not in order",
         ),
     ],
 )
@@ -398,19 +419,23 @@ def test_the_aggregator_sees_what_the_view_shows():
 class Federation:
     """Server and clients around the pipeline, with all that can go wrong between them.
 
-    A client's state is kept where it is: what it has after a call it has, whatever becomes of its
-    answer and of the round. That is harder than a grid that takes states back.
+    Attributes:
+        takes_back: whether clients' states are those of the round's end, as on a grid: another
+            attempt and the round after one that is left out go on from those of the round before.
+            If not, what a client has after a call it has, as on a node.
     """
 
     stages: Stages
+    takes_back: bool = False
     state: ExchangeState = field(default_factory=ExchangeState)
     kept: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     round: int = 0
-    heard: dict[int, np.ndarray] = field(default_factory=dict)
+    before: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def play(self, fates: dict[int, str], *, skip: bool = False) -> None:
         """Run a round in which each client that is there meets a fate, and commit or skip it."""
         self.round += 1
+        self.before = dict(self.kept)
         turn = server_turn(self.stages, self.state, round=self.round)
         waiting = {client: fate for client, fate in fates.items() if fate != "away"}
         for attempt in (1, 2):
@@ -419,6 +444,8 @@ class Federation:
                     del waiting[client]
         assert not waiting or "dead" in waiting.values()
         self.state = turn.skipped() if skip else turn.committed()
+        if skip and self.takes_back:
+            self.kept = self.before
         arrays, plain = flatten(self.state)
         self.state = unflatten(arrays, plain)
 
@@ -430,7 +457,9 @@ class Federation:
             return False
         if fate == "restarted":
             self.kept.pop(client, None)
-        standing = {client: Standing(self.kept.get(client, {}), told.since)}
+            self.before.pop(client, None)
+        held = self.before if self.takes_back else self.kept
+        standing = {client: Standing(held.get(client, {}), told.since)}
         called = client_turn(self.stages, clients=standing, round=self.round, attempt=attempt)
         try:
             received = called.open({client: told.payload})[client]
@@ -477,8 +506,9 @@ def test_what_changed_is_sent_and_both_sides_remember_it():
 )
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("first", [1, 2])
-def test_no_misfortune_brings_the_two_sides_apart(fate, skip, first):
-    federation = Federation(BOTH)
+@pytest.mark.parametrize("takes_back", [False, True])
+def test_no_misfortune_brings_the_two_sides_apart(fate, skip, first, takes_back):
+    federation = Federation(BOTH, takes_back)
     for _ in range(first - 1):
         federation.play({0: "good", 1: "good"})
     federation.play({0: fate, 1: "good"}, skip=skip)
@@ -494,9 +524,10 @@ FATES = st.sampled_from(["good", "away", "unreached", "lost", "damaged", "restar
 @given(
     st.lists(st.tuples(FATES, FATES, st.booleans()), min_size=1, max_size=8),
     st.sampled_from([BOTH, Stages(up=DELTA), Stages(down=DELTA), Stages(up=DELTA, down=Float16())]),
+    st.booleans(),
 )
-def test_no_run_of_misfortunes_brings_the_two_sides_apart(rounds, stages):
-    federation = Federation(stages)
+def test_no_run_of_misfortunes_brings_the_two_sides_apart(rounds, stages, takes_back):
+    federation = Federation(stages, takes_back)
     for first, second, skip in rounds:
         federation.play({0: first, 1: second}, skip=skip)
     federation.play({0: "good", 1: "good"})

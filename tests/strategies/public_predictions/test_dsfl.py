@@ -7,7 +7,7 @@ import torch
 from fedkd.exchange.payloads import Predictions
 from fedkd.models import ModelSettings
 from fedkd.targets import Targets
-from fedkd.training import Batch, Outputs, Passes, supervised
+from fedkd.training import Batch, Outputs, Passes, supervised, towards_targets
 from strategies.contract import Call, Federation, Received, ServerTools, Upload
 from strategies.public_predictions.dsfl import (
     DSFL,
@@ -15,7 +15,6 @@ from strategies.public_predictions.dsfl import (
     DSFLSettings,
     Target,
     soft_labels,
-    towards_target,
 )
 
 S = [[1.0, 2, 3, 0], [0.5, -1, 0, 2]]
@@ -85,7 +84,7 @@ def test_a_client_pays_for_what_separates_it_from_the_target(target, expected):
     # The cross-entropy of the paper, 0.52932183 and 1.07931732 for ERA and the mean, less the
     # target's entropy.
     batch = Batch(targets=Targets(torch.tensor(target), scale="probabilities"))
-    losses = towards_target(Outputs(public=torch.tensor(S)), batch)
+    losses = towards_targets(Outputs(public=torch.tensor(S)), batch)
     total = sum(float(loss.mean()) for loss in losses.values())
     assert total == pytest.approx(expected, abs=2e-7)
 
@@ -106,7 +105,7 @@ def test_a_client_distils_then_trains_then_predicts(spy):
     strategy.client(cohort, Received([target]), Call(strategy.federation, 2))
     assert cohort.order == ["fit", "fit", "predict_public"]
     distil, train = cohort.fits
-    assert distil["objective"] is towards_target
+    assert distil["objective"] is towards_targets
     assert distil["public"].targets.scale == "probabilities"
     assert distil["public"].passes.epochs == 2
     assert distil["private"] is None
