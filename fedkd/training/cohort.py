@@ -26,6 +26,7 @@ from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.state import Arrays, ClientState
+from fedkd.training.steps import fraction_of_rounds
 from fedkd.training.tables import Table
 
 MODEL = "model"
@@ -259,8 +260,11 @@ class Streams:
         return self.round, member.client, fit
 
     def progress(self, step: int, steps: int) -> float:
-        """Return the fraction of the run that is done, in [0, 1]."""
-        return min(1.0, (self.round - 1 + step / max(steps, 1)) / self.rounds)
+        """Return the fraction of the run that is done: 0 at its first step, 1 at its last.
+
+        Every round of the run counts as one of so many steps.
+        """
+        return fraction_of_rounds(step, steps, round=self.round, rounds=self.rounds)
 
 
 @dataclass(frozen=True, slots=True)

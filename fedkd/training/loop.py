@@ -54,7 +54,6 @@ from fedkd.training.objectives import (
     Losses,
     Objective,
     Outputs,
-    total,
 )
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import (
@@ -66,6 +65,7 @@ from fedkd.training.pool import (
     with_parts,
 )
 from fedkd.training.state import Arrays, ClientState, ModelState
+from fedkd.training.steps import LossTerms, RatedOptimizer, StepRecords, Steps, backward
 from fedkd.training.tables import Table
 
 StepLosses = Callable[[Mapping[str, Outputs], Batch], Losses]
@@ -96,7 +96,7 @@ class LoopCohort(BackendCohort):
             streams=streams,
         )
         self._members = self._given
-        self._terms: list[dict[str, list[Tensor]]] = [{} for _ in members]
+        self._records = [StepRecords() for _ in members]
         self._slots = {
             name: pool.slots(name, settings, len(members))
             for name, settings in self._models.items()
@@ -211,41 +211,37 @@ class LoopCohort(BackendCohort):
         averages: Mapping[str, "_LiveAverage"],
         kept: "_Kept | None",
     ) -> None:
-        slots, terms = step.slots, self._terms[position]
+        slots = step.slots
         learning = [*slots.values(), *([] if parts is None else [parts])]
         has_dropout = any(slot.dropout for slot in slots.values())
-        keys = as_tensor(step_keys(seed, steps.count)).to(self._device) if has_dropout else None
         settings = step.fit.optimizer or self._optimizer_settings
-        schedule = None if settings.constant else self._streams.progress
+        weights = [each for slot in slots.values() for each in slot.learnt]
+        anchor = Anchor.of(step.fit.gradient, weights)
+        training = Steps(
+            [RatedOptimizer(slot.optimizer, settings, steps.count) for slot in learning],
+            steps.count,
+            progress=self._streams.progress,
+            gradient=None if anchor is None else partial(_backward_held, anchor, weights),
+            dropout=[slot.dropout for slot in slots.values()],
+            keys=as_tensor(step_keys(seed, steps.count)).to(self._device) if has_dropout else None,
+            records=self._records[position],
+        )
         for slot in learning:
             # Every fit, because an evaluation in between leaves the model in evaluation mode.
             slot.module.train()
-            slot.set_learning_rate(settings.learning_rate(0.0))
-        weights = [each for slot in slots.values() for each in slot.learnt]
-        anchor = Anchor.of(step.fit.gradient, weights)
-        for number in range(steps.count):
-            inputs, num_private, batch = steps.take(number)
-            if schedule is not None:
-                rate = settings.learning_rate(schedule(number, steps.count))
-                for slot in learning:
-                    slot.set_learning_rate(rate)
-            key = None if keys is None else keys[number]
-            outputs = step.outputs(inputs, num_private, key, apart=steps.apart)
+        for at in training:
+            inputs, num_private, batch = steps.take(at.number)
+            outputs = step.outputs(inputs, num_private, apart=steps.apart)
             losses = _rows_of(batch).means(step.losses_of(outputs, batch))
             if anchor is not None and losses:
                 losses["proximal"] = anchor.penalty(weights, stacked=False)
-            _descend(learning, losses, anchor, weights)
-            for name, loss in losses.items():
-                # Kept as they are: to read or add up numbers here would hold up every step.
-                terms.setdefault(name, []).append(loss.detach())
+            training.descend(losses)
             if kept is not None:
                 kept.add(outputs[step.fit.learning[0]], num_private)
             for live in averages.values():
                 live.update(self._slots[live.model][position])
         for slot in learning:
             slot.keep_buffers()
-            if slot.dropout is not None:
-                slot.dropout.end()
 
     # -- models that never train -----------------------------------------------------------
 
@@ -389,8 +385,8 @@ class LoopCohort(BackendCohort):
 
     def metrics(self) -> list[dict[str, float]]:  # noqa: D102
         return [
-            {f"loss/{name}": float(torch.stack(losses).mean()) for name, losses in terms.items()}
-            for terms in self._terms
+            {f"loss/{name}": float(losses.mean()) for name, losses in records.stacked().items()}
+            for records in self._records
         ]
 
 
@@ -418,14 +414,10 @@ class _Step:
         }
         self._frozen = frozen
 
-    def outputs(
-        self, inputs: Tensor, num_private: int, key: Tensor | None, *, apart: bool
-    ) -> dict[str, Outputs]:
+    def outputs(self, inputs: Tensor, num_private: int, *, apart: bool) -> dict[str, Outputs]:
         """Return what every model puts out, by its name."""
         outputs = {}
-        for number, (name, slot) in enumerate(self.slots.items()):
-            if slot.dropout is not None and key is not None:
-                slot.dropout.begin(key, model=number)
+        for name, slot in self.slots.items():
             seen, paths = self._taps[name]
             if apart:
                 outputs[name] = Outputs.of_passes(
@@ -450,25 +442,12 @@ def _rows_of(batch: Batch) -> StepRows:
     return StepRows(sizes)
 
 
-def _descend(
-    learning: Sequence[Slot],
-    losses: Mapping[str, Tensor],
-    anchor: Anchor | None,
-    weights: Sequence[nn.Parameter],
-) -> None:
-    """Take one step down the sum of the losses, held by an anchor where there is one."""
-    if not losses:
-        # Nothing is in force for a client without public rows: it rests.
-        return
-    for slot in learning:
-        slot.optimizer.zero_grad()
-    total(losses).backward()
-    if anchor is not None:
-        pulled = anchor.pulled([weight.grad for weight in weights], weights)
-        for weight, gradient in zip(weights, pulled, strict=True):
-            weight.grad = gradient
-    for slot in learning:
-        slot.optimizer.step()
+def _backward_held(anchor: Anchor, weights: Sequence[nn.Parameter], losses: LossTerms) -> None:
+    """Give weights the gradients of the losses and of the pull of an anchor."""
+    backward(losses)
+    pulled = anchor.pulled([weight.grad for weight in weights], weights)
+    for weight, gradient in zip(weights, pulled, strict=True):
+        weight.grad = gradient
 
 
 class _Frozen:

@@ -109,11 +109,3 @@ def towards_targets(outputs: Outputs, batch: Batch, *, temperature: float = 1.0)
     target = batch.targets.probabilities(temperature)
     rows = soft_target_rows(outputs.public, target, temperature=temperature)
     return {"kd": temperature**2 * PerRow(rows, of="public")}
-
-
-def total(losses: Mapping[str, Float[Tensor, "*members"]]) -> Float[Tensor, "*members"]:
-    """Sum the named terms: one client's, or those of stacked clients."""
-    first, *others = losses.values()
-    for loss in others:
-        first = first + loss
-    return first

@@ -73,10 +73,6 @@ class Slot:
         """The parameters that learn."""
         return [each for each in self._parameters.values() if each.requires_grad]
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Use this learning rate from the next step on."""
-        self.optimizer.param_groups[0]["lr"] = rate
-
     @contextmanager
     def with_optimizer(self, settings: OptimizerSettings | None) -> Iterator[None]:
         """Train by another optimizer inside the block: fresh, and forgotten after it."""

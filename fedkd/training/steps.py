@@ -154,8 +154,9 @@ class Steps:
     def __init__(
         self,
         optimizers: Sequence[StepOptimizer],
-        numbers: int | range,
+        count: int,
         *,
+        numbers: range | None = None,
         epochs: int = 0,
         progress: Progress = fraction_done,
         gradient: Gradient | None = None,
@@ -167,7 +168,8 @@ class Steps:
 
         Args:
             optimizers: of everything that learns.
-            numbers: how many steps there are, or which of them are taken here.
+            count: how many steps the training has.
+            numbers: which of them are taken here; None: all.
             epochs: how many there are, all of the same number of steps; 0: none is told of.
             progress: where in the run a step is.
             gradient: fills in the gradients; None: one backward pass from the sum.
@@ -176,8 +178,9 @@ class Steps:
             records: where losses are kept; None: new ones.
         """
         self._optimizers = tuple(optimizers)
-        self._numbers = range(numbers) if isinstance(numbers, int) else numbers
-        self._per_epoch = self._numbers.stop // epochs if epochs else 0
+        self._count = count
+        self._numbers = range(count) if numbers is None else numbers
+        self._per_epoch = count // epochs if epochs else 0
         self._progress = progress
         self._gradient = backward if gradient is None else gradient
         self._dropout = [(at, stream) for at, stream in enumerate(dropout) if stream is not None]
@@ -186,7 +189,7 @@ class Steps:
 
     def __iter__(self) -> Iterator[Step]:
         """Bring about every step in turn: its learning rates, and what its dropout draws."""
-        count, every = self._numbers.stop, self._per_epoch
+        count, every = self._count, self._per_epoch
         for number in self._numbers:
             here = partial(self._progress, number)
             for optimizer in self._optimizers:
@@ -221,10 +224,17 @@ class Steps:
 
 def backward(losses: LossTerms) -> None:
     """Send the gradient of the sum of the losses back to everything that it depends on."""
-    first, *others = (loss.sum() if loss.ndim else loss for loss in losses.values())
+    total(losses).backward()
+
+
+def total(losses: LossTerms) -> Float[Tensor, ""]:
+    """Return the sum of named losses: of one model, or a number of each model in a vector."""
+    first, *others = losses.values()
+    if any(loss.shape != first.shape for loss in others):
+        first, *others = (loss.sum() for loss in losses.values())
     for loss in others:
         first = first + loss
-    first.backward()
+    return first.sum() if first.ndim else first
 
 
 class DivergedError(ValueError):

@@ -58,7 +58,7 @@ from fedkd.training.feeds import Feed
 from fedkd.training.frozen import fold_in
 from fedkd.training.gradients import PLAIN, Anchor, GradientRule
 from fedkd.training.learners import ComposedObjective
-from fedkd.training.objectives import Batch, JointObjective, Losses, Objective, Outputs, total
+from fedkd.training.objectives import Batch, JointObjective, Losses, Objective, Outputs
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
 from fedkd.training.stacking import (
@@ -69,6 +69,7 @@ from fedkd.training.stacking import (
     stacked_tensors,
 )
 from fedkd.training.state import Arrays, ClientState, ModelState
+from fedkd.training.steps import LossTerms, Steps, total
 from fedkd.training.tables import Table
 
 FEW_ROWS = 64
@@ -328,31 +329,31 @@ class VmapCohort(BackendCohort):
             [tensors[name].requires_grad_() for name in stack.skeleton.trainable]
             for stack, tensors in zip(stacks, handed, strict=True)
         ]
-        every_leaf = [leaf for own in leaves for leaf in own]
+        moving = [
+            _ActiveMembers(optimizer, own, stack.skeleton.trainable, steps.first, active)
+            for stack, optimizer, own in zip(stacks, optimizers, leaves, strict=True)
+        ]
         # The last stack may be that of the parts, which no anchor holds.
         held = [leaf for own in leaves[: step.num_models] for leaf in own]
         anchor = None if anchor is None else anchor.of_members(here)
-        terms: dict[str, list[Tensor]] = {}
-        for number in numbers:
-            for optimizer in optimizers:
-                optimizer.set_learning_rates(partial(self._streams.progress, number))
+        training = Steps(
+            moving,
+            steps.total,
+            numbers=numbers,
+            progress=self._streams.progress,
+            gradient=partial(_differentiate, moving, anchor, held),
+        )
+        for number, *_ in training:
             losses, seen = step.run(steps, number, handed, resting, steps.take(number, active))
-            every_gradient = list(_gradients(losses, every_leaf))
             if anchor is not None and losses:
-                every_gradient[: len(held)] = anchor.pulled(every_gradient[: len(held)], held)
                 losses["proximal"] = anchor.penalty(held, stacked=True)
-            gradients = iter(every_gradient)
-            for stack, optimizer in zip(stacks, optimizers, strict=True):
-                own = {name: next(gradients) for name in stack.skeleton.trainable}
-                optimizer.step(own, steps.first, active)
-            for name, loss in losses.items():
-                terms.setdefault(name, []).append(loss.detach())
+            training.descend(losses)
             if kept is not None:
                 kept.add(seen, steps.private_sizes(number, active), steps.first)
             for average in averages.values():
                 average.update(self._stacks[average.model], here)
-        for name, values in terms.items():
-            for at, of_member in enumerate(torch.stack(values, dim=1), start=steps.first):
+        for name, values in training.records.take().items():
+            for at, of_member in enumerate(values.t().contiguous(), start=steps.first):
                 self._terms[at].setdefault(name, []).append(of_member)
 
     # -- models that never train -----------------------------------------------------------
@@ -730,18 +731,61 @@ def _private(outputs: Outputs, steps: "_StackedSteps") -> dict[str, Tensor]:
     return {"": outputs.private, **features}
 
 
-def _gradients(losses: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradients of all members' losses: ``[members]`` of each name.
+class _ActiveMembers:
+    """A stack's optimizer, as far as it moves the members that take a step together."""
+
+    def __init__(
+        self,
+        optimizer: StackedOptimizer,
+        leaves: Sequence[Tensor],
+        names: Sequence[str],
+        first: int,
+        active: int,
+    ) -> None:
+        self.leaves = leaves
+        self.gradients: Sequence[Tensor | None] = ()
+        self._optimizer, self._names = optimizer, names
+        self._first, self._active = first, active
+
+    def set_rate(self, progress: Callable[[int], float]) -> None:
+        """Give every member the learning rate of where it is in the run."""
+        self._optimizer.set_learning_rates(progress)
+
+    def zero_grad(self) -> None:
+        """Do nothing: gradients are made anew in every step."""
+
+    def step(self) -> None:
+        """Move the members by their gradients."""
+        own = dict(zip(self._names, self.gradients, strict=True))
+        self._optimizer.step(own, self._first, self._active)
+
+
+def _differentiate(
+    moving: Sequence[_ActiveMembers],
+    anchor: Anchor | None,
+    held: Sequence[Tensor],
+    losses: LossTerms,
+) -> None:
+    """Give all stacks the gradients of all members' losses.
 
     A member's losses reach its own tensors only, so one backward pass serves all.
+
+    Args:
+        moving: the stacks, in the order of their tensors.
+        anchor: pulls at what is held; None: nothing does.
+        held: the first of all tensors.
+        losses: of all members.
     """
-    if not losses:
-        # Nothing is in force for clients without public rows: they rest.
-        return [None] * len(leaves)
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(
-        total(dict(losses)).sum(), leaves, allow_unused=True
+    leaves = [leaf for own in moving for leaf in own.leaves]
+    gradients: list[Tensor | None] = list(
+        torch.autograd.grad(total(losses), leaves, allow_unused=True)
     )
-    return gradients
+    if anchor is not None:
+        gradients[: len(held)] = anchor.pulled(gradients[: len(held)], held)
+    start = 0
+    for own in moving:
+        own.gradients = gradients[start : start + len(own.leaves)]
+        start += len(own.leaves)
 
 
 class _ComparesRowsError(VmapUnsupportedError):

@@ -378,7 +378,7 @@ def check_needs(lesson: Lesson) -> None:
 
 
 def _check_mixing(lesson: Lesson) -> None:
-    """Refuse mixup where something needs a row's own label, id or features: mixed rows have none."""
+    """Refuse mixup where something needs a row's own label, id or features."""
     augmentation, objective, teacher = (
         lesson.training.augmentation,
         lesson.objective,

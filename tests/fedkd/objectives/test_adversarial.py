@@ -74,7 +74,7 @@ def test_its_weights_are_in_the_state_but_in_no_optimizer_of_the_student():
     assert "adversarial.adversary.weights" in objective.parts.state_dict()
     # A client's slot holds parts without a single parameter, too.
     slot = Slot(objective.parts, OptimizerSettings(), torch.device("cpu"))
-    slot.set_learning_rate(0.1)
+    slot.optimizer.param_groups[0]["lr"] = 0.1
     slot.optimizer.step()
     slot.load(slot.state())
 

@@ -133,7 +133,7 @@ def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
                     divergence = (torch.xlogy(target, target) - target * log_p).sum(-1)
                     loss = loss + divergence.sum() / len(target) * 4.0
                 if lr_at is not None:
-                    optimizer.param_groups[0]["lr"] = lr_at(step / steps)
+                    optimizer.param_groups[0]["lr"] = lr_at(step, steps)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -196,8 +196,8 @@ def test_learning_rate_follows_warm_up_and_decay_at_every_step(make_cohort, tens
     cohort = make_cohort(data=data, optimizer=optimizer, rounds=2)
     cohort.fit(supervised, private=PRIVATE)
 
-    def lr_at(share_of_round):
-        progress = share_of_round / 2  # the first of two rounds
+    def lr_at(step, steps):
+        progress = step / (2 * steps - 1)  # in the first of two rounds, of equally many steps
         return 0.2 * min(1.0, progress / 0.25) * (1 - progress)
 
     expected = by_hand(

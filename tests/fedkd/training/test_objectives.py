@@ -15,7 +15,7 @@ from fedkd.training import (
     supervised,
     supervised_public,
 )
-from fedkd.training.objectives import total
+from fedkd.training.steps import total
 
 
 def logits(*shape, seed=0):
