@@ -54,3 +54,12 @@ def test_only_one_module_seeds_torch() -> None:
         if "manual_seed" in path.read_text(encoding="utf-8")
     ]
     assert seeding == ["fedkd/randomness.py"]
+
+
+def test_every_training_takes_its_steps_through_one_core() -> None:
+    stepping = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if ".backward()" in path.read_text(encoding="utf-8")
+    ]
+    assert stepping == ["fedkd/training/steps.py"]
