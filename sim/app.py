@@ -29,6 +29,7 @@ from sim.keeping.records import FolderBusyError, RunFolder, StorageError, new_ru
 from sim.server.observers import Observer, Row
 from sim.server.replies import QuorumError
 from sim.server.rounds import RoundLoop
+from sim.server.validation import AuthorError
 from sim.settings import (
     Settings,
     SettingsError,
@@ -86,7 +87,14 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds on the nodes that the runtime has."""
     try:
         _run(grid, context)
-    except (SettingsError, NodesError, QuorumError, StorageError, FolderBusyError):
+    except (
+        AuthorError,
+        SettingsError,
+        NodesError,
+        QuorumError,
+        StorageError,
+        FolderBusyError,
+    ):
         end_without_traceback()
         raise
 

@@ -716,10 +716,21 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         _fail("interrupted", Interruption.of(stop).exit_code)
     except Exception as error:
+        if _is_authors(error):
+            # Their traceback, and nothing of ours around it.
+            typer.echo(f"fedkd: {error}", err=True)
+            sys.exit(EXIT_FAILED)
         code = _code_of(error)
         if code is None:
             raise
         _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), code)
+
+
+def _is_authors(error: Exception) -> bool:
+    """Tell whether the code of an algorithm or of a model failed, and not ours."""
+    from sim.server.validation import AuthorError
+
+    return isinstance(error, AuthorError)
 
 
 def _code_of(error: Exception) -> int | None:

@@ -189,6 +189,7 @@ def run(
 
     Raises:
         SettingsError: before anything starts, names the setting that cannot work.
+        AuthorError: an algorithm's or a model's own code is wrong; the text has its traceback.
         FolderBusyError: another process runs in the folder.
         CheckpointError: the run to be resumed has no checkpoint that can be used.
         QuorumError: too few clients gave a usable answer.

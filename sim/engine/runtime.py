@@ -37,19 +37,12 @@ from fedkd.training.backends import measure_backends, open_cohort
 from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
 from sim.engine.deadline import DeadlineError, deadline
+from sim.engine.mistakes import NotFiniteError, author_traceback, is_misfortune
 from sim.settings import Settings
 from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
 from strategies import strategy_class
 from strategies.contract import Call, Federation, Received, Strategy
-
-
-class NotFiniteError(ValueError):
-    """A model's scores are NaN: it has diverged, and there is nothing to judge."""
-
-
-MISFORTUNES = (DeadlineError, MemoryError, torch.OutOfMemoryError, NotFiniteError)
-"""What may happen to a client whatever the code says; all else is a mistake of the code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +107,11 @@ def fix_numerics(device: torch.device) -> None:
 
 def _reason(error: Exception) -> str:
     """Return why there is no answer, and by its type whose fault that is."""
-    told = traceback.format_exc()
     if isinstance(error, MemoryLostError):
-        return MemoryLost(told)
-    return told if isinstance(error, MISFORTUNES) else Mistake(told)
+        return MemoryLost(traceback.format_exc())
+    if is_misfortune(error):
+        return traceback.format_exc()
+    return Mistake(author_traceback(error))
 
 
 class ClientRuntime:
@@ -306,6 +300,12 @@ class ClientRuntime:
             raise ValueError(
                 f"{type(self._strategy).__name__}.client answered {len(answers)} payloads for "
                 f"{len(call.clients)} clients: return one for each, or none at all"
+            )
+        odd = [type(answer).__name__ for answer in answers if not isinstance(answer, Payload)]
+        if odd:
+            raise TypeError(
+                f"{type(self._strategy).__name__}.client answered a {odd[0]}, expected a payload "
+                "for each client"
             )
         sent = turn.send(dict(zip(call.clients, answers, strict=True)) if answers else {})
         new_states = cohort.states()

@@ -18,7 +18,7 @@ class History:
     Attributes:
         federation: a row for each round.
         clients: each client's row of the last round in which it was judged.
-        server: the last row of the server's model, where there is one.
+        server: the last row of the server's model, the first where it has several.
         bytes_up, bytes_down: totals by client.
     """
 
@@ -36,7 +36,8 @@ class History:
                     self.federation.append(row)
                 case "client" if "accuracy" in row:
                     self.clients[row["client"]] = row
-                case "server":
+                # Of several models the first leads; the others say which they are.
+                case "server" if "model" not in row:
                     self.server = row
 
     def add_exchange(self, rows: Iterable[Row]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.pipeline import ServerTurn
 from fedkd.exchange.values import Value
+from sim.server.validation import authors_code
 from sim.wire.messages import Told
 from strategies.contract import Round, ServerTools, Strategy
 
@@ -48,14 +49,12 @@ class Outbox:
         if self._silent:
             return Told()
         strategy, state = self._strategy, self._state
-        sent = self._turn.send(
-            client,
-            strategy.receives(state, client, self._round),
-            self._make,
-            asked=self.asked(client),
-            attempt=attempt,
-        )
-        told = Told(sent.payload, strategy.orders(state, client, self._round), sent.since)
+        asked = self.asked(client)
+        with authors_code(self._where):
+            key = strategy.receives(state, client, self._round)
+            orders = strategy.orders(state, client, self._round)
+        sent = self._turn.send(client, key, self._make, asked=asked, attempt=attempt)
+        told = Told(sent.payload, orders, sent.since)
         self.told[client] = told
         return told
 
@@ -64,14 +63,20 @@ class Outbox:
         if self._server is None:
             return None
         if client not in self._asked:
-            self._asked[client] = self._strategy.asks(
-                self._state, client, self._round, self._server
-            )
+            with authors_code(self._where):
+                self._asked[client] = self._strategy.asks(
+                    self._state, client, self._round, self._server
+                )
         return self._asked[client]
+
+    @property
+    def _where(self) -> str:
+        return f"round {self._round.number}, the server's half"
 
     def _make(self, key: Hashable) -> Payload:
         if key not in self._made:
-            self._made[key] = self._strategy.payload(self._state, key)
+            with authors_code(self._where):
+                self._made[key] = self._strategy.payload(self._state, key)
         return self._made[key]
 
     def pieces(self) -> Iterator[Payload]:

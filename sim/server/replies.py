@@ -87,6 +87,9 @@ class Replies:
         num_examples: private rows of each client.
         engine: says what to do below the quorum.
         event: is told of each reply that is left out.
+
+    Attributes:
+        failure: what ended the stream before its time.
     """
 
     def __init__(
@@ -109,13 +112,22 @@ class Replies:
         self._quorum = Quorum(round.number, len(clients), "gave a usable answer", engine)
         self._event = event
         self._votes: VoteCounter | None = None
-        self._uploads = self._all_uploads(ask)
+        self._uploads = self._watched(self._all_uploads(ask))
         self.rejected: dict[int, str] = {}
         self.metrics: dict[int, dict[str, float]] = {}
         self.exchanged: list[Row] = []
+        self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[Upload]:
         return self._uploads
+
+    def _watched(self, uploads: Iterator[Upload]) -> Iterator[Upload]:
+        """Note what ends the stream, which is no mistake of whoever reads it."""
+        try:
+            yield from uploads
+        except Exception as error:
+            self.failure = error
+            raise
 
     def drain(self) -> None:
         """Take in what the aggregator did not ask for.

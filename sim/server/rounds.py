@@ -31,7 +31,7 @@ from sim.server.kept import check_kept
 from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
 from sim.server.replies import Quorum, QuorumError, Replies
-from sim.server.validation import Expected, RejectedReplyError, valid_answer
+from sim.server.validation import Expected, RejectedReplyError, authors_code, valid_answer
 from sim.settings import Settings
 from sim.wire.messages import Phase, instruction
 from strategies.contract import Round, ServerTools
@@ -88,7 +88,8 @@ class RoundLoop:
 
     def start(self) -> None:
         """Stand before the first round."""
-        state = self._checked(self._strategy.begin(self._server), "begin")
+        with authors_code("before round 1, the server's half"):
+            state = self._checked(self._strategy.begin(self._server), "begin")
         self.history = History()
         self.boundary = Boundary(0, state)
 
@@ -131,6 +132,7 @@ class RoundLoop:
             after_round: called between rounds and after the last, at each new boundary.
 
         Raises:
+            AuthorError: an algorithm's or a model's own code is wrong.
             QuorumError: too few clients gave a usable answer.
             StatesLostError: clients' states are gone; `go_back` or `start`, then run again.
         """
@@ -163,7 +165,9 @@ class RoundLoop:
     def _round(self, before: Boundary) -> None:
         round = self._federation.round(before.round + 1)
         strategy = self._strategy
-        clients = strategy.participants(before.state, round)
+        where = f"round {round.number}, the server's half"
+        with authors_code(where):
+            clients = strategy.participants(before.state, round)
         if self._nodes is not None:
             self._nodes.begin(round.number, clients)
         started = time.perf_counter()
@@ -184,9 +188,11 @@ class RoundLoop:
             uploads = turn.view(
                 replies, sums=strategy.sums, group=self._federation.architectures.__getitem__
             )
-            state = strategy.aggregate(before.state, uploads, round, self._server)
+            with authors_code(where, lambda: replies.failure):
+                state = strategy.aggregate(before.state, uploads, round, self._server)
             replies.drain()
-            state = self._checked(state, "aggregate")
+            with authors_code(where):
+                state = self._checked(state, "aggregate")
         except QuorumError as error:
             if self._settings.engine.below_quorum != "skip":
                 raise
@@ -367,7 +373,9 @@ class RoundLoop:
     def _evaluate_server(self, round: Round, state: Value) -> list[Row]:
         """Judge the server's own models, where there are any."""
         rows: list[Row] = []
-        for name, model in self._strategy.judged_models(state).items():
+        with authors_code(f"round {round.number}, the server's half"):
+            models = self._strategy.judged_models(state)
+        for name, model in models.items():
             scores = self._server.predict(model, as_tensor(self._data.test_inputs))
             validation = self._server.predict(model, as_tensor(self._data.validation_inputs))
             try:

@@ -10,7 +10,8 @@ nobody gains weight by claiming them.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -20,6 +21,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedkd.exchange.payload import Asked, Limit, Payload
 from fedkd.exchange.payloads.predictions import are_distributions
+from sim.engine.mistakes import author_traceback, is_misfortune
 from sim.wire.messages import MEMORY_LOST, MISTAKE, ClientReply, is_unencoded, read_reply
 from sim.wire.records import arrays_name
 
@@ -98,7 +100,38 @@ class RejectedReplyError(ValueError):
 
 
 class AuthorError(RuntimeError):
-    """The code of an algorithm or of a model failed, in a client; the text is its traceback."""
+    """The code of an algorithm or of a model is wrong; the run is over.
+
+    Args:
+        where: it failed, such as ``round 2, a client's half``.
+        traceback: of its exception.
+    """
+
+    def __init__(self, where: str, traceback: str) -> None:
+        super().__init__(f"{where}: an algorithm's or a model's own code failed\n{traceback}")
+
+
+@contextmanager
+def authors_code(
+    where: str, passed_on: Callable[[], BaseException | None] = lambda: None
+) -> Iterator[None]:
+    """Run code of an algorithm's server half; what it raises ends the run as its author's mistake.
+
+    Args:
+        where: it runs.
+        passed_on: returns what was raised to it by what it was handed, if anything was.
+
+    Raises:
+        AuthorError: it raised an exception of its own.
+    """
+    try:
+        yield
+    except AuthorError:
+        raise
+    except Exception as error:
+        if error is passed_on() or is_misfortune(error):
+            raise
+        raise AuthorError(where, author_traceback(error)) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +189,10 @@ def valid_answer(message: Message, expected: Expected, *, again: bool) -> Client
         AuthorError: the code that should have made it is wrong.
     """
     if message.has_error() and message.error.code == MISTAKE:
-        raise AuthorError(message.error.reason)
+        told = message.error.reason or "it does not say how"
+        half = "the judging of a client" if expected.judged else "a client's half"
+        where = f"round {expected.round}, {half}"
+        raise AuthorError(where, _without_codes(told[-LONGEST_TRACEBACK:]))
     if message.has_error():
         text = message.error.reason or "unknown error"
         # A traceback ends with what matters.
