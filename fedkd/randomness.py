@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     RELEASE = 14
     ADVERSARY = 15
     CODEC = 16
+    ALGORITHM = 17
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

@@ -233,6 +233,21 @@ class RowOutputs:
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """Rows as a member has them, before any model.
+
+    Attributes:
+        rows: int64 ids, as in `RowOutputs`.
+        inputs: float32 ``[rows, channels, height, width]``; a copy.
+        labels: int64 classes of the rows, None where they are not known.
+    """
+
+    rows: np.ndarray
+    inputs: Float[np.ndarray, "rows channels height width"]
+    labels: np.ndarray | None
+
+
 Mode = Literal["eval", "train"]
 """``eval``: as a model is used; ``train``: as it trains, by statistics of the batch and with
 dropout."""
@@ -382,6 +397,17 @@ class Cohort(ABC):
             model: a model, one that was frozen, or a running average; None: the first model.
             batch_rows: rows that go through the model at once, in the order given; None: all of
                 them in training mode. Numbers in evaluation mode do not depend on it.
+        """
+
+    @abstractmethod
+    def examples(
+        self, *, on: Literal["private"] | np.ndarray | Sequence[np.ndarray]
+    ) -> list[Examples]:
+        """Return rows themselves, for what needs no model: counts of labels, densities of inputs.
+
+        Args:
+            on: each member's private rows, or positions in the public set: the same for all, or
+                one array for each member.
         """
 
     @abstractmethod

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fedkd.training.cohort import (
     Asked,
     Average,
     Cohort,
+    Examples,
     Layers,
     Member,
     Mode,
@@ -318,7 +320,18 @@ class BackendCohort(Cohort):
         assert known is not None  # noqa: S101 (its name was looked up)
         return known[0]
 
-    # -- rows to put through a model -------------------------------------------------------
+    # -- rows as they are, or to put through a model ---------------------------------------
+
+    def examples(  # noqa: D102
+        self, *, on: Literal["private"] | np.ndarray | Sequence[np.ndarray]
+    ) -> list[Examples]:
+        found = []
+        for position in range(len(self.clients)):
+            rows, inputs, labels = self._asked(on, position)
+            known = None if labels is None else copy_to_numpy(labels)
+            own = copy_to_numpy(inputs)
+            found.append(Examples(rows=rows, inputs=own, labels=known))
+        return found
 
     def _asked(
         self, on: Asked, position: int

@@ -160,6 +160,15 @@ class Round:
         rng = generator_for(self.federation.seed, Purpose.PARTICIPANTS, self.number)
         return tuple(int(client) for client in np.sort(rng.choice(total, take, replace=False)))
 
+    def random(self, *key: int) -> np.random.Generator:
+        """Return a stream of the algorithm's own: of the run's seed, this round and a key.
+
+        The same key gives the same numbers on both sides and in a resumed run; whose are to differ
+        puts the client into the key. What is drawn once for the run is drawn in one round's
+        stream: ``federation.round(1).random(...)``.
+        """
+        return generator_for(self.federation.seed, Purpose.ALGORITHM, self.number, *key)
+
     @cached_property
     def asked_logits(self) -> Asked:
         """Every client's logits of the round's public rows."""

@@ -138,23 +138,16 @@ def test_settings_on_a_page_are_valid(block: str, tmp_path: Path) -> None:
 
 
 def test_the_example_of_an_algorithm_learns(
-    module_of: Callable[[str, Path], Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_settings: Any,
     tiny_data: Any,
     simulate: Any,
 ) -> None:
-    from strategies import STRATEGIES
-
     (example,) = blocks(ROOT / "docs" / "strategies.md", "python")
-    path = tmp_path / "vote.py"
-    path.write_text(example, encoding="utf-8")
-    vote = module_of("docs_vote", path)
-    monkeypatch.setitem(STRATEGIES, "vote", vote.Vote)
-    # The settings were built from the table as it is; this row is not in it.
-    settings = tiny_settings("dml").model_copy(update={"strategy": vote.VoteSettings()})
-    run = simulate(settings, tiny_data())
+    (tmp_path / "vote.py").write_text(example, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = simulate(tiny_settings("vote:Vote"), tiny_data())
     assert run.events == []
     assert {row["kind"] for row in run.exchange} == {"logits", "mean_probabilities"}
     assert run.history.federation[-1]["accuracy"] > 1 / 3

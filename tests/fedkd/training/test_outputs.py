@@ -204,3 +204,24 @@ def test_rows_are_cut_without_a_lone_last_one_in_training(both_kinds):
     loop, vmap = both_kinds(model=BATCH_NORM)
     for cohort in (loop, vmap):
         assert len(cohort.outputs(on="private", mode="train", batch_rows=4)[0].logits) == 13
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["loop", "vmap"])
+def test_rows_are_handed_out_as_they_are(both_kinds, kind):
+    cohort = both_kinds(model=MLP)[kind]
+    data = cohort._data
+    before = data.train_inputs.clone(), data.public_inputs.clone()
+    own = cohort.examples(on="private")
+    for member, found in zip(cohort._given, own, strict=True):
+        places = torch.from_numpy(member.rows)
+        np.testing.assert_array_equal(found.rows, member.rows)
+        np.testing.assert_array_equal(found.inputs, data.train_inputs[places])
+        np.testing.assert_array_equal(found.labels, data.train_labels[places])
+    everything = np.arange(len(data.public_inputs))
+    public = cohort.examples(on=everything)
+    np.testing.assert_array_equal(public[0].inputs, data.public_inputs)
+    # Who changes what he was given changes nobody's data.
+    for found in [*own, *public]:
+        found.inputs[:] = 0
+    assert torch.equal(data.train_inputs, before[0])
+    assert torch.equal(data.public_inputs, before[1])

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from fedkd.randomness import Purpose, generator_for
+
 
 @pytest.fixture
 def federation(tiny_settings, tiny_data):
@@ -85,3 +87,15 @@ def test_the_whole_public_set_is_exchanged_in_order(federation, rows):
 def test_equal_architectures_can_exchange_weights(federation):
     keys = federation().architectures
     assert keys[0] == keys[2] != keys[1] == keys[3]
+
+
+def test_an_algorithm_draws_by_seed_round_and_key_alone(federation):
+    def drawn(seed=7, round=2, key=(1,)):
+        return federation(seed=seed).round(round).random(*key).integers(1 << 40)
+
+    assert drawn() == drawn()
+    others = [drawn(seed=8), drawn(round=3), drawn(key=(2,)), drawn(key=()), drawn(key=(1, 0))]
+    assert len({drawn(), *others}) == 6
+    # Not the stream by which participants are drawn.
+    apart = generator_for(7, Purpose.PARTICIPANTS, 2).integers(1 << 40)
+    assert drawn(key=()) != apart
