@@ -22,6 +22,7 @@ from sim.commands.running import run
 from sim.engine.nodes import NodesError
 from sim.keeping.records import read_rows
 from sim.server.replies import QuorumError
+from sim.server.validation import AuthorError
 from sim.settings import Settings, SettingsError, load_settings
 from sim.wire.flower import Run, empty_run, identify_process, set_message_id
 
@@ -188,7 +189,7 @@ def kinds(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 # -- the same numbers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["dml", "fedavg"])
+@pytest.mark.parametrize("strategy", ["dml", "fedavg", "own_ballots:Ballots"])
 def test_flower_s_runtimes_compute_what_fedkd_run_computes(
     small: Callable[..., Settings], words: Any, serve: Any, strategy: str
 ) -> None:
@@ -196,6 +197,20 @@ def test_flower_s_runtimes_compute_what_fedkd_run_computes(
     theirs = serve(Runtime(range(4), 4), words(f"strategy.name={strategy}"))
     assert {key: theirs[key] for key in ours} == ours
     assert theirs["result"]["status"] == "finished"
+
+
+@pytest.mark.parametrize("slip", ["client", "judging", "aggregate"])
+def test_an_author_s_exception_ends_the_run_with_the_author_s_traceback(
+    words: Any, serve: Any, tmp_path: Path, slip: str
+) -> None:
+    config = words("strategy.name=own_ballots:Ballots", f"strategy.slip={slip}")
+    with pytest.raises(AuthorError, match=r"own_ballots\.py.*\n(.*\n)*KeyError: 'there"):
+        serve(Runtime(range(4), 4), config)
+    left = left_behind(tmp_path)
+    assert left["result"]["status"] == "failed"
+    assert left["events"] == []
+    # Flower's log shows the text and no traceback of ours.
+    assert sys.tracebacklimit == 0
 
 
 def test_planned_faults_strike_nodes_as_they_strike_workers(

@@ -452,7 +452,13 @@ def test_a_key_that_is_not_registered_is_refused(
 
 
 @pytest.mark.slow
-def test_flwr_run_simulates_as_many_clients_as_the_settings_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["dml", "own_ballots:Ballots"])
+def test_flwr_run_simulates_as_many_clients_as_the_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    # What people bring is installed where the runtime is.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "own"))
+    words = ["rounds=2", "clients.count=2", f"strategy.name={strategy}", f"output={tmp_path}/runs"]
     deployment = Deployment(tmp_path, secure=False, apart=False)
     home = tmp_path / "homes" / "user" / "config.toml"
     home.write_text(
@@ -463,7 +469,7 @@ def test_flwr_run_simulates_as_many_clients_as_the_settings_say(tmp_path: Path) 
         deployment.start(
             "run",
             *("flwr", "run", ROOT, "--stream", "--run-config"),
-            f"overrides={json.dumps(f'rounds=2 clients.count=2 output={tmp_path}/runs')}",
+            f"overrides={json.dumps(shlex.join(words))}",
         )
         left = deployment.finished()
     finally:
