@@ -82,20 +82,29 @@ def federations(draw):
     # Confident models: probabilities of 0 and 1, of which rounding leaves the least.
     scores = rng.normal(0, draw(st.sampled_from([1.0, 40.0])), (clients, classes, classes))
     soft = torch.softmax(torch.as_tensor(scores), -1).numpy()
-    return (soft * held[:, :, None]).astype(np.float32), held
+    values = (soft * held[:, :, None]).astype(np.float32)
+    counts = held * rng.integers(1, 50, held.shape) if draw(st.booleans()) else None
+    return values, held, counts
 
 
 @settings(max_examples=80, deadline=None)
 @given(federations())
 def test_leaving_one_out_of_the_sum_is_the_mean_of_the_others(given_tables):
-    values, held = given_tables
-    added = added_up({client: ClassTable(values=own) for client, own in enumerate(values)})
+    values, held, counts = given_tables
+    weights = held if counts is None else counts
+    sent = {
+        client: ClassTable(
+            values=own, counts=None if counts is None else counts[client].astype(np.float32)
+        )
+        for client, own in enumerate(values)
+    }
+    added = added_up(sent)
     for client in range(len(values)):
         mean = mean_over_other_holders(added, client).values
-        for label in range(values.shape[1]):
-            others = [own[label] for k, own in enumerate(values) if k != client and held[k, label]]
-            expected = np.mean(others, axis=0) if others else np.zeros(values.shape[1])
-            assert np.allclose(mean[label], expected, atol=1e-6)
+        others = np.arange(len(values)) != client
+        weight = weights[others].sum(0)[:, None]
+        total = (weights[others][:, :, None] * values[others]).sum(0)
+        assert np.allclose(mean, total / np.maximum(weight, 1), atol=1e-6)
         assert (mean >= 0).all()
 
 
