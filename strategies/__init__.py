@@ -16,6 +16,7 @@ from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
 from strategies.public_predictions.scarlet import SCARLET
 from strategies.regularised.fedntd import FedNTD
+from strategies.regularised.fedprox import FedProx
 from strategies.server_models.feddf import FedDF
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
@@ -30,6 +31,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fedmd": FedMD,
     "fedntd": FedNTD,
     "fedproto": FedProto,
+    "fedprox": FedProx,
     "fml": FML,
     "local": Local,
     "one_way": OneWay,
