@@ -14,7 +14,6 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.bounds import Width
@@ -63,13 +62,6 @@ class FedProtoSettings(StrategySettings):
     collect: Collect = "last_epoch"
     weighting: Literal["equal", "count"] = "equal"
     judge: Literal["prototype", "head"] = "prototype"
-
-
-def distance_rows(
-    features: Float[Tensor, "rows width"], prototypes: Float[Tensor, "rows width"]
-) -> Float[Tensor, " rows"]:
-    """Return the mean square of what lies between each row and its prototype."""
-    return (features - prototypes).square().mean(-1)
 
 
 def mean_over_holders(sent: Iterable[Prototypes], before: Prototypes) -> Prototypes:
@@ -127,7 +119,7 @@ class FedProto(Strategy[FedProtoSettings, Prototypes]):
         assert batch.labels is not None  # noqa: S101
         prototypes = batch.tables["prototypes"]
         features = pooled(outputs.features[PENULTIMATE], prototypes.shape[1])
-        distances = distance_rows(features, prototypes[batch.labels])
+        distances = (features - prototypes[batch.labels]).square().mean(-1)
         rows = batch.tables["known"][batch.labels] * distances
         return {**supervised(outputs, batch), "prototype": weight * PerRow(rows, of="private")}
 
