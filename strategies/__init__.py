@@ -18,6 +18,7 @@ from strategies.public_predictions.scarlet import SCARLET
 from strategies.regularised.fedntd import FedNTD
 from strategies.regularised.fedprox import FedProx
 from strategies.server_models.feddf import FedDF
+from strategies.server_models.fedgkt import FedGKT
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
 from strategies.two_models.proxyfl import ProxyFL
@@ -28,6 +29,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fd": FD,
     "fedavg": FedAvg,
     "feddf": FedDF,
+    "fedgkt": FedGKT,
     "fedmd": FedMD,
     "fedntd": FedNTD,
     "fedproto": FedProto,

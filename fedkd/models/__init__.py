@@ -83,9 +83,6 @@ NO_MODELS = sys.stdlib_module_names | {"torch"}
 """Packages that cannot name a model. Nothing in them takes ``input_shape`` and ``num_classes``, and
 what takes anything, such as ``os:system`` or ``torch.hub:load``, would run what options say."""
 
-SMALLEST_SIDE = 8
-"""Built-in models need at least this many pixels in each direction."""
-
 
 class ModelDescription(NamedTuple):
     """One line of a listing of models."""
@@ -216,7 +213,8 @@ def build_model(
 
     Args:
         settings: the architecture.
-        input_shape: channels, height and width; sides >= 8 for built-in models.
+        input_shape: channels, height and width; sides of at least
+            `ModelOptions.smallest_side` for built-in models.
         num_classes: logits per image, >= 2.
         seed: of the initial weights, see `fedkd.randomness.torch_seed_for`.
 
@@ -229,7 +227,7 @@ def build_model(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes must be >= 2, got {num_classes}")
-    smallest = SMALLEST_SIDE if settings.name in _MODELS else 1
+    smallest = _MODELS[settings.name].smallest_side if settings.name in _MODELS else 1
     if input_shape[0] < 1 or min(input_shape[1:]) < smallest:
         raise ValueError(
             f"input_shape of model {settings.name!r} must be (channels, height, width) with "

@@ -15,6 +15,7 @@ class MLPOptions(ModelOptions):
     """Options of ``mlp``."""
 
     source: ClassVar[str] = "fully connected layers with ReLU"
+    smallest_side: ClassVar[int] = 1
 
     hidden: tuple[Width, ...] = Field(
         default=(64,),

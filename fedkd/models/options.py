@@ -19,6 +19,8 @@ class ModelOptions(BaseModel):
 
     source: ClassVar[str]
     """Where the architecture comes from, one line for listings."""
+    smallest_side: ClassVar[int] = 8
+    """Pixels that it needs at least in each direction."""
 
     @abstractmethod
     def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:

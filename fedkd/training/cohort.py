@@ -319,6 +319,11 @@ class Cohort(ABC):
 
     clients: tuple[int, ...]
 
+    @property
+    @abstractmethod
+    def private_rows(self) -> list[np.ndarray]:
+        """Each member's ids of its private rows, in the order of a `Table` of private rows."""
+
     @abstractmethod
     def fit(
         self,

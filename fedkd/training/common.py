@@ -117,6 +117,10 @@ class BackendCohort(Cohort):
         self._frozen: dict[str, FrozenModel] = {}
         self._trainings_seen = 0
 
+    @property
+    def private_rows(self) -> list[np.ndarray]:  # noqa: D102
+        return [member.rows for member in self._given]
+
     def freeze(  # noqa: D102
         self, name: str, weights: WeightsForMembers, *, like: str | None = None
     ) -> None:

@@ -76,6 +76,7 @@ def federation_of(settings: Settings, data: FederatedData) -> Federation:
         rows_per_round=public if rows is None else rows,
         public_labelled=data.public_labels is not None,
         num_classes=data.num_classes,
+        input_shape=data.input_shape,
         num_examples=tuple(len(rows) for rows in data.client_rows),
     )
 

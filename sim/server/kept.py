@@ -57,7 +57,8 @@ def _models(strategy: Strategy[Any, Any]) -> Iterator[ModelSettings]:
     for client in strategy.federation.first_clients.values():
         yield from named_models(strategy.architecture(client)).values()
     for settings in strategy.server_models().values():
-        yield settings.model
+        if settings.input_shape is None:
+            yield settings.model
 
 
 def _layout(server: ServerTools, model: ModelSettings) -> dict[str, Any]:

@@ -394,14 +394,15 @@ class RoundLoop:
 
     def _tell_of_models(self) -> None:
         """Say which models of the user's own begin alike everywhere; it may be what is wanted."""
-        models = {step.model: step.setting for step in self._strategy.smallest_steps()}
-        for model, setting in models.items():
+        models = {step.model: step for step in self._strategy.smallest_steps()}
+        for model, step in models.items():
+            shape = step.input_shape or self._data.input_shape
             if model.is_own and ignores_seed(
-                model, input_shape=self._data.input_shape, num_classes=self._data.num_classes
+                model, input_shape=shape, num_classes=self._data.num_classes
             ):
                 reason = (
-                    f"{setting}: {model.label} has the same first weights on every client and for "
-                    "every seed"
+                    f"{step.setting}: {model.label} has the same first weights on every client "
+                    "and for every seed"
                 )
                 self.tell({"round": 0, "event": "seed without effect", "reason": reason})
 

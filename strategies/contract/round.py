@@ -10,6 +10,7 @@ import numpy as np
 from fedkd.exchange.payload import Asked, Payload, RowIds, expect
 from fedkd.exchange.payloads import Orders, Predictions
 from fedkd.models import ModelSettings
+from fedkd.models.options import ImageShape
 from fedkd.objectives import Objective
 from fedkd.randomness import Purpose, generator_for
 from fedkd.schedules import NonNegativeSchedule
@@ -27,6 +28,7 @@ class Federation:
         public_size: rows of the public set.
         rows_per_round: public rows exchanged in a round; ``public_size`` exchanges all of them.
         public_labelled: whether the public set has labels.
+        input_shape: channels, height and width of one image.
         num_examples: private rows of each client.
     """
 
@@ -39,6 +41,7 @@ class Federation:
     rows_per_round: int
     public_labelled: bool
     num_classes: int
+    input_shape: ImageShape
     num_examples: tuple[int, ...]
 
     @property

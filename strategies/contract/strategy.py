@@ -49,12 +49,14 @@ class Step(NamedTuple):
         model: the model.
         rows: how many go through it together, >= 1; None where it does not train.
         remedy: who would train on a single row, and what helps, where it is one.
+        input_shape: of one row, where that is no image of the run.
     """
 
     setting: str
     model: ModelSettings
     rows: int | None
     remedy: str
+    input_shape: ImageShape | None = None
 
 
 SettingsT = TypeVar("SettingsT", bound=StrategySettings)

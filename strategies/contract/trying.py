@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from fedkd.data import FederatedData
 from fedkd.models import build_model, uses_batch_norm
 from fedkd.models.memory import check_memory
@@ -44,9 +46,9 @@ def check_models(
 
 def _smallest(strategy: Strategy[Any, Any]) -> list[Step]:
     """Return one step for each setting and model: the smallest, or one that trains nothing."""
-    found: dict[tuple[str, str], Step] = {}
+    found: dict[tuple[object, ...], Step] = {}
     for step in strategy.smallest_steps():
-        key = step.setting, step.model.key
+        key = step.setting, step.model.key, step.input_shape
         known = found.get(key)
         if known is None or known.rows is None or (step.rows or known.rows) < known.rows:
             found[key] = step
@@ -62,10 +64,11 @@ def _check(
     keeps_states: bool,
 ) -> None:
     model, classes = step.model, data.num_classes
+    input_shape = step.input_shape or data.input_shape
     holders = strategy.federation.models.count(model) if keeps_states else 0
     check_memory(
         model,
-        input_shape=data.input_shape,
+        input_shape=input_shape,
         num_classes=classes,
         slots=optimizer.slots,
         states=holders,
@@ -73,13 +76,16 @@ def _check(
     trains = step.rows is not None
     fewest = step.rows or 2
     if model.is_own:
-        rows = (
-            as_tensor(data.train_inputs[:TRIAL_ROWS]),
-            as_tensor(data.train_labels[:TRIAL_ROWS]),
-        )
+        images, labels = data.train_inputs[:TRIAL_ROWS], data.train_labels[:TRIAL_ROWS]
+        inputs = as_tensor(images)
+        if step.input_shape is not None:
+            # What such rows hold is known once somebody has trained.
+            drawn = torch.Generator().manual_seed(0)
+            inputs = torch.randn(len(images), *input_shape, generator=drawn)
+        rows = inputs, as_tensor(labels)
         use = TrialSettings(optimizer, fewest, trains=trains, stacked=stacked)
         try_model(model, rows, num_classes=classes, use=use)
         return
-    module = build_model(model, input_shape=data.input_shape, num_classes=classes, seed=0)
+    module = build_model(model, input_shape=input_shape, num_classes=classes, seed=0)
     if trains and fewest < 2 and uses_batch_norm(module):
         raise SingleRowError(f"{model.label} has BatchNorm, which cannot train on a single row")

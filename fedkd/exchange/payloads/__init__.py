@@ -7,6 +7,7 @@ from fedkd.exchange.payloads.orders import Orders
 from fedkd.exchange.payloads.predictions import Predictions
 from fedkd.exchange.payloads.prototypes import Prototypes
 from fedkd.exchange.payloads.row_features import RowFeatures
+from fedkd.exchange.payloads.row_logits import RowLogits
 from fedkd.exchange.payloads.weights import Weights
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Predictions",
     "Prototypes",
     "RowFeatures",
+    "RowLogits",
     "Weights",
 ]

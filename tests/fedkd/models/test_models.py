@@ -259,7 +259,11 @@ def test_wrong_settings_say_what_would_work(name, options, message):
 )
 def test_impossible_shapes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        build("mlp", **arguments)
+        build("cnn", **arguments)
+
+
+def test_an_mlp_takes_features_of_any_shape():
+    assert build("mlp", input_shape=(1, 1, 5))(torch.zeros(2, 1, 1, 5)).shape[0] == 2
 
 
 # Models of one's own

@@ -42,6 +42,7 @@ FEDERATION = Federation(
     rows_per_round=6,
     public_labelled=False,
     num_classes=3,
+    input_shape=(1, 8, 8),
     num_examples=(12,),
 )
 ROUND = FEDERATION.round(2)

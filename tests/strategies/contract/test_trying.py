@@ -163,3 +163,11 @@ def test_what_all_clients_keep_counts_as_well(monkeypatch):
         check_memory(model, **about, states=8)
     with pytest.raises(ValueError, match=r"has 0\.00134 GB of weights and needs 0\.00535 GB"):
         check_memory(ModelSettings(name="mlp", options={"hidden": [4460]}), **about)
+
+
+def test_a_server_model_is_tried_on_rows_of_the_shape_that_it_will_see(check):
+    clients = {"models": [{"name": "mlp", "options": {"hidden": [8]}}]}
+    # Eight features count as an image of one line: too small for convolutions, not for an MLP.
+    check("fedgkt", clients=clients)
+    with pytest.raises(ValueError, match=r"strategy\.model: .*sides >= 8, got \(1, 1, 8\)"):
+        check("fedgkt", clients=clients, options={"model": "cnn"})

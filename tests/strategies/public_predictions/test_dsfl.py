@@ -48,6 +48,7 @@ def federation(**changed):
         "rows_per_round": 2,
         "public_labelled": False,
         "num_classes": 4,
+        "input_shape": (1, 8, 8),
         "num_examples": (5, 6, 7),
         **changed,
     }

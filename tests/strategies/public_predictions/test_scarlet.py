@@ -81,6 +81,7 @@ class World:
             rows_per_round=rows_per_round,
             public_labelled=False,
             num_classes=CLASSES,
+            input_shape=(1, 8, 8),
             num_examples=(5,) * CLIENTS,
         )
         self.strategy = SCARLET(SCARLETSettings(cache=cache, server_model="mlp"), self.federation)

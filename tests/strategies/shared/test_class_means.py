@@ -79,6 +79,7 @@ def trained(tiny_data):
             rows_per_round=0,
             public_labelled=False,
             num_classes=3,
+            input_shape=(1, 8, 8),
             num_examples=(12, 8),
         )
         cohort = LoopCohort(

@@ -30,6 +30,7 @@ def federation(clients=4):
         rows_per_round=0,
         public_labelled=False,
         num_classes=4,
+        input_shape=(1, 8, 8),
         num_examples=(5,) * clients,
     )
 
@@ -134,8 +135,8 @@ def test_both_models_pay_half_for_labels_and_half_for_the_other():
     bound = BoundLearners(composed, modules, torch.zeros(2, 1, 2, 2), num_classes=4, rows=2)
     outputs = {PRIVATE: Outputs(private=private), PROXY: Outputs(private=other)}
     losses = bound.losses(composed, outputs, Batch(labels=torch.tensor([2, 0])))
-    mine = sum(float(loss) for name, loss in losses.items() if "/" not in name)
-    its = sum(float(loss) for name, loss in losses.items() if "/" in name)
+    mine = sum(float(loss.mean()) for name, loss in losses.items() if "/" not in name)
+    its = sum(float(loss.mean()) for name, loss in losses.items() if "/" in name)
     assert mine == pytest.approx(0.63080982, abs=1e-6)
     assert its == pytest.approx(0.94150915, abs=1e-6)
 
