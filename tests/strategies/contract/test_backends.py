@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import RecordDict
-from strategies.knowledge import ClientUpload, Predictions, read_knowledge, write_knowledge
 
+from fedkd.exchange.values import flatten
 from fedkd.training import Member, ModelPool, Streams, TrainingData, open_cohort
+from sim.wire.records import read_payload, write_payload
 from strategies import STRATEGIES
+from strategies.contract import Call, Received, Upload
 
 VARIANTS = {
     "dml": [
@@ -32,28 +34,31 @@ MODELS = {
 }
 
 
-def stacked(received):
-    """What a cohort receives: one piece for all, or everybody's own predictions together."""
-    first = received[0]
-    if all(piece is first for piece in received):
-        return first
-    return Predictions(
-        kind=first.kind,
-        rows=first.rows,
-        values=np.stack([piece.values for piece in received]),
-        temperature=first.temperature,
-    )
-
-
-def travelled(knowledge):
+def travelled(payload):
     """What arrives at a client."""
     records = RecordDict()
-    write_knowledge(records, knowledge)
-    return read_knowledge(records)
+    write_payload(records, "payload", payload)
+    return read_payload(records, "payload")
 
 
-def numbers(knowledge):
-    return {"values": knowledge.values} if isinstance(knowledge, Predictions) else knowledge.arrays
+def told_in(strategy, state, round, clients):
+    """What each client receives; those that receive the same receive one object."""
+    made = {None: None}
+    told = {}
+    for client in clients:
+        key = strategy.receives(state, client, round)
+        if key not in made:
+            made[key] = travelled(strategy.payload(state, key))
+        told[client] = made[key]
+    return told
+
+
+def cohorts_of(told):
+    """As in a grid: members of a cohort all receive something, or nothing."""
+    for nothing in (True, False):
+        members = [client for client, piece in told.items() if (piece is None) is nothing]
+        if members:
+            yield members
 
 
 def close(one, other):
@@ -76,37 +81,44 @@ def test_two_rounds_are_the_same_through_both_backends(
     rounds = {}
     for backend in ("loop", "vmap"):
         strategy, server = parts(settings, data)
-        broadcast = strategy.prepare(server)
+        state = strategy.begin(server)
         states = {}
         rounds[backend] = []
         for number in (1, 2):
-            plan = strategy.federation.plan(number)
-            participants = strategy.participants(plan)
-            cohort = open_cohort(
-                [
-                    Member(client, strategy.private_rows(client, data), states.get(client))
-                    for client in participants
-                ],
-                backend=backend,
-                model=strategy.architecture(participants[0]),
-                optimizer=settings.clients.optimizer,
-                data=tensors,
-                pool=pool,
-                streams=Streams(seed=settings.seed, round=number, rounds=settings.rounds),
-            )
-            received = stacked([broadcast.to(client) for client in participants])
-            answers = strategy.client_round(cohort, travelled(received), plan)
-            states = dict(zip(participants, cohort.states(), strict=True))
-            rounds[backend].append((answers, states, cohort.metrics()))
+            round = strategy.federation.round(number)
+            told = told_in(strategy, state, round, strategy.participants(state, round))
+            answers, metrics = {}, {}
+            for members in cohorts_of(told):
+                cohort = open_cohort(
+                    [
+                        Member(client, strategy.private_rows(client, data), states.get(client))
+                        for client in members
+                    ],
+                    backend=backend,
+                    model=strategy.architecture(members[0]),
+                    optimizer=settings.clients.optimizer,
+                    data=tensors,
+                    pool=pool,
+                    streams=Streams(seed=settings.seed, round=number, rounds=settings.rounds),
+                )
+                orders = tuple(strategy.orders(state, client, round) for client in members)
+                received = Received([told[client] for client in members])
+                call = Call(strategy.federation, number, orders)
+                sent = strategy.client(cohort, received, call)
+                answers.update(zip(members, sent, strict=False))
+                states.update(zip(members, cohort.states(), strict=True))
+                metrics.update(zip(members, cohort.metrics(), strict=True))
+            rounds[backend].append((answers, dict(states), metrics))
             uploads = [
-                ClientUpload(client, answer, len(data.client_rows[client]))
-                for client, answer in zip(participants, answers, strict=False)
+                Upload(client, answer, len(data.client_rows[client]))
+                for client, answer in sorted(answers.items())
             ]
-            broadcast = strategy.aggregate(uploads, plan, server)
+            state = strategy.aggregate(state, uploads, round, server)
     for by_loop, by_vmap in zip(rounds["loop"], rounds["vmap"], strict=True):
-        for one, other in zip(by_loop[0], by_vmap[0], strict=True):
-            close(numbers(one), numbers(other))
-        for client, state in by_loop[1].items():
-            close(state.to_arrays(), by_vmap[1][client].to_arrays())
-        for one, other in zip(by_loop[2], by_vmap[2], strict=True):
-            close(one, other)
+        assert [each.keys() for each in by_loop] == [each.keys() for each in by_vmap]
+        for client, sent in by_loop[0].items():
+            close(flatten(sent).arrays, flatten(by_vmap[0][client]).arrays)
+        for client, own in by_loop[1].items():
+            close(own.to_arrays(), by_vmap[1][client].to_arrays())
+        for client, terms in by_loop[2].items():
+            close(terms, by_vmap[2][client])
