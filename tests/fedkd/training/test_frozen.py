@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedkd.losses.response import soft_target_kl, soft_target_loss
+from fedkd.losses.reduction import PerRow
+from fedkd.losses.response import soft_target_loss, soft_target_rows
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import Objective
 from fedkd.training import (
@@ -30,10 +31,6 @@ PASSES = Passes(batch_size=8, epochs=2)
 SGD = OptimizerSettings(name="sgd", lr=0.1)
 
 
-def mean(values, counted):
-    return values.mean() if counted is None else (values * counted).sum() / counted.sum()
-
-
 def taught(outputs, batch):
     """Cross-entropy, and the distance to what the teacher says and shows."""
     student, teacher = outputs["model"], outputs["teacher"]
@@ -42,24 +39,18 @@ def taught(outputs, batch):
     embedding = student.features["penultimate"] - teacher.features["penultimate"]
     shown = embedding[:rows].square().mean(-1)
     ce = F.cross_entropy(student.private, batch.labels, reduction="none")
-    counted = batch.private_counted
     return {
-        "ce": mean(ce, counted),
-        "kd": mean(distance, counted),
-        "hint": 0.5 * mean(shown, counted),
+        "ce": PerRow(ce, of="private"),
+        "kd": PerRow(distance, of="private"),
+        "hint": 0.5 * PerRow(shown, of="private"),
     }
 
 
 def softened(outputs, batch):
     """The divergence from the teacher on private rows."""
     student, teacher = outputs["model"].private, outputs["teacher"].private
-    loss = soft_target_kl(
-        student,
-        F.softmax(teacher / 2.0, -1),
-        temperature=2.0,
-        sample_weights=batch.private_counted,
-    )
-    return {"kd": loss}
+    rows = soft_target_rows(student, F.softmax(teacher / 2.0, -1), temperature=2.0)
+    return {"kd": 4.0 * PerRow(rows, of="private")}
 
 
 def network(weights):

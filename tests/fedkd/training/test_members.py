@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedkd.losses.reduction import PerRow
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import Objective
 from fedkd.targets import Targets
@@ -31,20 +32,16 @@ SGD = OptimizerSettings(name="sgd", lr=0.1)
 ADAM = OptimizerSettings(name="adam", lr=0.01)
 
 
-def mean(values, counted):
-    return values.mean() if counted is None else (values * counted).sum() / counted.sum()
-
-
 def mixed(outputs, batch):
     """Labels on private rows, soft labels on public ones, as far as a step has any."""
     losses = {}
     if outputs.private is not None:
         ce = F.cross_entropy(outputs.private, batch.labels, reduction="none")
-        losses["ce"] = mean(ce, batch.private_counted)
+        losses["ce"] = PerRow(ce, of="private")
     if outputs.public is not None:
         wanted = batch.targets.probabilities(1.0)
         kd = F.cross_entropy(outputs.public, wanted, reduction="none")
-        losses["kd"] = mean(kd, batch.public_counted)
+        losses["kd"] = PerRow(kd, of="public")
     return losses
 
 

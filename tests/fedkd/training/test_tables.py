@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedkd.losses.reduction import PerRow
 from fedkd.models import ModelSettings, build_model
 from fedkd.training import OptimizerSettings, Passes, Table
 
@@ -15,26 +16,21 @@ SIZES = (13, 21, 5)
 PASSES = Passes(batch_size=8, epochs=2)
 
 
-def mean(values, counted):
-    """The mean over the rows that count."""
-    return values.mean() if counted is None else (values * counted).sum() / counted.sum()
-
-
-def towards(logits, wanted, counted):
-    return mean((logits - wanted).square().mean(-1), counted)
+def towards(logits, wanted, of):
+    return PerRow((logits - wanted).square().mean(-1), of=of)
 
 
 def by_class(outputs, batch):
     wanted = batch.tables["t"][batch.labels]
-    return {"t": towards(outputs.private, wanted, batch.private_counted)}
+    return {"t": towards(outputs.private, wanted, "private")}
 
 
 def by_private_row(outputs, batch):
-    return {"t": towards(outputs.private, batch.tables["t"], batch.private_counted)}
+    return {"t": towards(outputs.private, batch.tables["t"], "private")}
 
 
 def by_public_row(outputs, batch):
-    return {"t": towards(outputs.public, batch.tables["t"], batch.public_counted)}
+    return {"t": towards(outputs.public, batch.tables["t"], "public")}
 
 
 def numbers(*shape, seed=0):
