@@ -62,13 +62,33 @@ def test_vote_entropy_is_zero_for_a_unanimous_row_and_log_two_for_a_tie():
     assert counter.disagreement() == 0.5
 
 
+def test_votes_of_peers_that_predict_some_rows_are_counted_by_hand():
+    counter = VoteCounter(num_rows=4, num_classes=3)
+    counter.add(np.array([0, 1, 2]), np.array([0, 1, 2]))
+    counter.add(np.array([1, 1]), np.array([1, 0]))
+    counter.add(np.array([1]), np.array([1]))
+    counter.add(np.array([], int), np.array([], int))
+    # Row 0: votes 0 and 1, which differ. Row 1: 1, 1, 1. Row 2 has one vote and row 3 none.
+    assert counter.votes.tolist() == [[1, 1, 0], [0, 3, 0], [0, 0, 1], [0, 0, 0]]
+    assert counter.disagreement() == pytest.approx((1 + 0) / 2)
+    # ln 2 for row 0, 0 for rows 1 and 2.
+    assert counter.vote_entropy() == pytest.approx(math.log(2) / 3)
+
+
+def test_votes_without_two_peers_on_any_row_say_nothing_of_disagreement():
+    counter = VoteCounter(num_rows=2, num_classes=3)
+    counter.add(np.array([1]), np.array([0]))
+    counter.add(np.array([2]), np.array([1]))
+    assert math.isnan(counter.disagreement())
+
+
 def test_votes_that_do_not_fit_are_refused():
     counter = VoteCounter(num_rows=2, num_classes=3)
     with pytest.raises(ValueError, match="one class for each of the 2 rows, got 3"):
         counter.add(np.array([0, 1, 2]))
     with pytest.raises(ValueError, match=r"predictions must lie in \[0, 3\), got 0 to 3"):
         counter.add(np.array([0, 3]))
-    assert counter.num_peers == 0
+    assert counter.votes.sum() == 0
 
 
 def test_target_entropy_runs_from_one_hot_to_uniform():
