@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DistillSettings,
         Settings,
         SettingsError,
+        check_strategy,
         compare,
         distill,
         load_distill_settings,
@@ -35,6 +36,7 @@ OFFERED = {
     # `fedkd.data` is the package of data sets.
     "data_overview": "data",
     "report": "report",
+    "check_strategy": "check_strategy",
     "Settings": "Settings",
     "load_settings": "load_settings",
     "DistillSettings": "DistillSettings",
@@ -47,6 +49,7 @@ __all__ = [
     "DistillSettings",
     "Settings",
     "SettingsError",
+    "check_strategy",
     "compare",
     "data_overview",
     "distill",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sim.commands.overview import data
     from sim.commands.running import run
     from sim.commands.study import compare
+    from sim.contract import check_strategy
     from sim.reports import report
     from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
 
@@ -30,18 +31,20 @@ _FUNCTIONS = {
     "distill": "sim.commands.distilling.running",
     "data": "sim.commands.overview",
     "report": "sim.reports",
+    "check_strategy": "sim.contract",
     "Settings": "sim.settings",
     "SettingsError": "sim.settings",
     "load_settings": "sim.settings",
     "DistillSettings": "fedkd.distillation.settings",
     "load_distill_settings": "sim.settings",
 }
-"""What a notebook needs: a function for every command, and the settings."""
+"""What a notebook needs: a function for every command, the settings, and the contract test."""
 
 __all__ = [
     "DistillSettings",
     "Settings",
     "SettingsError",
+    "check_strategy",
     "compare",
     "data",
     "distill",

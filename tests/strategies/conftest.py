@@ -3,28 +3,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 
 @pytest.fixture
-def parts(tiny_settings) -> Callable[..., Any]:
+def parts() -> Callable[..., Any]:
     """Make the server half's surroundings by hand: (strategy, tools) of some settings and data."""
-    from sim.engine.runtime import build_strategy, federation_of
-    from strategies.contract import ServerTools
+    from sim.contract.toy import toy_parts
 
-    def build(settings: Any, data: Any) -> Any:
-        federation = federation_of(settings, data)
-        strategy = build_strategy(settings, federation)
-        server = ServerTools(
-            federation=federation,
-            data=data,
-            optimizer=settings.clients.optimizer,
-            device=torch.device("cpu"),
-            models=strategy.server_models(),
-        )
-        return strategy, server
-
-    return build
+    return toy_parts
 
 
 @pytest.fixture

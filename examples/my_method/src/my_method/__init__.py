@@ -1,0 +1,1 @@
+"""A federated algorithm for fedkd, in a package of its own."""

@@ -1,0 +1,76 @@
+"""The contract test: what is asked of every algorithm, of the table or of one's own package."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sim.contract.claims import CLAIMS, BrokenError, Case
+from sim.settings import SettingsError, merge_tables
+from sim.settings.reading import nested_table
+from sim.settings.tables import read_word
+
+__all__ = ["ContractError", "check_strategy"]
+
+
+class ContractError(AssertionError):
+    """An algorithm does not keep to the contract; one line for each claim that is broken."""
+
+
+def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str] = ()) -> None:
+    """Hold an algorithm to every claim of `sim.contract.claims`, in a toy federation.
+
+    It takes about half a minute for each variant.
+
+    Args:
+        name: what ``strategy.name`` would be: ``my_package.my_module:MyMethod``.
+        variants: settings under ``strategy:`` to try, each on its own; its defaults without any.
+        words: other settings that it needs, such as ``data.public.labelled=true``.
+
+    Raises:
+        SettingsError: it cannot be found, or these settings cannot work.
+        ContractError: what is broken; of an exception in its code, the exception is the cause.
+    """
+    broken: dict[str, list[str]] = {}
+    first: Exception | None = None
+    for options in variants or ({},):
+        case = Case(name, options, sections_of(words))
+        case.settings()
+        variant = f" with {dict(options)}" if options else ""
+        for said, error in _broken_by(case):
+            first = first or error
+            told = f"{type(error).__name__}: {_last_line(error)}"
+            told = str(error) if isinstance(error, BrokenError) else told
+            broken.setdefault(told, []).append(f"{said}{variant}")
+    if broken:
+        # What keeps an algorithm from running at all breaks every claim in the same way.
+        lines = [
+            f"  {said}{f' (and {len(others)} more claims)' if others else ''}: {told}"
+            for told, (said, *others) in broken.items()
+        ]
+        raise ContractError(
+            f"{name} does not keep to the contract:\n" + "\n".join(lines)
+        ) from first
+
+
+def sections_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return ``key=value`` words as tables of settings."""
+    table: dict[str, Any] = {}
+    for word in words:
+        try:
+            path, value = read_word(word)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        table = merge_tables(table, nested_table(path, value))
+    return table
+
+
+def _broken_by(case: Case) -> Iterator[tuple[str, Exception]]:
+    for name, claim in CLAIMS.items():
+        try:
+            claim(case)
+        # Somebody else's code may fail in any way.
+        except Exception as error:
+            yield name.replace("_", " "), error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1]

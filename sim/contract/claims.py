@@ -1,0 +1,485 @@
+"""What every algorithm keeps to, whatever it does: one function for each claim.
+
+A claim is handed a `Case` and raises `BrokenError` where it does not hold.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import RecordDict
+from pydantic import ValidationError
+
+from fedkd.data import FederatedData
+from fedkd.exchange.payload import Payload
+from fedkd.exchange.values import Value, digest, flatten, unflatten
+from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
+from sim.contract.toy import (
+    PUBLIC_ROWS,
+    ROWS,
+    ListeningGrid,
+    Simulated,
+    final_states,
+    losing,
+    simulate,
+    toy_data,
+    toy_parts,
+    toy_table,
+)
+from sim.engine.inline import InlineGrid
+from sim.server.history import History
+from sim.server.rounds import Boundary, RoundLoop
+from sim.settings import Settings, merge_tables, settings_from_table
+from sim.wire.messages import read_reply
+from sim.wire.records import read_payload, write_payload
+from strategies import strategy_class
+from strategies.contract import Call, Received, ServerTools, Strategy, Upload
+
+CLIENTS = len(ROWS)
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+"""A few steps of float32 with SGD; loop and stack only round differently."""
+
+
+class BrokenError(AssertionError):
+    """An algorithm does not keep to a claim; the text says in what."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm with some settings, in a toy federation.
+
+    Attributes:
+        strategy: its name.
+        options: its settings.
+        sections: other sections of settings, as far as they differ from those of `toy_table`.
+    """
+
+    strategy: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, **sections: Any) -> Settings:
+        """Return settings of a run.
+
+        Args:
+            sections: over those of the case.
+        """
+        table = toy_table(self.strategy, options=self.options)
+        return settings_from_table(merge_tables(merge_tables(table, sections), self.sections))
+
+    def data(self, rows: Sequence[int] = ROWS) -> FederatedData:
+        """Return the rows, with a labelled public set where the case asks for one."""
+        labelled = self.settings().data.public.labelled
+        return toy_data(rows=rows, public=PUBLIC_ROWS, labelled=labelled)
+
+    def parts(self, settings: Settings) -> tuple[Strategy[Any, Any], ServerTools]:
+        """Return the algorithm, and what its server half may use."""
+        return toy_parts(settings, self.data())
+
+    def run(self, grid: InlineGrid | None = None, **sections: Any) -> Simulated:
+        """Run a federation."""
+        return simulate(self.settings(**sections), self.data(), grid)
+
+
+Claim = Callable[[Case], None]
+CLAIMS: dict[str, Claim] = {}
+"""Every claim by its name, in the order in which they are looked at."""
+
+
+def claim(function: Claim) -> Claim:
+    """Put a claim on the list."""
+    CLAIMS[function.__name__] = function
+    return function
+
+
+def require(holds: object, told: str) -> None:
+    """Refuse to go on where something does not hold.
+
+    Raises:
+        BrokenError: with what is told.
+    """
+    if not holds:
+        raise BrokenError(told)
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+@claim
+def its_settings_survive_the_way_through_a_file(case: Case) -> None:
+    """Saved and read again they are the same, of the same class."""
+    settings = case.settings()
+    again = settings_from_table(json.loads(json.dumps(settings.to_table())))
+    require(again == settings, f"became {again.strategy!r}, were {settings.strategy!r}")
+    require(
+        type(again.strategy) is strategy_class(case.strategy).Settings,
+        f"became a {type(again.strategy).__name__}",
+    )
+
+
+@claim
+def its_settings_are_frozen_and_refuse_what_they_do_not_know(case: Case) -> None:
+    """A slip in a name is told, and nobody changes settings while a run goes on."""
+    settings = case.settings().strategy
+    try:
+        settings.name = "other"
+    except ValidationError:
+        pass
+    else:
+        raise BrokenError("they can be changed: keep the model_config of StrategySettings")
+    try:
+        type(settings).model_validate({**settings.model_dump(), "not_a_setting": 1})
+    except ValidationError:
+        pass
+    else:
+        raise BrokenError("an unknown one is taken: keep the model_config of StrategySettings")
+
+
+@claim
+def it_says_whose_idea_it_is(case: Case) -> None:
+    """Its class has a docstring."""
+    require((strategy_class(case.strategy).__doc__ or "").strip(), "the class has no docstring")
+
+
+# -- a whole federation ------------------------------------------------------------------------
+
+
+@claim
+def mixed_architectures_learn_for_three_rounds(case: Case) -> None:
+    """Everybody is judged, nothing happens on the way, and it is better than chance."""
+    run = case.run()
+    rounds = [row["round"] for row in run.history.federation]
+    require(rounds == [1, 2, 3], f"the rounds were {rounds}")
+    _require_no_events(run)
+    judged = sorted(run.history.clients)
+    require(judged == list(range(CLIENTS)), f"judged were {judged}")
+    last = run.history.federation[-1]["accuracy"]
+    require(last > 1 / 3, f"the accuracy is {last:.2f}, which is no better than chance")
+
+
+@claim
+def the_same_seed_gives_the_same_bits_and_another_others(case: Case) -> None:
+    """Every draw comes from the run's seed, and from nowhere else."""
+    one, same, other = (case.run(rounds=2, seed=seed) for seed in (3, 3, 4))
+    require(one.digest == same.digest, "the same seed gave other weights")
+    require(one.digest != other.digest, "another seed gave the same weights")
+    require(_timeless(one) == _timeless(same), "the same seed measured something else")
+
+
+@claim
+def loop_and_stack_agree(case: Case) -> None:
+    """The client half does the same for one client and for several stacked ones."""
+    optimizer = {"name": "sgd", "lr": 0.05, "momentum": 0.5}
+    looped, stacked = (
+        case.run(rounds=2, clients={"optimizer": optimizer}, engine={"vectorize": how})
+        for how in ("loop", "vmap")
+    )
+    for client, (one, other) in enumerate(zip(looped.states, stacked.states, strict=True)):
+        ours, theirs = one.to_arrays(), other.to_arrays()
+        require(
+            ours.keys() == theirs.keys(),
+            f"client {client} keeps {sorted(ours.keys() ^ theirs.keys())} in one of them only",
+        )
+        for name, array in ours.items():
+            # What a client keeps of its own may have rows in another place, but not other numbers.
+            require(
+                array.shape == theirs[name].shape and np.allclose(array, theirs[name], **CLOSE),
+                f"client {client}: {name} differs between loop and stack",
+            )
+
+
+@claim
+def few_participants_are_enough(case: Case) -> None:
+    """One or two clients a round do; who was never asked is judged all the same."""
+    for participants in (1, 2):
+        run = case.run(clients={"participants": participants})
+        _require_no_events(run)
+        asked = [row["participants"] for row in run.history.federation]
+        replies = [row["replies"] for row in run.history.federation]
+        require(asked == replies, f"of {asked} clients asked {replies} answered")
+        judged = sorted(run.history.clients)
+        require(judged == list(range(CLIENTS)), f"judged were {judged}")
+
+
+@claim
+def a_federation_of_one_runs(case: Case) -> None:
+    """A client without peers is no error."""
+    settings = case.settings(rounds=2, clients={"count": 1})
+    run = simulate(settings, case.data(rows=(20,)))
+    replies = [row["replies"] for row in run.history.federation]
+    require(replies == [1, 1], f"replies were {replies}")
+
+
+# -- what is sent ------------------------------------------------------------------------------
+
+
+@claim
+def bytes_are_those_of_what_travels(case: Case) -> None:
+    """Every payload is counted, with all its numbers; ids and plain values may cost less."""
+    settings = case.settings(rounds=2, exchange={"rows_per_round": 9})
+    grid = ListeningGrid(settings, case.data())
+    run = simulate(settings, case.data(), grid)
+    _require_no_events(run)
+    counted: dict[tuple[int, int, str], int] = {}
+    for row in run.exchange:
+        key = (row["round"], row["client"], row["direction"])
+        counted[key] = counted.get(key, 0) + row["bytes"]
+    travelled: dict[tuple[int, int, str], list[Payload]] = {}
+    for number in range(settings.rounds):
+        for client, reply in grid.replies["train"][number].items():
+            sent = [read_reply(reply.content).payload]
+            travelled[number + 1, client, "up"] = [piece for piece in sent if piece is not None]
+        for client, told in grid.told["train"][number].items():
+            pieces = (told.payload, told.orders)
+            travelled[number + 1, client, "down"] = [p for p in pieces if p is not None]
+    for key, pieces in travelled.items():
+        round, client, direction = key
+        where = f"round {round}, client {client}, {direction}"
+        if not pieces:
+            require(key not in counted, f"{where}: nothing travelled, and bytes were counted")
+            continue
+        arrays = [array for piece in pieces for array in flatten(piece).arrays.values()]
+        least = sum(array.nbytes for array in arrays if array.dtype.kind == "f")
+        most = sum(array.nbytes for array in arrays) + PUBLIC_ROWS
+        found = counted.get(key, 0)
+        require(
+            least <= found <= most,
+            f"{where}: {found} bytes were counted; its numbers alone are {least}, all {most}",
+        )
+
+
+@claim
+def everything_that_travels_survives_it_bit_for_bit(case: Case) -> None:
+    """Payloads are the same after the wire."""
+    settings = case.settings(rounds=2)
+    grid = ListeningGrid(settings, case.data())
+    simulate(settings, case.data(), grid)
+    travelling = [upload.payload for number in (0, 1) for upload in uploads_of(grid, case, number)]
+    travelling += [p for each in grid.sent["train"] for p in each.values() if p is not None]
+    for payload in travelling:
+        records = RecordDict()
+        write_payload(records, "payload", payload)
+        arrived = read_payload(records, "payload")
+        require(
+            arrived is not None and digest(arrived) == digest(payload),
+            f"{payload.kind} is another one after the wire",
+        )
+
+
+def uploads_of(
+    grid: ListeningGrid, case: Case, number: int, *, without: int | None = None
+) -> list[Upload]:
+    """Return a training phase's uploads as the aggregator sees them, without those of a client."""
+    uploads = []
+    for client, reply in sorted(grid.replies["train"][number].items()):
+        payload = None if client == without else read_reply(reply.content).payload
+        if payload is not None:
+            uploads.append(Upload(client, payload, len(case.data().client_rows[client])))
+    return uploads
+
+
+# -- lost clients ------------------------------------------------------------------------------
+
+
+@claim
+def a_client_that_is_left_out_leaves_the_aggregate_of_the_rest(case: Case) -> None:
+    """Be it lost or spoilt, the others learn what they would have learnt without it."""
+    for how in ("lost", "spoilt"):
+        settings = case.settings(rounds=2)
+        strategy, server = case.parts(settings)
+        state = strategy.begin(server)
+        first, second = (strategy.federation.round(number) for number in (1, 2))
+        asked = strategy.participants(state, first)
+        lost = asked[-1]
+        grid = ListeningGrid(settings, case.data(), losing([lost], how))
+        run = simulate(settings, case.data(), grid)
+        events = [(event.get("client"), event["event"]) for event in run.events]
+        require(events == [(lost, "rejected")], f"{how}: the events were {events}")
+        replies = run.history.federation[0]["replies"]
+        require(replies == len(asked) - 1, f"{how}: {replies} of {len(asked)} replies counted")
+        rest = uploads_of(grid, case, 0, without=lost)
+        expected = _told_in(strategy, strategy.aggregate(state, rest, first, server), second)
+        for client, received in grid.sent["train"][1].items():
+            require(
+                _same(received, expected(client)),
+                f"{how}: client {client} received something else than the rest's aggregate",
+            )
+
+
+@claim
+def a_round_without_uploads_is_no_error(case: Case) -> None:
+    """Where nobody answers, the server goes on with what it has."""
+    strategy, server = case.parts(case.settings())
+    round = strategy.federation.round(1)
+    state = strategy.aggregate(strategy.begin(server), iter(()), round, server)
+    told = _told_in(strategy, state, round.next())
+    for client in range(CLIENTS):
+        told(client)
+
+
+# -- state -------------------------------------------------------------------------------------
+
+
+class _EnoughError(Exception):
+    """Ends a run between two rounds."""
+
+
+@claim
+def its_state_is_all_that_is_needed_to_go_on(case: Case) -> None:
+    """A run that goes on from a file, in another process, ends with the same bits."""
+    settings, data = case.settings(rounds=4), case.data()
+    whole = simulate(settings, data)
+    grid = InlineGrid(settings, data)
+    before = RoundLoop(grid, settings, data, [])
+
+    def enough() -> None:
+        if before.boundary is not None and before.boundary.round == 2:
+            raise _EnoughError
+
+    with suppress(_EnoughError):
+        before.run(enough)
+    boundary = before.boundary
+    if boundary is None:
+        raise BrokenError("the run did not stand between two rounds")
+    clients = grid.trained_clients()
+    states = zip(clients, grid.client_states(clients), strict=True)
+    resumed = InlineGrid(settings, data)
+    resumed.load_states([(client, state) for client, state in states if state is not None])
+    loop = RoundLoop(resumed, settings, data, [])
+    loop.check_boundary(_through_a_file(boundary.state), boundary.exchange)
+    kept = Boundary(2, _through_a_file(boundary.state), _through_a_file(boundary.exchange))
+    loop.go_back(kept, History())
+    loop.run()
+    require(
+        weights_digest(final_states(settings, data, resumed)) == whole.digest,
+        "it ended with other weights than the run that was not interrupted",
+    )
+    rest = _without_seconds(whole.history.federation[2:])
+    require(_without_seconds(loop.history.federation) == rest, "it measured something else")
+    ends = [end.boundary.state for end in (loop, whole.loop) if end.boundary is not None]
+    require(len({digest(end) for end in ends}) == 1, "the server's state ended as another one")
+
+
+@claim
+def nothing_is_changed_in_place(case: Case) -> None:
+    """Aggregating leaves the state, the uploads and the algorithm itself as they were."""
+    settings = case.settings(rounds=2)
+    grid = ListeningGrid(settings, case.data())
+    simulate(settings, case.data(), grid)
+    strategy, server = case.parts(settings)
+    state = strategy.begin(server)
+    for number in (0, 1):
+        round = strategy.federation.round(number + 1)
+        uploads = uploads_of(grid, case, number)
+        known = [digest(upload.payload) for upload in uploads]
+        was, itself = digest(state), _attributes(strategy)
+        results = [
+            strategy.aggregate(state, iter(uploads), round, server) for _ in ("once", "again")
+        ]
+        require(digest(state) == was, "aggregate changed the state that it was handed")
+        require(
+            [digest(upload.payload) for upload in uploads] == known,
+            "aggregate changed an upload",
+        )
+        require(
+            _attributes(strategy) == itself,
+            "aggregate changed an attribute of the algorithm: what it remembers belongs into its "
+            "State",
+        )
+        require(
+            digest(results[0]) == digest(results[1]),
+            "aggregate gave another state for the same state and uploads",
+        )
+        state = results[0]
+
+
+@claim
+def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
+    """Workers come and go: a new algorithm object for every call gives the same bits."""
+    settings, data = case.settings(rounds=2, engine={"vectorize": "loop"}), case.data()
+    strategy, server = case.parts(settings)
+    tensors = TrainingData.from_arrays(data, torch.device("cpu"))
+    pool = ModelPool(tensors, settings.clients.optimizer)
+    states: dict[int, Any] = {}
+    state = strategy.begin(server)
+    for number in (1, 2):
+        round = strategy.federation.round(number)
+        told = _told_in(strategy, state, round)
+        uploads = []
+        for client in strategy.participants(state, round):
+            half = case.parts(settings)[0]
+            cohort = LoopCohort(
+                [Member(client, half.private_rows(client, data), states.get(client))],
+                model=half.architecture(client),
+                optimizer=settings.clients.optimizer,
+                data=tensors,
+                pool=pool,
+                streams=Streams(seed=settings.seed, round=number, rounds=settings.rounds),
+            )
+            call = Call(half.federation, number, (strategy.orders(state, client, round),))
+            answers = half.client(cohort, Received([told(client)]), call)
+            states[client] = cohort.states()[0]
+            uploads += [Upload(client, answer, len(data.client_rows[client])) for answer in answers]
+        state = strategy.aggregate(state, iter(uploads), round, server)
+    run = simulate(settings, data)
+    every = [states.get(client, run.states[client]) for client in range(CLIENTS)]
+    require(weights_digest(every) == run.digest, "the clients ended with other weights")
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+def _require_no_events(run: Simulated) -> None:
+    told = [f"{event['event']}: {event.get('reason')}" for event in run.events]
+    require(not told, f"there were events: {'; '.join(told)}")
+
+
+def _without_seconds(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row if "seconds" not in key} for row in rows]
+
+
+def _timeless(run: Simulated) -> list[dict[str, Any]]:
+    return _without_seconds(run.history.federation)
+
+
+def _told_in(
+    strategy: Strategy[Any, Any], state: Value, round: Any
+) -> Callable[[int], Payload | None]:
+    def told(client: int) -> Payload | None:
+        key = strategy.receives(state, client, round)
+        return None if key is None else strategy.payload(state, key)
+
+    return told
+
+
+def _same(one: Payload | None, other: Payload | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return digest(one) == digest(other)
+
+
+def _through_a_file(value: Any) -> Any:
+    """Return a value as a checkpoint would give it back."""
+    flat = flatten(value)
+    arrays = {name: np.array(array) for name, array in flat.arrays.items()}
+    return unflatten(arrays, json.loads(json.dumps(flat.plain)))
+
+
+def _attributes(strategy: Strategy[Any, Any]) -> str:
+    """Return what an algorithm holds itself, as text that changes with it."""
+    return repr({name: _plain(value) for name, value in vars(strategy).items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        array = np.asarray(value)
+        return str(array.dtype), array.shape, array.tobytes()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return digest(value) if isinstance(value, Value) else repr(value)
