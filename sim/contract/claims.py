@@ -40,7 +40,7 @@ from strategies import strategy_class
 from strategies.contract import Call, Received, ServerTools, Strategy, Upload
 
 CLIENTS = len(ROWS)
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+ATOL, RTOL = 2e-5, 1e-4
 """A few steps of float32 with SGD; loop and stack only round differently."""
 
 
@@ -126,7 +126,7 @@ def its_settings_are_frozen_and_refuse_what_they_do_not_know(case: Case) -> None
     """A slip in a name is told, and nobody changes settings while a run goes on."""
     settings = case.settings().strategy
     try:
-        settings.name = "other"
+        settings.name = "other"  # type: ignore[misc]
     except ValidationError:
         pass
     else:
@@ -193,7 +193,7 @@ def loop_and_stack_agree(case: Case) -> None:
         for name, array in ours.items():
             # What a client keeps of its own may have rows in another place, but not other numbers.
             require(
-                array.shape == theirs[name].shape and np.allclose(array, theirs[name], **CLOSE),
+                array.shape == theirs[name].shape and np.allclose(array, theirs[name], RTOL, ATOL),
                 f"client {client}: {name} differs between loop and stack",
             )
 
@@ -237,11 +237,11 @@ def bytes_are_those_of_what_travels(case: Case) -> None:
     travelled: dict[tuple[int, int, str], list[Payload]] = {}
     for number in range(settings.rounds):
         for client, reply in grid.replies["train"][number].items():
-            sent = [read_reply(reply.content).payload]
-            travelled[number + 1, client, "up"] = [piece for piece in sent if piece is not None]
+            answer = read_reply(reply.content).payload
+            travelled[number + 1, client, "up"] = [] if answer is None else [answer]
         for client, told in grid.told["train"][number].items():
-            pieces = (told.payload, told.orders)
-            travelled[number + 1, client, "down"] = [p for p in pieces if p is not None]
+            both = (told.payload, told.orders)
+            travelled[number + 1, client, "down"] = [piece for piece in both if piece is not None]
     for key, pieces in travelled.items():
         round, client, direction = key
         where = f"round {round}, client {client}, {direction}"

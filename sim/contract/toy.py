@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 
 from fedkd.data import FederatedData
 from fedkd.exchange.payload import Payload
@@ -257,8 +257,15 @@ def losing(clients: Sequence[int], how: str = "lost", *, phase: str = "train") -
         answer = read_reply(reply.content)
         if how == "lost" or answer.payload is None:
             error = Error(1, f"Traceback\n  at home\nOSError: client {client} is gone")
-            return Message(error, metadata=reply.metadata)
+            return _in_place_of(reply, error)
         spoilt = replace(answer, payload=spoil(answer.payload))
-        return Message(reply_content(spoilt), metadata=reply.metadata)
+        return _in_place_of(reply, reply_content(spoilt))
 
     return change
+
+
+def _in_place_of(reply: Message, content: RecordDict | Error) -> Message:
+    # Flower makes replies to messages only; this one was made already.
+    changed: Any = Message
+    message: Message = changed(content, metadata=reply.metadata)
+    return message

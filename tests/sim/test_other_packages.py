@@ -86,7 +86,7 @@ class Lessons(Offline):
 
 class Distance(LogitMSE):
     kind: str = ""
-    times: Count = 1
+    times: float = 1.0
 
     def value(self, view, parts, pairs):
         return self.times * super().value(view, parts, pairs)
@@ -177,7 +177,7 @@ def test_a_method_of_one_s_own_distils(package: Path, tmp_path: Path) -> None:
     other = student(
         f"method={LESSONS}",
         "method.lessons=3",
-        f"objective={{ce: 1, far: {{kind: '{DISTANCE}', times: 2}}}}",
+        f"objective={{ce: 1, far: {{kind: '{DISTANCE}', times: 2.0}}}}",
     )
     assert other != student()
 

@@ -26,7 +26,7 @@ class Margin(LogitMSE):
     """So many times the squared distance of logits."""
 
     kind: str = ""
-    times: int = Field(2, ge=1)
+    times: float = Field(2.0, ge=1)
 
     def value(self, view, parts, pairs):
         return self.times * super().value(view, parts, pairs)

@@ -101,7 +101,8 @@ BREAKS = {
         """
     def client(self, cohort, received, call):
         def objective(outputs, batch):
-            return {n: t * len(outputs.private) for n, t in supervised(outputs, batch).items()}
+            rows = float(len(outputs.private))
+            return {name: rows * loss for name, loss in supervised(outputs, batch).items()}
         cohort.fit(objective, private=call.local)
         return upload_logits(cohort, call)
 """,
