@@ -11,7 +11,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "examples" / "my_method" / "README.md",
+]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -147,7 +151,10 @@ def test_the_example_of_an_algorithm_learns(
     (example,) = blocks(ROOT / "docs" / "strategies.md", "python")
     (tmp_path / "vote.py").write_text(example, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    run = simulate(tiny_settings("vote:Vote"), tiny_data())
+    try:
+        run = simulate(tiny_settings("vote:Vote"), tiny_data())
+    finally:
+        sys.modules.pop("vote", None)
     assert run.events == []
     assert {row["kind"] for row in run.exchange} == {"logits", "mean_probabilities"}
     assert run.history.federation[-1]["accuracy"] > 1 / 3
