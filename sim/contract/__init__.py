@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sim.contract.claims import CLAIMS, BrokenError, Case
+from sim.server.validation import AuthorError
 from sim.settings import SettingsError, merge_tables
 from sim.settings.reading import nested_table
 from sim.settings.tables import read_word
@@ -37,9 +38,7 @@ def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str]
         variant = f" with {dict(options)}" if options else ""
         for said, error in _broken_by(case):
             first = first or error
-            told = f"{type(error).__name__}: {_last_line(error)}"
-            told = str(error) if isinstance(error, BrokenError) else told
-            broken.setdefault(told, []).append(f"{said}{variant}")
+            broken.setdefault(_told(error), []).append(f"{said}{variant}")
     if broken:
         # What keeps an algorithm from running at all breaks every claim in the same way.
         lines = [
@@ -72,5 +71,9 @@ def _broken_by(case: Case) -> Iterator[tuple[str, Exception]]:
             yield name.replace("_", " "), error
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[-1]
+def _told(error: Exception) -> str:
+    if isinstance(error, BrokenError):
+        return str(error)
+    last = (str(error).strip().splitlines() or [""])[-1]
+    # Its text is the traceback of what happened, whose last line says of which kind that was.
+    return last if isinstance(error, AuthorError) else f"{type(error).__name__}: {last}"
