@@ -8,7 +8,7 @@ from torch import nn
 
 from fedkd.models.dropout import SeededDropout, connect_dropout, step_keys
 from fedkd.schedules import LinearSchedule
-from fedkd.training import OptimizerSettings
+from fedkd.training import OptimizerSettings, Streams
 from fedkd.training.steps import (
     RatedOptimizer,
     StepRecords,
@@ -54,6 +54,15 @@ def test_progress_over_rounds_is_0_at_the_first_step_and_1_at_the_last(steps, ro
         for step in range(steps)
     ]
     assert done == [fraction_done(step, steps * rounds) for step in range(steps * rounds)]
+
+
+def test_a_cohort_s_steps_are_where_their_round_is_in_the_run():
+    done = [
+        Streams(seed=0, round=round, rounds=3).progress(step, 4)
+        for round in (1, 2, 3)
+        for step in range(4)
+    ]
+    assert done == [fraction_done(step, 12) for step in range(12)]
 
 
 # --- a step
