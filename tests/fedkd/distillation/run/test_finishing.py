@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from strategies.fedavg import WeightedMean
 
 from fedkd.compression import (
     PruningSettings,
@@ -27,6 +26,7 @@ from fedkd.distillation.run.running import distill
 from fedkd.distillation.run.search import search
 from fedkd.distillation.settings import DistillSettings
 from fedkd.models import build_model
+from strategies.fedavg import WeightedMean
 
 SMALL = {"name": "mlp", "options": {"hidden": [8]}}
 OTHER = {"name": "mlp", "options": {"hidden": [5, 5]}}
