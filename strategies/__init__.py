@@ -4,6 +4,7 @@ from typing import Any
 
 from fedkd import own_code
 from fedkd.bounds import shown
+from fedkd.exchange.values import Value
 from fedkd.names import nearest
 from strategies.baselines.fedavg import FedAvg
 from strategies.baselines.local import Local
@@ -62,4 +63,10 @@ def strategy_class(name: object) -> type[Strategy[Any, Any]]:
         )
     found = own_code.load_class(name, Strategy, "strategy.name")  # type: ignore[type-abstract]
     own_code.check_settings(found, StrategySettings, f"strategy.name {name!r}")
+    if not (isinstance(found.State, type) and issubclass(found.State, Value)):
+        state = getattr(found.State, "__name__", found.State)
+        raise ValueError(
+            f"strategy.name {name!r}: its State must be a frozen dataclass that is a "
+            f"fedkd.exchange.values.Value, got {state}"
+        )
     return found

@@ -34,7 +34,7 @@ def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str]
     first: Exception | None = None
     for options in variants or ({},):
         case = Case(name, options, sections_of(words))
-        case.settings()
+        _let_it_refuse(case)
         variant = f" with {dict(options)}" if options else ""
         for said, error in _broken_by(case):
             first = first or error
@@ -48,6 +48,26 @@ def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str]
         raise ContractError(
             f"{name} does not keep to the contract:\n" + "\n".join(lines)
         ) from first
+
+
+def _let_it_refuse(case: Case) -> None:
+    """Ask the algorithm whether it can work here at all, as a run would before it starts.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    settings = case.settings()
+    try:
+        strategy, server = case.parts(settings)
+        strategy.check(server.data.input_shape)
+    except ValueError as error:
+        raise SettingsError(
+            f"{case.strategy} refuses the toy federation, so nothing was tried: {error}; settings "
+            'that it needs go into words, such as words=["clients.models=mlp"]'
+        ) from error
+    # Whatever else it raises is the claims' to tell.
+    except Exception:  # noqa: S110
+        pass
 
 
 def sections_of(words: Sequence[str]) -> dict[str, Any]:

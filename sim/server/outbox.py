@@ -52,6 +52,11 @@ class Outbox:
         asked = self.asked(client)
         with authors_code(self._where):
             key = strategy.receives(state, client, self._round)
+            if not isinstance(key, Hashable):
+                raise TypeError(
+                    f"{type(strategy).__name__}: receives gave a {type(key).__name__}, expected a "
+                    "key such as a word, a number or a tuple"
+                )
             orders = strategy.orders(state, client, self._round)
         sent = self._turn.send(client, key, self._make, asked=asked, attempt=attempt)
         told = Told(sent.payload, orders, sent.since)

@@ -154,7 +154,7 @@ class Predictions(Payload):
         if self.ids != asked.about["ids"]:
             return f"ids {self.ids!r}, expected {asked.about['ids']!r}"
         if self.ids == "subset" and self.planned != len(rows):
-            return f"a subset of {self.planned} rows, expected one of {len(rows)}"
+            return f"a subset of planned = {self.planned} rows, expected planned = {len(rows)}"
         reason = super().problem(asked)
         if reason is not None:
             return reason

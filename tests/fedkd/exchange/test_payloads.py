@@ -110,6 +110,8 @@ def test_rows_that_were_not_planned_are_no_subset():
     sent = Predictions(rows=np.array([2, 6]), values=LOGITS[:2], ids="subset", planned=5)
     assert sent.problem(asked) == "rows are not of the 5 public rows of the round"
     assert replace(sent, rows=np.array([5, 2])).problem(asked) is not None
+    forgotten = replace(sent, planned=0).problem(asked)
+    assert forgotten == "a subset of planned = 0 rows, expected planned = 5"
 
 
 def test_a_constant_with_infinity_has_to_come_back_as_it_was():

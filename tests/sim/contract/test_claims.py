@@ -251,3 +251,14 @@ def test_what_breaks_everything_is_told_once(broken: Path) -> None:
     assert lines[1].startswith("  mixed architectures learn for three rounds (and ")
     assert lines[1].endswith(" more claims): ZeroDivisionError: division by zero")
     assert len(lines) == 2
+
+
+def test_what_an_algorithm_refuses_by_itself_is_told_first(broken: Path) -> None:
+    check = """
+    def check(self, input_shape):
+        if len(set(self.federation.architectures)) > 1:
+            raise ValueError("clients.models: one for all, got 2")
+"""
+    broken.write_text(HEAD + check)
+    with pytest.raises(SettingsError, match=r"refuses the toy.*one for all, got 2; settings that"):
+        check_strategy("lone_broken:Broken")

@@ -86,6 +86,24 @@ def test_a_state_of_another_class_is_the_author_s_mistake(
         simulate(tiny_settings(BALLOTS), tiny_data())
 
 
+def test_a_key_that_cannot_be_looked_up_is_the_author_s_mistake(
+    tiny_settings, tiny_data, simulate, monkeypatch
+):
+    import own_ballots
+
+    monkeypatch.setattr(own_ballots.Ballots, "receives", lambda self, *_: ["all"])
+    with pytest.raises(AuthorError, match="receives gave a list, expected a key such as a word"):
+        simulate(tiny_settings(BALLOTS), tiny_data())
+
+
+def test_a_class_of_states_that_is_no_value_is_refused_by_name(tiny_settings, monkeypatch):
+    import own_ballots
+
+    monkeypatch.setattr(own_ballots.Ballots, "State", dict)
+    with pytest.raises(ValueError, match=r"its State must be a frozen dataclass.*got dict"):
+        tiny_settings(BALLOTS)
+
+
 def test_an_exception_of_a_model_ends_the_run_as_well(
     tiny_settings, tiny_data, simulate, monkeypatch
 ):
