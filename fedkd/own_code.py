@@ -6,6 +6,7 @@ code is to run it.
 """
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -43,6 +44,21 @@ def is_own_code(name: object) -> bool:
 def package_of(name: str) -> str:
     """Return the first part of a name: ``mine`` of ``mine.nets:net``."""
     return name.partition(":")[0].partition(".")[0]
+
+
+def folder_of(package: str) -> str | None:
+    """Return the folder that a package or module is imported from; None where there is none.
+
+    Nothing of it is run to find out.
+    """
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    places = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.origin else ())]
+    return os.path.dirname(os.path.abspath(places[0])) if places else None
 
 
 def _anything(_name: str) -> bool:

@@ -2,16 +2,17 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from fedkd.data import FederatedData
 from sim.engine.session import RaySession
 from sim.settings import Settings, SettingsError
+from sim.settings.permission import folders_of_code
 
 Ref = Any
 """A Ray object reference; Ray's own class is generic in what it refers to, which varies here."""
@@ -64,7 +65,11 @@ class Desks:
 
     def __init__(self, session: RaySession, settings: Settings, data: FederatedData) -> None:
         self._session = session
-        self._configuration: tuple[Mapping[str, Any], Ref] = settings.to_table(), ray.put(data)
+        self._configuration: tuple[Mapping[str, Any], Ref, Sequence[str]] = (
+            settings.to_table(),
+            ray.put(data),
+            folders_of_code(settings),
+        )
         self._desks = [
             Desk(worker, worker.configure.remote(*self._configuration))
             for worker in session.workers(settings.clients.count)
@@ -72,6 +77,11 @@ class Desks:
         for desk in tuple(self._desks):
             try:
                 ray.get(desk.configured, timeout=STARTING_S)
+            except RayTaskError as error:
+                if isinstance(error.cause, SettingsError):
+                    # Such as a package of one's own that is not installed on its machine.
+                    raise SettingsError(f"on a worker: {error.cause}") from None
+                raise
             except RayActorError:
                 # It died since the session's last run.
                 self.renew(desk)

@@ -84,8 +84,18 @@ class Worker:
         torch.set_num_threads(1)
         self._runtime: ClientRuntime | None = None
 
-    def configure(self, settings: dict[str, Any], data: FederatedData) -> None:
-        """Take on a run."""
+    def configure(
+        self, settings: dict[str, Any], data: FederatedData, folders: Sequence[str] = ()
+    ) -> None:
+        """Take on a run.
+
+        Args:
+            settings: of the run.
+            data: of the run.
+            folders: where the driver found the code of one's own that the settings name.
+        """
+        for folder in folders:
+            find_last(folder)
         self._runtime = ClientRuntime(settings_from_table(settings), data, _device())
         # What is here now stays: the collector need not look at it after every call.
         gc.collect()

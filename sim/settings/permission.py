@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from fedkd.bounds import shown
 from fedkd.objectives import Objective
-from fedkd.own_code import Permit, is_own_code, package_of
+from fedkd.own_code import Permit, folder_of, is_own_code, package_of
 from sim.settings.tables import read_word
 
 ALLOW_VARIABLE = "FEDKD_ALLOW"
@@ -119,6 +119,12 @@ def code_in(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(settings, tuple | list):
         for place, item in enumerate(settings):
             yield from code_in(item, f"{where}.{place}")
+
+
+def folders_of_code(settings: BaseModel) -> tuple[str, ...]:
+    """Return the folders that the packages of code which settings name are imported from here."""
+    packages = dict.fromkeys(package_of(name) for _, name in code_in(settings))
+    return tuple(dict.fromkeys(filter(None, map(folder_of, packages))))
 
 
 def allow_flags(settings: BaseModel) -> str:

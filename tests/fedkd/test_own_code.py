@@ -134,3 +134,11 @@ def test_settings_have_to_be_settings_that_hold_the_full_name() -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             own_code.check_settings(type("A", (), owner), Base, "x")
+
+
+def test_the_folder_of_a_package_is_known_without_running_it(folder: Path) -> None:
+    (folder / "own_package").mkdir()
+    (folder / "own_package" / "__init__.py").write_text("raise RuntimeError\n")
+    for name in ("own_package", "own_failing"):
+        assert own_code.folder_of(name) == str(folder)
+    assert own_code.folder_of("nowhere_at_all") is None

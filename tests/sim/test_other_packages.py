@@ -325,3 +325,34 @@ def test_workers_find_it_in_the_current_folder_and_give_the_same_bits(
         return str(json.loads(done.stdout)["weights_sha256"])
 
     assert digest("engine.backend=ray") == digest("engine.backend=inline")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_workers_find_it_where_the_driver_found_it_or_say_so_in_one_line(
+    package: Path, small_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = (*small_words, f"strategy.name={NAME}", "output=runs", "engine.backend=ray")
+    program = f"import sys; sys.path.insert(0, {str(package.parent)!r}); sys.at_home = True\n"
+    program += f"import fedkd\nprint(fedkd.run(fedkd.load_settings(None, {list(words)})).status)"
+
+    def ran() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(sim.__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    assert (done := ran()).stdout == "finished\n", done.stderr
+    with (package / "__init__.py").open("w") as file:
+        file.write(
+            "import sys\nif not hasattr(sys, 'at_home'):\n    raise ImportError('not here')\n"
+        )
+    last = ran().stderr.splitlines()[-1]
+    assert last.endswith(
+        f"SettingsError: on a worker: strategy.name '{NAME}': cannot import "
+        "'lone_methods.again': not here"
+    )

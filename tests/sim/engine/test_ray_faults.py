@@ -159,7 +159,7 @@ def test_workers_that_die_while_they_start_end_the_run_instead_of_dying_for_ever
     from sim.server.replies import QuorumError
 
     class Stillborn(Worker):
-        def configure(self, settings: object, data: object) -> None:
+        def configure(self, settings: object, data: object, folders: object = ()) -> None:
             os._exit(1)
 
     monkeypatch.setattr(dispatch, "DEATHS_IN_A_ROW", 3)
