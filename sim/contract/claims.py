@@ -4,9 +4,9 @@ A claim is handed a `Case` and raises `BrokenError` where it does not hold.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from sim.settings import Settings, merge_tables, settings_from_table
 from sim.wire.messages import read_reply
 from sim.wire.records import read_payload, write_payload
 from strategies import strategy_class
-from strategies.contract import Call, Received, ServerTools, Strategy, Upload
+from strategies.contract import Call, Received, Round, ServerTools, Strategy, Upload
 
 CLIENTS = len(ROWS)
 ATOL, RTOL = 2e-5, 1e-4
@@ -168,6 +168,13 @@ def the_same_seed_gives_the_same_bits_and_another_others(case: Case) -> None:
     require(one.digest == same.digest, "the same seed gave other weights")
     require(one.digest != other.digest, "another seed gave the same weights")
     require(_timeless(one) == _timeless(same), "the same seed measured something else")
+
+
+@claim
+def results_do_not_depend_on_how_cohorts_are_cut(case: Case) -> None:
+    """The size of cohorts changes no bit."""
+    digests = {case.run(rounds=2, engine={"cohort_size": size}).digest for size in (1, 16)}
+    require(len(digests) == 1, "cohorts of 1 and of 16 ended with other weights")
 
 
 @claim
@@ -404,6 +411,81 @@ def nothing_is_changed_in_place(case: Case) -> None:
 
 
 @claim
+def its_state_is_frozen(case: Case) -> None:
+    """Nobody can put something else into a state, or into a part of it."""
+    strategy, server = case.parts(case.settings())
+    for part in _parts(strategy.begin(server)):
+        require(
+            is_dataclass(part) and type(part).__dataclass_params__.frozen,
+            f"{type(part).__name__} is no frozen dataclass: write @dataclass(frozen=True)",
+        )
+
+
+@claim
+def the_server_half_answers_by_the_state_alone(case: Case) -> None:
+    """Asked again, and in another order, it tells the same, and nothing is left of being asked."""
+    settings = case.settings(rounds=3)
+    grid = ListeningGrid(settings, case.data())
+    simulate(settings, case.data(), grid)
+    strategy, server = case.parts(settings)
+    state = strategy.begin(server)
+    for number in range(settings.rounds):
+        round = strategy.federation.round(number + 1)
+        was, itself = digest(state), _attributes(strategy)
+        first = _answers(strategy, state, round, server, range(CLIENTS))
+        again = _answers(strategy, state, round, server, reversed(range(CLIENTS)))
+        require(
+            first == again, "receives, payload, orders, asks or participants answer differently"
+        )
+        require(digest(state) == was, "the state was changed by asking what clients are told")
+        require(
+            _attributes(strategy) == itself,
+            "an attribute of the algorithm was changed by asking what clients are told",
+        )
+        strategy.judged_models(state)
+        for client, told in grid.told["train"][number].items():
+            require(
+                _same(told.payload, _told_in(strategy, state, round)(client))
+                and _same(told.orders, strategy.orders(state, client, round)),
+                f"round {number + 1}: client {client} was told something else than the state says",
+            )
+        state = strategy.aggregate(state, iter(uploads_of(grid, case, number)), round, server)
+
+
+def _answers(
+    strategy: Strategy[Any, Any],
+    state: Value,
+    round: Round,
+    server: ServerTools,
+    clients: Iterable[int],
+) -> dict[int, Any]:
+    """Return what is told to each client and asked of it, as what can be compared."""
+    found: dict[int, Any] = {-1: strategy.participants(state, round)}
+    for client in clients:
+        key = strategy.receives(state, client, round)
+        orders = strategy.orders(state, client, round)
+        asked = strategy.asks(state, client, round, server)
+        found[client] = (
+            key if key is None else (hash(key), digest(strategy.payload(state, key))),
+            orders and digest(orders),
+            asked and (asked.kind, repr(asked.limits)),
+        )
+    return found
+
+
+def _parts(held: Any) -> Iterator[Value]:
+    """Yield every value within a value, itself included."""
+    if isinstance(held, Value):
+        yield held
+        held = vars(held)
+    if isinstance(held, Mapping):
+        held = tuple(held.values())
+    if isinstance(held, tuple):
+        for inner in held:
+            yield from _parts(inner)
+
+
+@claim
 def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
     """Workers come and go: a new algorithm object for every call gives the same bits."""
     settings, data = case.settings(rounds=2, engine={"vectorize": "loop"}), case.data()
@@ -427,7 +509,19 @@ def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
                 streams=Streams(seed=settings.seed, round=number, rounds=settings.rounds),
             )
             call = Call(half.federation, number, (strategy.orders(state, client, round),))
-            answers = half.client(cohort, Received([told(client)]), call)
+            # Writeable, which what travels is not everywhere.
+            received = _through_a_file(told(client))
+            known, itself = received and digest(received), _attributes(half)
+            answers = half.client(cohort, Received([received]), call)
+            require(
+                (received and digest(received)) == known,
+                "the client half changed what it received, which others may share",
+            )
+            require(
+                _attributes(half) == itself,
+                "the client half changed an attribute of the algorithm: what a client remembers "
+                "is kept with cohort.keep",
+            )
             states[client] = cohort.states()[0]
             uploads += [Upload(client, answer, len(data.client_rows[client])) for answer in answers]
         state = strategy.aggregate(state, iter(uploads), round, server)
@@ -469,7 +563,9 @@ def _same(one: Payload | None, other: Payload | None) -> bool:
 
 
 def _through_a_file(value: Any) -> Any:
-    """Return a value as a checkpoint would give it back."""
+    """Return a value as a checkpoint would give it back; None stays None."""
+    if value is None:
+        return None
     flat = flatten(value)
     arrays = {name: np.array(array) for name, array in flat.arrays.items()}
     return unflatten(arrays, json.loads(json.dumps(flat.plain)))
