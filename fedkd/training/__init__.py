@@ -24,7 +24,7 @@ from fedkd.training.cohort import (
     Streams,
     TrainingData,
 )
-from fedkd.training.gradients import PLAIN, GradientRule, Plain, Proximal
+from fedkd.training.gradients import PLAIN, Clipped, GradientRule, Plain, Proximal
 from fedkd.training.learners import ComposedObjective, Learner
 from fedkd.training.loop import LoopCohort
 from fedkd.training.objectives import (
@@ -55,6 +55,7 @@ __all__ = [
     "BackendTimes",
     "Batch",
     "ClientState",
+    "Clipped",
     "Cohort",
     "ComposedObjective",
     "Examples",

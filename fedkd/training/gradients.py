@@ -5,12 +5,18 @@ tensors have the members as first dimension.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from fedkd.losses.reduction import Loss, StepRows, WholeStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +99,410 @@ class Anchor:
 
     def _differences(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return [now.detach() - start for now, start in zip(weights, self._start, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped(GradientRule):
+    """The gradient of each private row is clipped; their sum is divided by the expected batch.
+
+    No noise is added. With ``c = min(1, norm / ||g||)`` for the gradient g of a private row's
+    losses with respect to one model, that model gets ``sum c * g / expected_batch``: divided by a
+    constant and not by the rows drawn, so that one row more or less moves it by
+    ``norm / expected_batch`` at most. A row's weight multiplies its loss, and no sum of weights
+    divides. Losses of public rows are no secret and join in as plain means.
+
+    Attributes:
+        norm: the largest Euclidean norm of a row's gradient, > 0.
+        expected_batch: private rows of a step on average, > 0.
+        method: ``norms`` finds the norms from what layers read and what comes back to them, and
+            takes one weighted backward pass; ``vmap`` makes every row's gradient, for any model
+            whose rows do not mix, at many times the cost.
+
+    Raises:
+        ValueError: for numbers out of range.
+
+    Source:
+        Abadi et al., 2016, Deep Learning with Differential Privacy, Algorithm 1, without its noise.
+        https://arxiv.org/abs/1607.00133. Norms without gradients: Goodfellow, 2015,
+        https://arxiv.org/abs/1510.01799; Li et al., 2022, https://arxiv.org/abs/2110.05679
+    """
+
+    norm: float
+    expected_batch: float
+    method: Literal["norms", "vmap"] = "norms"
+
+    def __post_init__(self) -> None:
+        for name in ("norm", "expected_batch"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+
+    def shares(self, norms: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        """Return what each row's gradient is multiplied by."""
+        smallest = torch.finfo(norms.dtype).tiny
+        return (self.norm / norms.clamp_min(smallest)).clamp_max(1.0) / self.expected_batch
+
+
+class SplitLosses(NamedTuple):
+    """A step's losses for a rule that clips the gradients of rows.
+
+    Attributes:
+        private: each private row's loss; 0 where it does not count.
+        public: the mean over the public rows; None without any.
+        means: every loss as the metrics show it.
+    """
+
+    private: Float[Tensor, " rows"]
+    public: Float[Tensor, ""] | None
+    means: dict[str, Float[Tensor, ""]]
+
+    @classmethod
+    def of(cls, losses: Mapping[str, Loss], rows: StepRows) -> "SplitLosses":
+        """Tell private rows from public ones.
+
+        Raises:
+            ValueError: naming a loss that compares rows, or what is missing.
+        """
+        if "private" not in rows.sizes:
+            raise ValueError(
+                "gradient Clipped clips the gradients of private rows, and the fit has none: give "
+                "it private rows, or leave the rule out"
+            )
+        private: Tensor | None = None
+        public: Tensor | None = None
+        for name, loss in losses.items():
+            read = rows.read(name, loss)
+            if isinstance(read, WholeStep):
+                raise ValueError(
+                    f"loss {name!r} compares the rows of a step (WholeStep), so no row has a "
+                    "gradient of its own that gradient Clipped could clip: use a loss of each row, "
+                    "or another rule"
+                )
+            if read.of == "private":
+                values = read.row_losses(rows.counted.get("private"))
+                private = values if private is None else private + values
+            else:
+                mean = read.mean(rows.counted.get("public"))
+                public = mean if public is None else public + mean
+        if private is None:
+            like = public if public is not None else torch.zeros(())
+            private = like.new_zeros(rows.sizes["private"])
+        return cls(private, public, rows.means(losses))
+
+    def weighted(self, shares: Float[Tensor, "*members rows"]) -> Float[Tensor, ""]:
+        """Return what one backward pass is taken of: private rows by their shares, and public."""
+        loss = (shares.detach() * self.private).sum()
+        return loss if self.public is None else loss + self.public.sum()
+
+    def weighted_gradients(
+        self, shares: Float[Tensor, "*members rows"], weights: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of `weighted`; None each where no loss is in force."""
+        loss = self.weighted(shares)
+        if not loss.requires_grad:
+            return [None] * len(weights)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, weights, retain_graph=True, allow_unused=True
+        )
+        return gradients
+
+    def public_gradients(self, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Return the gradients of the public part alone."""
+        if self.public is None:
+            return [None] * len(weights)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            self.public.sum(), weights, retain_graph=True, allow_unused=True
+        )
+        return gradients
+
+
+def clipped_sums(
+    rule: Clipped, gradients: Mapping[str, Tensor], *, stacked: bool
+) -> dict[str, Tensor]:
+    """Return what a rule makes of every row's gradient with respect to one model.
+
+    Args:
+        rule: what clips.
+        gradients: ``[rows, ...]`` by parameter, ``[members, rows, ...]`` where they are stacked.
+        stacked: whether they are.
+    """
+    rows = 2 if stacked else 1
+    squares = [each.flatten(rows).square().sum(rows) for each in gradients.values()]
+    shares = rule.shares(torch.stack(squares).sum(0).sqrt())
+    return {
+        name: (shares.reshape(*shares.shape, *[1] * (each.ndim - rows)) * each).sum(rows - 1)
+        for name, each in gradients.items()
+    }
+
+
+def check_rows_apart(rule: Clipped, models: Mapping[str, nn.Module], *, has_parts: bool) -> None:
+    """Refuse models whose rows have no gradients of their own, or none that can be measured.
+
+    Args:
+        rule: what clips them.
+        models: those that learn.
+        has_parts: whether terms train something beside the models.
+
+    Raises:
+        ValueError: naming the model, its layer and what would work.
+    """
+    if has_parts:
+        raise ValueError(
+            "gradient Clipped does not clip what terms train beside the models, such as "
+            "projectors: use terms without them"
+        )
+    for name, model in models.items():
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(
+                    f"gradient Clipped needs rows that do not mix, but layer {path!r} of model "
+                    f"{name!r} is a {type(layer).__name__}: use norm: group"
+                )
+        if rule.method == "norms":
+            _measured_layers(name, model)
+
+
+def _measured_layers(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers with parameters that learn, by module path."""
+    layers: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for path, layer in model.named_modules():
+        own = [each for each in layer.parameters(recurse=False) if each.requires_grad]
+        if not own:
+            continue
+        shared = any(id(each) in seen for each in own)
+        seen.update(map(id, own))
+        odd = type(layer) not in MEASURES or (isinstance(layer, nn.Conv2d) and _is_odd(layer))
+        if shared or odd:
+            what = "shares a parameter" if shared else f"is a {type(layer).__name__}"
+            raise ValueError(
+                f"gradient Clipped cannot measure layer {path!r} of model {name!r}, which {what}: "
+                "method='vmap' works for it"
+            )
+        layers[path] = layer
+    return layers
+
+
+def _is_odd(layer: nn.Conv2d) -> bool:
+    return layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+
+
+class RowNorms:
+    """Measures the gradients of rows without making them.
+
+    While `watching`, every layer of the models adds a nudge of zeros to what it puts out, so the
+    gradient with respect to the nudge is what comes back to the layer; with what the layer read,
+    that gives the norm of each row's gradient.
+
+    Args:
+        models: those that learn, by name; several may be one module.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        self._models = models
+        self._layers = {name: _measured_layers(name, each) for name, each in models.items()}
+        self._current = ""
+        self._apart = False
+        self.read: dict[str, dict[str, Tensor]] = {}
+        self.nudges: dict[str, dict[str, Tensor]] = {}
+        self._calls: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hook into the layers inside the block."""
+        modules = {id(each): each for each in self._models.values()}
+        handles = [
+            layer.register_forward_hook(partial(self._note, path))
+            for module in modules.values()
+            for path, layer in _measured_layers("", module).items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(
+        self, model: str, nudges: Mapping[str, Tensor] | None = None, *, apart: bool = False
+    ) -> None:
+        """Say which model runs next.
+
+        Args:
+            model: its name.
+            nudges: zeros of the shapes of what its layers put out; None: they are made.
+            apart: whether public rows follow in a pass of their own, in which nothing is noted.
+        """
+        self._current, self._apart = model, apart
+        self.read[model], self._calls = {}, {}
+        self.nudges[model] = {} if nudges is None else dict(nudges)
+
+    def _note(
+        self, path: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        if not self._current:
+            return None
+        calls = self._calls[path] = self._calls.get(path, 0) + 1
+        if calls == 2 and self._apart:
+            return None
+        if calls > 1:
+            raise ValueError(
+                f"gradient Clipped cannot measure layer {path!r} of model {self._current!r}, which "
+                "runs more than once in a step: method='vmap' works for it"
+            )
+        self.read[self._current][path] = inputs[0].detach()
+        nudges = self.nudges[self._current]
+        if path not in nudges:
+            nudges[path] = torch.zeros_like(output, requires_grad=True)
+        return output + nudges[path]
+
+    def end(self) -> None:
+        """Note nothing more, and forget what was noted."""
+        self._current = ""
+        self.read, self.nudges = {}, {}
+
+    def shapes(self, model: str, run: Callable[[], object]) -> dict[str, tuple[int, ...]]:
+        """Return what each layer puts out for one row, found by running the model.
+
+        Args:
+            model: its name.
+            run: runs it on some rows.
+        """
+        self.begin(model)
+        with torch.no_grad():
+            run()
+        shapes = {path: tuple(nudge.shape[1:]) for path, nudge in self.nudges[model].items()}
+        self.end()
+        return shapes
+
+    def came_back(self, private: Tensor) -> dict[str, dict[str, Tensor | None]]:
+        """Return the gradient of all rows' losses with respect to what each layer put out."""
+        named = [
+            (model, path, nudge)
+            for model, nudges in self.nudges.items()
+            for path, nudge in nudges.items()
+        ]
+        if not private.requires_grad:
+            return {model: dict.fromkeys(nudges) for model, nudges in self.nudges.items()}
+        found = torch.autograd.grad(
+            private.sum(), [nudge for *_, nudge in named], retain_graph=True, allow_unused=True
+        )
+        back: dict[str, dict[str, Tensor | None]] = {model: {} for model in self.nudges}
+        for (model, path, _), gradient in zip(named, found, strict=True):
+            back[model][path] = gradient
+        return back
+
+    def norms(
+        self,
+        model: str,
+        read: Mapping[str, Tensor],
+        came_back: Mapping[str, Tensor | None],
+        num_private: int,
+        *,
+        stacked: bool,
+    ) -> Float[Tensor, "*members private"]:
+        """Return the norm of each private row's gradient with respect to a model's parameters.
+
+        Args:
+            model: its name.
+            read: what each layer read, ``[*members, rows, ...]``.
+            came_back: the gradient with respect to what it put out; None where none did.
+            num_private: rows to look at; they come first.
+            stacked: whether members come before the rows.
+        """
+        rows = 1 if stacked else 0
+        total: Tensor | None = None
+        for path, layer in self._layers[model].items():
+            gradient = came_back.get(path)
+            if gradient is None:
+                continue
+            # Members and rows side by side; only the rows that were asked about.
+            inputs, own = (
+                each.narrow(rows, 0, num_private).flatten(0, rows)
+                for each in (read[path], gradient)
+            )
+            shape = (*gradient.shape[:rows], num_private)
+            squares = MEASURES[type(layer)](layer, inputs, own).reshape(shape)
+            total = squares if total is None else total + squares
+        if total is None:
+            # No loss of private rows reaches this model.
+            some = next(iter(read.values()))
+            return some.new_zeros((*some.shape[:rows], num_private))
+        return total.sqrt()
+
+
+def linear_squares(
+    layer: nn.Module, read: Float[Tensor, "rows *_"], back: Float[Tensor, "rows *_"]
+) -> Float[Tensor, " rows"]:
+    """Return the squared norms of a linear layer's row gradients.
+
+    A row's gradient is the sum over positions of ``back x read``; without positions its norm is
+    the product of both norms.
+    """
+    if read.ndim == 2:
+        squares = read.square().sum(1) * back.square().sum(1)
+        return _with_bias(layer, squares, back)
+    read, back = read.flatten(1, -2), back.flatten(1, -2)
+    return _with_bias(layer, _outer_squares(back, read), back.sum(1))
+
+
+def _conv_squares(layer: nn.Module, read: Tensor, back: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)  # noqa: S101
+    patches = F.unfold(
+        read,
+        layer.kernel_size,
+        dilation=layer.dilation,
+        padding=layer.padding,  # type: ignore[arg-type]
+        stride=layer.stride,
+    )
+    back = back.flatten(2)
+    return _with_bias(layer, _outer_squares(back.mT, patches.mT), back.sum(2))
+
+
+def _group_norm_squares(layer: nn.Module, read: Tensor, back: Tensor) -> Tensor:
+    assert isinstance(layer, nn.GroupNorm)  # noqa: S101
+    normalised = F.group_norm(read, layer.num_groups, eps=layer.eps)
+    by_channel = (len(read), layer.num_channels, -1)
+    slopes = (normalised * back).reshape(by_channel).sum(2)
+    return _with_bias(layer, slopes.square().sum(1), back.reshape(by_channel).sum(2))
+
+
+def _layer_norm_squares(layer: nn.Module, read: Tensor, back: Tensor) -> Tensor:
+    assert isinstance(layer, nn.LayerNorm)  # noqa: S101
+    normalised = F.layer_norm(read, layer.normalized_shape, eps=layer.eps)
+    by_feature = (len(read), -1, math.prod(layer.normalized_shape))
+    slopes = (normalised * back).reshape(by_feature).sum(1)
+    return _with_bias(layer, slopes.square().sum(1), back.reshape(by_feature).sum(1))
+
+
+def _outer_squares(
+    back: Float[Tensor, "rows positions outputs"], read: Float[Tensor, "rows positions inputs"]
+) -> Float[Tensor, " rows"]:
+    """Return the squared norms of ``sum over positions of back x read``, the cheaper way."""
+    positions = back.shape[1]
+    if positions**2 <= back.shape[2] * read.shape[2]:
+        return ((back @ back.mT) * (read @ read.mT)).sum((1, 2))
+    return (back.mT @ read).square().sum((1, 2))
+
+
+def _with_bias(
+    layer: nn.Module, squares: Float[Tensor, " rows"], slopes: Float[Tensor, "rows outputs"]
+) -> Float[Tensor, " rows"]:
+    """Leave out a weight that does not learn, and add a bias that does."""
+    if not (isinstance(layer.weight, Tensor) and layer.weight.requires_grad):
+        squares = torch.zeros_like(squares)
+    bias = getattr(layer, "bias", None)
+    return squares + slopes.square().sum(1) if bias is not None and bias.requires_grad else squares
+
+
+Measure = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+MEASURES: dict[type[nn.Module], Measure] = {
+    nn.Linear: linear_squares,
+    nn.Conv2d: _conv_squares,
+    nn.GroupNorm: _group_norm_squares,
+    nn.LayerNorm: _layer_norm_squares,
+}
+"""Squared norms of each row's gradient, from a layer, what it read and what came back to it.
+
+Exact types only: a subclass may do something else.
+"""

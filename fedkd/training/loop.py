@@ -46,7 +46,16 @@ from fedkd.training.common import (
 )
 from fedkd.training.feeds import Feed
 from fedkd.training.frozen import copied_tensors, fold_in, to_arrays
-from fedkd.training.gradients import PLAIN, Anchor, GradientRule
+from fedkd.training.gradients import (
+    PLAIN,
+    Anchor,
+    Clipped,
+    GradientRule,
+    RowNorms,
+    SplitLosses,
+    check_rows_apart,
+    clipped_sums,
+)
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
     Batch,
@@ -175,7 +184,14 @@ class LoopCohort(BackendCohort):
             name: self._average(name, average, position) for name, average in fit.averages.items()
         }
         kept = _Kept() if fit.keep_outputs else None
+        norms = None
+        if isinstance(fit.gradient, Clipped):
+            modules = {name: slot.module for name, slot in slots.items()}
+            check_rows_apart(fit.gradient, modules, has_parts=parts is not None)
+            norms = RowNorms(modules) if fit.gradient.method == "norms" else None
         with ExitStack() as stack:
+            if norms is not None:
+                stack.enter_context(norms.watching())
             features = {
                 name: stack.enter_context(tapping(slot.module, fit.paths[name]))
                 for name, slot in slots.items()
@@ -190,7 +206,7 @@ class LoopCohort(BackendCohort):
             # Functions such as F.dropout draw from torch's global generator, a model of one's own
             # from wherever it likes.
             stack.enter_context(seeded_for(own_code=self._has_own_code, seed=seed))
-            step = _Step(slots, fit, features, frozen, losses_of)
+            step = _Step(slots, fit, features, frozen, losses_of, norms)
             self._take_steps(step, steps, seed, position, parts, averages, kept)
         for name, live in averages.items():
             self._kept.keep_average(
@@ -214,6 +230,7 @@ class LoopCohort(BackendCohort):
         slots = step.slots
         learning = [*slots.values(), *([] if parts is None else [parts])]
         has_dropout = any(slot.dropout for slot in slots.values())
+        keys = as_tensor(step_keys(seed, steps.count)).to(self._device) if has_dropout else None
         settings = step.fit.optimizer or self._optimizer_settings
         weights = [each for slot in slots.values() for each in slot.learnt]
         anchor = Anchor.of(step.fit.gradient, weights)
@@ -223,7 +240,7 @@ class LoopCohort(BackendCohort):
             progress=self._streams.progress,
             gradient=None if anchor is None else partial(_backward_held, anchor, weights),
             dropout=[slot.dropout for slot in slots.values()],
-            keys=as_tensor(step_keys(seed, steps.count)).to(self._device) if has_dropout else None,
+            keys=keys,
             records=self._records[position],
         )
         for slot in learning:
@@ -232,10 +249,15 @@ class LoopCohort(BackendCohort):
         for at in training:
             inputs, num_private, batch = steps.take(at.number)
             outputs = step.outputs(inputs, num_private, apart=steps.apart)
-            losses = _rows_of(batch).means(step.losses_of(outputs, batch))
-            if anchor is not None and losses:
-                losses["proximal"] = anchor.penalty(weights, stacked=False)
-            training.descend(losses)
+            if isinstance(step.fit.gradient, Clipped):
+                key = None if keys is None else keys[at.number]
+                losses, gradients = step.clipped(step.fit.gradient, inputs, outputs, batch, key)
+                training.descend(losses, partial(step.assign, gradients))
+            else:
+                losses = _rows_of(batch).means(step.losses_of(outputs, batch))
+                if anchor is not None and losses:
+                    losses["proximal"] = anchor.penalty(weights, stacked=False)
+                training.descend(losses)
             if kept is not None:
                 kept.add(outputs[step.fit.learning[0]], num_private)
             for live in averages.values():
@@ -405,7 +427,9 @@ class _Step:
         features: Mapping[str, Mapping[str, Tensor]],
         frozen: Mapping[str, "_Frozen"],
         losses_of: StepLosses,
+        norms: RowNorms | None,
     ) -> None:
+        self._norms = norms
         self.slots = slots
         self.fit = fit
         self.losses_of = losses_of
@@ -418,6 +442,8 @@ class _Step:
         """Return what every model puts out, by its name."""
         outputs = {}
         for name, slot in self.slots.items():
+            if self._norms is not None:
+                self._norms.begin(name, apart=apart)
             seen, paths = self._taps[name]
             if apart:
                 outputs[name] = Outputs.of_passes(
@@ -430,6 +456,99 @@ class _Step:
         for name, model in self._frozen.items():
             outputs[name] = model.outputs(inputs, num_private)
         return outputs
+
+    # -- clipped gradients of rows ---------------------------------------------------------
+
+    def clipped(
+        self,
+        rule: Clipped,
+        inputs: Tensor,
+        outputs: Mapping[str, Outputs],
+        batch: Batch,
+        key: Tensor | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Sequence[Tensor | None]]]:
+        """Return the losses' means, and the gradients by a rule that clips those of rows."""
+        split = SplitLosses.of(self.losses_of(outputs, batch), _rows_of(batch))
+        if self._norms is not None:
+            return split.means, self._by_norms(rule, split, self._norms)
+        return split.means, self._row_by_row(rule, split, inputs, outputs, batch, key)
+
+    def assign(self, gradients: Mapping[str, Sequence[Tensor | None]], _: LossTerms) -> None:
+        """Give the models that learn their gradients."""
+        for name, slot in self.slots.items():
+            for weight, gradient in zip(slot.learnt, gradients[name], strict=True):
+                weight.grad = gradient
+
+    def _by_norms(
+        self, rule: Clipped, split: SplitLosses, norms: RowNorms
+    ) -> dict[str, Sequence[Tensor | None]]:
+        came_back = norms.came_back(split.private)
+        gradients: dict[str, Sequence[Tensor | None]] = {}
+        for name, slot in self.slots.items():
+            size = norms.norms(
+                name, norms.read[name], came_back[name], len(split.private), stacked=False
+            )
+            gradients[name] = split.weighted_gradients(rule.shares(size), slot.learnt)
+        norms.end()
+        return gradients
+
+    def _row_by_row(
+        self,
+        rule: Clipped,
+        split: SplitLosses,
+        inputs: Tensor,
+        outputs: Mapping[str, Outputs],
+        batch: Batch,
+        key: Tensor | None,
+    ) -> dict[str, Sequence[Tensor | None]]:
+        num_private = len(split.private)
+        private = {"labels": batch.labels, "private_rows": batch.private_rows}
+        rows = {name: each for name, each in private.items() if each is not None}
+        for name, table in batch.tables.items():
+            if self.fit.tables[name].of == "private":
+                rows[f"table {name}"] = table
+        rows["inputs"] = inputs[:num_private]
+        rows["number"] = torch.arange(num_private, device=inputs.device)
+
+        def of_row(weights: dict[str, dict[str, Tensor]], row: dict[str, Tensor]) -> Tensor:
+            own = {name: each[None] for name, each in row.items()}
+            alone = {}
+            for number, (name, slot) in enumerate(self.slots.items()):
+                if slot.dropout is not None and key is not None:
+                    slot.dropout.begin(key, rows=own["number"], model=number)
+                seen, paths = self._taps[name]
+                logits = functional_call(
+                    slot.module, weights[name], (own["inputs"],), tie_weights=False
+                )
+                alone[name] = Outputs(private=logits, features=dict(named(seen, paths)))
+            for name, model in self._frozen.items():
+                alone[name] = model.outputs(own["inputs"], 1)
+            tables = {name: own.get(f"table {name}", each) for name, each in batch.tables.items()}
+            beside = batch._replace(
+                labels=own.get("labels"), private_rows=own.get("private_rows"), tables=tables
+            )
+            together = {
+                name: each.beside_public(outputs[name], num_private) for name, each in alone.items()
+            }
+            one = SplitLosses.of(self.losses_of(together, beside), _rows_of(beside))
+            return one.private.sum()
+
+        weights = {
+            name: {path: each.detach() for path, each in slot.learnt_by_name.items()}
+            for name, slot in self.slots.items()
+        }
+        each_row = torch.vmap(torch.func.grad(of_row), in_dims=(None, 0), randomness="different")(
+            weights, rows
+        )
+        gradients: dict[str, Sequence[Tensor | None]] = {}
+        for name, slot in self.slots.items():
+            clipped = clipped_sums(rule, each_row[name], stacked=False)
+            public = split.public_gradients(slot.learnt)
+            gradients[name] = [
+                clipped[path] if more is None else clipped[path] + more
+                for path, more in zip(slot.learnt_by_name, public, strict=True)
+            ]
+        return gradients
 
 
 def _rows_of(batch: Batch) -> StepRows:

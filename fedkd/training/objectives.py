@@ -66,6 +66,20 @@ class Outputs(NamedTuple):
             features=features,
         )
 
+    def beside_public(self, whole: "Outputs", num_private: int) -> "Outputs":
+        """Return these private rows beside the public ones of a whole step, as constants.
+
+        Args:
+            whole: what the same model put out for the step.
+            num_private: how many private rows the step has.
+        """
+        features = {
+            name: torch.cat([own, whole.features[name][num_private:].detach()])
+            for name, own in self.features.items()
+        }
+        public = None if whole.public is None else whole.public.detach()
+        return Outputs(self.private, public, features)
+
     @classmethod
     def of_passes(
         cls,

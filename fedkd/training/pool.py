@@ -69,9 +69,14 @@ class Slot:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     @property
+    def learnt_by_name(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {name: each for name, each in self._parameters.items() if each.requires_grad}
+
+    @property
     def learnt(self) -> list[nn.Parameter]:
         """The parameters that learn."""
-        return [each for each in self._parameters.values() if each.requires_grad]
+        return list(self.learnt_by_name.values())
 
     @contextmanager
     def with_optimizer(self, settings: OptimizerSettings | None) -> Iterator[None]:

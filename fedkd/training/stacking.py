@@ -24,6 +24,7 @@ from fedkd.models.outside import Outside
 from fedkd.randomness import seeded_for
 from fedkd.tensors import as_tensor
 from fedkd.training.cohort import check_weights
+from fedkd.training.gradients import MEASURES, linear_squares
 from fedkd.training.optimizers import FUSED, OptimizerSettings
 from fedkd.training.state import Arrays, ModelState, copy_to_numpy
 
@@ -131,6 +132,9 @@ class NarrowLinear(nn.Linear):
         rows = input.flatten().unflatten(0, input.shape)
         output: Tensor = (self.weight @ rows.t()).t()
         return output if self.bias is None else output + self.bias
+
+
+MEASURES[NarrowLinear] = linear_squares
 
 
 class Skeleton:

@@ -201,15 +201,19 @@ class Steps:
             yield Step(number, here(count), (number + 1) // every if ends else None)
         self._rest()
 
-    def descend(self, losses: LossTerms) -> None:
+    def descend(self, losses: LossTerms, gradient: Gradient | None = None) -> None:
         """Take the step: gradients of the sum of the losses, and one step of every optimizer.
 
         Without a loss nothing moves: schedules may leave no term in force.
+
+        Args:
+            losses: of the step.
+            gradient: fills in the gradients of this step; None: as in all steps.
         """
         if losses:
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
-            self._gradient(losses)
+            (gradient or self._gradient)(losses)
             for optimizer in self._optimizers:
                 optimizer.step()
         for name, loss in losses.items():

@@ -10,8 +10,9 @@ such as ``F.dropout`` draw for each member on its own, from one generator that t
 seed: repeatable, but not what the loop draws; ``nn.Dropout`` layers draw the same in both.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -56,7 +57,16 @@ from fedkd.training.common import (
 )
 from fedkd.training.feeds import Feed
 from fedkd.training.frozen import fold_in
-from fedkd.training.gradients import PLAIN, Anchor, GradientRule
+from fedkd.training.gradients import (
+    PLAIN,
+    Anchor,
+    Clipped,
+    GradientRule,
+    RowNorms,
+    SplitLosses,
+    check_rows_apart,
+    clipped_sums,
+)
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, JointObjective, Losses, Objective, Outputs
 from fedkd.training.optimizers import OptimizerSettings
@@ -257,6 +267,7 @@ class VmapCohort(BackendCohort):
             step = _Step(models, losses_of, compares_rows, fit, features, frozen, parts, parts_with)
             for stack in step.learning:
                 stack.skeleton.module.train()
+            taps.enter_context(step.watching())
             anchor = Anchor.of(
                 fit.gradient,
                 [
@@ -344,10 +355,15 @@ class VmapCohort(BackendCohort):
             gradient=partial(_differentiate, moving, anchor, held),
         )
         for number, *_ in training:
-            losses, seen = step.run(steps, number, handed, resting, steps.take(number, active))
-            if anchor is not None and losses:
-                losses["proximal"] = anchor.penalty(held, stacked=True)
-            training.descend(losses)
+            rows = steps.take(number, active)
+            if step.rule is not None:
+                losses, seen, gradients = step.clipped(steps, handed, resting, rows, leaves)
+                training.descend(losses, partial(_assign, moving, gradients))
+            else:
+                losses, seen = step.run(steps, number, handed, resting, rows)
+                if anchor is not None and losses:
+                    losses["proximal"] = anchor.penalty(held, stacked=True)
+                training.descend(losses)
             if kept is not None:
                 kept.add(seen, steps.private_sizes(number, active), steps.first)
             for average in averages.values():
@@ -550,10 +566,19 @@ class _Step:
         self._paths = fit.paths
         self._tables_of = {name: table.of for name, table in fit.tables.items()}
         self._kept = fit.learning[0] if fit.keep_outputs else None
+        self._nudges: dict[str, dict[str, Tensor]] = {}
         self._parts = parts
         self._parts_with = parts_with
         self.learning = [*models.values(), *([] if parts is None else [parts])]
         self.num_models = len(models)
+        self.rule = fit.gradient if isinstance(fit.gradient, Clipped) else None
+        self._norms: RowNorms | None = None
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        if self.rule is not None:
+            modules = {name: skeleton.module for name, skeleton in self._skeletons.items()}
+            check_rows_apart(self.rule, modules, has_parts=parts is not None)
+            if self.rule.method == "norms":
+                self._norms = RowNorms(modules)
         self.frozen = frozen
 
     def run(
@@ -668,6 +693,168 @@ class _Step:
             each.append(StepRows(sizes).means(losses))
         return {name: torch.stack([losses[name] for losses in each]) for name in each[0]}
 
+    # -- clipped gradients of rows ---------------------------------------------------------
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Measure what comes back to the layers inside the block, where the rule needs it."""
+        return nullcontext() if self._norms is None else self._norms.watching()
+
+    def clipped(
+        self,
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+        leaves: Sequence[Sequence[Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor | None]]:
+        """Do what `run` does by a rule that clips the gradients of rows.
+
+        Returns:
+            The means of all losses, what is kept of the outputs, and the gradients of all leaves.
+        """
+        if self._norms is not None:
+            return self._by_norms(self._norms, steps, handed, resting, rows, leaves)
+        forward = torch.vmap(partial(self._forward, steps), randomness="different")
+        outputs, kept = forward(handed, resting, rows)
+        split = self._split(steps, outputs, handed, rows)
+        trainable = [
+            {name: stack[name].detach() for name in skeleton.trainable}
+            for skeleton, stack in zip(self._skeletons.values(), handed, strict=True)
+        ]
+        constants = {
+            name: {key: each.detach() for key, each in own.items()} for name, own in outputs.items()
+        }
+        each_row = torch.vmap(partial(self._each_row, steps), randomness="different")(
+            trainable, handed, resting, rows, constants
+        )
+        gradients: list[Tensor | None] = []
+        for own, of_model in zip(leaves, each_row, strict=True):
+            sums = clipped_sums(self._clipping, of_model, stacked=True)
+            for clipped, more in zip(sums.values(), split.public_gradients(own), strict=True):
+                gradients.append(clipped if more is None else clipped + more)
+        return split.means, kept, gradients
+
+    @property
+    def _clipping(self) -> Clipped:
+        assert self.rule is not None  # noqa: S101
+        return self.rule
+
+    def _by_norms(
+        self,
+        norms: RowNorms,
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+        leaves: Sequence[Sequence[Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor | None]]:
+        if not self._shapes:
+            self._shapes = self._layer_shapes(norms, handed, rows)
+        members, width = rows["inputs"].shape[:2]
+        noted = steps.num_private if steps.apart else width
+        nudges = {
+            name: {
+                path: rows["inputs"].new_zeros(()).expand(members, noted, *shape).requires_grad_()
+                for path, shape in shapes.items()
+            }
+            for name, shapes in self._shapes.items()
+        }
+
+        def forward(*given: Any) -> Any:
+            *of_step, self._nudges = given
+            outputs, kept = self._forward(steps, *of_step)
+            return outputs, kept, {name: dict(own) for name, own in norms.read.items()}
+
+        outputs, kept, read = torch.vmap(forward, randomness="different")(
+            handed, resting, rows, nudges
+        )
+        norms.end()
+        split = self._split(steps, outputs, handed, rows)
+        norms.nudges = nudges
+        came_back = norms.came_back(split.private)
+        gradients: list[Tensor | None] = []
+        for name, own in zip(self._skeletons, leaves, strict=True):
+            size = norms.norms(name, read[name], came_back[name], steps.num_private, stacked=True)
+            gradients += split.weighted_gradients(self._clipping.shares(size), own)
+        norms.end()
+        return split.means, kept, gradients
+
+    def _layer_shapes(
+        self,
+        norms: RowNorms,
+        handed: Sequence[dict[str, Tensor]],
+        rows: Mapping[str, Tensor],
+    ) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Return what each layer of each model puts out for one row."""
+        shapes = {}
+        for (name, skeleton), stack in zip(self._skeletons.items(), handed, strict=True):
+            tensors = {key: each[0].detach() for key, each in stack.items()}
+            # Not the training mode, in which dropout would draw.
+            skeleton.module.eval()
+            shapes[name] = norms.shapes(
+                name, partial(skeleton.logits, tensors, rows["inputs"][0, :1])
+            )
+            skeleton.module.train()
+        return shapes
+
+    def _split(
+        self,
+        steps: "_StackedSteps",
+        outputs: Mapping[str, dict[str, Tensor]],
+        handed: Sequence[dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> SplitLosses:
+        """Return all members' losses, of private rows and of public ones."""
+
+        def of_member(outputs: Any, handed: Any, rows: Any) -> dict[str, Any]:
+            seen = {name: _unpacked(own) for name, own in outputs.items()}
+            losses = self._of_objective(seen, steps.batch_of(rows), steps, handed, rows)
+            split = SplitLosses.of(losses, steps.rows_of(rows))
+            public = {} if split.public is None else {"public": split.public}
+            return {"private": split.private, "means": split.means, **public}
+
+        found = torch.vmap(of_member, randomness="different")(outputs, handed, rows)
+        return SplitLosses(found["private"], found.get("public"), found["means"])
+
+    def _each_row(
+        self,
+        steps: "_StackedSteps",
+        trainable: list[dict[str, Tensor]],
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+        whole: Mapping[str, dict[str, Tensor]],
+    ) -> list[dict[str, Tensor]]:
+        """Return one member's gradient of every private row's loss, for each model."""
+        one_row = copy.copy(steps)
+        one_row.num_private = one_row.fewest = 1
+        one_row.apart = False
+        kinds = {**_ROW_KINDS, **self._table_kinds()}
+        private = {
+            name: each
+            for name, each in rows.items()
+            if kinds.get(name) == "private" or name == "private_counted"
+        }
+        private["inputs"] = rows["inputs"][: steps.num_private]
+        private["numbers"] = torch.arange(steps.num_private, device=rows["inputs"].device)
+        others = {name: each for name, each in rows.items() if name not in (*private, "counted")}
+
+        def of_row(trainable: list[dict[str, Tensor]], row: dict[str, Tensor]) -> Tensor:
+            own = {**others, **{name: each[None] for name, each in row.items()}}
+            tensors = [{**stack, **new} for stack, new in zip(handed, trainable, strict=True)]
+            outputs, _ = self._forward(one_row, tensors, resting, own)
+            together = {
+                name: _unpacked(packed).beside_public(_unpacked(whole[name]), steps.num_private)
+                for name, packed in outputs.items()
+            }
+            losses = self._of_objective(together, steps.batch_of(own), steps, tensors, own)
+            return SplitLosses.of(losses, steps.rows_of(own)).private.sum()
+
+        found: list[dict[str, Tensor]] = torch.vmap(
+            torch.func.grad(of_row), in_dims=(None, 0), randomness="different"
+        )(trainable, private)
+        return found
+
     def _table_kinds(self) -> dict[str, str]:
         return {f"table {name}": of for name, of in self._tables_of.items()}
 
@@ -698,6 +885,8 @@ class _Step:
         for number, ((name, skeleton), tensors) in enumerate(
             zip(self._skeletons.items(), handed, strict=False)
         ):
+            if self._norms is not None:
+                self._norms.begin(name, self._nudges.get(name), apart=steps.apart)
             if skeleton.dropout is not None:
                 skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
             if steps.apart:
@@ -782,9 +971,16 @@ def _differentiate(
     )
     if anchor is not None:
         gradients[: len(held)] = anchor.pulled(gradients[: len(held)], held)
+    _assign(moving, gradients, losses)
+
+
+def _assign(
+    moving: Sequence[_ActiveMembers], gradients: Sequence[Tensor | None], _: LossTerms
+) -> None:
+    """Give all stacks their gradients, which stand in the order of their tensors."""
     start = 0
     for own in moving:
-        own.gradients = gradients[start : start + len(own.leaves)]
+        own.gradients = list(gradients[start : start + len(own.leaves)])
         start += len(own.leaves)
 
 

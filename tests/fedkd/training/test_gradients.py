@@ -1,6 +1,7 @@
 """Gradient rules: by hand, against plain PyTorch, and in both backends."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,23 +10,30 @@ import torch
 import torch.nn.functional as F
 from own_objectives import distilled
 
+from fedkd.losses.response import hard_label_rows
 from fedkd.models import ModelSettings, build_model
+from fedkd.objectives import Objective
 from fedkd.targets import Targets
 from fedkd.training import (
+    Clipped,
+    ComposedObjective,
+    Learner,
     LoopCohort,
     Member,
     ModelPool,
     OptimizerSettings,
     Passes,
+    PerRow,
     Plain,
     Proximal,
     PublicLesson,
     Streams,
     TrainingData,
     VmapCohort,
+    WholeStep,
     supervised,
 )
-from fedkd.training.gradients import Anchor
+from fedkd.training.gradients import Anchor, clipped_sums
 
 SIZES = (13, 21, 5)
 SGD = OptimizerSettings(name="sgd", lr=0.05)
@@ -165,3 +173,210 @@ def test_without_weight_the_rule_is_plain_bit_for_bit_and_with_one_it_holds(kind
 def test_a_negative_pull_is_refused():
     with pytest.raises(ValueError, match=r"mu must be >= 0 and finite, got -0\.1"):
         Proximal(mu=-0.1)
+
+
+# -- clipped -----------------------------------------------------------------------------------
+
+GROUPED = ModelSettings(name="cnn", options={"channels": [8], "norm": "group", "groups": 2})
+DROPOUT = ModelSettings(name="mlp", options={"hidden": [16], "dropout": 0.5})
+TRANSFORMER = ModelSettings(name="transformer", options={"dim": 8, "depth": 1})
+METHODS = pytest.mark.parametrize("method", ["norms", "vmap"])
+WHOLE = Passes(batch_size=64, steps=3)
+"""All rows of a client in each of three steps."""
+
+
+def test_a_clipped_gradient_by_hand():
+    # One linear layer without inputs but 1: rows' gradients are (3, 4), of norm 5, and (0.3, 0.4).
+    # At norm 1 they become (.6, .8) and (.3, .4); their sum over an expected batch of 4.
+    rule = Clipped(norm=1.0, expected_batch=4.0)
+    gradients = {"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
+    assert clipped_sums(rule, gradients, stacked=False)["weight"].tolist() == pytest.approx(
+        [0.225, 0.3]
+    )
+    assert rule.shares(torch.tensor([5.0, 0.5, 0.0])).tolist() == pytest.approx([0.05, 0.25, 0.25])
+    stacked = {"weight": torch.stack([gradients["weight"], torch.zeros(2, 2)])}
+    both = clipped_sums(rule, stacked, stacked=True)["weight"]
+    assert both.tolist() == [pytest.approx([0.225, 0.3]), [0.0, 0.0]]
+
+
+def row_by_row(model, rows, labels, rule):
+    """Return the rule's gradient from one backward pass for every single row."""
+    total = [torch.zeros_like(each) for each in model.parameters()]
+    for row, label in zip(rows, labels, strict=True):
+        loss = F.cross_entropy(model(row[None]), label[None])
+        own = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.sqrt(sum(each.square().sum() for each in own))
+        share = min(1.0, rule.norm / float(norm))
+        for into, each in zip(total, own, strict=True):
+            into += share * each
+    return [each / rule.expected_batch for each in total]
+
+
+@METHODS
+@BACKENDS
+@pytest.mark.parametrize("model", [MLP, GROUPED], ids=["mlp", "group norm"])
+def test_steps_are_those_of_a_loop_over_single_rows(kind, method, model):
+    # Between the smallest norm and the largest, so that some rows are clipped and some are not.
+    rule = Clipped(norm=1.5, expected_batch=10.0, method=method)
+    cohort = cohort_of(kind, model=model)
+    before = cohort.weights()
+    cohort.fit(supervised, private=WHOLE, gradient=rule)
+    data, ends = rows_of(), np.cumsum(SIZES)
+    for client, (end, size) in enumerate(zip(ends, SIZES, strict=True)):
+        own = build_model(model, input_shape=(1, 8, 8), num_classes=3, seed=0)
+        weights = {name: torch.from_numpy(array) for name, array in before[client].items()}
+        own.load_state_dict(weights)
+        for _ in range(3):
+            rows = slice(end - size, end)
+            slopes = row_by_row(own, data.train_inputs[rows], data.train_labels[rows], rule)
+            for parameter, slope in zip(own.parameters(), slopes, strict=True):
+                parameter.data -= 0.05 * slope
+        for name, array in cohort.weights()[client].items():
+            np.testing.assert_allclose(array, own.state_dict()[name].numpy(), atol=1e-6)
+
+
+def weighted(outputs, batch):
+    """Two losses of private rows, one with weights, beside one of public rows."""
+    rows = hard_label_rows(outputs.private, batch.labels)
+    weights = 1.0 + (batch.labels == 1)
+    small = 0.1 * PerRow(outputs.private.square().mean(1), of="private")
+    losses = {"ce": 0.7 * PerRow(rows, of="private", weights=weights), "small": small}
+    if outputs.public is not None:
+        losses |= {"kd": distilled(outputs, batch, temperature=2.0)["kd"]}
+    return losses
+
+
+def composed(table, confidence_threshold=0.0):
+    learner = Learner(objective=Objective.model_validate(table))
+    return ComposedObjective(
+        learners={"model": learner}, confidence_threshold=confidence_threshold, temperature=2.0
+    )
+
+
+CASES = {
+    "own rows": (weighted, {"private": PASSES}, MLP),
+    "both kinds": (weighted, {"private": PASSES, "public": lesson}, MLP),
+    "apart": (weighted, {"private": PASSES, "public": lambda: replace(lesson(), apart=True)}, MLP),
+    "dropout": (weighted, {"private": PASSES, "public": lesson}, DROPOUT),
+    "group norm": (weighted, {"private": PASSES, "public": lesson}, GROUPED),
+    "terms": (
+        composed({"ce": 1.0, "kd": {"temperature": 2.0}}),
+        {"private": PASSES, "public": lesson},
+        MLP,
+    ),
+}
+
+
+@pytest.mark.parametrize(("objective", "options", "model"), CASES.values(), ids=CASES.keys())
+def test_both_methods_and_both_backends_take_the_same_steps(objective, options, model):
+    options = {name: each() if callable(each) else each for name, each in options.items()}
+    momentum = OptimizerSettings(name="sgd", lr=0.05, momentum=0.9)
+    cohorts = []
+    for kind in (LoopCohort, VmapCohort):
+        for method in ("norms", "vmap"):
+            rule = Clipped(norm=0.8, expected_batch=6.0, method=method)
+            cohorts.append(cohort_of(kind, model=model, optimizer=momentum))
+            cohorts[-1].fit(objective, gradient=rule, **options)
+    for other in cohorts[1:]:
+        assert difference(cohorts[0], other) < 1e-6
+    plain = cohort_of(LoopCohort, model=model, optimizer=momentum)
+    plain.fit(objective, **options)
+    assert difference(cohorts[0], plain) > 1e-3
+
+
+@METHODS
+@BACKENDS
+def test_each_of_two_models_has_its_own_norms(kind, method):
+    models = {"private": MLP, "meme": ModelSettings(name="mlp", options={"hidden": [6]})}
+    rule = Clipped(norm=0.5, expected_batch=8.0, method=method)
+
+    def mutual(outputs, batch):
+        losses = {}
+        for name, scale in (("private", 5.0), ("meme", 0.1)):
+            rows = hard_label_rows(outputs[name].private, batch.labels)
+            losses[name] = scale * PerRow(rows, of="private")
+        return losses
+
+    cohort = cohort_of(kind, model=models)
+    cohort.fit(mutual, private=WHOLE, models=["private", "meme"], gradient=rule)
+    # As if each had learnt by itself: neither's gradient counts in the other's norm.
+    for name in models:
+        alone = cohort_of(LoopCohort, model=models)
+        scale = {"private": 5.0, "meme": 0.1}[name]
+
+        def one(outputs, batch, scale=scale):
+            return {"ce": scale * PerRow(hard_label_rows(outputs.private, batch.labels))}
+
+        alone.fit(one, private=WHOLE, models=[name], gradient=rule)
+        for mine, others in zip(cohort.weights(model=name), alone.weights(model=name), strict=True):
+            assert max(float(np.abs(mine[key] - others[key]).max()) for key in mine) < 1e-6
+
+
+@METHODS
+@BACKENDS
+def test_one_row_moves_a_step_by_no_more_than_its_share(kind, method):
+    # Multiplied by a thousand, a row's loss moves the weights by lr * norm / expected_batch.
+    rule = Clipped(norm=0.3, expected_batch=4.0, method=method)
+
+    def after(scale):
+        def objective(outputs, batch):
+            rows = hard_label_rows(outputs.private, batch.labels)
+            factors = torch.where(batch.private_rows == 2, scale, 1.0)
+            return {"ce": PerRow(factors * rows)}
+
+        cohort = cohort_of(kind, sizes=(6, 4))
+        cohort.fit(objective, private=Passes(batch_size=16, steps=1), gradient=rule)
+        return cohort.weights()[0]
+
+    with_row, without = after(1000.0), after(0.0)
+    moved = np.sqrt(sum(float(np.square(with_row[n] - without[n]).sum()) for n in without))
+    assert moved == pytest.approx(0.05 * 0.3 / 4.0, rel=1e-4)
+
+
+@BACKENDS
+def test_norms_refuse_what_they_cannot_measure_and_vmap_takes_it(kind):
+    rule = Clipped(norm=0.5, expected_batch=8.0)
+    with pytest.raises(ValueError, match=r"cannot measure layer .* method='vmap' works for it"):
+        cohort_of(kind, model=TRANSFORMER).fit(supervised, private=PASSES, gradient=rule)
+    gru = ModelSettings(name="gru", options={"hidden": 6})
+    with pytest.raises(ValueError, match=r"runs more than once in a step: method='vmap'"):
+        cohort_of(kind, model=gru).fit(supervised, private=PASSES, gradient=rule)
+
+
+@pytest.mark.parametrize("name", ["transformer", "gru"])
+def test_the_slow_method_takes_any_model_without_batch_norm(name):
+    options = {"transformer": {"dim": 8, "depth": 1}, "gru": {"hidden": 6}}[name]
+    model = ModelSettings(name=name, options=options)
+    rule = Clipped(norm=0.5, expected_batch=8.0, method="vmap")
+    cohorts = [cohort_of(kind, model=model) for kind in (LoopCohort, VmapCohort)]
+    for cohort in cohorts:
+        cohort.fit(supervised, private=Passes(batch_size=8, steps=2), gradient=rule)
+    assert difference(*cohorts) < 1e-6
+
+
+@METHODS
+@BACKENDS
+def test_what_mixes_rows_is_refused_by_name(kind, method):
+    rule = Clipped(norm=0.5, expected_batch=8.0, method=method)
+    batch_norm = ModelSettings(name="cnn", options={"channels": [4], "norm": "batch"})
+    with pytest.raises(
+        ValueError, match=r"layer '1' of model 'model' is a .*BatchNorm.*: use norm"
+    ):
+        cohort_of(kind, model=batch_norm).fit(supervised, private=PASSES, gradient=rule)
+
+    def spread(outputs, batch):
+        return {"spread": WholeStep(outputs.private.var())}
+
+    with pytest.raises(ValueError, match=r"loss 'spread' compares the rows of a step"):
+        cohort_of(kind).fit(spread, private=PASSES, gradient=rule)
+    with pytest.raises(ValueError, match=r"clips the gradients of private rows, and the fit has"):
+        cohort_of(kind).fit(partial(distilled, temperature=2.0), public=lesson(), gradient=rule)
+    learned = composed({"ce": 1.0, "kd": {"learned": True}})
+    with pytest.raises(ValueError, match=r"does not clip what terms train beside the models"):
+        cohort_of(kind).fit(learned, private=PASSES, public=lesson(), gradient=rule)
+
+
+@pytest.mark.parametrize("field", ["norm", "expected_batch"])
+def test_numbers_out_of_range_are_refused(field):
+    with pytest.raises(ValueError, match=rf"{field} must be > 0 and finite, got 0\.0"):
+        Clipped(**{"norm": 1.0, "expected_batch": 8.0, field: 0.0})
