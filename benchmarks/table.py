@@ -26,6 +26,7 @@ SCRIPTS = (
     "faults",
     "soak",
     "objective_overhead",
+    "gradients",
 )
 
 

@@ -5,8 +5,8 @@ count. So what pads the batches of stacked clients is nobody else's business, an
 the gradient of each row gets rows to clip.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,27 +18,60 @@ from fedkd.losses.rows import row_mean
 RowKind = Literal["private", "public"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class PerRow:
     """A loss of each row that depends on no other row; ``0.5 * PerRow(...)`` weighs it.
 
     Attributes:
-        values: one number a row.
         of: which rows; None where the step has rows of one kind only.
         weights: >= 0, how much each row counts, as a constant; None: all the same. The mean is
             divided by the sum of the weights, and 0 where that is.
         factors: what multiplies the mean, one after the other.
     """
 
-    values: Tensor
-    of: RowKind | None = None
-    weights: Float[Tensor, " rows"] | None = None
-    factors: tuple[float, ...] = ()
+    __slots__ = ("_mean", "_values", "factors", "of", "weights")
+
+    def __init__(
+        self,
+        values: Tensor | Callable[[], Tensor],
+        of: RowKind | None = None,
+        weights: Tensor | None = None,
+        *,
+        mean: Callable[[], Tensor] | None = None,
+        factors: tuple[float, ...] = (),
+    ) -> None:
+        """Say of which rows values are.
+
+        Args:
+            values: one number a row; or a function that returns them, which is not called where
+                ``mean`` does.
+            of: which rows they are.
+            weights: of the rows.
+            mean: returns the mean of all values cheaper than by way of the values.
+            factors: of the mean.
+        """
+        self._values, self._mean = values, mean
+        self.of, self.weights, self.factors = of, weights, factors
+
+    @property
+    def values(self) -> Tensor:
+        """One number a row."""
+        if not isinstance(self._values, Tensor):
+            self._values = self._values()
+        return self._values
+
+    def fits(self, rows: int | None) -> bool:
+        """Tell whether there is one value for each of so many rows."""
+        if not isinstance(self._values, Tensor):
+            return rows is not None
+        return self._values.ndim == 1 and len(self._values) == rows
 
     def __mul__(self, factor: int | float) -> "PerRow":
         """Return the same rows with one more factor."""
         # A product with 1 changes no bit and costs two nodes of the graph in every step.
-        return self if factor == 1 else replace(self, factors=(*self.factors, factor))
+        if factor == 1:
+            return self
+        factors = (*self.factors, float(factor))
+        return PerRow(self._values, self.of, self.weights, mean=self._mean, factors=factors)
 
     __rmul__ = __mul__
 
@@ -61,11 +94,15 @@ class PerRow:
         Args:
             counted: 1 for a row that counts, 0 for one that pads the batch; None: all count.
         """
-        values, weights = self.values, self.weights
-        if counted is not None:
-            values = _without_padding(values, counted)
-            weights = counted if weights is None else _without_padding(weights, counted)
-        mean = row_mean(values, weights)
+        weights = self.weights
+        if self._mean is not None and counted is None and weights is None:
+            mean = self._mean()
+        else:
+            values = self.values
+            if counted is not None:
+                values = _without_padding(values, counted)
+                weights = counted if weights is None else _without_padding(weights, counted)
+            mean = row_mean(values, weights)
         for factor in self.factors:
             mean = factor * mean
         return mean
@@ -135,22 +172,25 @@ class StepRows:
                 f"loss {name!r} must be PerRow(values, of=...) or WholeStep(scalar), got "
                 f"{type(loss).__name__}"
             )
-        shape, of = list(loss.values.shape), loss.of
-        told = " and ".join(f"{rows} {kind}" for kind, rows in self.sizes.items()) or "no"
-        if of is None:
+        if loss.of is None:
             if len(self.sizes) != 1:
                 raise ValueError(
-                    f"loss {name!r} of shape {shape} could be of either kind in a step with {told} "
-                    "rows: return PerRow(values, of='private') or PerRow(values, of='public')"
+                    f"loss {name!r} of shape {list(loss.values.shape)} could be of either kind in "
+                    f"a step with {self._told} rows: return PerRow(values, of='private') or "
+                    "PerRow(values, of='public')"
                 )
-            (of,) = self.sizes
-            loss = replace(loss, of=of)
-        if shape != [self.sizes.get(of)]:
+            loss.of = next(iter(self.sizes))
+        if loss.of is None or not loss.fits(self.sizes.get(loss.of)):
             raise ValueError(
-                f"loss {name!r} of {of} rows has shape {shape} in a step with {told} rows: return "
-                "PerRow(values, of=...) with one value a row, or WholeStep(scalar)"
+                f"loss {name!r} of {loss.of} rows has shape {list(loss.values.shape)} in a step "
+                f"with {self._told} rows: return PerRow(values, of=...) with one value a row, or "
+                "WholeStep(scalar)"
             )
         return loss
+
+    @property
+    def _told(self) -> str:
+        return " and ".join(f"{rows} {kind}" for kind, rows in self.sizes.items()) or "no"
 
     def mean(self, name: str, loss: Loss) -> Float[Tensor, ""]:
         """Return a loss as the number to be minimised.

@@ -89,8 +89,16 @@ def soft_target_kl(
     Source:
         Hinton, Vinyals, Dean, 2015, section 2. https://arxiv.org/abs/1503.02531
     """
-    rows = soft_target_rows(student_logits, target_probabilities, temperature=temperature)
-    return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)
+    if sample_weights is None:
+        # Summed at once: fewer nodes in the graph of every step, and the same gradient.
+        student_log_p = log_soften(student_logits, temperature)
+        target_p = target_probabilities.detach().to(student_log_p.dtype)
+        loss = torch.xlogy(target_p, target_p).sum() - (target_p * student_log_p).sum()
+        loss = loss / max(len(student_log_p), 1)
+    else:
+        rows = soft_target_rows(student_logits, target_probabilities, temperature=temperature)
+        loss = row_mean(rows, sample_weights)
+    return loss * t2_factor(temperature, True) if scale_by_t2 else loss
 
 
 def soft_target_rows(
@@ -103,7 +111,7 @@ def soft_target_rows(
     student_log_p = log_soften(student_logits, temperature)
     target_p = target_probabilities.detach().to(student_log_p.dtype)
     # xlogy: a class the target rules out contributes 0 * log 0 = 0, not NaN.
-    return (torch.xlogy(target_p, target_p) - target_p * student_log_p).sum(dim=-1)
+    return torch.xlogy(target_p, target_p).sum(dim=-1) - (target_p * student_log_p).sum(dim=-1)
 
 
 def soft_target_loss(

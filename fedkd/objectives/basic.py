@@ -17,8 +17,10 @@ from fedkd.losses.curriculum_temperature import (
 from fedkd.losses.distances import logit_l1_rows, logit_mse_rows
 from fedkd.losses.reduction import Loss
 from fedkd.losses.response import (
+    hard_label_loss,
     hard_label_rows,
     soft_cross_entropy_rows,
+    soft_target_kl,
     soft_target_rows,
 )
 from fedkd.losses.rows import t2_factor
@@ -46,9 +48,11 @@ class HardLabels(Term):
         """Return the loss of each labelled row, in nats."""
         if view.labelled_logits is None or view.labels is None:
             raise ValueError("this step has no labelled rows")
-        rows = partial(hard_label_rows, view.labelled_logits, label_smoothing=self.label_smoothing)
+        logits, smoothing = view.labelled_logits, self.label_smoothing
+        rows = partial(hard_label_rows, logits, label_smoothing=smoothing)
         if view.mix is None:
-            return view.of_labelled(rows(view.labels))
+            mean = partial(hard_label_loss, logits, view.labels, label_smoothing=smoothing)
+            return view.of_labelled(partial(rows, view.labels), mean=mean)
         share, partners = view.mix.share, view.labels[view.mix.permutation]
         return view.of_labelled(share * rows(view.labels) + (1 - share) * rows(partners))
 
@@ -124,8 +128,13 @@ class SoftTargets(SoftenedTerm):
             return view.of_transfer(rows * learned**2 if self.scale_by_t2 else rows)
         temperature = self.temperature.at(view.progress)
         student, target = view.softened_pair(self.target_temperature_at(view.progress, parts))
-        rows = soft_target_rows(student, target, temperature=temperature)
-        return t2_factor(temperature, self.scale_by_t2) * view.of_transfer(rows)
+        divergence = view.of_transfer(
+            partial(soft_target_rows, student, target, temperature=temperature),
+            mean=partial(
+                soft_target_kl, student, target, temperature=temperature, scale_by_t2=False
+            ),
+        )
+        return t2_factor(temperature, self.scale_by_t2) * divergence
 
 
 class SoftCrossEntropy(SoftenedTerm):

@@ -1,6 +1,6 @@
 """What the terms of an objective see of one step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -77,13 +77,27 @@ class View(NamedTuple):
             raise ValueError("this step has no rows that a teacher speaks about")
         return self.logits, self.targets
 
-    def of_labelled(self, values: Float[Tensor, " labelled"]) -> PerRow:
-        """Return a loss of the labelled rows, each of which counts as the view says."""
-        return PerRow(values, of=self.labelled_of, weights=self.labelled_weights)
+    def of_labelled(
+        self, values: Tensor | Callable[[], Tensor], *, mean: Callable[[], Tensor] | None = None
+    ) -> PerRow:
+        """Return a loss of the labelled rows, each of which counts as the view says.
 
-    def of_transfer(self, values: Float[Tensor, " rows"]) -> PerRow:
-        """Return a loss of the transfer rows, each of which counts as the view says."""
-        return PerRow(values, of=self.transfer_of, weights=self.weights)
+        Args:
+            values: one a row, or a function that returns them.
+            mean: returns their mean cheaper; see `PerRow`.
+        """
+        return PerRow(values, of=self.labelled_of, weights=self.labelled_weights, mean=mean)
+
+    def of_transfer(
+        self, values: Tensor | Callable[[], Tensor], *, mean: Callable[[], Tensor] | None = None
+    ) -> PerRow:
+        """Return a loss of the transfer rows, each of which counts as the view says.
+
+        Args:
+            values: one a row, or a function that returns them.
+            mean: returns their mean cheaper; see `PerRow`.
+        """
+        return PerRow(values, of=self.transfer_of, weights=self.weights, mean=mean)
 
     @property
     def step_rows(self) -> StepRows:

@@ -6,14 +6,15 @@ losses, already weighted, whose sum is minimised; the names appear in the metric
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedkd.losses.reduction import Loss, PerRow
-from fedkd.losses.response import hard_label_rows, soft_target_rows
+from fedkd.losses.reduction import Loss, PerRow, RowKind
+from fedkd.losses.response import hard_label_loss, hard_label_rows, soft_target_rows
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.targets import Targets
 
@@ -105,15 +106,21 @@ def supervised(outputs: Outputs, batch: Batch, *, weight: float = 1.0) -> Losses
     """``weight`` times the cross-entropy on the client's own labelled rows."""
     if outputs.private is None or batch.labels is None:
         raise ValueError("supervised learning needs private rows with labels")
-    return {"ce": weight * PerRow(hard_label_rows(outputs.private, batch.labels), of="private")}
+    return {"ce": weight * _cross_entropy(outputs.private, batch.labels, "private")}
 
 
 def supervised_public(outputs: Outputs, batch: Batch) -> Losses:
     """Cross-entropy on a labelled public set."""
     if outputs.public is None or batch.public_labels is None:
         raise ValueError("supervised learning on public rows needs data.public.labelled: true")
-    rows = hard_label_rows(outputs.public, batch.public_labels)
-    return {"ce_public": PerRow(rows, of="public")}
+    return {"ce_public": _cross_entropy(outputs.public, batch.public_labels, "public")}
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], of: RowKind
+) -> PerRow:
+    rows, mean = partial(hard_label_rows, logits, labels), partial(hard_label_loss, logits, labels)
+    return PerRow(rows, of=of, mean=mean)
 
 
 def towards_targets(outputs: Outputs, batch: Batch, *, temperature: float = 1.0) -> Losses:
