@@ -522,6 +522,16 @@ def test_rounds_that_were_not_judged_cannot_be_selected():
     assert selected_round(History()) == {}
 
 
+def test_of_several_models_of_the_server_the_first_leads():
+    history = History()
+    rows = [
+        {"round": 1, "scope": "server", "accuracy": 0.9},
+        {"round": 1, "scope": "server", "accuracy": 0.1, "model": "second"},
+    ]
+    history.add_metrics(rows)
+    assert history.server == rows[0]
+
+
 def test_a_summary_shows_the_last_and_the_selected_round():
     history = History(
         federation=[judged(1, 0.9, 0.5), judged(2, 0.8, 0.6), {"round": 3}],
