@@ -285,17 +285,22 @@ class BoundLearners:
         def draw(*shape: int) -> Tensor:
             return torch.randn(2, *shape, device=device)
 
+        def scores() -> Tensor:
+            # As stacked models leave them: cross-entropy of others, under vmap, makes torch load
+            # its compiler's algebra, a second before the first step.
+            return draw(classes, rows).transpose(-1, -2)
+
         outputs, settings = {}, {}
         for name in self._composed.models:
             shapes = layer_shapes(self._modules[name], self._inputs) if self.layers[name] else {}
             features = {layer: draw(rows, *shapes[layer]) for layer in self.layers[name]}
-            outputs[name] = Outputs(draw(rows, classes), draw(rows, classes), features)
+            outputs[name] = Outputs(scores(), scores(), features)
         for name, learner in self._composed.learners.items():
             for term in self.objectives[name].terms:
                 settings[self._composed.loss_name(name, term)] = f"{learner.setting}.{term}"
         labels = torch.arange(rows, device=device).remainder(classes).expand(2, rows)
         ids = torch.arange(rows, device=device).expand(2, rows)
-        targets = Targets.from_model(draw(rows, classes))
+        targets = Targets.from_model(scores())
         batch = Batch(labels, targets, labels, ids, ids, {})
         return outputs, batch, settings
 
