@@ -133,7 +133,7 @@ def test_excluded_clients_are_not_asked_again_not_even_after_a_resume(grid_of: A
     grid = grid_of(3)
     ask(grid, range(3))
     (call,) = [packed.call for packed in grid.calls if packed.call.clients == (1,)]
-    grid._exclude(call, "it kills")
+    grid.exclude(call, "it kills")
     resumed = grid_of(3)
     resumed.recall(grid.memory())
     for one in (grid, resumed):

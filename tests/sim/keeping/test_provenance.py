@@ -49,7 +49,7 @@ def write(path: Path, text: str) -> None:
 
 def test_our_code_counts_but_not_what_only_shows_numbers(small: Small) -> None:
     code = provenance_of(small()).code
-    assert {"strategies/dml.py", "fedkd/losses/response.py", "sim/server/rounds.py"} <= code.keys()
+    assert {"strategies/mutual/dml.py", "fedkd/losses/response.py", "sim/server/rounds.py"} <= code.keys()
     assert not [name for name in code if name.startswith(("sim/reports/", "sim/commands/cli.py"))]
     assert not [name for name in code if "__pycache__" in name]
 
@@ -193,8 +193,8 @@ def test_weights_that_a_distillation_begins_with_are_data(tmp_path: Path) -> Non
 
 # -- which run is the same ---------------------------------------------------------------------
 
-MADE = Provenance({"a/train.parquet": "1"}, {"strategies/dml.py": "1"}, {"torch": "2"})
-OTHER_CODE = Provenance(MADE.data, {"strategies/dml.py": "2"}, MADE.versions)
+MADE = Provenance({"a/train.parquet": "1"}, {"strategies/mutual/dml.py": "1"}, {"torch": "2"})
+OTHER_CODE = Provenance(MADE.data, {"strategies/mutual/dml.py": "2"}, MADE.versions)
 OTHER_DATA = Provenance({"a/train.parquet": "2"}, MADE.code, MADE.versions)
 
 
@@ -216,7 +216,7 @@ def test_a_run_made_of_something_else_is_kept_and_the_new_one_gets_a_number(
     assert place(first, MADE) == provenance.Place(first)
     keep(first, MADE)
     assert place(first, MADE).folder == first
-    for now, said in ((OTHER_CODE, "code: strategies/dml.py"), (OTHER_DATA, "data: a/train")):
+    for now, said in ((OTHER_CODE, "code: strategies/mutual/dml.py"), (OTHER_DATA, "data: a/train")):
         found = place(first, now)
         assert (found.folder.name, found.kept) == ("seed-0-2", first)
         assert found.note.startswith(said)
@@ -250,7 +250,7 @@ def test_a_run_that_does_not_say_what_it_is_made_of_is_not_taken(tmp_path: Path,
 def test_going_on_with_other_code_needs_the_flag_and_other_data_is_refused(tmp_path: Path) -> None:
     folder = keep(tmp_path / "run", MADE)
     assert check_same_make(folder, MADE, accept_code=False) == (MADE, Changes())
-    with pytest.raises(SettingsError, match=r"strategies/dml\.py changed.*--accept-code"):
+    with pytest.raises(SettingsError, match=r"strategies/mutual/dml\.py changed.*--accept-code"):
         check_same_make(folder, OTHER_CODE, accept_code=False)
     for accept_code in (False, True):
         with pytest.raises(SettingsError, match=r"a/train\.parquet changed"):
@@ -260,7 +260,7 @@ def test_going_on_with_other_code_needs_the_flag_and_other_data_is_refused(tmp_p
 def test_a_run_of_two_kinds_of_code_is_a_run_of_neither(tmp_path: Path) -> None:
     folder = keep(tmp_path / "run", MADE)
     mixed, accepted = check_same_make(folder, OTHER_CODE, accept_code=True)
-    assert str(accepted) == "code: strategies/dml.py changed"
+    assert str(accepted) == "code: strategies/mutual/dml.py changed"
     assert mixed.latest() == OTHER_CODE
     write(folder / IDENTITY_FILE, json.dumps(mixed.to_row()))
     for now in (MADE, OTHER_CODE):
