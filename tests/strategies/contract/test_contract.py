@@ -18,8 +18,13 @@ VARIANTS = {
         {"confidence_threshold": 0.5},
         {"objective": {"ce": 1.0, "kd": {"learned": True}, "sp": {"weight": 1, "on": "logits"}}},
     ],
+    "dsfl": [{}, {"aggregation": "sa", "server_model": "mlp"}],
+    "fd": [{}, {"collect": "evaluation", "weighting": "count"}],
     "fedavg": [{}, {"weighting": "equal"}],
     "fedmd": [{}, {"digest_loss": "kl", "weighting": "examples"}],
+    "fedntd": [{}, {"temperature": 3}],
+    "fedprox": [{}, {"mu": 1}],
+    "fedproto": [{}, {"judge": "head", "features": 4}],
     "fml": [
         {},
         {"meme": "cnn", "weighting": "examples"},
@@ -36,7 +41,13 @@ VARIANTS = {
 """Settings worth running besides the defaults; a new row of the table runs with its defaults."""
 
 CASES = [
-    pytest.param(name, options, id=" ".join([name, *map(str, options.values())]))
+    pytest.param(
+        name,
+        options,
+        id=" ".join([name, *map(str, options.values())]),
+        # Every algorithm goes through all claims as it is; other settings of it take their time.
+        marks=[pytest.mark.slow] if options else [],
+    )
     for name in STRATEGIES
     for options in VARIANTS.get(name, [{}])
 ]
