@@ -49,7 +49,11 @@ def write(path: Path, text: str) -> None:
 
 def test_our_code_counts_but_not_what_only_shows_numbers(small: Small) -> None:
     code = provenance_of(small()).code
-    assert {"strategies/mutual/dml.py", "fedkd/losses/response.py", "sim/server/rounds.py"} <= code.keys()
+    assert {
+        "strategies/mutual/dml.py",
+        "fedkd/losses/response.py",
+        "sim/server/rounds.py",
+    } <= code.keys()
     assert not [name for name in code if name.startswith(("sim/reports/", "sim/commands/cli.py"))]
     assert not [name for name in code if "__pycache__" in name]
 
@@ -216,7 +220,10 @@ def test_a_run_made_of_something_else_is_kept_and_the_new_one_gets_a_number(
     assert place(first, MADE) == provenance.Place(first)
     keep(first, MADE)
     assert place(first, MADE).folder == first
-    for now, said in ((OTHER_CODE, "code: strategies/mutual/dml.py"), (OTHER_DATA, "data: a/train")):
+    for now, said in (
+        (OTHER_CODE, "code: strategies/mutual/dml.py"),
+        (OTHER_DATA, "data: a/train"),
+    ):
         found = place(first, now)
         assert (found.folder.name, found.kept) == ("seed-0-2", first)
         assert found.note.startswith(said)
