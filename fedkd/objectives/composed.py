@@ -176,7 +176,9 @@ class BoundObjective:
         Raises:
             ValueError: naming a term whose loss fits no rows of the step.
         """
-        return view.step_rows.means(self.weighted(view, parts))
+        # Term by term: the order in which a graph is built is that in which gradients are added.
+        rows = view.step_rows
+        return {name: rows.mean(name, loss) for name, loss in self._each(view, parts)}
 
     def weighted(
         self, view: View, parts: Mapping[str, Parts] | None = None, *, labels_only: bool = False
@@ -191,14 +193,17 @@ class BoundObjective:
             parts: how to run the modules of each term; None: as they are.
             labels_only: leave out all terms but those of labelled rows.
         """
-        losses: dict[str, Loss] = {}
+        return dict(self._each(view, parts, labels_only=labels_only))
+
+    def _each(
+        self, view: View, parts: Mapping[str, Parts] | None, *, labels_only: bool = False
+    ) -> Iterator[tuple[str, Loss]]:
         for name, bound in self.terms.items():
             weight = bound.term.weight.at(view.progress)
             if weight == 0 or (labels_only and set(bound.term.needs) != {"labels"}):
                 continue
             own = self._parts[name] if parts is None else parts[name]
-            losses[name] = weight * bound.term.value(view, own, bound.pairs)
-        return losses
+            yield name, weight * bound.term.value(view, own, bound.pairs)
 
     def notes(self, view: View) -> dict[str, Float[Tensor, ""]]:
         """Return what terms tell about a step besides their losses, as ``<term>/<what>``.
