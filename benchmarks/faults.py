@@ -1,6 +1,7 @@
 """Injected faults and what becomes of the run: each kind, in each phase, stacked and one by one.
 
-A run of 6 digits clients over 3 rounds is repeated with one planned fault. Faults that cost a
+A run of 6 digits clients over 3 rounds is repeated with one planned fault; algorithms take turns.
+Faults that cost a
 retry (a late client, a worker that is killed, exits or crashes) must leave no trace but an event:
 the same weights as the run without. Faults that cost a client its round (dropped out, raised,
 hung, out of memory, frozen, a bad reply) must leave exactly the weights of the run in which that
@@ -18,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sim.settings import Settings, settings_from_table
 
 RETRIED = ("delay", "kill", "exit", "segfault")
 LOST = ("dropout", "crash", "hang", "memory", "freeze")
+STRATEGIES = ("dml", "dsfl", "fedgkt", "proxyfl")
 CLIENT, ROUND = 2, 2
 DEADLINE_S = 2.0
 
@@ -44,11 +46,12 @@ class Fault:
     phase: str
     vectorize: str
     reply: str = "nan"
+    strategy: str = "dml"
 
     @property
     def label(self) -> str:
         what = f"bad_reply {self.reply}" if self.kind == "bad_reply" else self.kind
-        return f"{what}, {self.phase}, {self.vectorize}"
+        return f"{what}, {self.phase}, {self.vectorize}, {self.strategy}"
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -72,7 +75,10 @@ def catalogue() -> list[Fault]:
         for kind in kinds
     ]
     spoilt = [Fault("bad_reply", "train", "loop", reply) for reply in BAD_REPLIES]
-    return [*faults, *spoilt]
+    return [
+        replace(fault, strategy=STRATEGIES[number % len(STRATEGIES)])
+        for number, fault in enumerate([*faults, *spoilt])
+    ]
 
 
 def main() -> int:
@@ -86,17 +92,18 @@ def main() -> int:
         faults = [Fault("crash", "train", "loop"), Fault("delay", "evaluate", "vmap")]
     wrong = []
     with tempfile.TemporaryDirectory() as output, RaySession(settings().engine) as session:
-        reference: dict[tuple[str, bool], str | None] = {}
-        for vectorize in ("loop", "vmap"):
-            for lost in (False, True):
-                absent = [Fault("dropout", "train", vectorize).rule] if lost else []
-                whole = settings(vectorize, absent, output)
-                reference[vectorize, lost] = run(whole, session=session).weights_sha256
+        reference: dict[tuple[str, str, bool], str | None] = {}
         for fault in faults:
             started = time.perf_counter()
-            result = run(settings(fault.vectorize, [fault.rule], output), session=session)
             lost = fault.phase == "train" and fault.kind not in RETRIED
-            problem = judge(fault, result, reference[fault.vectorize, lost])
+            key = fault.strategy, fault.vectorize, lost
+            if key not in reference:
+                absent = [replace(fault, kind="dropout").rule] if lost else []
+                whole = settings(fault.vectorize, absent, output, fault.strategy)
+                reference[key] = run(whole, session=session).weights_sha256
+            planned = settings(fault.vectorize, [fault.rule], output, fault.strategy)
+            result = run(planned, session=session)
+            problem = judge(fault, result, reference[key])
             seconds = time.perf_counter() - started
             print(f"  {fault.label:48} {seconds:5.1f} s  {problem or 'right'}", flush=True)
             if problem:
@@ -129,11 +136,15 @@ def judge(fault: Fault, result: Any, expected: str | None) -> str | None:
 
 
 def settings(
-    vectorize: str = "loop", faults: list[dict[str, Any]] | None = None, output: str = "runs"
+    vectorize: str = "loop",
+    faults: list[dict[str, Any]] | None = None,
+    output: str = "runs",
+    strategy: str = "dml",
 ) -> Settings:
     return settings_from_table(
         {
             "rounds": 3,
+            "strategy": {"name": strategy},
             "output": output,
             "data": {"private_rows": 240, "test_rows": 100, "public": {"size": 60}},
             "clients": {"count": 6, "models": ["mlp"], "local": {"epochs": 1}},

@@ -41,19 +41,24 @@ from sim.settings import Settings, load_settings
 Visit = tuple[str, int, int]
 """A file, a line of it, and which of the line's visits."""
 
-STRATEGIES = ("dml", "fedavg", "one_way")
+STRATEGIES = ("dml", "fedavg", "one_way", "dsfl", "fedgkt", "proxyfl")
 
+ROOT = Path(sim.__file__).parents[1]
 DRIVER = {
-    str(Path(sim.__file__).with_name(f"{module}.py"))
+    str((ROOT / module).resolve(strict=True))
     for module in (
-        "checkpoints",
-        "history",
-        "interruption",
-        "persistence",
-        "records",
-        "replies",
-        "rounds",
-        "running",
+        "fedkd/exchange/pipeline.py",
+        "sim/commands/interruption.py",
+        "sim/commands/running.py",
+        "sim/engine/grid.py",
+        "sim/engine/inline.py",
+        "sim/keeping/checkpoints.py",
+        "sim/keeping/records.py",
+        "sim/keeping/resume.py",
+        "sim/server/history.py",
+        "sim/server/outbox.py",
+        "sim/server/replies.py",
+        "sim/server/rounds.py",
     )
 }
 

@@ -630,6 +630,7 @@ WATCHED = {
         "keeping/records.py",
         "keeping/resume.py",
         "server/history.py",
+        "server/outbox.py",
         "server/replies.py",
         "server/rounds.py",
     )
