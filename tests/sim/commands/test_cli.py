@@ -52,7 +52,10 @@ BAD = {
     "negative rounds": (["run", "rounds=-3"], "rounds: must be greater than or equal to 1"),
     "participants": (["run", "clients.participants=99"], "clients.count (10), got 99"),
     "gpus": (["run", "engine.gpus_per_worker=512"], "engine.gpus_per_worker must be at most"),
-    "strategy": (["run", "strategy.name=fedfd"], "unknown strategy 'fedfd'; known: dml, dsfl, fd, fed"),
+    "strategy": (
+        ["run", "strategy.name=fedfd"],
+        "unknown strategy 'fedfd'; known: dml, dsfl, fd, fed",
+    ),
     "model": (["run", "clients.models=[lenett]"], "unknown model 'lenett'; known: mlp"),
     "arm": (["compare", "--arms", "local,dmll"], "unknown arm 'dmll'; known: dml"),
     "nothing to accept": (["run", "--accept-code"], "--accept-code is about earlier runs"),
