@@ -201,7 +201,7 @@ BREAKS = {
         return answers
 """,
         "the_client_half_uses_nothing_but_its_arguments",
-        "the clients ended with other weights",
+        "the client half changed an attribute of the algorithm",
     ),
     "silence is not thought of": (
         """
