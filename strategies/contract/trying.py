@@ -7,6 +7,7 @@ import torch
 from fedkd.data import FederatedData
 from fedkd.models import build_model, uses_batch_norm
 from fedkd.models.memory import check_memory
+from fedkd.randomness import torch_generator
 from fedkd.training import OptimizerSettings, as_tensor
 from fedkd.training.trial import SingleRowError, TrialSettings, try_model
 from strategies.contract.strategy import Step, Strategy
@@ -80,7 +81,7 @@ def _check(
         inputs = as_tensor(images)
         if step.input_shape is not None:
             # What such rows hold is known once somebody has trained.
-            drawn = torch.Generator().manual_seed(0)
+            drawn = torch_generator(0)
             inputs = torch.randn(len(images), *input_shape, generator=drawn)
         rows = inputs, as_tensor(labels)
         use = TrialSettings(optimizer, fewest, trains=trains, stacked=stacked)

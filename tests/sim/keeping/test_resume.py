@@ -836,7 +836,7 @@ def test_two_processes_in_one_folder_are_one_clear_error(make: Make) -> None:
 
 
 def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(make: Make) -> None:
-    settings = make(rounds=12)
+    settings = make(rounds=30)
     whole = run(settings)
     folder = settings.output / "full"
     folder.mkdir()

@@ -24,11 +24,11 @@ def complaint(load, *words, config=None):
 
 
 RUN = {
-    "lr=0.1": "unknown setting 'lr'; did you mean 'clients.optimizer.lr'?",
+    "lr=0.1": "unknown setting 'lr'; did you mean 'clients.optimizer.lr' or",
     "model=cnn": "did you mean 'clients.models'",
     "data.alpha=0.3": "did you mean 'data.partition.alpha'?",
     "epochs=3": "did you mean 'clients.local.epochs'?",
-    "optimizer.lr=1": "unknown setting 'optimizer'; did you mean 'clients.optimizer.lr'?",
+    "optimizer.lr=1": "unknown setting 'optimizer'; did you mean 'clients.optimizer.lr' or",
     "client.count=3": "unknown setting 'client'; did you mean 'clients.count'?",
     "learning_rate=1": "did you mean 'clients.optimizer.lr'?",
     "seeds=5": "did you mean 'seed' or 'study.seeds'? (an option of fedkd compare: --seeds)",

@@ -26,7 +26,7 @@ from fedkd.distillation.run.running import distill
 from fedkd.distillation.run.search import search
 from fedkd.distillation.settings import DistillSettings
 from fedkd.models import build_model
-from strategies.fedavg import WeightedMean
+from strategies.shared.means import WeightedMean
 
 SMALL = {"name": "mlp", "options": {"hidden": [8]}}
 OTHER = {"name": "mlp", "options": {"hidden": [5, 5]}}
