@@ -17,7 +17,6 @@ from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import Weighting
 from fedkd.training import Cohort, supervised
-from fedkd.training.cohort import WeightsForMembers
 from strategies.contract import (
     Call,
     Received,
@@ -27,7 +26,7 @@ from strategies.contract import (
     StrategySettings,
     Upload,
 )
-from strategies.shared.means import mean_weights
+from strategies.shared.means import mean_weights, received_weights
 
 
 class AveragingSettings(StrategySettings):
@@ -61,13 +60,6 @@ class GlobalModels(Value):
     models: Mapping[str, Weights]
 
 
-def global_weights(received: Received) -> WeightsForMembers:
-    """Return what was received: one set of weights for all members, or one for each."""
-    if isinstance(received.shared, Weights):
-        return received.shared.arrays
-    return [own.arrays for own in received.all(Weights)]
-
-
 class Averaging(Strategy[AveragingT, GlobalModels]):
     """Weights down, local training, weights up, weighted mean.
 
@@ -97,7 +89,7 @@ class Averaging(Strategy[AveragingT, GlobalModels]):
 
     def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Judge the global model."""
-        cohort.load_weights(global_weights(received))
+        cohort.load_weights(received_weights(received))
 
     def begin(self, server: ServerTools) -> GlobalModels:
         """Start every architecture from the first weights of its first client."""

@@ -27,6 +27,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.means import received_weights
 
 
 class PooledSettings(StrategySettings):
@@ -74,8 +75,8 @@ class Pooled(Strategy[PooledSettings, GlobalModels]):
 
     def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Judge the pooled model."""
-        if isinstance(received.shared, Weights):
-            cohort.load_weights(received.shared.arrays)
+        if received:
+            cohort.load_weights(received_weights(received))
 
     def receives(self, state: GlobalModels, client: int, round: Round) -> str | None:
         """The pooled model of the client's architecture, once there is one."""

@@ -7,7 +7,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from fedkd.exchange.payload import Asked, Payload, RowIds, expect
+from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
 from fedkd.models import ModelSettings
 from fedkd.models.options import ImageShape
@@ -176,11 +176,6 @@ class Round:
     def asked_logits(self) -> Asked:
         """Every client's logits of the round's public rows."""
         return Predictions.asked(self.public_rows, self.federation.num_classes)
-
-    def asked_subset(self, rows: np.ndarray | None = None, ids: RowIds = "subset") -> Asked:
-        """Logits of some of these rows, or of the round's."""
-        planned = self.public_rows if rows is None else rows
-        return Predictions.asked(planned, self.federation.num_classes, ids=ids)
 
 
 @dataclass(frozen=True)

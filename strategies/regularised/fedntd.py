@@ -19,8 +19,9 @@ from fedkd.losses.reduction import PerRow
 from fedkd.losses.rows import t2_factor
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
-from strategies.baselines.fedavg import Averaging, AveragingSettings, global_weights
+from strategies.baselines.fedavg import Averaging, AveragingSettings
 from strategies.contract import Call, Federation, Received, StrategySettings
+from strategies.shared.means import received_weights
 
 GLOBAL = "global"
 """What clients call the model that they received."""
@@ -60,7 +61,7 @@ class FedNTD(Averaging[FedNTDSettings]):
         if not weight:
             cohort.fit(supervised, private=call.local)
             return
-        cohort.freeze(GLOBAL, global_weights(received))
+        cohort.freeze(GLOBAL, received_weights(received))
         cohort.fit(partial(self._learn, weight=weight), private=call.local, frozen=[GLOBAL])
 
     def _learn(self, outputs: Mapping[str, Outputs], batch: Batch, *, weight: float) -> Losses:

@@ -1,4 +1,4 @@
-"""Running means of what clients upload: memory of one upload, whatever the number of clients."""
+"""Weights that travel: running means of what clients upload, and what members received."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
@@ -7,7 +7,8 @@ import numpy as np
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.views import Weighting
 from fedkd.training import Arrays
-from strategies.contract import Upload, payloads_of
+from fedkd.training.cohort import WeightsForMembers
+from strategies.contract import Received, Upload, payloads_of
 
 
 class WeightedMean:
@@ -60,3 +61,10 @@ def mean_weights(
         mean = means.setdefault(group(upload.client), WeightedMean())
         mean.add(sent.arrays, upload.weight(weighting))
     return {key: Weights(arrays=mean.mean()) for key, mean in means.items()}
+
+
+def received_weights(received: Received) -> WeightsForMembers:
+    """Return what was received: one set of weights for all members, or one for each."""
+    if isinstance(received.shared, Weights):
+        return received.shared.arrays
+    return [own.arrays for own in received.all(Weights)]

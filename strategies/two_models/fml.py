@@ -38,7 +38,7 @@ from strategies.contract import (
     StrategySettings,
     Upload,
 )
-from strategies.shared.means import mean_weights
+from strategies.shared.means import mean_weights, received_weights
 from strategies.two_models.pairs import HALF_AND_HALF, PRIVATE, each_other, learns_alone
 
 MEME = "meme"
@@ -114,8 +114,8 @@ class FML(Strategy[FMLSettings, Meme]):
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Take the global meme, learn with it and from it, and send what it has become."""
-        if isinstance(received.shared, Weights):
-            cohort.load_weights(received.shared.arrays, model=MEME)
+        if received:
+            cohort.load_weights(received_weights(received), model=MEME)
         cohort.reset_optimizers(model=MEME)
         cohort.fit(self._mutual(call.progress), private=call.local)
         return [Weights(arrays=arrays) for arrays in cohort.weights(model=MEME)]
