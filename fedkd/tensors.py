@@ -6,15 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# PyTorch has no read-only tensors and says so once in a process. It says it here, to nobody: to
+# silence it at every array takes longer than to make the tensor.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """View an array as a tensor without a copy; arrays in shared memory are read-only, so is this.
 
-    PyTorch has no read-only tensors and warns; nothing here ever writes to a data tensor.
+    Nothing here ever writes to a data tensor.
     """
-    if array.flags.writeable:
-        # Most arrays are, and to silence a warning takes longer than to make the tensor.
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    return torch.from_numpy(array)

@@ -105,16 +105,23 @@ def digest(value: Value) -> str:
     return found.hexdigest()
 
 
+@lru_cache(maxsize=256)
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
 def _name_of(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _arrays_of(held: Any, place: str) -> Iterator[tuple[str, np.ndarray]]:
+    if type(held) in _PLAIN:
+        return
     if isinstance(held, np.ndarray):
         yield place, held
     elif isinstance(held, Value):
-        for field in fields(held):  # type: ignore[arg-type]
-            yield from _arrays_of(getattr(held, field.name), _inside(place, field.name))
+        for name in _field_names(type(held)):
+            yield from _arrays_of(getattr(held, name), _inside(place, name))
     elif isinstance(held, Mapping):
         for key, inner in held.items():
             yield from _arrays_of(inner, _inside(place, key))
@@ -133,23 +140,21 @@ def _inside(place: str, key: object) -> str:
 def _taken_apart(held: Any, place: str, arrays: Arrays, depth: int) -> Any:
     if depth > DEEPEST:
         raise TypeError(f"{place[:80]}: more than {DEEPEST} values within each other")
+    if type(held) in _PLAIN:
+        return held
     if isinstance(held, np.ndarray):
         if place in arrays:
             raise TypeError(f"{place}: two arrays of one name")
         arrays[place] = held
         return {"array": place}
-    if isinstance(held, np.generic):
-        held = held.item()
-    if type(held) in _PLAIN:
-        return held
+    if isinstance(held, np.generic) and type(held.item()) in _PLAIN:
+        return held.item()
     if isinstance(held, Value):
         if not is_dataclass(held):
             raise TypeError(f"{place or type(held).__name__}: a value has to be a dataclass")
         inner = {
-            field.name: _taken_apart(
-                getattr(held, field.name), _inside(place, field.name), arrays, depth + 1
-            )
-            for field in fields(held)
+            name: _taken_apart(getattr(held, name), _inside(place, name), arrays, depth + 1)
+            for name in _field_names(type(held))
         }
         return {"value": _name_of(type(held)), "fields": inner}
     if isinstance(held, Mapping):

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -164,7 +165,7 @@ class ModelSettings(BaseModel):
         """Whether the name is that of somebody's own code."""
         return self.name not in _MODELS and not self.name.startswith(_TIMM)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Text to group clients by: settings with equal keys build the same architecture."""
         return f"{self.name} {json.dumps(self.options, sort_keys=True)}"

@@ -1,8 +1,9 @@
 """Objectives: a named, weighted sum of terms, read from settings and bound to models."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,30 @@ class Objective(RootModel[dict[str, SerializeAsAny[Term]]]):
     def terms(self) -> dict[str, Term]:
         """The terms by name, in the order in which they are summed."""
         return dict(self.root)
+
+    @cached_property
+    def key(self) -> str:
+        """Text that is equal where the terms are."""
+        return self.model_dump_json()
+
+    def only(self, names: Collection[str]) -> "Objective":
+        """Return the objective of these terms, in the order in which they stand here.
+
+        Raises:
+            ValueError: if there is none of them.
+        """
+        kept = tuple(name for name in self.root if name in names)
+        if len(kept) == len(self.root):
+            return self
+        if kept not in self._selections:
+            selection = Objective.model_validate({name: self.root[name] for name in kept})
+            self._selections[kept] = selection
+        return self._selections[kept]
+
+    @cached_property
+    def _selections(self) -> dict[tuple[str, ...], "Objective"]:
+        # Clients ask in every fit, and terms do not change.
+        return {}
 
     def needs(self, need: Need) -> tuple[str, ...]:
         """Return the names of the terms that cannot do without something."""

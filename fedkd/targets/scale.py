@@ -5,6 +5,7 @@ bare numbers, a loss that softens would soften soft labels once more: a target o
 classes then teaches 0.230, and nothing fails.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,15 +128,15 @@ class Targets:
 def _check_probabilities(values: Tensor) -> None:
     if not values.numel():
         return
-    low, high = values.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    low, high = map(float, values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         # Whoever sent them is told of NaN and infinity elsewhere; the others are looked at.
         finite = values[torch.isfinite(values)]
         if not len(finite):
             return
-        low, high = finite.aminmax()
+        low, high = map(float, finite.aminmax())
     if low < -ROUNDING or high > 1 + ROUNDING:
-        odd = float(low if low < -ROUNDING else high)
+        odd = low if low < -ROUNDING else high
         raise ValueError(
             f"probabilities must be in [0, 1], got {odd:.4g}: hand in logits with scale='logits'"
         )

@@ -155,6 +155,8 @@ class PublicLesson:
 
     def own(self, position: int) -> "PublicLesson":
         """Return the lesson of one member, with rows and targets of its own."""
+        if isinstance(self.rows, np.ndarray) and not self.has_own_targets:
+            return self
         return replace(self, rows=self.rows_of(position), targets=self.targets_of(position))
 
     def rows_of(self, position: int) -> np.ndarray:

@@ -77,6 +77,8 @@ class Fit:
 
     def with_layers(self, layers: Mapping[str, Sequence[str]]) -> "Fit":
         """Return the same with more layers to tap, given by their module paths."""
+        if not any(layers.values()):
+            return self
         paths = dict(self.paths)
         for name, own in layers.items():
             if own:

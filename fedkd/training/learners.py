@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,7 +29,7 @@ class Learner:
     setting: str = "objective"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ComposedObjective:
     """What a client minimises, as a named sum of terms for each of its models.
 
@@ -59,17 +60,17 @@ class ComposedObjective:
     def __hash__(self) -> int:
         return hash(self.key)
 
-    @property
+    @cached_property
     def models(self) -> tuple[str, ...]:
         """The models that a step needs: those that learn, then teachers that never train."""
         teachers = [own.teacher for own in self.learners.values() if own.teacher is not None]
         return tuple(dict.fromkeys([*self.learners, *teachers]))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Text that is equal where terms and teachers are."""
         return "; ".join(
-            f"{name} from {learner.teacher}: {learner.objective.model_dump_json()}"
+            f"{name} from {learner.teacher}: {learner.objective.key}"
             for name, learner in self.learners.items()
         )
 

@@ -71,10 +71,8 @@ class Federation:
 
         A term that never counts is not computed, so it decides nothing about how clients train.
         """
-        terms = {name: t for name, t in objective.terms.items() if not self.never(t.weight)}
-        if len(terms) in (0, len(objective.terms)):
-            return objective
-        return Objective.model_validate(terms)
+        counting = [name for name, t in objective.terms.items() if not self.never(t.weight)]
+        return objective.only(counting) if counting else objective
 
     def round(self, number: int) -> "Round":
         """Return a round by its number, from 1 on: pure, so both sides agree without a message."""

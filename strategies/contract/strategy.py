@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedkd.bounds import shown
 from fedkd.data import FederatedData
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
@@ -29,11 +30,20 @@ from strategies.contract.server import ServerModel, ServerModelSettings, ServerT
 
 
 class StrategySettings(BaseModel):
-    """Settings under ``strategy:``; each algorithm adds its own."""
+    """Settings under ``strategy:``; each algorithm adds its own.
+
+    Attributes:
+        directions: who learns from others, by the names that the algorithm gives its learners,
+            such as ``[private, meme]``; one that is left out learns from its labels alone, as in
+            `local`. None: all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    directions: tuple[str, ...] | None = Field(
+        None, description="who learns from others; the rest learn as in local; null: all"
+    )
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,22 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
     needs_public: ClassVar[bool] = False
     """Whether the algorithm cannot run without a public set."""
 
+    directions: ClassVar[Mapping[str, str]] = {}
+    """From whom each learner learns, by the learner's name: what ``strategy.directions`` switches.
+
+    Empty where there are no directions to be told apart.
+    """
+
     def __init__(self, settings: SettingsT, federation: Federation) -> None:
         self.settings = settings
         self.federation = federation
 
     # -- what it needs and does -------------------------------------------------------------------
+
+    def learns(self, learner: str) -> bool:
+        """Return whether a learner, by its name in `directions`, learns from others at all."""
+        given = self.settings.directions
+        return given is None or learner in given
 
     @property
     def up(self) -> tuple[type[Payload], ...]:
@@ -130,7 +151,23 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         Raises:
             ValueError: naming the setting, what it got and what would work.
         """
+        self._check_directions()
         self.stackings(input_shape)
+
+    def _check_directions(self) -> None:
+        odd = [name for name in self.settings.directions or () if name not in self.directions]
+        if self.settings.directions is None or (self.directions and not odd):
+            return
+        told = shown(list(self.settings.directions))
+        if not self.directions:
+            raise ValueError(
+                f"strategy.directions of {self.settings.name} must be null, got {told}: it has no "
+                "two directions to be told apart"
+            )
+        known = ", ".join(f"{name} ({source})" for name, source in self.directions.items())
+        raise ValueError(
+            f"strategy.directions of {self.settings.name} must be some of {known}, got {told}"
+        )
 
     def stackings(self, input_shape: ImageShape) -> dict[str, Stacking]:
         """Tell for each architecture whether stacked clients can learn by `composed`.

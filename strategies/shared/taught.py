@@ -139,8 +139,8 @@ def lesson_of(
 def knowledge_of(objective: Objective, progress: float) -> Objective | None:
     """Return the terms that a teacher has a part in and that have a weight; None without any."""
     terms = _knowledge_terms(objective)
-    in_force = {name: term for name, term in terms.items() if term.weight.at(progress) > 0}
-    return Objective.model_validate(in_force) if in_force else None
+    in_force = [name for name, term in terms.items() if term.weight.at(progress) > 0]
+    return objective.only(in_force) if in_force else None
 
 
 def _knowledge_terms(objective: Objective) -> dict[str, Term]:
@@ -180,9 +180,9 @@ def learn(cohort: Cohort, received: Received, call: Call, settings: TaughtSettin
         lesson = lesson_of(objective, taught, settings, call)
         cohort.fit(lesson, private=call.local, public=_public(received, call, settings))
         return
-    alone = {name: term for name, term in objective.terms.items() if term.needs == ("labels",)}
+    alone = [name for name, term in objective.terms.items() if term.needs == ("labels",)]
     if alone:
-        learners = {MODEL: _learner(Objective.model_validate(alone))}
+        learners = {MODEL: _learner(objective.only(alone))}
         cohort.fit(ComposedObjective(learners=learners, progress=call.progress), private=call.local)
 
 

@@ -15,6 +15,7 @@ Differs from the paper: the objectives may hold any other term, layers included.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -39,7 +40,13 @@ from strategies.contract import (
     Upload,
 )
 from strategies.shared.means import mean_weights, received_weights
-from strategies.two_models.pairs import HALF_AND_HALF, PRIVATE, each_other, learns_alone
+from strategies.two_models.pairs import (
+    AS_IN_LOCAL,
+    HALF_AND_HALF,
+    PRIVATE,
+    each_other,
+    learns_alone,
+)
 
 MEME = "meme"
 """The model that travels."""
@@ -83,6 +90,10 @@ class FML(Strategy[FMLSettings, Meme]):
     State: ClassVar[type[Value]] = Meme
     up = (Weights,)
     down = (Weights,)
+    directions: ClassVar[Mapping[str, str]] = {
+        PRIVATE: "from the meme",
+        MEME: "from the private model",
+    }
 
     @property
     def sums(self) -> Weighting:
@@ -96,15 +107,22 @@ class FML(Strategy[FMLSettings, Meme]):
     @property
     def learns_alone(self) -> bool:
         """Whether a private model never learns from its meme; the meme may from it."""
-        return learns_alone(self.settings.objective, self.federation)
+        return learns_alone(self._objectives[PRIVATE], self.federation)
 
     def composed(self) -> ComposedObjective:
         """Both models' objectives, each with the other model as its teacher."""
         return self._mutual(0.0)
 
     def _mutual(self, progress: float) -> ComposedObjective:
-        objectives = {PRIVATE: self.settings.objective, MEME: self.settings.meme_objective}
-        return each_other(objectives, federation=self.federation, progress=progress)
+        return each_other(self._objectives, federation=self.federation, progress=progress)
+
+    @cached_property
+    def _objectives(self) -> dict[str, Objective]:
+        mutual = {PRIVATE: self.settings.objective, MEME: self.settings.meme_objective}
+        return {
+            name: objective if self.learns(name) else AS_IN_LOCAL
+            for name, objective in mutual.items()
+        }
 
     def smallest_steps(self) -> Iterator[Step]:
         """A client's meme learns in every step, too."""

@@ -48,6 +48,10 @@ def each_other(
     )
 
 
+AS_IN_LOCAL = Objective.model_validate({"ce": 1.0})
+"""What a model minimises that does not learn from the other one."""
+
+
 def learns_alone(objective: Objective, federation: Federation) -> bool:
     """Tell whether a model never learns from the other one."""
     return all(

@@ -29,6 +29,7 @@ CASES = {
     "one_way, upwards only": ("one_way", {"direction": "clients_to_server"}),
     "fedmd": ("fedmd", {"digest_epochs": 0}),
     "fml": ("fml", {"objective": {"ce": 1.0, "kd": 0.0}}),
+    "fml, no direction": ("fml", {"directions": []}),
     "fml, neither way": ("fml", {"objective": {"ce": 1.0}, "meme_objective": {"ce": 1.0}}),
     "fml, a term that mixes rows": ("fml", {"objective": {"ce": 1.0, "rkd_distance": 0.0}}),
     "fml, a meme that is not worth stacking": (

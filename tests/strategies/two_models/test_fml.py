@@ -17,6 +17,7 @@ from fedkd.training import (
     Streams,
     TrainingData,
     initial_model_seed,
+    weights_digest,
 )
 from strategies.contract import Upload
 from strategies.two_models.fml import MEME, FMLSettings
@@ -152,6 +153,31 @@ def test_without_a_share_of_the_meme_the_private_model_learns_as_if_alone(
             Weights(arrays=one.models["model"].weights),
             Weights(arrays=other.models[PRIVATE].weights),
         )
+
+
+def test_a_private_model_whose_direction_is_off_learns_as_in_local_and_its_meme_still_from_it(
+    tiny_settings, tiny_data, simulate, same
+):
+    data = tiny_data()
+    alone = simulate(tiny_settings("local"), data)
+    off = {"objective": {"ce": 0.3, "kd": 0.7}, "directions": [MEME]}
+    beside = simulate(tiny_settings("fml", options=off), data)
+    neither = simulate(tiny_settings("fml", options={**off, "directions": []}), data)
+    for one, other, last in zip(alone.states, beside.states, neither.states, strict=True):
+        own = Weights(arrays=one.models["model"].weights)
+        assert same(own, Weights(arrays=other.models[PRIVATE].weights))
+        assert same(own, Weights(arrays=last.models[PRIVATE].weights))
+        assert not same(
+            Weights(arrays=other.models[MEME].weights), Weights(arrays=last.models[MEME].weights)
+        )
+
+
+def test_a_meme_whose_direction_is_off_learns_from_labels_only(tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    settings = tiny_settings("fml", options={"directions": [PRIVATE]})
+    written = tiny_settings("fml", options={"meme_objective": {"ce": 1.0}})
+    one, other = simulate(settings, data), simulate(written, data)
+    assert weights_digest(one.states) == weights_digest(other.states)
 
 
 # -- what travels ------------------------------------------------------------------------------
