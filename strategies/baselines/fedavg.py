@@ -19,6 +19,7 @@ from fedkd.exchange.views import Weighting
 from fedkd.training import Cohort, supervised
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerTools,
@@ -124,6 +125,12 @@ class Averaging(Strategy[AveragingT, GlobalModels]):
 class FedAvg(Averaging[FedAvgSettings]):
     """Clients train the global model on their own rows, and nothing else."""
 
+    card = Card(
+        learns="each client starts from the average of all",
+        up="P",
+        down="P",
+        equation="w = sum_k n_k w_k / sum_k n_k; clients minimise CE",
+    )
     Settings: ClassVar[type[StrategySettings]] = FedAvgSettings
 
     def learn(self, cohort: Cohort, received: Received, call: Call) -> None:

@@ -7,6 +7,7 @@ from fedkd.exchange.payload import Payload
 from fedkd.training import Cohort, supervised
 from strategies.contract import (
     Call,
+    Card,
     Nothing,
     Received,
     Round,
@@ -26,6 +27,12 @@ class LocalSettings(StrategySettings):
 class Local(Strategy[LocalSettings, Nothing]):
     """Train on private rows; send nothing, receive nothing."""
 
+    card = Card(
+        learns="nobody",
+        up="nothing",
+        down="nothing",
+        equation="CE on private rows",
+    )
     Settings: ClassVar[type[StrategySettings]] = LocalSettings
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:

@@ -18,6 +18,7 @@ from fedkd.training import Cohort, supervised
 from strategies.baselines.fedavg import GlobalModels
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerTools,
@@ -39,6 +40,12 @@ class PooledSettings(StrategySettings):
 class Pooled(Strategy[PooledSettings, GlobalModels]):
     """The first client of each architecture trains on all private rows for the others."""
 
+    card = Card(
+        learns="one model of each architecture, from all private rows",
+        up="P of the clients that train",
+        down="P of the clients that train",
+        equation="CE on everybody's private rows",
+    )
     Settings: ClassVar[type[StrategySettings]] = PooledSettings
     State: ClassVar[type[Value]] = GlobalModels
     up = (Weights,)

@@ -1,6 +1,7 @@
 """What an algorithm is written against: strategy, round, server tools, payloads."""
 
 from fedkd.exchange.views import Upload
+from strategies.contract.card import Card
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
     GivenRows,
@@ -20,6 +21,7 @@ from strategies.contract.strategy import (
 
 __all__ = [
     "Call",
+    "Card",
     "Federation",
     "GivenRows",
     "Nothing",

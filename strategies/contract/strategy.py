@@ -25,6 +25,7 @@ from fedkd.models.options import ImageShape
 from fedkd.training import Architecture, Cohort, ComposedObjective, stacking_of
 from fedkd.training.binding import Stacking
 from fedkd.training.cohort import named_models
+from strategies.contract.card import NO_CARD, Card
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import ServerModel, ServerModelSettings, ServerTools
 
@@ -88,6 +89,8 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
     needs_public: ClassVar[bool] = False
     """Whether the algorithm cannot run without a public set."""
 
+    card: ClassVar[Card] = NO_CARD
+    """What stands in the table of algorithms: who learns from whom, what travels."""
     directions: ClassVar[Mapping[str, str]] = {}
     """From whom each learner learns, by the learner's name: what ``strategy.directions`` switches.
 

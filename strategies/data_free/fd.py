@@ -25,6 +25,7 @@ from fedkd.targets import soften
 from fedkd.training import Batch, Cohort, Losses, Objective, Outputs, Table, as_tensor, supervised
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerTools,
@@ -108,6 +109,15 @@ def taught_rows(
 class FD(Strategy[FDSettings, Tables]):
     """Class means up, everybody else's down: as many numbers as classes squared."""
 
+    card = Card(
+        learns="each client from the other clients' mean soft label of a row's class",
+        up="C x C, a zero row for an absent class",
+        down="C x C, each client its own",
+        equation=(
+            "CE(y, p) + kd_weight * CE(F_y, p); F_y = mean over the other holders of y of "
+            "their mean softmax"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = FDSettings
     State: ClassVar[type[Value]] = Tables
     up = (ClassTable,)

@@ -27,6 +27,7 @@ from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import Batch, Cohort, Losses, Outputs, Table, supervised
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerTools,
@@ -86,6 +87,12 @@ def mean_over_holders(sent: Iterable[Prototypes], before: Prototypes) -> Prototy
 class FedProto(Strategy[FedProtoSettings, Prototypes]):
     """Class means of features up, their means over the holders down."""
 
+    card = Card(
+        learns="each client from all clients' mean feature of a row's class",
+        up="at most C x d, 4 bytes a class id",
+        down="at most C x d, 4 bytes a class id",
+        equation="CE + proto_weight * mean square of (feature - mean feature of the class)",
+    )
     Settings: ClassVar[type[StrategySettings]] = FedProtoSettings
     State: ClassVar[type[Value]] = Prototypes
     up = (Prototypes,)

@@ -22,6 +22,7 @@ from fedkd.mutual.averages import PeerMean
 from fedkd.training import Cohort, ComposedObjective
 from strategies.contract import (
     Call,
+    Card,
     Federation,
     Received,
     Round,
@@ -73,6 +74,14 @@ class Peers(Value):
 class DML(Strategy[DMLSettings, Peers]):
     """Learn from own labels and from the peers at once; then show the peers what was learnt."""
 
+    card = Card(
+        learns="each client from the other clients",
+        up="n x C logits",
+        down="n x C, each client its own",
+        equation=(
+            "CE on private rows + kd_weight * T^2 KL(mean of the others || own) on public rows"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
     State: ClassVar[type[Value]] = Peers
     up = (Predictions,)

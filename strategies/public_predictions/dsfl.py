@@ -24,6 +24,7 @@ from fedkd.targets import StreamingMean, entropy_reduction, entropy_reduction_by
 from fedkd.training import Cohort, as_tensor, supervised, towards_targets
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerModel,
@@ -127,6 +128,15 @@ class Target(Lesson):
 class DSFL(SharedLesson[DSFLSettings, Target]):
     """Distil the target, train at home, predict; the server averages and sharpens."""
 
+    card = Card(
+        learns="clients, and a server model if there is one, from the clients' sharpened mean",
+        up="n x C probabilities",
+        down="n x C probabilities",
+        equation=(
+            "target = softmax(mean_k p_k / T_era); KL(target || own) on public rows, then CE "
+            "on private rows"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = DSFLSettings
     State: ClassVar[type[Value]] = Target
     sums = "equal"

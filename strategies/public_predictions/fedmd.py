@@ -26,6 +26,7 @@ from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, tri
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerTools,
@@ -72,6 +73,12 @@ class FedMDSettings(StrategySettings):
 class FedMD(SharedLesson[FedMDSettings, Lesson]):
     """Transfer; then communicate, aggregate, distribute, digest, revisit, round after round."""
 
+    card = Card(
+        learns="clients from the clients' mean logits",
+        up="n x C logits",
+        down="n x C logits",
+        equation="digest |z_k - mean_k z_k| on public rows, then revisit CE on private rows",
+    )
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
 
     @property

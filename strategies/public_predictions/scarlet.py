@@ -22,6 +22,7 @@ from fedkd.targets import StreamingMean
 from fedkd.training import Cohort, supervised, towards_targets
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerModel,
@@ -80,6 +81,12 @@ class Cache(Value):
 class SCARLET(Strategy[SCARLETSettings, Cache]):
     """Ask for labels that are not fresh, send those that are missing, distil all of the round's."""
 
+    card = Card(
+        learns="as in dsfl",
+        up="n x C probabilities of rows without a fresh label, 1 bit a row",
+        down="n x C of new labels, 1 bit a row",
+        equation="target = p^beta / sum p^beta of the mean p, kept for cache rounds",
+    )
     Settings: ClassVar[type[StrategySettings]] = SCARLETSettings
     State: ClassVar[type[Value]] = Cache
     up = (Predictions,)

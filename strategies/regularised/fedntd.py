@@ -20,7 +20,7 @@ from fedkd.losses.rows import t2_factor
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
 from strategies.baselines.fedavg import Averaging, AveragingSettings
-from strategies.contract import Call, Federation, Received, StrategySettings
+from strategies.contract import Call, Card, Federation, Received, StrategySettings
 from strategies.shared.means import received_weights
 
 GLOBAL = "global"
@@ -45,6 +45,12 @@ class FedNTDSettings(AveragingSettings):
 class FedNTD(Averaging[FedNTDSettings]):
     """FedAvg with a frozen copy of the global model at every client's side."""
 
+    card = Card(
+        learns="each client from the global model, on classes other than the label",
+        up="P",
+        down="P",
+        equation="CE + beta * tau^2 KL(global || own) over the classes but y",
+    )
     Settings: ClassVar[type[StrategySettings]] = FedNTDSettings
 
     def __init__(self, settings: FedNTDSettings, federation: Federation) -> None:

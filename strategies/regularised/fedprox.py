@@ -14,7 +14,7 @@ from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import Cohort, supervised
 from fedkd.training.gradients import Proximal
 from strategies.baselines.fedavg import Averaging, AveragingSettings
-from strategies.contract import Call, Received, StrategySettings
+from strategies.contract import Call, Card, Received, StrategySettings
 
 
 class FedProxSettings(AveragingSettings):
@@ -32,6 +32,12 @@ class FedProxSettings(AveragingSettings):
 class FedProx(Averaging[FedProxSettings]):
     """FedAvg with a proximal term."""
 
+    card = Card(
+        learns="each client is held near the global model",
+        up="P",
+        down="P",
+        equation="CE + mu / 2 * ||w - w_global||^2",
+    )
     Settings: ClassVar[type[StrategySettings]] = FedProxSettings
 
     def learn(self, cohort: Cohort, received: Received, call: Call) -> None:

@@ -28,6 +28,7 @@ from fedkd.training import (
 from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerModelSettings,
@@ -69,6 +70,14 @@ class FedDFSettings(AveragingSettings):
 class FedDF(Averaging[FedDFSettings]):
     """Weights up, averages that all clients' models teach, weights down."""
 
+    card = Card(
+        learns="the server's models from all clients' models; clients start from the server's",
+        up="P",
+        down="P",
+        equation=(
+            "student starts from the average; KL(softmax(mean_k z_k) || student) on public rows"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = FedDFSettings
     needs_public = True
 

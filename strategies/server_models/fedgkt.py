@@ -42,6 +42,7 @@ from fedkd.training import (
 )
 from strategies.contract import (
     Call,
+    Card,
     GivenRows,
     Received,
     Round,
@@ -141,6 +142,15 @@ def taught_and_labelled(
 class FedGKT(Strategy[FedGKTSettings, Server]):
     """Features, logits and labels up; the server's logits of the same rows down."""
 
+    card = Card(
+        learns="clients and the server's model from each other",
+        up="n_k x (features + C logits + label)",
+        down="n_k x C logits",
+        equation=(
+            "client: CE + kd_weight * T^2 KL(server || client); server: T^2 KL(client || "
+            "server) + ce_weight * CE"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = FedGKTSettings
     State: ClassVar[type[Value]] = Server
     up = (RowFeatures,)

@@ -31,6 +31,7 @@ from fedkd.training import (
 )
 from strategies.contract import (
     Call,
+    Card,
     Federation,
     Received,
     Round,
@@ -102,6 +103,15 @@ class Teaching(Value):
 class OneWay(Strategy[OneWaySettings, Teaching]):
     """A teacher that never learns from its students in the round in which it teaches them."""
 
+    card = Card(
+        learns=(
+            "clients from a fixed teacher, or from a server model, or a server model from the "
+            "clients"
+        ),
+        up="n x C logits, or nothing",
+        down="n x C, or nothing",
+        equation="CE on private rows + kd_weight * T^2 KL(teacher || own) on public rows",
+    )
     Settings: ClassVar[type[StrategySettings]] = OneWaySettings
     State: ClassVar[type[Value]] = Teaching
     down = (Predictions,)

@@ -29,6 +29,7 @@ from fedkd.objectives import Objective
 from fedkd.training import Architecture, Cohort, ComposedObjective
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerModel,
@@ -86,6 +87,14 @@ class Meme(Value):
 class FML(Strategy[FMLSettings, Meme]):
     """Memes down, mutual learning at home, memes up, mean of the memes."""
 
+    card = Card(
+        learns="a client's private model and its meme from each other; memes are averaged",
+        up="P of the meme",
+        down="P of the meme",
+        equation=(
+            "private: a CE + (1-a) KL(meme || private); meme: b CE + (1-b) KL(private || meme)"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = FMLSettings
     State: ClassVar[type[Value]] = Meme
     up = (Weights,)

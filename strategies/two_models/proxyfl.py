@@ -26,6 +26,7 @@ from fedkd.objectives import Objective
 from fedkd.training import Architecture, Cohort, ComposedObjective
 from strategies.contract import (
     Call,
+    Card,
     Received,
     Round,
     ServerTools,
@@ -87,6 +88,14 @@ def next_peer(client: int, round: int, clients: int) -> int:
 class ProxyFL(Strategy[ProxyFLSettings, Mail]):
     """A peer's proxy comes, both models learn from each other, the proxy goes on."""
 
+    card = Card(
+        learns="a client's private model and its proxy from each other; proxies go to a peer",
+        up="P of the proxy",
+        down="P of a peer's proxy",
+        equation=(
+            "private: a CE + (1-a) KL(proxy || private); proxy: b CE + (1-b) KL(private || proxy)"
+        ),
+    )
     Settings: ClassVar[type[StrategySettings]] = ProxyFLSettings
     State: ClassVar[type[Value]] = Mail
     up = (Weights,)
