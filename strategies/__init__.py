@@ -16,6 +16,7 @@ from strategies.mutual.dml import DML
 from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
 from strategies.public_predictions.scarlet import SCARLET
+from strategies.regularised.fedgkd import FedGKD
 from strategies.regularised.fedntd import FedNTD
 from strategies.regularised.fedprox import FedProx
 from strategies.server_models.feddf import FedDF
@@ -30,6 +31,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fd": FD,
     "fedavg": FedAvg,
     "feddf": FedDF,
+    "fedgkd": FedGKD,
     "fedgkt": FedGKT,
     "fedmd": FedMD,
     "fedntd": FedNTD,

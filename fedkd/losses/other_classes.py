@@ -163,9 +163,10 @@ def not_true_loss(
 ) -> Float[Tensor, ""]:
     """Keep the teacher's view of the classes that are NOT the label (NTD).
 
-    ``KL(teacher || student)`` of the softened distributions over the other classes, without the
-    factor ``temperature**2``, as published. The label's own score gets no gradient: what a row's
-    label teaches is left to the cross-entropy.
+    ``KL(teacher || student)`` of the softened distributions over the other classes. The published
+    code multiplies it by ``temperature**2`` as it is now, and did not at first; at its temperature
+    of 1 that is the same, and here ``scale_by_t2`` says which. The label's own score gets no
+    gradient: what a row's label teaches is left to the cross-entropy.
 
     Args:
         student_logits: unnormalised scores; gradients flow through these.

@@ -8,9 +8,9 @@ shapes have no mean. BatchNorm statistics are averaged like parameters.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Weights
@@ -61,15 +61,18 @@ class GlobalModels(Value):
     models: Mapping[str, Weights]
 
 
-class Averaging(Strategy[AveragingT, GlobalModels]):
+ModelsT = TypeVar("ModelsT", bound=GlobalModels)
+
+
+class Averaging(Strategy[AveragingT, ModelsT]):
     """Weights down, local training, weights up, weighted mean.
 
-    A subclass says how clients train.
+    A subclass says how clients train, and may remember more than the models.
     """
 
     State: ClassVar[type[Value]] = GlobalModels
     up = (Weights,)
-    down = (Weights,)
+    down: tuple[type[Payload], ...] = (Weights,)
     judges_received = True
 
     @property
@@ -92,37 +95,40 @@ class Averaging(Strategy[AveragingT, GlobalModels]):
         """Judge the global model."""
         cohort.load_weights(received_weights(received))
 
-    def begin(self, server: ServerTools) -> GlobalModels:
+    def begin(self, server: ServerTools) -> ModelsT:
         """Start every architecture from the first weights of its first client."""
-        return GlobalModels(
-            {
+        kind: Any = self.State
+        state: ModelsT = kind(
+            models={
                 architecture: Weights(arrays=server.initial_weights(client))
                 for architecture, client in self.federation.first_clients.items()
             }
         )
+        return state
 
-    def receives(self, state: GlobalModels, client: int, round: Round) -> str:
+    def receives(self, state: ModelsT, client: int, round: Round) -> Hashable:
         """The global model of the client's architecture."""
         return self.federation.architectures[client]
 
-    def payload(self, state: GlobalModels, key: str) -> Weights:
+    def payload(self, state: ModelsT, key: Any) -> Payload:
         """The global model of an architecture."""
         return state.models[key]
 
-    def asks(self, state: GlobalModels, client: int, round: Round, server: ServerTools) -> Asked:
+    def asks(self, state: ModelsT, client: int, round: Round, server: ServerTools) -> Asked:
         """Weights of the client's model."""
         return server.asked_weights(self.federation.models[client])
 
     def aggregate(
-        self, state: GlobalModels, uploads: Iterable[Upload], round: Round, server: ServerTools
-    ) -> GlobalModels:
+        self, state: ModelsT, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> ModelsT:
         """Average each architecture's uploads; one without uploads keeps its global model."""
         architectures = self.federation.architectures
         means = mean_weights(uploads, self.settings.weighting, architectures.__getitem__)
-        return GlobalModels({**state.models, **{str(key): mean for key, mean in means.items()}})
+        models = {**state.models, **{str(key): mean for key, mean in means.items()}}
+        return replace(state, models=models)
 
 
-class FedAvg(Averaging[FedAvgSettings]):
+class FedAvg(Averaging[FedAvgSettings, GlobalModels]):
     """Clients train the global model on their own rows, and nothing else."""
 
     card = Card(

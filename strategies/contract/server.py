@@ -11,6 +11,7 @@ from fedkd.data import FederatedData
 from fedkd.exchange.payload import Asked
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
+from fedkd.losses.response import hard_label_loss
 from fedkd.models import ModelSettings
 from fedkd.models.options import ImageShape
 from fedkd.randomness import Purpose
@@ -259,6 +260,11 @@ class ServerTools:
         """Return the share of validation rows that a model gets right that somebody sent."""
         return self._accuracy(self._sent(model, weights))
 
+    def loss_with(self, model: ModelSettings, weights: Mapping[str, np.ndarray]) -> float:
+        """Return the mean cross-entropy on validation rows of a model that somebody sent."""
+        logits = as_tensor(self._validated(self._sent(model, weights)))
+        return hard_label_loss(logits, as_tensor(self.data.validation_labels)).item()
+
     # -- what was kept ---------------------------------------------------------------------
 
     def check_kept(self, model: ServerModel) -> None:
@@ -284,9 +290,14 @@ class ServerTools:
         return cohort
 
     def _accuracy(self, cohort: LoopCohort) -> float:
-        inputs = as_tensor(self.data.validation_inputs).to(self._device)
-        right: np.ndarray = cohort.predict(inputs)[0].argmax(-1) == self.data.validation_labels
+        right: np.ndarray = self._validated(cohort).argmax(-1) == self.data.validation_labels
         return float(right.mean())
+
+    def _validated(self, cohort: LoopCohort) -> np.ndarray:
+        """Return the logits of the validation rows."""
+        inputs = as_tensor(self.data.validation_inputs).to(self._device)
+        logits: np.ndarray = cohort.predict(inputs)[0]
+        return logits
 
     def _settings(self, name: str) -> ServerModelSettings:
         if name not in self._models:

@@ -19,7 +19,7 @@ from fedkd.losses.reduction import PerRow
 from fedkd.losses.rows import t2_factor
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
-from strategies.baselines.fedavg import Averaging, AveragingSettings
+from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
 from strategies.contract import Call, Card, Federation, Received, StrategySettings
 from strategies.shared.means import received_weights
 
@@ -42,7 +42,7 @@ class FedNTDSettings(AveragingSettings):
     scale_by_t2: bool = True
 
 
-class FedNTD(Averaging[FedNTDSettings]):
+class FedNTD(Averaging[FedNTDSettings, GlobalModels]):
     """FedAvg with a frozen copy of the global model at every client's side."""
 
     card = Card(

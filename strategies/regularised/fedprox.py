@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import Cohort, supervised
 from fedkd.training.gradients import Proximal
-from strategies.baselines.fedavg import Averaging, AveragingSettings
+from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
 from strategies.contract import Call, Card, Received, StrategySettings
 
 
@@ -29,7 +29,7 @@ class FedProxSettings(AveragingSettings):
     mu: NonNegativeSchedule = ConstantSchedule(value=0.01)
 
 
-class FedProx(Averaging[FedProxSettings]):
+class FedProx(Averaging[FedProxSettings, GlobalModels]):
     """FedAvg with a proximal term."""
 
     card = Card(

@@ -67,7 +67,7 @@ class FedDFSettings(AveragingSettings):
     validate_every: Count = 50
 
 
-class FedDF(Averaging[FedDFSettings]):
+class FedDF(Averaging[FedDFSettings, GlobalModels]):
     """Weights up, averages that all clients' models teach, weights down."""
 
     card = Card(

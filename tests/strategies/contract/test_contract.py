@@ -21,6 +21,7 @@ VARIANTS = {
     "dsfl": [{}, {"aggregation": "sa", "server_model": "mlp"}],
     "fd": [{}, {"collect": "evaluation", "weighting": "count"}],
     "fedavg": [{}, {"weighting": "equal"}],
+    "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
     "fedmd": [{}, {"digest_loss": "kl", "weighting": "examples"}],
     "fedntd": [{}, {"temperature": 3}],
     "fedprox": [{}, {"mu": 1}],
