@@ -14,7 +14,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -28,13 +27,15 @@ from fedkd.exchange.views import VIEWS, View
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
 from fedkd.objectives import Objective
-from fedkd.schedules import Between, ConstantSchedule, Schedule
+from fedkd.schedules import Between, Schedule
 from sim.adversity.faults import FaultRule
+from sim.commands.algorithms import algorithms
 from sim.settings import Settings
+from sim.settings.shorthand import shorthand
 from strategies import STRATEGIES
 
 DOCS = Path(__file__).parent
-PAGES = ("settings.md", "strategies.md")
+PAGES = ("algorithms.md", "settings.md", "strategies.md")
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SCHEDULES = get_args(get_args(Schedule)[0])
@@ -169,33 +170,7 @@ def _default(field: FieldInfo, value: object) -> str:
 
 
 def _yaml(value: object) -> str:
-    """Write a value as it would stand in a settings file."""
-    if isinstance(value, ConstantSchedule):
-        value = value.value
-    elif isinstance(value, ModelSettings):
-        value = value.label
-    elif isinstance(value, Objective):
-        value = {name: _term(name, term) for name, term in value.terms.items()}
-    elif isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    elif isinstance(value, Path):
-        value = str(value)
-    elif isinstance(value, tuple | list):
-        value = [item.label if isinstance(item, ModelSettings) else item for item in value]
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
-    return f"`{text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}`"
-
-
-def _term(name: str, term: BaseModel) -> Any:
-    """Write a term of an objective as briefly as a settings file may."""
-    given = {
-        key: getattr(term, key).value if isinstance(getattr(term, key), ConstantSchedule) else value
-        for key, value in term.model_dump(mode="json").items()
-        if key == "weight"
-        or (key == "kind" and value != name)
-        or getattr(term, key) != type(term).model_fields[key].default
-    }
-    return given["weight"] if set(given) == {"weight"} else given
+    return f"`{shorthand(value)}`"
 
 
 def _choices(values: Any) -> str:
@@ -290,11 +265,52 @@ def _strategy_table(name: str) -> str:
     return table(strategy_keys(name))
 
 
+def algorithm_table() -> str:
+    """Write who learns from whom, and what travels, as a Markdown table."""
+    lines = ["| name | learns | up, per client | down, per client |", "|---|---|---|---|"]
+    for each in algorithms():
+        card = each.description.card
+        cells = (f"[`{each.name}`](#{each.name})", card.learns, card.up, card.down)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join(lines)
+
+
+def algorithm_cards() -> str:
+    """Write what each algorithm says about itself, one after the other."""
+    cards = []
+    for each in algorithms():
+        title, card, source, differs = each.description
+        lines = [f"### {each.name}", "", title, "", f"- **Minimises**: {card.equation}"]
+        lines += [f"- **Source**: {source}"] * bool(source)
+        lines += [f"- **Differs**: {differs}"] * bool(differs)
+        defaults = ", ".join(f"`{key}: {value}`" for key, value in each.defaults.items())
+        lines += [f"- **Defaults**: {defaults}"] * bool(defaults)
+        lines.append(f"- **Run**: `{each.command}`")
+        cards.append("\n".join(lines))
+    return "\n\n".join(cards)
+
+
+def direction_table() -> str:
+    """Write what each direction of a mutual algorithm is as a Markdown table."""
+    lines = ["| name | direction | learns |", "|---|---|---|"]
+    for each in algorithms():
+        for learner, source in each.directions.items():
+            lines.append(f"| `{each.name}` | `{learner}` | {_cell(source)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "settings": lambda: table(settings_keys()),
     "distill settings": lambda: table(distill_keys()),
     "schedules": lambda: table(schedule_keys()),
     "models": model_table,
+    "algorithms": algorithm_table,
+    "algorithm cards": algorithm_cards,
+    "directions": direction_table,
     **{f"strategy {name}": partial(_strategy_table, name) for name in STRATEGIES},
 }
 """What can stand between the marks, by name."""

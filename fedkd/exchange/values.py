@@ -120,7 +120,7 @@ def _arrays_of(held: Any, place: str) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(held, np.ndarray):
         yield place, held
     elif isinstance(held, Value):
-        for name in _field_names(type(held)):
+        for name in _field_names(type(held)):  # type: ignore[arg-type]
             yield from _arrays_of(getattr(held, name), _inside(place, name))
     elif isinstance(held, Mapping):
         for key, inner in held.items():

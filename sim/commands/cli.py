@@ -1,4 +1,4 @@
-"""The command line: ``fedkd run``, ``compare``, ``distill``, ``data`` and ``report``.
+"""The command line: ``fedkd run``, ``compare``, ``distill``, ``data``, ``algorithms``, ``report``.
 
 Every command is a thin shell around the function of the same name in `sim`. Heavy imports wait
 until a command needs them, so that ``--help`` and mistakes answer at once.
@@ -174,6 +174,7 @@ def root(
     - `fedkd compare conf/quickstart.yaml` : arms x seeds, a table and a report
     - `fedkd distill` : one machine, a teacher, a student
     - `fedkd data conf/quickstart.yaml` : who holds which rows
+    - `fedkd algorithms` : who learns from whom, what travels
     - `fedkd report runs/quickstart` : the report again, or over several runs
     """
 
@@ -422,6 +423,39 @@ def data(
         return
     _print(shown.table(), wide=wide)
     typer.echo(f"figure {shown.figure}")
+
+
+@app.command(cls=_Command)
+def algorithms(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One of them, or package.module:Class.", show_default=False),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Show the federated algorithms: who learns from whom, what travels, where they are from.
+
+    Examples:
+    - `fedkd algorithms`
+    - `fedkd algorithms fml` : its equation, source, differences and defaults
+    - `fedkd algorithms my_package.my_module:MyMethod`
+    """
+    from sim.commands.algorithms import algorithms as described
+    from sim.commands.algorithms import algorithms_table
+    from sim.keeping.records import to_json
+    from sim.settings import SettingsError
+
+    try:
+        shown = described(name)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if json:
+        typer.echo(to_json({"algorithms": [each.to_row() for each in shown]}))
+    elif name is None:
+        Console().print(algorithms_table(shown))
+        _print_words("", "fedkd algorithms NAME tells the rest of one")
+    else:
+        _print_words(*shown[0].lines())
 
 
 @app.command(cls=_Command)

@@ -1,0 +1,46 @@
+"""`fedkd algorithms` tells who learns from whom, what travels, and where it is from."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sim.commands.algorithms import algorithms
+from sim.commands.cli import app
+from strategies import STRATEGIES
+
+OURS = {"local", "pooled", "one_way"}
+"""Nobody else's idea, or several people's."""
+MY_METHOD = Path(__file__).parents[3] / "examples" / "my_method" / "src"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_algorithm_has_a_card_and_a_source(name: str) -> None:
+    row = algorithms(name)[0].to_row()
+    assert all(row[key] for key in ("title", "learns", "up", "down", "equation"))
+    assert name in OURS or re.search(r"\d{4}.* https://", row["source"])
+
+
+def test_the_table_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["algorithms"])
+    lines = shown.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines if line.strip()} >= STRATEGIES.keys()
+
+
+def test_one_algorithm_is_told_with_its_defaults_and_its_command() -> None:
+    shown = CliRunner().invoke(app, ["algorithms", "fml"]).output
+    assert "https://arxiv.org/abs/2006.16765" in shown
+    assert "weighting=equal" in shown
+    assert "fedkd run strategy.name=fml" in shown
+
+
+def test_an_algorithm_of_a_package_of_ones_own_is_told_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(MY_METHOD)
+    told = algorithms("my_method.variance_weighted:VarianceWeighted")[0]
+    assert told.description.title
+    assert told.command.endswith("VarianceWeighted")
