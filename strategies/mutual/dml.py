@@ -7,75 +7,80 @@ rows, in the same step; predictions are exchanged once a round, which ``clients.
 makes once a step. The peers' term is the mean over peers, as in the paper (the authors'
 published code sums); with detached targets that equals the divergence to their mean
 probability up to a constant, which is why one averaged target is all that travels.
+In the paper everybody hears everybody; ``peers`` draws other graphs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
+import numpy as np
+from pydantic import Field
+from torch import Tensor
 
-from fedkd.exchange.payload import Asked, Payload
+from fedkd.bounds import Count
+from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.metrics.agreement import agreement_matrix
 from fedkd.mutual.averages import PeerMean
-from fedkd.training import Cohort, ComposedObjective
-from strategies.contract import (
-    Call,
-    Card,
-    Federation,
-    Received,
-    Round,
-    ServerTools,
-    Step,
-    Strategy,
-    StrategySettings,
-    Upload,
-    payloads_of,
-    upload_logits,
+from fedkd.mutual.graphs import (
+    PeerGraph,
+    before,
+    best_peers,
+    exponentially_before,
+    random_peers,
 )
-from strategies.shared.taught import (
-    TaughtSettings,
-    apart_steps,
-    check_public_labels,
-    composed_of,
-    learn,
-    never_taught,
-    rows_of_step,
-)
+from fedkd.mutual.peers import constants
+from fedkd.targets import Scale, StreamingMean
+from strategies.contract import Card, Round, ServerTools, StrategySettings, Upload, payloads_of
+from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
+from strategies.shared.taught import TaughtSettings
 
 
 class DMLSettings(TaughtSettings):
     """Settings under ``strategy:`` when ``name: dml``; the peers are the teachers.
 
     Attributes:
+        peers: whom a client hears of those that sent something last: ``all`` others; ``ring``: the
+            one before it; ``exponential``: the one 1, 2, 4, ... before it, in turn by the round;
+            ``random-k``: so many, drawn anew in every round; ``best-k``: those it agrees with most,
+            by the share of the public rows that both give the same class.
+        k: how many, of ``random-k`` and ``best-k``.
         include_self: let a client's own predictions count among its teachers.
         average: ``probability`` averages softened predictions, ``logit`` averages logits.
     """
 
     name: Literal["dml"] = "dml"
+    peers: PeerGraph = "all"
+    k: Count = Field(2)
     include_self: bool = False
     average: Literal["probability", "logit"] = "probability"
 
+    @property
+    def scale(self) -> Scale:
+        """What an average is of."""
+        return "probabilities" if self.average == "probability" else "logits"
+
 
 @dataclass(frozen=True)
-class Peers(Value):
-    """What the peers teach.
+class HeardPeers(Peers):
+    """What the peers teach, where not everybody hears everybody.
 
     Attributes:
-        shared: the mean of all that sent something; None before anybody did.
-        others: for each of them the mean of the others; None where there was no other.
+        own: what each that sent something would put into an average.
+        best: of ``best-k``, whom each of them hears.
     """
 
-    shared: Predictions | None = None
-    others: Mapping[int, Predictions | None] = field(default_factory=dict)
+    own: Mapping[int, Predictions] = field(default_factory=dict)
+    best: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
-class DML(Strategy[DMLSettings, Peers]):
+class DML(TaughtByPeers[DMLSettings, HeardPeers]):
     """Learn from own labels and from the peers at once; then show the peers what was learnt."""
 
     card = Card(
-        learns="each client from the other clients",
+        learns="each client from the other clients, or from some of them",
         up="n x C logits",
         down="n x C, each client its own",
         equation=(
@@ -83,83 +88,72 @@ class DML(Strategy[DMLSettings, Peers]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
-    State: ClassVar[type[Value]] = Peers
-    up = (Predictions,)
-    down = (Predictions,)
-    needs_public = True
-    has_ensemble = True
+    State: ClassVar[type[Value]] = HeardPeers
 
-    def __init__(self, settings: DMLSettings, federation: Federation) -> None:
-        super().__init__(settings, federation)
-        check_public_labels(settings, federation)
+    def receives(self, state: HeardPeers, client: int, round: Round) -> Hashable | None:
+        """What those taught that the client hears; those who hear the same share it."""
+        if self.settings.peers == "all":
+            return super().receives(state, client, round)
+        if self.settings.peers == "best-k" and client not in state.best:
+            # It has shown nothing that anybody could agree with.
+            return None if state.shared is None else "shared"
+        heard = self.heard(state, client, round)
+        if self.settings.include_self and client in state.own:
+            heard = tuple(sorted({client, *heard}))
+        return heard or None
 
-    @property
-    def learns_alone(self) -> bool:
-        """Whether what is received never counts."""
-        return never_taught(self.settings, self.federation)
+    def heard(self, state: HeardPeers, client: int, round: Round) -> tuple[int, ...]:
+        """Return which of those that sent something a client hears in a round."""
+        senders = tuple(state.own)
+        match self.settings.peers:
+            case "ring":
+                return before(client, senders)
+            case "exponential":
+                # Counted by the rounds in which something was sent, of which this is the next.
+                return exponentially_before(client, senders, max(round.number - 1, 1))
+            case "random-k":
+                return random_peers(client, senders, self.settings.k, round.random(client))
+            case _:
+                return state.best[client]
 
-    def composed(self) -> ComposedObjective:
-        """The settings' terms."""
-        return composed_of(self.settings, self.federation)
-
-    def rows_of_step(self, private_rows: int) -> int:
-        """Private and public rows go through the model together."""
-        return rows_of_step(self.federation, self.settings, private_rows)
-
-    def smallest_steps(self) -> Iterator[Step]:
-        """Public rows may have a forward pass of their own."""
-        yield from super().smallest_steps()
-        yield from apart_steps(self, self.settings)
-
-    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
-        """Minimise both terms in every step; then predict the round's public rows."""
-        learn(cohort, received, call, self.settings)
-        return upload_logits(cohort, call)
-
-    def receives(self, state: Peers, client: int, round: Round) -> str | int | None:
-        """What the others taught, or what all did where the client is none of them."""
-        if client in state.others:
-            return None if state.others[client] is None else client
-        return None if state.shared is None else "shared"
-
-    def payload(self, state: Peers, key: str | int) -> Payload:
-        """The mean of all, or of the others of one client."""
-        taught = state.shared if isinstance(key, str) else state.others[key]
-        assert taught is not None  # noqa: S101
-        return taught
-
-    def asks(self, state: Peers, client: int, round: Round, server: ServerTools) -> Asked:
-        """Logits of the round's rows."""
-        return round.asked_logits
+    def payload(self, state: HeardPeers, key: Any) -> Payload:
+        """The mean of all, of the others of one client, or of those that it hears."""
+        if not isinstance(key, tuple):
+            return super().payload(state, key)
+        mean, heard = StreamingMean(), [state.own[client] for client in key]
+        for own in heard:
+            mean.add(own.values)
+        return lesson(heard[0].rows, mean.mean(), self.settings.scale, heard[0].temperature)
 
     def aggregate(
-        self, state: Peers, uploads: Iterable[Upload], round: Round, server: ServerTools
-    ) -> Peers:
-        """Give each participant the mean of the others, and everybody else the mean of all."""
-        temperature = self.settings.softening(round.next().progress)
-        soft = self.settings.average == "probability"
-        mean = PeerMean(temperature=temperature, average=self.settings.average)
+        self, state: HeardPeers, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> HeardPeers:
+        """Give each participant the mean of those it hears, and everybody else the mean of all."""
+        settings = self.settings
+        temperature = settings.softening(round.next().progress)
+        mean = PeerMean(temperature=temperature, average=settings.average)
         own = {
             upload.client: mean.add(sent.values)
             for upload, sent in payloads_of(uploads, Predictions)
         }
         if not mean.count:
-            return Peers()
+            return HeardPeers()
 
-        def target(values: torch.Tensor) -> Predictions:
-            return Predictions(
-                rows=round.public_rows,
-                values=values.float().numpy(),
-                scale="probabilities" if soft else "logits",
-                temperature=temperature,
-                averaged=True,
-            )
+        def taught(values: Tensor) -> Predictions:
+            return lesson(round.public_rows, values, settings.scale, temperature)
 
-        shared = target(mean.of_all())
-        if self.settings.include_self:
-            return Peers(shared)
+        shared = taught(mean.of_all())
+        if settings.peers != "all":
+            tables = {client: taught(constants(values)) for client, values in own.items()}
+            best = {}
+            if settings.peers == "best-k":
+                agreement = agreement_matrix(np.stack([t.values for t in tables.values()]))
+                best = best_peers(agreement, tuple(own), settings.k)
+            return HeardPeers(shared, own=tables, best=best)
+        if settings.include_self:
+            return HeardPeers(shared)
         if len(own) == 1:
             # A lone participant has no peers; the next round's others still learn from it.
-            return Peers(shared, dict.fromkeys(own))
-        others = {client: target(mean.of_others(values)) for client, values in own.items()}
-        return Peers(shared, others)
+            return HeardPeers(shared, dict.fromkeys(own))
+        others = {client: taught(mean.of_others(values)) for client, values in own.items()}
+        return HeardPeers(shared, others)

@@ -24,6 +24,8 @@ CASES = {
     "dml, a schedule": ("dml", {"kd_weight": OFF_AND_ON}),
     "dml, terms": ("dml", {"objective": {"ce": 1.0, "kd": 0.0}}),
     "dml, a term that mixes rows": ("dml", {"objective": {"ce": 1.0, "dist": 0.0}}),
+    "dml, no direction": ("dml", {"directions": [], "ce_weight": 0.5}),
+    "dml, a ring": ("dml", {"peers": "ring", "kd_weight": 0.0}),
     "one_way": ("one_way", {"kd_weight": 0.0, "teacher_epochs": 1}),
     "one_way, a server": ("one_way", {"kd_weight": 0.0, "direction": "server_to_clients"}),
     "one_way, upwards only": ("one_way", {"direction": "clients_to_server"}),
