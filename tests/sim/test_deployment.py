@@ -368,7 +368,7 @@ def test_a_federation_with_tls_and_keys_goes_on_without_a_node_that_is_killed(
     for partition in range(3):
         deployment.node(partition, 3)
     # A process a message: judging once is what keeps this short.
-    settings = ("strategy.name=dml", "evaluation.every=2")
+    settings = ("strategy.name=dsfl", "evaluation.every=2")
     deployment.run(*TINY, *settings)
     # What the same settings give where client 2 fails in round 2 is computed meanwhile.
     lost = "{kind: crash, clients: [2], rounds: [2], phases: [train, evaluate], attempts: null}"
@@ -389,7 +389,7 @@ def test_a_federation_with_tls_and_keys_goes_on_without_a_node_that_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["dml", "fedmd"])
+@pytest.mark.parametrize("strategy", ["dml", "fedmd", "fedgkt"])
 @pytest.mark.parametrize("secure", [False, True], ids=["insecure", "tls"])
 def test_the_deployment_runtime_computes_what_fedkd_run_computes(
     deploy: Callable[..., Deployment], tmp_path: Path, secure: bool, strategy: str
@@ -452,7 +452,13 @@ def test_a_key_that_is_not_registered_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["dml", "own_ballots:Ballots"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *("dml", "fd", "fedproto", "dsfl", "scarlet", "feddf", "fedgkt", "fedntd", "fedprox"),
+        *("proxyfl", "own_ballots:Ballots"),
+    ],
+)
 def test_flwr_run_simulates_as_many_clients_as_the_settings_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
