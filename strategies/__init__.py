@@ -13,6 +13,7 @@ from strategies.contract import Strategy, StrategySettings
 from strategies.data_free.fd import FD
 from strategies.data_free.fedproto import FedProto
 from strategies.mutual.dml import DML
+from strategies.public_predictions.cronus import Cronus
 from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
 from strategies.public_predictions.scarlet import SCARLET
@@ -26,6 +27,7 @@ from strategies.two_models.fml import FML
 from strategies.two_models.proxyfl import ProxyFL
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
+    "cronus": Cronus,
     "dml": DML,
     "dsfl": DSFL,
     "fd": FD,

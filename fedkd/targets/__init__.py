@@ -14,6 +14,12 @@ from fedkd.targets.averages import (
     mean_probability,
     trimmed_mean,
 )
+from fedkd.targets.robust import (
+    filtered_mean,
+    geometric_median,
+    kept_by_filter,
+    outlier_scores,
+)
 from fedkd.targets.scale import Scale, Targets
 from fedkd.targets.selection import (
     certainty_weights,
@@ -56,12 +62,16 @@ __all__ = [
     "entropy",
     "entropy_reduction",
     "entropy_reduction_by_power",
+    "filtered_mean",
+    "geometric_median",
     "hardest_mask",
+    "kept_by_filter",
     "kept_fraction",
     "leave_one_out",
     "mean_by_row",
     "mean_logit",
     "mean_probability",
+    "outlier_scores",
     "route_to_heads",
     "shares_by_confidence",
     "shares_by_entropy",

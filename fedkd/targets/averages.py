@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedkd.targets.scale import Scale
 from fedkd.targets.softening import at_least_float32, soften
 
 
@@ -80,15 +81,16 @@ def leave_one_out(
 
 
 def coordinate_median(
-    values: Float[Tensor, "clients rows classes"],
+    values: Float[Tensor, "clients rows classes"], *, scale: Scale = "logits"
 ) -> Float[Tensor, "rows classes"]:
     """Take the median over the clients of every score; fewer than half of them cannot move it far.
 
-    The median of an even number is the mean of the two in the middle. Medians of probabilities
-    need not sum to 1.
+    The median of an even number is the mean of the two in the middle.
 
     Args:
         values: finite probabilities or logits of every client on the same rows.
+        scale: what the values are. Medians of probabilities need not sum to 1, so they are made to;
+            where none of a row is positive the row is the clients' mean.
 
     Returns:
         On the CPU, whatever the order of the clients the same bits.
@@ -99,11 +101,11 @@ def coordinate_median(
     Source:
         Yin, Chen, Ramchandran, Bartlett, 2018, Definition 1. https://arxiv.org/abs/1803.01498
     """
-    return _mean_of_the_middle(values, drop=(len(values) - 1) // 2)
+    return _mean_of_the_middle(values, drop=(len(values) - 1) // 2, scale=scale)
 
 
 def trimmed_mean(
-    values: Float[Tensor, "clients rows classes"], *, trim: float
+    values: Float[Tensor, "clients rows classes"], *, trim: float, scale: Scale = "logits"
 ) -> Float[Tensor, "rows classes"]:
     """Average every score over the clients without the largest and the smallest ones.
 
@@ -111,6 +113,8 @@ def trimmed_mean(
         values: finite probabilities or logits of every client on the same rows.
         trim: fraction of the clients left out at EACH end, in [0, 0.5), rounded down to whole
             clients; it withstands as many liars as it leaves out at an end.
+        scale: what the values are. Trimmed means of probabilities need not sum to 1, so they are
+            made to; where none of a row is positive the row is the clients' mean.
 
     Returns:
         On the CPU, whatever the order of the clients the same bits.
@@ -124,11 +128,11 @@ def trimmed_mean(
     if not 0 <= trim < 0.5:
         raise ValueError(f"trim must be in [0, 0.5), got {trim}")
     # 0.29 of 100 clients are 29, although the product is 28.999999999999996.
-    return _mean_of_the_middle(values, drop=int(trim * len(values) + 1e-9))
+    return _mean_of_the_middle(values, drop=int(trim * len(values) + 1e-9), scale=scale)
 
 
 def _mean_of_the_middle(
-    values: Float[Tensor, "clients rows classes"], drop: int
+    values: Float[Tensor, "clients rows classes"], drop: int, scale: Scale
 ) -> Float[Tensor, "rows classes"]:
     """Average every score over the clients but the ``drop`` largest and ``drop`` smallest."""
     num_clients = len(values)
@@ -137,13 +141,27 @@ def _mean_of_the_middle(
     wide = at_least_float32(values.detach().cpu())
     # NumPy sorts floats with vector instructions: several times as fast as torch.
     ordered = np.sort(wide.numpy(), axis=0)
-    total = np.zeros(ordered.shape[1:])
-    # One client after the other: a library's sum may split rows differently with their number,
-    # and a chunk of rows has to give the bits of the whole.
-    for table in ordered[drop : num_clients - drop]:
+    middle = _total(ordered[drop : num_clients - drop]) / (num_clients - 2 * drop)
+    if scale == "probabilities":
+        sums = middle.sum(axis=-1, keepdims=True)
+        nobodys = sums[:, 0] <= 0
+        if nobodys.any():
+            middle[nobodys] = _total(ordered[:, nobodys])
+            sums = middle.sum(axis=-1, keepdims=True)
+        middle /= sums
+    return torch.from_numpy(middle).to(wide.dtype)
+
+
+def _total(tables: Float[np.ndarray, "clients rows classes"]) -> Float[np.ndarray, "rows classes"]:
+    """Add up in float64, one client after the other.
+
+    A library's sum may split rows differently with their number, and a chunk of rows has to give
+    the bits of the whole.
+    """
+    total = np.zeros(tables.shape[1:])
+    for table in tables:
         total += table
-    total /= num_clients - 2 * drop
-    return torch.from_numpy(total).to(wide.dtype)
+    return total
 
 
 def entropy_reduction(

@@ -20,6 +20,7 @@ ROWS = (12, 13, 9, 17, 12, 11, 14, 10)
 OFF_AND_ON = {"kind": "step", "values": [0.0, 0.0], "milestones": [0.5]}
 BIG_MEME = {"name": "mlp", "options": {"hidden": [3000]}}
 CASES = {
+    "cronus, no direction": ("cronus", {"directions": []}),
     "dml": ("dml", {"kd_weight": 0.0}),
     "dml, a schedule": ("dml", {"kd_weight": OFF_AND_ON}),
     "dml, terms": ("dml", {"objective": {"ce": 1.0, "kd": 0.0}}),

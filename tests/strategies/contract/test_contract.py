@@ -12,6 +12,7 @@ from strategies import STRATEGIES
 from strategies.contract import Strategy
 
 VARIANTS = {
+    "cronus": [{}, {"aggregation": "geometric_median", "temperature": 2.0}],
     "dml": [
         {},
         {"include_self": True, "average": "logit"},

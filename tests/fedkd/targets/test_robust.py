@@ -1,0 +1,206 @@
+"""Robust means of soft labels return soft labels, whatever a few clients say."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from fedkd.targets import (
+    PredictionSpool,
+    coordinate_median,
+    filtered_mean,
+    geometric_median,
+    kept_by_filter,
+    outlier_scores,
+    trimmed_mean,
+)
+
+# Five clients' soft labels of one row; the last one lies.
+SAMPLE = torch.tensor(
+    [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.65, 0.25, 0.1], [0.5, 0.3, 0.2], [0, 0, 1]],
+    dtype=torch.float64,
+)[:, None]
+RULES = {
+    "filter": partial(filtered_mean, dishonest=0.4),
+    "geometric median": geometric_median,
+    "median": partial(coordinate_median, scale="probabilities"),
+    "trimmed mean": partial(trimmed_mean, trim=0.2, scale="probabilities"),
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+def by_row(values):
+    return values.numpy().transpose(1, 0, 2)
+
+
+def soft(clients, rows=40, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.softmax(2 * torch.randn(clients, rows, classes, generator=generator), -1)
+
+
+# -- values by hand ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("filter", [0.65, 0.25, 0.10]),
+        ("median", [0.63157895, 0.26315789, 0.10526316]),
+        ("trimmed mean", [0.60344828, 0.25862069, 0.13793103]),
+        ("geometric median", [0.61107988, 0.26280099, 0.12611913]),
+    ],
+)
+def test_a_liar_among_five_moves_no_robust_mean_far(rule, expected):
+    # Their mean is (.49, .21, .30).
+    assert np.allclose(RULES[rule](SAMPLE)[0], expected, atol=1e-8)
+
+
+def test_scores_are_distances_along_the_widest_direction():
+    first = outlier_scores(by_row(SAMPLE))
+    expected = [0.27510521, 0.24119363, 0.25814942, 0.10533660, 0.87978485]
+    assert np.allclose(first[0], expected, atol=1e-8)
+    # Their squares are the largest eigenvalue of the covariance, times the clients less one.
+    assert (first**2).sum() / 4 == pytest.approx(0.24640389, abs=1e-8)
+    second = outlier_scores(by_row(SAMPLE[:4]))
+    assert np.allclose(second[0], [0.10665865, 0.01449280, 0.04608291, 0.13824878], atol=3e-8)
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(3, 6), (6, 6), (9, 4)])
+def test_scores_are_the_same_whichever_matrix_is_the_smaller(clients, classes):
+    values = by_row(soft(clients, classes=classes).double())
+    for row, scores in zip(values, outlier_scores(values), strict=True):
+        covariance = np.cov(row, rowvar=False)
+        direction = np.linalg.eigh(covariance)[1][:, -1]
+        assert np.allclose(scores, np.abs((row - row.mean(0)) @ direction), atol=1e-9)
+
+
+def test_the_geometric_median_has_the_smallest_sum_of_distances():
+    def total(point):
+        return float((SAMPLE - point).norm(dim=-1).sum())
+
+    assert total(geometric_median(SAMPLE)) == pytest.approx(1.44406728, abs=1e-8)
+    values = soft(7).double()
+    best = geometric_median(values)
+    for seed in range(3):
+        near = best + 1e-3 * torch.randn(best.shape, generator=torch.Generator().manual_seed(seed))
+        assert ((values - near).norm(dim=-1).sum(0) >= (values - best).norm(dim=-1).sum(0)).all()
+
+
+def test_the_geometric_median_stays_at_a_point_that_most_clients_share():
+    # A mean that begins at somebody's point divides by a distance of 0.
+    values = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])[:, None]
+    assert np.allclose(geometric_median(values)[0], [1, 0], atol=1e-6)
+    cross = torch.tensor([[1.0, 0.5], [0, 0.5], [0.5, 1], [0.5, 0], [0.5, 0.5]])[:, None]
+    assert np.allclose(geometric_median(cross)[0], [0.5, 0.5])
+
+
+# -- published faults --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clients", [5, 10, 13, 20])
+def test_both_passes_leave_out_as_many_as_half_the_liars_of_all_clients(clients):
+    """Published fault: the second pass counts by the clients that are left, and keeps liars."""
+    liars = int(0.4 * clients / 2) * 2
+    values = soft(clients, seed=clients)
+    kept = kept_by_filter(values, dishonest=0.4)
+    assert kept.shape == (40, clients - liars)
+    honest = torch.tensor([0.6, 0.3, 0.1]).repeat(clients, 1)
+    honest[: liars // 2] = torch.tensor([0.0, 0, 1])
+    honest[liars // 2 : liars] = torch.tensor([0.0, 1, 0])
+    assert kept_by_filter(honest[:, None], dishonest=0.4).tolist() == [[*range(liars, clients)]]
+    told = filtered_mean(honest[:, None], dishonest=0.4)
+    assert np.allclose(told[0], [0.6, 0.3, 0.1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("honest", "lie"),
+    [
+        ([0.75, 0.25, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]),  # exactly representable
+        ([1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]),  # one-hot
+        ([0.5, 0.5, 0.0], [0.0, 0.0, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("liar", range(5))
+def test_a_liar_is_found_where_rounding_does_not_help(honest, lie, liar):
+    """Published fault: a direction iterated from a vector of ones is 0, since rows sum to 1."""
+    values = torch.tensor(honest).repeat(5, 1)
+    values[liar] = torch.tensor(lie)
+    assert torch.equal(filtered_mean(values[:, None], dishonest=0.4)[0], torch.tensor(honest))
+    assert liar not in kept_by_filter(values[:, None], dishonest=0.4)
+
+
+def test_one_hot_rows_never_keep_a_minority_of_one():
+    # The published code fails on one row of seven of this kind.
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        truth, lie = rng.choice(4, 2, replace=False)
+        classes = np.full(5, truth)
+        classes[rng.integers(5)] = lie
+        told = filtered_mean(torch.eye(4)[classes][:, None], dishonest=0.4)
+        assert told.argmax() == truth
+        assert told.max() == 1
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed mean"])
+def test_robust_means_of_probabilities_sum_to_one(rule):
+    """Published fault: medians and trimmed means of probabilities are no distributions."""
+    told = RULES[rule](SAMPLE)
+    assert float(told.sum()) == pytest.approx(1, abs=1e-12)
+    raw = {"median": coordinate_median(SAMPLE), "trimmed mean": trimmed_mean(SAMPLE, trim=0.2)}
+    assert float(raw[rule].sum()) == pytest.approx({"median": 0.95, "trimmed mean": 0.966667}[rule])
+
+
+# -- the edges ---------------------------------------------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("clients", [1, 2, 3, 5, 8])
+def test_a_robust_mean_of_distributions_is_one(rule, clients):
+    told = rule(soft(clients))
+    assert told.dtype == torch.float32
+    assert told.min() >= 0
+    assert np.allclose(told.sum(-1), 1, atol=1e-6)
+
+
+@every_rule
+def test_clients_that_all_say_something_else_still_come_to_a_distribution(rule):
+    # No class has a positive median or trimmed mean.
+    told = rule(torch.eye(5)[:, None])
+    assert torch.isfinite(told).all()
+    assert float(told.sum()) == pytest.approx(1, abs=1e-6)
+
+
+@every_rule
+def test_clients_that_agree_are_repeated(rule):
+    one = soft(1)
+    assert np.allclose(rule(one.expand(6, -1, -1)), one[0], atol=1e-6)
+
+
+@every_rule
+def test_a_chunk_of_rows_has_the_bits_of_the_whole(rule):
+    values = soft(9, rows=37)
+    whole = rule(values)
+    with PredictionSpool(chunk_bytes=9 * 5 * 4 * 3) as spool:
+        for own in values:
+            spool.add(own)
+        assert torch.equal(spool.reduce(rule), whole)
+
+
+@every_rule
+def test_no_client_has_no_robust_mean(rule):
+    with pytest.raises(ValueError, match="at least 1 client, got 0"):
+        rule(SAMPLE[:0])
+
+
+@pytest.mark.parametrize("dishonest", [-0.1, 1.0, float("nan")])
+def test_a_share_of_liars_out_of_range_is_refused(dishonest):
+    with pytest.raises(ValueError, match=r"dishonest must be in \[0, 1\), got"):
+        filtered_mean(SAMPLE, dishonest=dishonest)
+
+
+def test_half_a_client_is_left_out_by_no_pass():
+    values = soft(9)
+    assert kept_by_filter(values, dishonest=0.2).shape == (40, 9)
+    assert np.allclose(filtered_mean(values, dishonest=0.2), values.mean(0), atol=1e-7)
+    assert kept_by_filter(soft(100), dishonest=0.58).shape == (40, 42)
