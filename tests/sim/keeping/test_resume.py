@@ -61,16 +61,20 @@ class Stopping(Observer):
 
     def __init__(self, round: int) -> None:
         self.round = round
+        self.pressed = False
 
     def metrics(self, rows: Sequence[Row]) -> None:
         if rows[0]["round"] == self.round:
+            self.pressed = True
             raise KeyboardInterrupt
 
 
 def stopped(settings: Settings, round: int, **options: Any) -> Path:
     """Run until a round is about to be complete; return the folder."""
+    stopping = Stopping(round)
     with pytest.raises(KeyboardInterrupt) as stop:
-        run(settings, observers=[Stopping(round)], **options)
+        run(settings, observers=[stopping], **options)
+    assert stopping.pressed, "somebody else interrupted the run"
     folder = stop.value.folder
     assert isinstance(folder, Path)
     return folder
