@@ -72,6 +72,46 @@ def last_linear(model: nn.Module) -> nn.Linear:
     return layers[-1]
 
 
+def head_layer(model: nn.Module, inputs: Tensor, *, whose: str) -> str:
+    """Return the module path of a model's head: the linear layer that makes logits.
+
+    That is its last linear layer, where the model returns what this layer puts out as it is and
+    runs it once. A dry run in evaluation mode and without gradients; the model's modes are put
+    back.
+
+    Args:
+        model: any module.
+        inputs: a batch of at least one row.
+        whose: whose model it is, for the message.
+
+    Raises:
+        ValueError: if the head cannot be told apart from the rest of the model.
+    """
+    last = last_linear(model)
+    put_out: list[object] = []
+
+    def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        put_out.append(output)
+
+    modes = [(module, module.training) for module in model.modules()]
+    handle = last.register_forward_hook(note)
+    try:
+        model.eval()
+        with torch.no_grad():
+            logits = model(inputs)
+    finally:
+        handle.remove()
+        for module, training in modes:
+            module.training = training
+    path: str = next(path for path, module in model.named_modules() if module is last)
+    if len(put_out) != 1 or put_out[0] is not logits:
+        raise ValueError(
+            f"the head of {whose!r} cannot be told apart: it does not return what its last linear "
+            f"layer {path!r} puts out; use a model that ends in a linear layer, such as mlp or cnn"
+        )
+    return path
+
+
 def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]:
     """Return the shape, without the batch, that every layer puts out, in the order they ran.
 

@@ -241,7 +241,10 @@ class BoundLearners:
         counted[TRIED_ROWS - 1 :] = 0
         padded = rows == TRIED_ROWS
 
-        def stacked(outputs: Any, fields: dict[str, Any], tensors: Any) -> dict[str, Tensor]:
+        def stacked(
+            models: dict[str, dict[str, Any]], fields: dict[str, Any], tensors: Any
+        ) -> dict[str, Tensor]:
+            outputs = {name: Outputs(**own) for name, own in models.items()}
             targets = Targets.from_model(fields["targets"])
             batch = Batch(**{**fields, "targets": targets})
             skeleton.counted.weights = counted if padded else None
@@ -253,9 +256,14 @@ class BoundLearners:
             whole.update(name for name, value in read.items() if isinstance(value, WholeStep))
             return step.means(read)
 
+        # What the terms are shown; functions among the fields would not go through vmap.
         fields = {**batch._asdict(), "targets": batch.targets.tensor}
+        del fields["parts"]
+        models = {name: own._asdict() for name, own in outputs.items()}
+        for own in models.values():
+            del own["head"]
         result: dict[str, Tensor] = torch.vmap(stacked, randomness="different")(
-            outputs, fields, tensors
+            models, fields, tensors
         )
         return result
 

@@ -21,10 +21,11 @@ from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.targets import Targets
 from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
-from fedkd.training.gradients import PLAIN, GradientRule
+from fedkd.training.gradients import PLAIN, Rules
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import JointObjective, Objective
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parts import NewParts
 from fedkd.training.state import Arrays, ClientState
 from fedkd.training.steps import fraction_of_rounds
 from fedkd.training.tables import Table
@@ -338,8 +339,10 @@ class Cohort(ABC):
         layers: Layers = (),
         tables: Mapping[str, Table] | None = None,
         optimizer: OptimizerSettings | None = None,
-        gradient: GradientRule = PLAIN,
+        gradient: Rules = PLAIN,
         averages: Mapping[str, Average] | None = None,
+        parts: NewParts | None = None,
+        heads: bool = False,
         keep_outputs: bool = False,
     ) -> list[RowOutputs]:
         """Minimise ``objective``; a step takes one batch of each kind of rows that is given.
@@ -365,10 +368,16 @@ class Cohort(ABC):
             optimizer: of this fit alone. It begins without memory and ends with the fit; what the
                 clients' own optimizer remembers stays as it is. None: the clients' own.
             gradient: what becomes of the losses before an optimizer sees a gradient; a rule that
-                clips the gradient of each row refuses models and losses that mix rows.
+                clips the gradient of each row refuses models and losses that mix rows. One for all
+                models, or a mapping with those of some; the others are plain.
             averages: running averages of weights, by name, that follow every step of this fit.
                 They stay with the clients. One that is named in ``frozen`` teaches as it stood
                 before the step.
+            parts: modules that learn in the same steps by the clients' optimizer, one of each for
+                every client: how to make them, by name. ``batch.parts.call(name, *inputs)`` runs
+                one. A client's keep their weights from fit to fit and from round to round in its
+                state, are called the same in every fit, and begin with the client's seed.
+            heads: whether ``outputs.head(embeddings)`` is there.
             keep_outputs: whether to return what the first model put out while it trained.
 
         Returns:
@@ -379,7 +388,8 @@ class Cohort(ABC):
         Raises:
             VmapUnsupportedError: if the members are stacked and ``objective`` cannot be.
             ValueError: for names that nobody has, tables and lessons that do not fit the members,
-                and outputs to keep of a fit without private rows.
+                outputs to keep of a fit without private rows, and models whose head cannot be told
+                apart.
         """
 
     @abstractmethod
@@ -469,6 +479,18 @@ class Cohort(ABC):
     @abstractmethod
     def kept(self, name: str) -> list[np.ndarray | None]:
         """Return what each member keeps under a name, read-only; None where it has nothing."""
+
+    @abstractmethod
+    def parts(self, name: str) -> list[Arrays | None]:
+        """Return copies of each member's weights of a part; None where it was not trained yet."""
+
+    @abstractmethod
+    def layer_shape(self, layer: str, *, model: str | None = None) -> tuple[int, ...]:
+        """Return the shape, without the rows, of what a layer of a model puts out.
+
+        Raises:
+            ValueError: naming a layer that the model does not have, and those that it has.
+        """
 
     @abstractmethod
     def reset_optimizers(self, *, model: str | None = None) -> None:

@@ -37,9 +37,10 @@ from fedkd.training.cohort import (
 )
 from fedkd.training.feeds import FitKey, FitKeys
 from fedkd.training.frozen import FrozenModel, KeptArrays, frozen_model
-from fedkd.training.gradients import GradientRule
+from fedkd.training.gradients import Clipped, GradientRule, Rules, rules_of
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parts import NewParts
 from fedkd.training.pool import PREDICT_ROWS, ModelPool
 from fedkd.training.state import Arrays, ClientState, copy_to_numpy
 from fedkd.training.tables import Table
@@ -61,6 +62,8 @@ class Fit:
             model whose architecture they have.
         averages: running averages that follow the fit; all name their model.
         paths: layers to tap, by model, frozen ones included.
+        rules: the gradient rule of each model that learns.
+        heads: module paths of the heads that the objective may run, by model.
     """
 
     key: FitKey
@@ -72,7 +75,8 @@ class Fit:
     paths: Mapping[str, Paths]
     tables: Mapping[str, Table]
     optimizer: OptimizerSettings | None
-    gradient: GradientRule
+    rules: Mapping[str, GradientRule]
+    heads: Mapping[str, str]
     keep_outputs: bool
 
     def with_layers(self, layers: Mapping[str, Sequence[str]]) -> "Fit":
@@ -141,6 +145,13 @@ class BackendCohort(Cohort):
 
     def kept(self, name: str) -> list[np.ndarray | None]:  # noqa: D102
         return self._kept.kept(name)
+
+    def layer_shape(  # noqa: D102
+        self, layer: str, *, model: str | None = None
+    ) -> tuple[int, ...]:
+        settings = self._settings_of(model or self._first)
+        path = self._pool.layer_paths(settings, [layer])[layer]
+        return self._pool.layer_shapes(settings)[path]
 
     def _row_outputs(
         self,
@@ -224,8 +235,8 @@ class BackendCohort(Cohort):
 
     def _resolved(
         self,
-        learning: Sequence[str],
-        teachers: Sequence[str],
+        objective: object,
+        models: Sequence[str] | None,
         *,
         private: Passes | None,
         public: PublicLesson | None,
@@ -233,8 +244,10 @@ class BackendCohort(Cohort):
         layers: Layers,
         tables: Mapping[str, Table] | None,
         optimizer: OptimizerSettings | None,
-        gradient: GradientRule,
+        gradient: Rules,
         averages: Mapping[str, Average] | None,
+        parts: NewParts | None,
+        heads: bool,
         keep_outputs: bool,
     ) -> Fit:
         """Look at everything that `fit` was given, before the first step.
@@ -242,8 +255,14 @@ class BackendCohort(Cohort):
         Raises:
             ValueError: naming what does not fit.
         """
+        composed = isinstance(objective, ComposedObjective)
+        learning, teachers = self._learning(objective, models), self._teachers(objective)
         for name in learning:
             self._settings_of(name)
+        if parts and composed:
+            raise ValueError(
+                f"parts are of a bare objective, and terms bring their own: got {', '.join(parts)}"
+            )
         absent = [name for name in teachers if name not in (*learning, *frozen)]
         if absent:
             raise ValueError(
@@ -286,6 +305,17 @@ class BackendCohort(Cohort):
                 if public is None
                 else [len(public.rows_of(position)) for position in range(len(members))],
             )
+        rules = rules_of(gradient, learning)
+        measured = [
+            name
+            for name, rule in rules.items()
+            if heads and isinstance(rule, Clipped) and rule.method == "norms"
+        ]
+        if measured:
+            raise ValueError(
+                f"gradient Clipped cannot measure model {measured[0]!r} in a fit with heads, which "
+                "run a layer more than once in a step: method='vmap' works for it"
+            )
         if keep_outputs and private is None:
             raise ValueError("keep_outputs keeps outputs for private rows, and the fit has none")
         return Fit(
@@ -302,7 +332,8 @@ class BackendCohort(Cohort):
             },
             tables=tables or {},
             optimizer=optimizer,
-            gradient=gradient,
+            rules=rules,
+            heads={name: self._pool.head(self._models[name]) for name in learning if heads},
             keep_outputs=keep_outputs,
         )
 

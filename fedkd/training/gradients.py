@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedkd.losses.reduction import Loss, StepRows, WholeStep
+from fedkd.training.steps import total
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,26 @@ class Plain(GradientRule):
 
 
 PLAIN = Plain()
+
+Rules = GradientRule | Mapping[str, GradientRule]
+"""One rule for all models that learn in a fit, or one for some by name; the others have `Plain`."""
+
+
+def rules_of(given: Rules, learning: Sequence[str]) -> dict[str, GradientRule]:
+    """Return the rule of each model that learns.
+
+    Raises:
+        ValueError: naming a rule of a model that does not learn.
+    """
+    if isinstance(given, GradientRule):
+        return dict.fromkeys(learning, given)
+    odd = sorted(given.keys() - set(learning))
+    if odd:
+        raise ValueError(
+            f"gradient rule of {odd[0]!r}, which does not learn in this fit; these do: "
+            f"{', '.join(learning)}"
+        )
+    return {name: given.get(name, PLAIN) for name in learning}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,44 +82,60 @@ class Anchor:
     """The weights from which a fit began, and the pull towards them.
 
     Args:
-        rule: how strong it is.
-        weights: of one client, or ``[members, ...]`` each.
+        mus: how strong it is for each of the weights; 0: not at all.
+        start: the weights, of one client or ``[members, ...]`` each.
     """
 
-    def __init__(self, rule: Proximal, weights: Sequence[Tensor]) -> None:
-        self._mu = rule.mu
-        self._start = [each.detach().clone() for each in weights]
+    def __init__(self, mus: Sequence[float], start: Sequence[Tensor]) -> None:
+        self._mus, self._start = mus, start
 
     @classmethod
-    def of(cls, rule: GradientRule, weights: Sequence[Tensor]) -> "Anchor | None":
-        """Return an anchor where the rule has one."""
-        return cls(rule, weights) if isinstance(rule, Proximal) and rule.mu else None
+    def of(
+        cls, rules: Mapping[str, GradientRule], weights: Mapping[str, Sequence[Tensor]]
+    ) -> "Anchor | None":
+        """Return an anchor where a rule has one.
+
+        Args:
+            rules: of each model.
+            weights: of each model, which `penalty` and `pulled` get in this order.
+        """
+        mus = [
+            rule.mu if isinstance(rule, Proximal) else 0.0
+            for name, rule in rules.items()
+            for _ in weights[name]
+        ]
+        if not any(mus):
+            return None
+        return cls(mus, [each.detach().clone() for name in rules for each in weights[name]])
 
     def of_members(self, here: slice) -> "Anchor":
         """Return the anchor of some of the members."""
-        own = object.__new__(Anchor)
-        own._mu, own._start = self._mu, [each[here] for each in self._start]
-        return own
+        return Anchor(self._mus, [each[here] for each in self._start])
 
     def penalty(self, weights: Sequence[Tensor], *, stacked: bool) -> Float[Tensor, "*members"]:
         """Return ``mu / 2 * ||w - w0||^2``, for each member where they are stacked."""
-        squares = [
-            difference.square().flatten(1).sum(1) if stacked else difference.square().sum()
-            for difference in self._differences(weights)
-        ]
-        return self._mu / 2 * torch.stack(squares).sum(0)
+        squares: dict[float, list[Tensor]] = {}
+        for mu, now, start in zip(self._mus, weights, self._start, strict=True):
+            if mu:
+                square = (now.detach() - start).square()
+                squares.setdefault(mu, []).append(
+                    square.flatten(1).sum(1) if stacked else square.sum()
+                )
+        first, *others = (mu / 2 * torch.stack(each).sum(0) for mu, each in squares.items())
+        for other in others:
+            first = first + other
+        return first
 
     def pulled(
         self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Return gradients with ``mu * (w - w0)`` added; what has none did not move."""
         return [
-            None if gradient is None else gradient + self._mu * difference
-            for gradient, difference in zip(gradients, self._differences(weights), strict=True)
+            gradient + mu * (now.detach() - start) if gradient is not None and mu else gradient
+            for mu, gradient, now, start in zip(
+                self._mus, gradients, weights, self._start, strict=True
+            )
         ]
-
-    def _differences(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        return [now.detach() - start for now, start in zip(weights, self._start, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +251,65 @@ class SplitLosses(NamedTuple):
             self.public.sum(), weights, retain_graph=True, allow_unused=True
         )
         return gradients
+
+
+class Clipping:
+    """Which models of a fit have the gradients of their rows clipped, and how each of them is.
+
+    Args:
+        rules: of each model that learns.
+        models: those models.
+        has_parts: whether something is trained beside them.
+
+    Attributes:
+        by_norms: rules of models whose norms are measured.
+        row_by_row: rules of models for which every row's gradient is made.
+        norms: measures; None where no model is measured.
+
+    Raises:
+        ValueError: as `check_rows_apart`.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[str, GradientRule],
+        models: Mapping[str, nn.Module],
+        *,
+        has_parts: bool,
+    ) -> None:
+        clipped = {name: rule for name, rule in rules.items() if isinstance(rule, Clipped)}
+        for name, rule in clipped.items():
+            check_rows_apart(rule, {name: models[name]}, has_parts=has_parts)
+        self.by_norms = {name: rule for name, rule in clipped.items() if rule.method == "norms"}
+        self.row_by_row = {name: rule for name, rule in clipped.items() if rule.method == "vmap"}
+        self.norms = (
+            RowNorms({name: models[name] for name in self.by_norms}) if self.by_norms else None
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.by_norms or self.row_by_row)
+
+    def begin(self, model: str, nudges: Mapping[str, Tensor] | None, *, apart: bool) -> None:
+        """Say which model runs next."""
+        if self.norms is None:
+            return
+        if model in self.by_norms:
+            self.norms.begin(model, nudges, apart=apart)
+        else:
+            self.norms.look_away()
+
+
+def plain_gradients(
+    means: Mapping[str, Tensor], weights: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Return the gradients of the sum of losses, of which more gradients are to be taken."""
+    loss = total(means)
+    if not loss.requires_grad:
+        return [None] * len(weights)
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        loss, weights, retain_graph=True, allow_unused=True
+    )
+    return gradients
 
 
 def clipped_sums(
@@ -354,6 +450,10 @@ class RowNorms:
         if path not in nudges:
             nudges[path] = torch.zeros_like(output, requires_grad=True)
         return output + nudges[path]
+
+    def look_away(self) -> None:
+        """Note nothing of what runs next."""
+        self._current = ""
 
     def end(self) -> None:
         """Note nothing more, and forget what was noted."""

@@ -18,6 +18,7 @@ from fedkd.randomness import seeded_for
 from fedkd.targets import Targets
 from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
+from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
@@ -49,15 +50,16 @@ from fedkd.training.frozen import copied_tensors, fold_in, to_arrays
 from fedkd.training.gradients import (
     PLAIN,
     Anchor,
-    Clipped,
-    GradientRule,
+    Clipping,
     RowNorms,
+    Rules,
     SplitLosses,
-    check_rows_apart,
     clipped_sums,
+    plain_gradients,
 )
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
+    NO_PARTS,
     Batch,
     JointObjective,
     Losses,
@@ -65,6 +67,7 @@ from fedkd.training.objectives import (
     Outputs,
 )
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parts import FitParts, NewParts, part_in
 from fedkd.training.pool import (
     PREDICT_ROWS,
     ModelPool,
@@ -127,13 +130,15 @@ class LoopCohort(BackendCohort):
         layers: Layers = (),
         tables: Mapping[str, Table] | None = None,
         optimizer: OptimizerSettings | None = None,
-        gradient: GradientRule = PLAIN,
+        gradient: Rules = PLAIN,
         averages: Mapping[str, Average] | None = None,
+        parts: NewParts | None = None,
+        heads: bool = False,
         keep_outputs: bool = False,
     ) -> list[RowOutputs]:
         fit = self._resolved(
-            self._learning(objective, models),
-            self._teachers(objective),
+            objective,
+            models,
             private=private,
             public=public,
             frozen=frozen,
@@ -142,32 +147,49 @@ class LoopCohort(BackendCohort):
             optimizer=optimizer,
             gradient=gradient,
             averages=averages,
+            parts=parts,
+            heads=heads,
             keep_outputs=keep_outputs,
         )
         if not isinstance(objective, ComposedObjective):
-            losses_of = _on_outputs(objective)
+            beside = FitParts(parts) if parts else None
+            losses_of = _on_outputs(objective, beside)
+            slot = None if beside is None else self._pool.slot_of(beside)
             kept = [
-                self._fit_member(fit, position, losses_of) for position in range(len(self._members))
+                self._fit_with_parts(fit, position, losses_of, beside, slot)
+                for position in range(len(self._members))
             ]
         elif objective.idle:
             return self._nothing_kept(fit)
         else:
             architectures = self._models_of(fit)
             bound = self._pool.bound(objective, architectures)
-            parts = self._pool.parts_slot(objective, architectures)
+            slot = self._pool.parts_slot(objective, architectures)
             fit = fit.with_layers(bound.layers)
             kept = []
-            for position, member in enumerate(self._members):
-                if parts is not None:
-                    own = self._parts[position]
-                    parts.load(parts_of(bound, own, self._streams.seed, member.client))
+            for position in range(len(self._members)):
                 lesson = fit.lesson(position)
                 alone = lesson is not None and not len(lesson.rows)
                 losses_of = partial(bound.losses, objective, alone=alone)
-                kept.append(self._fit_member(fit, position, losses_of, parts))
-                if parts is not None:
-                    self._parts[position] = with_parts(self._parts[position], parts.state())
+                kept.append(self._fit_with_parts(fit, position, losses_of, bound, slot))
         return [own for own in kept if own is not None]
+
+    def _fit_with_parts(
+        self,
+        fit: Fit,
+        position: int,
+        losses_of: StepLosses,
+        beside: BoundLearners | FitParts | None,
+        slot: Slot | None,
+    ) -> RowOutputs | None:
+        """Train one member's models, and its own parts in a slot."""
+        if beside is None or slot is None:
+            return self._fit_member(fit, position, losses_of)
+        own = self._parts[position]
+        slot.load(parts_of(beside, own, self._streams.seed, self.clients[position]))
+        kept = self._fit_member(fit, position, losses_of, slot)
+        self._parts[position] = with_parts(own, slot.state())
+        return kept
 
     def _fit_member(
         self, fit: Fit, position: int, losses_of: StepLosses, parts: Slot | None = None
@@ -184,14 +206,11 @@ class LoopCohort(BackendCohort):
             name: self._average(name, average, position) for name, average in fit.averages.items()
         }
         kept = _Kept() if fit.keep_outputs else None
-        norms = None
-        if isinstance(fit.gradient, Clipped):
-            modules = {name: slot.module for name, slot in slots.items()}
-            check_rows_apart(fit.gradient, modules, has_parts=parts is not None)
-            norms = RowNorms(modules) if fit.gradient.method == "norms" else None
+        modules = {name: slot.module for name, slot in slots.items()}
+        clipping = Clipping(fit.rules, modules, has_parts=parts is not None)
         with ExitStack() as stack:
-            if norms is not None:
-                stack.enter_context(norms.watching())
+            if clipping.norms is not None:
+                stack.enter_context(clipping.norms.watching())
             features = {
                 name: stack.enter_context(tapping(slot.module, fit.paths[name]))
                 for name, slot in slots.items()
@@ -206,7 +225,7 @@ class LoopCohort(BackendCohort):
             # Functions such as F.dropout draw from torch's global generator, a model of one's own
             # from wherever it likes.
             stack.enter_context(seeded_for(own_code=self._has_own_code, seed=seed))
-            step = _Step(slots, fit, features, frozen, losses_of, norms)
+            step = _Step(slots, fit, features, frozen, losses_of, clipping)
             self._take_steps(step, steps, seed, position, parts, averages, kept)
         for name, live in averages.items():
             self._kept.keep_average(
@@ -233,7 +252,8 @@ class LoopCohort(BackendCohort):
         keys = as_tensor(step_keys(seed, steps.count)).to(self._device) if has_dropout else None
         settings = step.fit.optimizer or self._optimizer_settings
         weights = [each for slot in slots.values() for each in slot.learnt]
-        anchor = Anchor.of(step.fit.gradient, weights)
+        held = {name: slot.learnt for name, slot in slots.items()}
+        anchor = Anchor.of(step.fit.rules, held)
         training = Steps(
             [RatedOptimizer(slot.optimizer, settings, steps.count) for slot in learning],
             steps.count,
@@ -249,15 +269,16 @@ class LoopCohort(BackendCohort):
         for at in training:
             inputs, num_private, batch = steps.take(at.number)
             outputs = step.outputs(inputs, num_private, apart=steps.apart)
-            if isinstance(step.fit.gradient, Clipped):
+            gradient = None
+            if step.clipping:
                 key = None if keys is None else keys[at.number]
-                losses, gradients = step.clipped(step.fit.gradient, inputs, outputs, batch, key)
-                training.descend(losses, partial(step.assign, gradients))
+                losses, gradients = step.clipped(inputs, outputs, batch, key)
+                gradient = partial(_assign, weights, anchor, gradients)
             else:
                 losses = _rows_of(batch).means(step.losses_of(outputs, batch))
-                if anchor is not None and losses:
-                    losses["proximal"] = anchor.penalty(weights, stacked=False)
-                training.descend(losses)
+            if anchor is not None and losses:
+                losses["proximal"] = anchor.penalty(weights, stacked=False)
+            training.descend(losses, gradient)
             if kept is not None:
                 kept.add(outputs[step.fit.learning[0]], num_private)
             for live in averages.values():
@@ -397,6 +418,9 @@ class LoopCohort(BackendCohort):
         if model is None:
             self._parts = [None if own is None else ModelState(own.weights) for own in self._parts]
 
+    def parts(self, name: str) -> list[Arrays | None]:  # noqa: D102
+        return [None if own is None else part_in(own.weights, name) for own in self._parts]
+
     def states(self) -> list[ClientState]:  # noqa: D102
         states = []
         for position, parts in enumerate(self._parts):
@@ -418,6 +442,7 @@ class _Step:
     Attributes:
         slots: the models that learn, by name.
         losses_of: what is minimised.
+        clipping: which models have the gradients of their rows clipped.
     """
 
     def __init__(
@@ -427,9 +452,9 @@ class _Step:
         features: Mapping[str, Mapping[str, Tensor]],
         frozen: Mapping[str, "_Frozen"],
         losses_of: StepLosses,
-        norms: RowNorms | None,
+        clipping: Clipping,
     ) -> None:
-        self._norms = norms
+        self.clipping = clipping
         self.slots = slots
         self.fit = fit
         self.losses_of = losses_of
@@ -442,8 +467,7 @@ class _Step:
         """Return what every model puts out, by its name."""
         outputs = {}
         for name, slot in self.slots.items():
-            if self._norms is not None:
-                self._norms.begin(name, apart=apart)
+            self.clipping.begin(name, None, apart=apart)
             seen, paths = self._taps[name]
             if apart:
                 outputs[name] = Outputs.of_passes(
@@ -453,6 +477,9 @@ class _Step:
             else:
                 logits = slot.module(inputs)
                 outputs[name] = Outputs.split(logits, num_private, named(seen, paths))
+            if name in self.fit.heads:
+                head = slot.module.get_submodule(self.fit.heads[name])
+                outputs[name] = outputs[name]._replace(head=head)
         for name, model in self._frozen.items():
             outputs[name] = model.outputs(inputs, num_private)
         return outputs
@@ -461,40 +488,36 @@ class _Step:
 
     def clipped(
         self,
-        rule: Clipped,
         inputs: Tensor,
         outputs: Mapping[str, Outputs],
         batch: Batch,
         key: Tensor | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Sequence[Tensor | None]]]:
-        """Return the losses' means, and the gradients by a rule that clips those of rows."""
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Return the losses' means, and all models' gradients, each by its own rule."""
         split = SplitLosses.of(self.losses_of(outputs, batch), _rows_of(batch))
-        if self._norms is not None:
-            return split.means, self._by_norms(rule, split, self._norms)
-        return split.means, self._row_by_row(rule, split, inputs, outputs, batch, key)
-
-    def assign(self, gradients: Mapping[str, Sequence[Tensor | None]], _: LossTerms) -> None:
-        """Give the models that learn their gradients."""
+        gradients: dict[str, Sequence[Tensor | None]] = {}
+        if self.clipping.norms is not None:
+            gradients |= self._by_norms(split, self.clipping.norms)
+        if self.clipping.row_by_row:
+            gradients |= self._row_by_row(split, inputs, outputs, batch, key)
         for name, slot in self.slots.items():
-            for weight, gradient in zip(slot.learnt, gradients[name], strict=True):
-                weight.grad = gradient
+            if name not in gradients:
+                gradients[name] = plain_gradients(split.means, slot.learnt)
+        return split.means, [each for name in self.slots for each in gradients[name]]
 
-    def _by_norms(
-        self, rule: Clipped, split: SplitLosses, norms: RowNorms
-    ) -> dict[str, Sequence[Tensor | None]]:
+    def _by_norms(self, split: SplitLosses, norms: RowNorms) -> dict[str, Sequence[Tensor | None]]:
         came_back = norms.came_back(split.private)
         gradients: dict[str, Sequence[Tensor | None]] = {}
-        for name, slot in self.slots.items():
+        for name, rule in self.clipping.by_norms.items():
             size = norms.norms(
                 name, norms.read[name], came_back[name], len(split.private), stacked=False
             )
-            gradients[name] = split.weighted_gradients(rule.shares(size), slot.learnt)
+            gradients[name] = split.weighted_gradients(rule.shares(size), self.slots[name].learnt)
         norms.end()
         return gradients
 
     def _row_by_row(
         self,
-        rule: Clipped,
         split: SplitLosses,
         inputs: Tensor,
         outputs: Mapping[str, Outputs],
@@ -517,10 +540,12 @@ class _Step:
                 if slot.dropout is not None and key is not None:
                     slot.dropout.begin(key, rows=own["number"], model=number)
                 seen, paths = self._taps[name]
-                logits = functional_call(
-                    slot.module, weights[name], (own["inputs"],), tie_weights=False
-                )
+                changed = weights.get(name, {})
+                logits = functional_call(slot.module, changed, (own["inputs"],), tie_weights=False)
                 alone[name] = Outputs(private=logits, features=dict(named(seen, paths)))
+                if name in self.fit.heads:
+                    head = partial(_run_at, slot.module, self.fit.heads[name], changed)
+                    alone[name] = alone[name]._replace(head=head)
             for name, model in self._frozen.items():
                 alone[name] = model.outputs(own["inputs"], 1)
             tables = {name: own.get(f"table {name}", each) for name, each in batch.tables.items()}
@@ -534,14 +559,15 @@ class _Step:
             return one.private.sum()
 
         weights = {
-            name: {path: each.detach() for path, each in slot.learnt_by_name.items()}
-            for name, slot in self.slots.items()
+            name: {path: each.detach() for path, each in self.slots[name].learnt_by_name.items()}
+            for name in self.clipping.row_by_row
         }
         each_row = torch.vmap(torch.func.grad(of_row), in_dims=(None, 0), randomness="different")(
             weights, rows
         )
         gradients: dict[str, Sequence[Tensor | None]] = {}
-        for name, slot in self.slots.items():
+        for name, rule in self.clipping.row_by_row.items():
+            slot = self.slots[name]
             clipped = clipped_sums(rule, each_row[name], stacked=False)
             public = split.public_gradients(slot.learnt)
             gradients[name] = [
@@ -564,9 +590,30 @@ def _rows_of(batch: Batch) -> StepRows:
 def _backward_held(anchor: Anchor, weights: Sequence[nn.Parameter], losses: LossTerms) -> None:
     """Give weights the gradients of the losses and of the pull of an anchor."""
     backward(losses)
-    pulled = anchor.pulled([weight.grad for weight in weights], weights)
-    for weight, gradient in zip(weights, pulled, strict=True):
+    _assign(weights, anchor, [weight.grad for weight in weights], losses)
+
+
+def _assign(
+    weights: Sequence[nn.Parameter],
+    anchor: Anchor | None,
+    gradients: Sequence[Tensor | None],
+    _: LossTerms,
+) -> None:
+    """Give weights their gradients, and the pull of an anchor."""
+    if anchor is not None:
+        gradients = anchor.pulled(gradients, weights)
+    for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
+
+
+def _run_at(module: nn.Module, path: str, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """Run the layer at a path with other weights than its own, as far as there are others."""
+    prefix = f"{path}." if path else ""
+    own = {
+        name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)
+    }
+    output: Tensor = functional_call(module.get_submodule(path), own, (inputs,), tie_weights=False)
+    return output
 
 
 class _Frozen:
@@ -629,11 +676,15 @@ class _Kept:
         self.parts.append((outputs.private.detach(), features))
 
 
-def _on_outputs(objective: Objective | JointObjective) -> StepLosses:
+def _on_outputs(
+    objective: Objective | JointObjective, beside: FitParts | None = None
+) -> StepLosses:
     """Hand an objective what it expects: one model's outputs, or those of several by name."""
     of_step: Any = objective
+    parts = NO_PARTS if beside is None else beside.called
 
     def losses(outputs: Mapping[str, Outputs], batch: Batch) -> Losses:
+        batch = batch._replace(parts=parts)
         seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
         named: Losses = of_step(seen, batch)
         return named

@@ -15,8 +15,22 @@ from torch import Tensor
 
 from fedkd.losses.reduction import Loss, PerRow, RowKind
 from fedkd.losses.response import hard_label_loss, hard_label_rows, soft_target_rows
+from fedkd.objectives import Parts
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.targets import Targets
+
+
+def _no_part(name: str, *_: Tensor) -> Tensor:
+    raise ValueError(f"no part {name!r} is trained here: name it in fit(..., parts={{...}})")
+
+
+def _no_head(_: Tensor) -> Tensor:
+    raise ValueError(
+        "outputs.head needs fit(..., heads=True), and is of a model that learns in the fit"
+    )
+
+
+NO_PARTS = Parts(_no_part)
 
 
 class Batch(NamedTuple):
@@ -30,6 +44,7 @@ class Batch(NamedTuple):
         private_rows: ids of the private rows: where they are among all clients' training rows.
         public_rows: ids of the public rows: their positions in the public set.
         tables: what was handed to the fit beside its rows, by name; see `Table`.
+        parts: what is trained beside the models: ``parts.call(name, *inputs)`` runs one.
     """
 
     labels: Int[Tensor, " private"] | None = None
@@ -38,6 +53,7 @@ class Batch(NamedTuple):
     private_rows: Int[Tensor, " private"] | None = None
     public_rows: Int[Tensor, " public"] | None = None
     tables: Mapping[str, Tensor] = NO_FEATURES
+    parts: Parts = NO_PARTS
 
 
 class Outputs(NamedTuple):
@@ -47,11 +63,15 @@ class Outputs(NamedTuple):
         private: its logits for the private rows, None in a step without any.
         public: the same for the public rows.
         features: what its tapped layers put out, by layer, for all rows, private ones first.
+        head: makes logits ``[any, classes]`` of embeddings ``[any, width]`` that are given, by the
+            model's last linear layer as it is in this step; its weights learn from them. There in
+            a fit with ``heads``, for models that learn.
     """
 
     private: Float[Tensor, "private classes"] | None = None
     public: Float[Tensor, "public classes"] | None = None
     features: Mapping[str, Tensor] = NO_FEATURES
+    head: Callable[[Tensor], Tensor] = _no_head
 
     @classmethod
     def split(
@@ -79,7 +99,7 @@ class Outputs(NamedTuple):
             for name, own in self.features.items()
         }
         public = None if whole.public is None else whole.public.detach()
-        return Outputs(self.private, public, features)
+        return Outputs(self.private, public, features, self.head)
 
     @classmethod
     def of_passes(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout
 from fedkd.models.outside import Outside
-from fedkd.objectives.taps import layer_shapes, resolved_layer
+from fedkd.objectives.taps import head_layer, layer_shapes, resolved_layer
 from fedkd.randomness import Purpose, torch_seed_for
 from fedkd.tensors import as_tensor
 from fedkd.training.binding import BoundLearners
@@ -24,6 +24,7 @@ from fedkd.training.cohort import (
 )
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parts import FitParts
 from fedkd.training.stacking import Skeleton
 from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy
 
@@ -153,6 +154,7 @@ class ModelPool:
         self._frozen: dict[str, nn.Module] = {}
         self._frozen_skeletons: dict[str, Skeleton] = {}
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._heads: dict[str, str] = {}
         self._bound: dict[str, BoundLearners] = {}
         self._parts: dict[str, Slot] = {}
         self._parts_skeletons: dict[str, Skeleton] = {}
@@ -217,6 +219,22 @@ class ModelPool:
         """
         shapes = self.layer_shapes(model) if layers else {}
         return {layer: resolved_layer(layer, shapes, whose=model.label) for layer in layers}
+
+    def head(self, model: ModelSettings) -> str:
+        """Return the module path of a model's head.
+
+        Raises:
+            ValueError: if it cannot be told apart.
+        """
+        if model.key not in self._heads:
+            module = self.build(model, seed=0).to(self._device)
+            inputs = self._data.train_inputs[:2]
+            self._heads[model.key] = head_layer(module, inputs, whose=model.label)
+        return self._heads[model.key]
+
+    def slot_of(self, parts: FitParts) -> Slot:
+        """Return a slot of a fit's own parts."""
+        return Slot(parts.parts, self._optimizer, self._device)
 
     def bound(
         self, composed: ComposedObjective, models: Mapping[str, ModelSettings]
@@ -312,11 +330,13 @@ def states_of(
     return states
 
 
-def parts_of(bound: BoundLearners, state: ModelState | None, seed: int, client: int) -> ModelState:
+def parts_of(
+    bound: BoundLearners | FitParts, state: ModelState | None, seed: int, client: int
+) -> ModelState:
     """Return the parts that a client has of an objective, fresh where it has none yet.
 
     Args:
-        bound: the objective.
+        bound: the objective, or the parts of a fit.
         state: all parts of the client, also those of other objectives.
         seed: the run's.
         client: partition id.

@@ -23,13 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.losses.reduction import RowKind, StepRows, WholeStep
-from fedkd.models import ModelSettings
 from fedkd.models.dropout import step_keys
+from fedkd.objectives import Parts
 from fedkd.objectives.view import NO_FEATURES
 from fedkd.randomness import seeded_for
 from fedkd.targets import Targets
 from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
+from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
@@ -60,16 +61,24 @@ from fedkd.training.frozen import fold_in
 from fedkd.training.gradients import (
     PLAIN,
     Anchor,
-    Clipped,
-    GradientRule,
+    Clipping,
     RowNorms,
+    Rules,
     SplitLosses,
-    check_rows_apart,
     clipped_sums,
+    plain_gradients,
 )
 from fedkd.training.learners import ComposedObjective
-from fedkd.training.objectives import Batch, JointObjective, Losses, Objective, Outputs
+from fedkd.training.objectives import (
+    NO_PARTS,
+    Batch,
+    JointObjective,
+    Losses,
+    Objective,
+    Outputs,
+)
 from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parts import FitParts, NewParts, part_in
 from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
 from fedkd.training.stacking import (
     Skeleton,
@@ -143,13 +152,15 @@ class VmapCohort(BackendCohort):
         layers: Layers = (),
         tables: Mapping[str, Table] | None = None,
         optimizer: OptimizerSettings | None = None,
-        gradient: GradientRule = PLAIN,
+        gradient: Rules = PLAIN,
         averages: Mapping[str, Average] | None = None,
+        parts: NewParts | None = None,
+        heads: bool = False,
         keep_outputs: bool = False,
     ) -> list[RowOutputs]:
         fit = self._resolved(
-            self._learning(objective, models),
-            self._teachers(objective),
+            objective,
+            models,
             private=private,
             public=public,
             frozen=frozen,
@@ -158,10 +169,19 @@ class VmapCohort(BackendCohort):
             optimizer=optimizer,
             gradient=gradient,
             averages=averages,
+            parts=parts,
+            heads=heads,
             keep_outputs=keep_outputs,
         )
         if not isinstance(objective, ComposedObjective):
-            return self._fit_stacks(fit, self._runs(fit), _on_outputs(objective), None)
+            beside = FitParts(parts) if parts else None
+            losses_of, runs = _on_outputs(objective), self._runs(fit)
+            if beside is None:
+                return self._fit_stacks(fit, runs, losses_of, None)
+            stack = self._stacked_parts(Skeleton(beside.parts, self._device), beside)
+            kept = self._fit_stacks(fit, runs, losses_of, None, stack, beside.parts_with)
+            self._keep_parts(stack)
+            return kept
         if objective.idle:
             return self._nothing_kept(fit)
         architectures = self._models_of(fit)
@@ -169,33 +189,29 @@ class VmapCohort(BackendCohort):
         if bound.stacking.obstacle:
             raise VmapUnsupportedError(f"{bound.stacking.obstacle}; {TRY_LOOP}")
         runs = self._runs(fit)
-        parts = self._stacked_parts(objective, architectures)
+        skeleton = self._pool.parts_skeleton(objective, architectures)
+        of_terms = None if skeleton is None else self._stacked_parts(skeleton, bound)
         kept = self._fit_stacks(
             fit.with_layers(bound.layers),
             runs,
             partial(bound.losses, objective),
             bool(bound.stacking.mixes_rows),
-            parts,
+            of_terms,
             bound.parts_with,
         )
-        if parts is not None:
-            self._parts = [
-                with_parts(own, parts.state(place)) for place, own in enumerate(self._parts)
-            ]
+        if of_terms is not None:
+            self._keep_parts(of_terms)
         return kept
 
-    def _stacked_parts(
-        self, objective: ComposedObjective, architectures: Mapping[str, ModelSettings]
-    ) -> Stack | None:
-        skeleton = self._pool.parts_skeleton(objective, architectures)
-        if skeleton is None:
-            return None
-        bound = self._pool.bound(objective, architectures)
+    def _stacked_parts(self, skeleton: Skeleton, beside: BoundLearners | FitParts) -> Stack:
         states = [
-            parts_of(bound, own, self._streams.seed, member.client)
+            parts_of(beside, own, self._streams.seed, member.client)
             for own, member in zip(self._parts, self._members, strict=True)
         ]
         return Stack.of(skeleton, states, self._device)
+
+    def _keep_parts(self, stack: Stack) -> None:
+        self._parts = [with_parts(own, stack.state(at)) for at, own in enumerate(self._parts)]
 
     def _runs(self, fit: Fit) -> list["_StackedSteps"]:
         """Cut the fit into runs of neighbours whose steps have the same kinds of rows.
@@ -269,12 +285,11 @@ class VmapCohort(BackendCohort):
                 stack.skeleton.module.train()
             taps.enter_context(step.watching())
             anchor = Anchor.of(
-                fit.gradient,
-                [
-                    stack.tensors[name]
-                    for stack in models.values()
-                    for name in stack.skeleton.trainable
-                ],
+                fit.rules,
+                {
+                    name: [stack.tensors[each] for each in stack.skeleton.trainable]
+                    for name, stack in models.items()
+                },
             )
             for steps in runs:
                 with seeded_for(own_code=self._has_own_code, seed=steps.seed):
@@ -356,14 +371,15 @@ class VmapCohort(BackendCohort):
         )
         for number, *_ in training:
             rows = steps.take(number, active)
-            if step.rule is not None:
+            gradient = None
+            if step.clipping:
                 losses, seen, gradients = step.clipped(steps, handed, resting, rows, leaves)
-                training.descend(losses, partial(_assign, moving, gradients))
+                gradient = partial(_assign, moving, anchor, held, gradients)
             else:
                 losses, seen = step.run(steps, number, handed, resting, rows)
-                if anchor is not None and losses:
-                    losses["proximal"] = anchor.penalty(held, stacked=True)
-                training.descend(losses)
+            if anchor is not None and losses:
+                losses["proximal"] = anchor.penalty(held, stacked=True)
+            training.descend(losses, gradient)
             if kept is not None:
                 kept.add(seen, steps.private_sizes(number, active), steps.first)
             for average in averages.values():
@@ -520,6 +536,11 @@ class VmapCohort(BackendCohort):
         if model is None:
             self._parts = [None if own is None else ModelState(own.weights) for own in self._parts]
 
+    def parts(self, name: str) -> list[Arrays | None]:  # noqa: D102
+        weights = [None if own is None else own.weights for own in self._parts]
+        each = [None if own is None else part_in(own, name) for own in weights]
+        return [each[place] for place in self._places]
+
     def states(self) -> list[ClientState]:  # noqa: D102
         states = []
         for position, place in enumerate(map(int, self._places)):
@@ -545,6 +566,7 @@ class _Step:
     Attributes:
         learning: every stack that learns: the models', then that of the parts.
         num_models: how many of them are models'.
+        clipping: which of these have the gradients of their rows clipped.
         frozen: the models that do not, by name.
     """
 
@@ -571,14 +593,10 @@ class _Step:
         self._parts_with = parts_with
         self.learning = [*models.values(), *([] if parts is None else [parts])]
         self.num_models = len(models)
-        self.rule = fit.gradient if isinstance(fit.gradient, Clipped) else None
-        self._norms: RowNorms | None = None
+        self._heads = fit.heads
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        if self.rule is not None:
-            modules = {name: skeleton.module for name, skeleton in self._skeletons.items()}
-            check_rows_apart(self.rule, modules, has_parts=parts is not None)
-            if self.rule.method == "norms":
-                self._norms = RowNorms(modules)
+        modules = {name: skeleton.module for name, skeleton in self._skeletons.items()}
+        self.clipping = Clipping(fit.rules, modules, has_parts=parts is not None)
         self.frozen = frozen
 
     def run(
@@ -697,7 +715,8 @@ class _Step:
 
     def watching(self) -> AbstractContextManager[None]:
         """Measure what comes back to the layers inside the block, where the rule needs it."""
-        return nullcontext() if self._norms is None else self._norms.watching()
+        norms = self.clipping.norms
+        return nullcontext() if norms is None else norms.watching()
 
     def clipped(
         self,
@@ -707,37 +726,60 @@ class _Step:
         rows: dict[str, Tensor],
         leaves: Sequence[Sequence[Tensor]],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor | None]]:
-        """Do what `run` does by a rule that clips the gradients of rows.
+        """Do what `run` does where a rule clips the gradients of rows.
 
         Returns:
-            The means of all losses, what is kept of the outputs, and the gradients of all leaves.
+            The means of all losses, what is kept of the outputs, and the gradients of all leaves,
+            those of each model by its own rule.
         """
-        if self._norms is not None:
-            return self._by_norms(self._norms, steps, handed, resting, rows, leaves)
-        forward = torch.vmap(partial(self._forward, steps), randomness="different")
-        outputs, kept = forward(handed, resting, rows)
-        split = self._split(steps, outputs, handed, rows)
-        trainable = [
-            {name: stack[name].detach() for name in skeleton.trainable}
-            for skeleton, stack in zip(self._skeletons.values(), handed, strict=True)
-        ]
+        own_leaves = dict(zip(self._skeletons, leaves, strict=False))
+        gradients: dict[str, Sequence[Tensor | None]] = {}
+        norms = self.clipping.norms
+        if norms is not None:
+            outputs, kept, split = self._by_norms(
+                norms, steps, handed, resting, rows, own_leaves, gradients
+            )
+        else:
+            forward = torch.vmap(partial(self._forward, steps), randomness="different")
+            outputs, kept = forward(handed, resting, rows)
+            split = self._split(steps, outputs, handed, rows)
+        if self.clipping.row_by_row:
+            self._by_rows(split, outputs, steps, handed, resting, rows, own_leaves, gradients)
+        for name, own in own_leaves.items():
+            if name not in gradients:
+                gradients[name] = plain_gradients(split.means, own)
+        return split.means, kept, [each for name in own_leaves for each in gradients[name]]
+
+    def _by_rows(
+        self,
+        split: SplitLosses,
+        outputs: Mapping[str, dict[str, Tensor]],
+        steps: "_StackedSteps",
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+        leaves: Mapping[str, Sequence[Tensor]],
+        gradients: dict[str, Sequence[Tensor | None]],
+    ) -> None:
+        """Add the gradients of the models for which every row's gradient is made."""
+        trainable = {
+            name: {each: stack[each].detach() for each in skeleton.trainable}
+            for (name, skeleton), stack in zip(self._skeletons.items(), handed, strict=False)
+            if name in self.clipping.row_by_row
+        }
         constants = {
             name: {key: each.detach() for key, each in own.items()} for name, own in outputs.items()
         }
         each_row = torch.vmap(partial(self._each_row, steps), randomness="different")(
             trainable, handed, resting, rows, constants
         )
-        gradients: list[Tensor | None] = []
-        for own, of_model in zip(leaves, each_row, strict=True):
-            sums = clipped_sums(self._clipping, of_model, stacked=True)
-            for clipped, more in zip(sums.values(), split.public_gradients(own), strict=True):
-                gradients.append(clipped if more is None else clipped + more)
-        return split.means, kept, gradients
-
-    @property
-    def _clipping(self) -> Clipped:
-        assert self.rule is not None  # noqa: S101
-        return self.rule
+        for name, rule in self.clipping.row_by_row.items():
+            sums = clipped_sums(rule, each_row[name], stacked=True)
+            public = split.public_gradients(leaves[name])
+            gradients[name] = [
+                clipped if more is None else clipped + more
+                for clipped, more in zip(sums.values(), public, strict=True)
+            ]
 
     def _by_norms(
         self,
@@ -746,8 +788,10 @@ class _Step:
         handed: Sequence[dict[str, Tensor]],
         resting: Mapping[str, dict[str, Tensor]],
         rows: dict[str, Tensor],
-        leaves: Sequence[Sequence[Tensor]],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor | None]]:
+        leaves: Mapping[str, Sequence[Tensor]],
+        gradients: dict[str, Sequence[Tensor | None]],
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], SplitLosses]:
+        """Take the models' step, and add the gradients of those whose norms are measured."""
         if not self._shapes:
             self._shapes = self._layer_shapes(norms, handed, rows)
         members, width = rows["inputs"].shape[:2]
@@ -772,12 +816,11 @@ class _Step:
         split = self._split(steps, outputs, handed, rows)
         norms.nudges = nudges
         came_back = norms.came_back(split.private)
-        gradients: list[Tensor | None] = []
-        for name, own in zip(self._skeletons, leaves, strict=True):
+        for name, rule in self.clipping.by_norms.items():
             size = norms.norms(name, read[name], came_back[name], steps.num_private, stacked=True)
-            gradients += split.weighted_gradients(self._clipping.shares(size), own)
+            gradients[name] = split.weighted_gradients(rule.shares(size), leaves[name])
         norms.end()
-        return split.means, kept, gradients
+        return outputs, kept, split
 
     def _layer_shapes(
         self,
@@ -787,7 +830,9 @@ class _Step:
     ) -> dict[str, dict[str, tuple[int, ...]]]:
         """Return what each layer of each model puts out for one row."""
         shapes = {}
-        for (name, skeleton), stack in zip(self._skeletons.items(), handed, strict=True):
+        for (name, skeleton), stack in zip(self._skeletons.items(), handed, strict=False):
+            if name not in self.clipping.by_norms:
+                continue
             tensors = {key: each[0].detach() for key, each in stack.items()}
             # Not the training mode, in which dropout would draw.
             skeleton.module.eval()
@@ -819,13 +864,13 @@ class _Step:
     def _each_row(
         self,
         steps: "_StackedSteps",
-        trainable: list[dict[str, Tensor]],
+        trainable: dict[str, dict[str, Tensor]],
         handed: Sequence[dict[str, Tensor]],
         resting: Mapping[str, dict[str, Tensor]],
         rows: dict[str, Tensor],
         whole: Mapping[str, dict[str, Tensor]],
-    ) -> list[dict[str, Tensor]]:
-        """Return one member's gradient of every private row's loss, for each model."""
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return one member's gradient of every private row's loss, for each model by name."""
         one_row = copy.copy(steps)
         one_row.num_private = one_row.fewest = 1
         one_row.apart = False
@@ -839,9 +884,12 @@ class _Step:
         private["numbers"] = torch.arange(steps.num_private, device=rows["inputs"].device)
         others = {name: each for name, each in rows.items() if name not in (*private, "counted")}
 
-        def of_row(trainable: list[dict[str, Tensor]], row: dict[str, Tensor]) -> Tensor:
+        def of_row(trainable: dict[str, dict[str, Tensor]], row: dict[str, Tensor]) -> Tensor:
             own = {**others, **{name: each[None] for name, each in row.items()}}
-            tensors = [{**stack, **new} for stack, new in zip(handed, trainable, strict=True)]
+            tensors = [
+                {**stack, **trainable.get(name, {})}
+                for name, stack in zip(self._skeletons, handed, strict=True)
+            ]
             outputs, _ = self._forward(one_row, tensors, resting, own)
             together = {
                 name: _unpacked(packed).beside_public(_unpacked(whole[name]), steps.num_private)
@@ -850,7 +898,7 @@ class _Step:
             losses = self._of_objective(together, steps.batch_of(own), steps, tensors, own)
             return SplitLosses.of(losses, steps.rows_of(own)).private.sum()
 
-        found: list[dict[str, Tensor]] = torch.vmap(
+        found: dict[str, dict[str, Tensor]] = torch.vmap(
             torch.func.grad(of_row), in_dims=(None, 0), randomness="different"
         )(trainable, private)
         return found
@@ -867,12 +915,27 @@ class _Step:
         rows: Mapping[str, Tensor],
     ) -> Losses:
         """Ask the objective about one member; without ``rows`` that count, all of them do."""
+        if self._heads:
+            outputs = self._with_heads(outputs, handed)
         if self._parts is None or self._parts_with is None:
             return self._losses_of(outputs, batch, alone=steps.alone)
         skeleton = self._parts.skeleton
         _tell_what_counts(skeleton, steps, rows)
         run = partial(skeleton.run_at, handed[-1])
         return self._losses_of(outputs, batch, self._parts_with(run), alone=steps.alone)
+
+    def _with_heads(
+        self, outputs: Mapping[str, Outputs], handed: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Outputs]:
+        """Let the objective run the heads of one member's models."""
+        heads = {
+            name: partial(skeleton.run_at, tensors, self._heads[name])
+            for (name, skeleton), tensors in zip(self._skeletons.items(), handed, strict=False)
+        }
+        return {
+            name: own._replace(head=heads[name]) if name in heads else own
+            for name, own in outputs.items()
+        }
 
     def _outputs(
         self,
@@ -885,8 +948,7 @@ class _Step:
         for number, ((name, skeleton), tensors) in enumerate(
             zip(self._skeletons.items(), handed, strict=False)
         ):
-            if self._norms is not None:
-                self._norms.begin(name, self._nudges.get(name), apart=steps.apart)
+            self.clipping.begin(name, self._nudges.get(name), apart=steps.apart)
             if skeleton.dropout is not None:
                 skeleton.dropout.begin(rows["key"], rows=rows.get("numbers"), model=number)
             if steps.apart:
@@ -969,15 +1031,27 @@ def _differentiate(
     gradients: list[Tensor | None] = list(
         torch.autograd.grad(total(losses), leaves, allow_unused=True)
     )
-    if anchor is not None:
-        gradients[: len(held)] = anchor.pulled(gradients[: len(held)], held)
-    _assign(moving, gradients, losses)
+    _assign(moving, anchor, held, gradients, losses)
 
 
 def _assign(
-    moving: Sequence[_ActiveMembers], gradients: Sequence[Tensor | None], _: LossTerms
+    moving: Sequence[_ActiveMembers],
+    anchor: Anchor | None,
+    held: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    _: LossTerms,
 ) -> None:
-    """Give all stacks their gradients, which stand in the order of their tensors."""
+    """Give all stacks their gradients, which stand in the order of their tensors.
+
+    Args:
+        moving: the stacks.
+        anchor: pulls at what is held; None: nothing does.
+        held: the first of all tensors.
+        gradients: of all tensors.
+    """
+    gradients = list(gradients)
+    if anchor is not None:
+        gradients[: len(held)] = anchor.pulled(gradients[: len(held)], held)
     start = 0
     for own in moving:
         own.gradients = list(gradients[start : start + len(own.leaves)])
@@ -1140,7 +1214,14 @@ def _on_outputs(objective: Objective | JointObjective) -> Callable[..., Losses]:
     """Hand an objective what it expects: one model's outputs, or those of several by name."""
     of_step: Any = objective
 
-    def losses(outputs: Mapping[str, Outputs], batch: Batch, *, alone: bool) -> Losses:  # noqa: ARG001
+    def losses(
+        outputs: Mapping[str, Outputs],
+        batch: Batch,
+        parts: Parts = NO_PARTS,
+        *,
+        alone: bool,  # noqa: ARG001
+    ) -> Losses:
+        batch = batch._replace(parts=parts)
         seen = outputs if len(outputs) > 1 else next(iter(outputs.values()))
         named: Losses = of_step(seen, batch)
         return named

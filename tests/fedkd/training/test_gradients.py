@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from own_objectives import distilled
 
-from fedkd.losses.response import hard_label_rows
+from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.models import ModelSettings, build_model
 from fedkd.objectives import Objective
 from fedkd.targets import Targets
@@ -102,12 +102,13 @@ def difference(one, other):
 def test_the_proximal_term_by_hand():
     # mu / 2 * (.5^2 + 1^2 + .5^2) = 0.05 * 1.5, and mu * (w - w0).
     start, now = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([1.0, -2.0, 0.5])
-    anchor = Anchor.of(Proximal(mu=0.1), [start])
+    anchor = Anchor.of({"model": Proximal(mu=0.1)}, {"model": [start]})
     start.zero_()  # what it remembers is its own
     assert anchor.penalty([now], stacked=False).item() == pytest.approx(0.075)
     (gradient,) = anchor.pulled([torch.zeros(3)], [now])
     assert gradient.tolist() == pytest.approx([0.05, -0.1, 0.05])
-    stacked = Anchor.of(Proximal(mu=0.1), [torch.tensor([[0.5, -1.0, 0.0]] * 2)])
+    twice = torch.tensor([[0.5, -1.0, 0.0]] * 2)
+    stacked = Anchor.of({"model": Proximal(mu=0.1)}, {"model": [twice]})
     both = torch.stack([now, torch.tensor([0.5, -1.0, 0.0])])
     assert stacked.penalty([both], stacked=True).tolist() == pytest.approx([0.075, 0.0])
     assert stacked.of_members(slice(1, 2)).penalty([both[1:]], stacked=True).tolist() == [0.0]
@@ -380,3 +381,101 @@ def test_what_mixes_rows_is_refused_by_name(kind, method):
 def test_numbers_out_of_range_are_refused(field):
     with pytest.raises(ValueError, match=rf"{field} must be > 0 and finite, got 0\.0"):
         Clipped(**{"norm": 1.0, "expected_batch": 8.0, field: 0.0})
+
+
+# -- a rule for each model ---------------------------------------------------------------------
+
+TWO = {"private": MLP, "proxy": ModelSettings(name="mlp", options={"hidden": [6]})}
+
+
+def mutual(outputs, batch):
+    """Two models that learn from each other, without a gradient from one into the other."""
+    losses = {}
+    for name, teacher in (("private", "proxy"), ("proxy", "private")):
+        own, other = outputs[name].private, outputs[teacher].private.detach()
+        kl = soft_target_rows(own, other.softmax(1), temperature=1.0)
+        losses[f"ce {name}"] = PerRow(hard_label_rows(own, batch.labels), of="private")
+        losses[f"kd {name}"] = PerRow(kl, of="private")
+    return losses
+
+
+def fit_two(kind, gradient, model=TWO):
+    cohort = cohort_of(kind, model=model)
+    passes = Passes(batch_size=8)
+    cohort.fit(mutual, private=passes, models=list(TWO), gradient=gradient)
+    return cohort
+
+
+def once(kind, gradient, name):
+    cohort = cohort_of(kind, model=TWO)
+    passes = Passes(batch_size=8, steps=1)
+    cohort.fit(mutual, private=passes, models=list(TWO), gradient=gradient)
+    return cohort.weights(model=name)
+
+
+@BACKENDS
+@pytest.mark.parametrize("method", ["norms", "vmap"])
+def test_each_model_moves_by_its_own_rule(kind, method):
+    clipped = Clipped(norm=0.1, expected_batch=8.0, method=method)
+    near = Proximal(mu=0.5)
+    one_each = {"proxy": clipped, "private": near}
+    for name, rule in one_each.items():
+        # A first step from the same weights: no model's rule reaches the other model.
+        mine, alone = once(kind, one_each, name), once(kind, {name: rule}, name)
+        every = once(kind, rule, name)
+        plain = once(kind, Plain(), name)
+        for own, single, same, other in zip(mine, alone, every, plain, strict=True):
+            for key in own:
+                assert np.abs(own[key] - single[key]).max() < 1e-12
+                assert np.abs(own[key] - same[key]).max() < 1e-12
+            moved = max(np.abs(own[key] - other[key]).max() for key in own)
+            # At the first step a proximal rule has nothing to pull at yet.
+            assert moved > 1e-4 if name == "proxy" else moved < 1e-12
+    once_plain = once(kind, {"proxy": clipped}, "private")
+    for own, other in zip(once_plain, once(kind, Plain(), "private"), strict=True):
+        assert all(np.abs(own[key] - other[key]).max() < 1e-12 for key in own)
+
+
+@pytest.mark.parametrize("method", ["norms", "vmap"])
+@pytest.mark.parametrize("same", [False, True])
+def test_rules_of_their_own_agree_in_both_backends(method, same):
+    # Models of one architecture share a module where they are stacked.
+    model = dict.fromkeys(TWO, MLP) if same else TWO
+    rules = {
+        "proxy": Clipped(norm=0.1, expected_batch=8.0, method=method),
+        "private": Proximal(mu=0.5),
+    }
+    one, other = (fit_two(kind, rules, model) for kind in (LoopCohort, VmapCohort))
+    assert difference(one, other) < 1e-12
+    assert "loss/proximal" in one.metrics()[0]
+    without = fit_two(LoopCohort, {"proxy": rules["proxy"]}, model).weights(model="private")
+    # The last member takes a single step, before which there is nothing to pull at.
+    for own, free in list(zip(one.weights(model="private"), without, strict=True))[:2]:
+        assert max(np.abs(own[key] - free[key]).max() for key in own) > 1e-5
+
+
+@BACKENDS
+def test_a_model_that_is_not_clipped_may_mix_rows(kind):
+    normed = ModelSettings(name="cnn", options={"channels": [4], "norm": "batch"})
+    rule = Clipped(norm=0.1, expected_batch=8.0)
+    fit_two(kind, {"proxy": rule}, {**TWO, "private": normed})
+    with pytest.raises(ValueError, match=r"of model 'private' is a (Masked)?BatchNorm"):
+        fit_two(kind, rule, {**TWO, "private": normed})
+
+
+@BACKENDS
+def test_a_rule_of_a_model_that_does_not_learn_is_refused(kind):
+    with pytest.raises(ValueError, match="gradient rule of 'meme', which does not learn"):
+        fit_two(kind, {"meme": Plain()})
+
+
+def test_anchors_of_different_strength_by_hand():
+    # .1 / 2 * (.5^2 + 1^2) + .4 / 2 * .5^2, and mu * (w - w0) for each.
+    start = {"a": [torch.tensor([0.5, -1.0])], "b": [torch.tensor([0.0])], "c": [torch.ones(1)]}
+    rules = {"a": Proximal(mu=0.1), "b": Proximal(mu=0.4), "c": Plain()}
+    anchor = Anchor.of(rules, start)
+    now = [torch.tensor([1.0, -2.0]), torch.tensor([0.5]), torch.tensor([9.0])]
+    assert anchor.penalty(now, stacked=False).item() == pytest.approx(0.0625 + 0.05)
+    pulled = anchor.pulled([torch.zeros(2), torch.zeros(1), torch.zeros(1)], now)
+    assert torch.cat(pulled).tolist() == pytest.approx([0.05, -0.1, 0.2, 0.0])
+    assert Anchor.of({"c": Plain()}, start) is None
