@@ -21,6 +21,7 @@ from strategies.regularised.fedgkd import FedGKD
 from strategies.regularised.fedntd import FedNTD
 from strategies.regularised.fedprox import FedProx
 from strategies.server_models.feddf import FedDF
+from strategies.server_models.fedgems import FedGEMS
 from strategies.server_models.fedgkt import FedGKT
 from strategies.server_models.one_way import OneWay
 from strategies.two_models.fml import FML
@@ -33,6 +34,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fd": FD,
     "fedavg": FedAvg,
     "feddf": FedDF,
+    "fedgems": FedGEMS,
     "fedgkd": FedGKD,
     "fedgkt": FedGKT,
     "fedmd": FedMD,

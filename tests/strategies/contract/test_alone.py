@@ -17,6 +17,9 @@ CLIENTS = {
     "optimizer": {"name": "adam", "lr": 0.01},
 }
 ROWS = (12, 13, 9, 17, 12, 11, 14, 10)
+LABELLED = ("fedgems",)
+"""Algorithms that need labels of public rows."""
+
 OFF_AND_ON = {"kind": "step", "values": [0.0, 0.0], "milestones": [0.5]}
 BIG_MEME = {"name": "mlp", "options": {"hidden": [3000]}}
 CASES = {
@@ -30,6 +33,8 @@ CASES = {
     "one_way": ("one_way", {"kd_weight": 0.0, "teacher_epochs": 1}),
     "one_way, a server": ("one_way", {"kd_weight": 0.0, "direction": "server_to_clients"}),
     "one_way, upwards only": ("one_way", {"direction": "clients_to_server"}),
+    "fedgems": ("fedgems", {"directions": []}),
+    "fedgems, upwards only": ("fedgems", {"directions": ["server"]}),
     "fedmd": ("fedmd", {"digest_epochs": 0}),
     "fml": ("fml", {"objective": {"ce": 1.0, "kd": 0.0}}),
     "fml, no direction": ("fml", {"directions": []}),
@@ -59,7 +64,7 @@ def digests():
 def test_with_every_direction_off_the_digest_is_that_of_local(
     strategy, options, vectorize, tiny_settings, tiny_data, simulate, digests
 ):
-    data = tiny_data(rows=ROWS)
+    data = tiny_data(rows=ROWS, labelled=strategy in LABELLED)
     engine = {"backend": "inline", "vectorize": vectorize}
 
     def run(name, **chosen):
@@ -80,7 +85,7 @@ def test_the_rule_stacks_those_who_learn_alone_as_it_stacks_local(
 ):
     def backends(name, **chosen):
         settings = tiny_settings(name, clients=CLIENTS, **chosen)
-        data = tiny_data(rows=ROWS)
+        data = tiny_data(rows=ROWS, labelled=name in LABELLED)
         return CohortCutter(settings, data, parts(settings, data)[0]).cut(range(8), "train")
 
     assert backends(strategy, options=options) == backends("local")

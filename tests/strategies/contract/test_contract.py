@@ -25,6 +25,7 @@ VARIANTS = {
     "dsfl": [{}, {"aggregation": "sa", "server_model": "mlp"}],
     "fd": [{}, {"collect": "evaluation", "weighting": "count"}],
     "fedavg": [{}, {"weighting": "equal"}],
+    "fedgems": [{}, {"directions": ["clients"]}, {"ce_share": 0.1, "server_epochs": 3}],
     "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
     "fedmd": [{}, {"digest_loss": "kl", "weighting": "examples"}],
     "fedntd": [{}, {"temperature": 3}],
@@ -44,6 +45,9 @@ VARIANTS = {
     ],
 }
 """Settings worth running besides the defaults; a new row of the table runs with its defaults."""
+
+SECTIONS = {"fedgems": {"data": {"public": {"labelled": True}}}}
+"""Other sections of settings, without which an algorithm refuses to run."""
 
 CASES = [
     pytest.param(
@@ -87,12 +91,13 @@ def test_a_row_is_the_settings_name_and_the_module_says_whose_idea_it_is(name):
 
 
 @every_strategy
-def test_builds_with_its_defaults(name, tiny_settings, tiny_data, parts):
-    strategy, _ = parts(tiny_settings(name), tiny_data())
+def test_builds_with_its_defaults(name, parts):
+    case = Case(name, sections=SECTIONS.get(name, {}))
+    strategy, _ = parts(case.settings(), case.data())
     assert type(strategy) is STRATEGIES[name]
 
 
 @every_case
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_keeps_to_the_contract(claim, name, options):
-    CLAIMS[claim](Case(name, options))
+    CLAIMS[claim](Case(name, options, SECTIONS.get(name, {})))
