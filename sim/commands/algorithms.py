@@ -31,7 +31,7 @@ class Algorithm:
     @property
     def command(self) -> str:
         """What runs it."""
-        return f"fedkd run strategy.name={self.name}"
+        return " ".join(["fedkd run", f"strategy.name={self.name}", *self.description.card.needs])
 
     def to_row(self) -> Row:
         """Return all of it as plain values."""

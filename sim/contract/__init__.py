@@ -8,6 +8,7 @@ from sim.server.validation import AuthorError
 from sim.settings import SettingsError, merge_tables
 from sim.settings.reading import nested_table
 from sim.settings.tables import read_word
+from strategies import strategy_class
 
 __all__ = ["ContractError", "check_strategy"]
 
@@ -24,7 +25,8 @@ def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str]
     Args:
         name: what ``strategy.name`` would be: ``my_package.my_module:MyMethod``.
         variants: settings under ``strategy:`` to try, each on its own; its defaults without any.
-        words: other settings that it needs, such as ``data.public.labelled=true``.
+        words: other settings to try it with, beside those that its card says it needs, such as
+            ``clients.models=mlp``.
 
     Raises:
         SettingsError: it cannot be found, or these settings cannot work.
@@ -33,7 +35,7 @@ def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str]
     broken: dict[str, list[str]] = {}
     first: Exception | None = None
     for options in variants or ({},):
-        case = Case(name, options, sections_of(words))
+        case = Case(name, options, sections_of([*_needs(name), *words]))
         _let_it_refuse(case)
         variant = f" with {dict(options)}" if options else ""
         for said, error in _broken_by(case):
@@ -48,6 +50,14 @@ def check_strategy(name: str, *variants: Mapping[str, Any], words: Sequence[str]
         raise ContractError(
             f"{name} does not keep to the contract:\n" + "\n".join(lines)
         ) from first
+
+
+def _needs(name: str) -> tuple[str, ...]:
+    try:
+        return strategy_class(name).card.needs
+    except ValueError:
+        # Its settings will tell.
+        return ()
 
 
 def _let_it_refuse(case: Case) -> None:

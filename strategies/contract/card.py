@@ -25,12 +25,14 @@ class Card:
         up: what a client sends in a round, with its size.
         down: what a client receives in a round, with its size.
         equation: what is minimised and how knowledge is put together, as plain text.
+        needs: settings without which it refuses to run, as ``key=value``.
     """
 
     learns: str
     up: str
     down: str
     equation: str
+    needs: tuple[str, ...] = ()
 
 
 NO_CARD = Card(learns="", up="", down="", equation="")

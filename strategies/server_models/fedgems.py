@@ -190,6 +190,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
             "eps CE + (1-eps) KL(sum_k a_k z_k || server), a = softmax of 1/H_k over those who are "
             "right; clients eps CE + (1-eps) KL(server || own) on public rows, CE on private ones"
         ),
+        needs=("data.public.labelled=true",),
     )
     directions: ClassVar[Mapping[str, str]] = {
         "clients": "from the server",

@@ -37,6 +37,11 @@ def test_one_algorithm_is_told_with_its_defaults_and_its_command() -> None:
     assert "fedkd run strategy.name=fml" in shown
 
 
+def test_a_command_holds_what_an_algorithm_needs() -> None:
+    (told,) = algorithms("fedgems")
+    assert told.command == "fedkd run strategy.name=fedgems data.public.labelled=true"
+
+
 def test_an_algorithm_of_a_package_of_ones_own_is_told_as_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 
 import strategies
+from sim.contract import sections_of
 from sim.contract.claims import CLAIMS, Case
 from strategies import STRATEGIES
 from strategies.contract import Strategy
@@ -46,9 +47,6 @@ VARIANTS = {
 }
 """Settings worth running besides the defaults; a new row of the table runs with its defaults."""
 
-SECTIONS = {"fedgems": {"data": {"public": {"labelled": True}}}}
-"""Other sections of settings, without which an algorithm refuses to run."""
-
 CASES = [
     pytest.param(
         name,
@@ -60,6 +58,12 @@ CASES = [
     for name in STRATEGIES
     for options in VARIANTS.get(name, [{}])
 ]
+
+
+def case_of(name, options):
+    """A case of an algorithm with the settings that it needs."""
+    return Case(name, options, sections_of(STRATEGIES[name].card.needs))
+
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 every_case = pytest.mark.parametrize(("name", "options"), CASES)
@@ -92,7 +96,7 @@ def test_a_row_is_the_settings_name_and_the_module_says_whose_idea_it_is(name):
 
 @every_strategy
 def test_builds_with_its_defaults(name, parts):
-    case = Case(name, sections=SECTIONS.get(name, {}))
+    case = case_of(name, {})
     strategy, _ = parts(case.settings(), case.data())
     assert type(strategy) is STRATEGIES[name]
 
@@ -100,4 +104,4 @@ def test_builds_with_its_defaults(name, parts):
 @every_case
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_keeps_to_the_contract(claim, name, options):
-    CLAIMS[claim](Case(name, options, SECTIONS.get(name, {})))
+    CLAIMS[claim](case_of(name, options))
