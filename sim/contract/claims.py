@@ -16,8 +16,10 @@ from pydantic import ValidationError
 
 from fedkd.data import FederatedData
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.pipeline import ClientTurn, Standing
 from fedkd.exchange.values import Value, digest, flatten, unflatten
 from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
+from sim.contract.replay import ReplayedServer
 from sim.contract.toy import (
     PUBLIC_ROWS,
     ROWS,
@@ -31,13 +33,14 @@ from sim.contract.toy import (
     toy_table,
 )
 from sim.engine.inline import InlineGrid
+from sim.engine.runtime import with_exchange
 from sim.server.history import History
 from sim.server.rounds import Boundary, RoundLoop
 from sim.settings import Settings, merge_tables, settings_from_table
 from sim.wire.messages import read_reply
 from sim.wire.records import read_payload, write_payload
 from strategies import strategy_class
-from strategies.contract import Call, Received, Round, ServerTools, Strategy, Upload
+from strategies.contract import Call, Received, Round, ServerTools, Strategy
 
 CLIENTS = len(ROWS)
 ATOL, RTOL = 2e-5, 1e-4
@@ -271,9 +274,14 @@ def everything_that_travels_survives_it_bit_for_bit(case: Case) -> None:
     settings = case.settings(rounds=2)
     grid = ListeningGrid(settings, case.data())
     simulate(settings, case.data(), grid)
-    travelling = [upload.payload for number in (0, 1) for upload in uploads_of(grid, case, number)]
-    travelling += [p for each in grid.sent["train"] for p in each.values() if p is not None]
-    for payload in travelling:
+    answers = [
+        read_reply(reply.content).payload
+        for each in grid.replies["train"]
+        for reply in each.values()
+    ]
+    for payload in (*answers, *(p for each in grid.sent["train"] for p in each.values())):
+        if payload is None:
+            continue
         records = RecordDict()
         write_payload(records, "payload", payload)
         arrived = read_payload(records, "payload")
@@ -281,18 +289,6 @@ def everything_that_travels_survives_it_bit_for_bit(case: Case) -> None:
             arrived is not None and digest(arrived) == digest(payload),
             f"{payload.kind} is another one after the wire",
         )
-
-
-def uploads_of(
-    grid: ListeningGrid, case: Case, number: int, *, without: int | None = None
-) -> list[Upload]:
-    """Return a training phase's uploads as the aggregator sees them, without those of a client."""
-    uploads = []
-    for client, reply in sorted(grid.replies["train"][number].items()):
-        payload = None if client == without else read_reply(reply.content).payload
-        if payload is not None:
-            uploads.append(Upload(client, payload, len(case.data().client_rows[client])))
-    return uploads
 
 
 # -- lost clients ------------------------------------------------------------------------------
@@ -303,10 +299,9 @@ def a_client_that_is_left_out_leaves_the_aggregate_of_the_rest(case: Case) -> No
     """Be it lost or spoilt, the others learn what they would have learnt without it."""
     for how in ("lost", "spoilt"):
         settings = case.settings(rounds=2)
-        strategy, server = case.parts(settings)
-        state = strategy.begin(server)
-        first, second = (strategy.federation.round(number) for number in (1, 2))
-        asked = strategy.participants(state, first)
+        replayed = ReplayedServer(*case.parts(settings), settings)
+        strategy, first = replayed.strategy, replayed.round
+        asked = strategy.participants(replayed.state, first)
         lost = asked[-1]
         grid = ListeningGrid(settings, case.data(), losing([lost], how))
         run = simulate(settings, case.data(), grid)
@@ -314,11 +309,16 @@ def a_client_that_is_left_out_leaves_the_aggregate_of_the_rest(case: Case) -> No
         require(events == [(lost, "rejected")], f"{how}: the events were {events}")
         replies = run.history.federation[0]["replies"]
         require(replies == len(asked) - 1, f"{how}: {replies} of {len(asked)} replies counted")
-        rest = uploads_of(grid, case, 0, without=lost)
-        expected = _told_in(strategy, strategy.aggregate(state, rest, first, server), second)
+        opened = replayed.open()
+        for client in asked:
+            opened.tell(client)
+        rest = opened.shown(opened.received(grid.replies["train"][0], without=lost))
+        after = strategy.aggregate(replayed.state, rest, first, replayed.server)
+        replayed.close(opened, after)
+        second = replayed.open()
         for client, received in grid.sent["train"][1].items():
             require(
-                _same(received, expected(client)),
+                _same(received, second.tell(client).payload),
                 f"{how}: client {client} received something else than the rest's aggregate",
             )
 
@@ -383,11 +383,13 @@ def nothing_is_changed_in_place(case: Case) -> None:
     settings = case.settings(rounds=2)
     grid = ListeningGrid(settings, case.data())
     simulate(settings, case.data(), grid)
-    strategy, server = case.parts(settings)
-    state = strategy.begin(server)
+    replayed = ReplayedServer(*case.parts(settings), settings)
+    strategy, server = replayed.strategy, replayed.server
     for number in (0, 1):
-        round = strategy.federation.round(number + 1)
-        uploads = uploads_of(grid, case, number)
+        opened, round, state = replayed.open(), replayed.round, replayed.state
+        for client in grid.told["train"][number]:
+            opened.tell(client)
+        uploads = opened.shown(opened.received(grid.replies["train"][number]))
         known = [digest(upload.payload) for upload in uploads]
         was, itself = digest(state), _attributes(strategy)
         results = [
@@ -407,7 +409,7 @@ def nothing_is_changed_in_place(case: Case) -> None:
             digest(results[0]) == digest(results[1]),
             "aggregate gave another state for the same state and uploads",
         )
-        state = results[0]
+        replayed.close(opened, results[0])
 
 
 @claim
@@ -427,10 +429,10 @@ def the_server_half_answers_by_the_state_alone(case: Case) -> None:
     settings = case.settings(rounds=3)
     grid = ListeningGrid(settings, case.data())
     simulate(settings, case.data(), grid)
-    strategy, server = case.parts(settings)
-    state = strategy.begin(server)
+    replayed = ReplayedServer(*case.parts(settings), settings)
+    strategy, server = replayed.strategy, replayed.server
     for number in range(settings.rounds):
-        round = strategy.federation.round(number + 1)
+        opened, round, state = replayed.open(), replayed.round, replayed.state
         was, itself = digest(state), _attributes(strategy)
         first = _answers(strategy, state, round, server, range(CLIENTS))
         again = _answers(strategy, state, round, server, reversed(range(CLIENTS)))
@@ -444,12 +446,13 @@ def the_server_half_answers_by_the_state_alone(case: Case) -> None:
         )
         strategy.judged_models(state)
         for client, told in grid.told["train"][number].items():
+            again_told = opened.tell(client)
             require(
-                _same(told.payload, _told_in(strategy, state, round)(client))
-                and _same(told.orders, strategy.orders(state, client, round)),
+                _same(told.payload, again_told.payload) and _same(told.orders, again_told.orders),
                 f"round {number + 1}: client {client} was told something else than the state says",
             )
-        state = strategy.aggregate(state, iter(uploads_of(grid, case, number)), round, server)
+        uploads = opened.shown(opened.received(grid.replies["train"][number]))
+        replayed.close(opened, strategy.aggregate(state, iter(uploads), round, server))
 
 
 def _answers(
@@ -489,28 +492,35 @@ def _parts(held: Any) -> Iterator[Value]:
 def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
     """Workers come and go: a new algorithm object for every call gives the same bits."""
     settings, data = case.settings(rounds=2, engine={"vectorize": "loop"}), case.data()
-    strategy, server = case.parts(settings)
+    replayed = ReplayedServer(*case.parts(settings), settings)
+    strategy = replayed.strategy
     tensors = TrainingData.from_arrays(data, torch.device("cpu"))
     pool = ModelPool(tensors, settings.clients.optimizer)
     states: dict[int, Any] = {}
-    state = strategy.begin(server)
     for number in (1, 2):
-        round = strategy.federation.round(number)
-        told = _told_in(strategy, state, round)
-        uploads = []
-        for client in strategy.participants(state, round):
-            half = case.parts(settings)[0]
+        opened, round = replayed.open(), replayed.round
+        sent: dict[int, Payload | None] = {}
+        for client in strategy.participants(replayed.state, round):
+            half, told, state = case.parts(settings)[0], opened.tell(client), states.get(client)
+            turn = ClientTurn(
+                settings.stages,
+                seed=settings.seed,
+                rounds=settings.rounds,
+                round=number,
+                attempt=1,
+                clients={client: Standing({} if state is None else state.arrays, told.since)},
+            )
             cohort = LoopCohort(
-                [Member(client, half.private_rows(client, data), states.get(client))],
+                [Member(client, half.private_rows(client, data), state)],
                 model=half.architecture(client),
                 optimizer=settings.clients.optimizer,
                 data=tensors,
                 pool=pool,
                 streams=Streams(seed=settings.seed, round=number, rounds=settings.rounds),
             )
-            call = Call(half.federation, number, (strategy.orders(state, client, round),))
+            call = Call(half.federation, number, (told.orders,))
             # Writeable, which what travels is not everywhere.
-            received = _through_a_file(told(client))
+            received = _through_a_file(turn.open({client: told.payload})[client])
             known, itself = received and digest(received), _attributes(half)
             answers = half.client(cohort, Received([received]), call)
             require(
@@ -522,9 +532,14 @@ def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
                 "the client half changed an attribute of the algorithm: what a client remembers "
                 "is kept with cohort.keep",
             )
+            sent |= turn.send({client: answers[0]} if answers else {client: None})
+            kept = turn.kept()
             states[client] = cohort.states()[0]
-            uploads += [Upload(client, answer, len(data.client_rows[client])) for answer in answers]
-        state = strategy.aggregate(state, iter(uploads), round, server)
+            if client in kept:
+                states[client] = with_exchange(states[client], kept[client])
+        uploads = opened.shown(opened.decoded(sent))
+        after = strategy.aggregate(replayed.state, iter(uploads), round, replayed.server)
+        replayed.close(opened, after)
     run = simulate(settings, data)
     every = [states.get(client, run.states[client]) for client in range(CLIENTS)]
     require(weights_digest(every) == run.digest, "the clients ended with other weights")

@@ -244,12 +244,16 @@ def losing(clients: Sequence[int], how: str = "lost", *, phase: str = "train") -
     """Return a change that loses (or, with ``spoilt``, spoils) what clients answer at first."""
 
     def spoil(payload: Payload) -> Payload:
-        """Put a NaN into the first table of numbers that a payload has."""
+        """Put a NaN into the first table of numbers that a payload has, or cut its first array."""
         arrays = flatten(payload).arrays
-        place, table = next((p, a) for p, a in arrays.items() if a.dtype.kind == "f" and a.size)
-        table = table.copy()
-        table.flat[0] = np.nan
-        return payload.with_arrays({place: table})
+        for place, table in arrays.items():
+            if table.dtype.kind == "f" and table.size:
+                table = table.copy()
+                table.flat[0] = np.nan
+                return payload.with_arrays({place: table})
+        # What a codec makes of numbers may be whole ones, which have no NaN.
+        place, table = next((p, a) for p, a in arrays.items() if a.size)
+        return payload.with_arrays({place: table.reshape(-1)[:-1]})
 
     def change(asked: str, number: int, client: int, reply: Message) -> Message:
         if client not in clients or (asked, number) != (phase, 0):

@@ -312,7 +312,7 @@ class ClientRuntime:
         new_states = cohort.states()
         for client, arrays in turn.kept().items():
             position = call.clients.index(client)
-            new_states[position] = _with_exchange(new_states[position], arrays)
+            new_states[position] = with_exchange(new_states[position], arrays)
         seconds = (time.perf_counter() - started) / len(call.clients)
         replies = [
             ClientReply(
@@ -352,7 +352,7 @@ def _opened(turn: ClientTurn, call: CohortCall, received: Received) -> Received:
     return Received([opened[client] for client in call.clients])
 
 
-def _with_exchange(state: ClientState, arrays: Mapping[str, np.ndarray]) -> ClientState:
+def with_exchange(state: ClientState, arrays: Mapping[str, np.ndarray]) -> ClientState:
     """Return a client's state with what its codecs keep from now on."""
     others = {name: a for name, a in state.arrays.items() if not name.startswith(PREFIX)}
     return replace(state, arrays={**others, **arrays})

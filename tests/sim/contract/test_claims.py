@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.contract import ContractError, check_strategy
+from sim.contract import ContractError, check_strategy, sections_of
 from sim.contract.claims import CLAIMS, BrokenError, Case
 from sim.settings import SettingsError
 
@@ -262,3 +262,36 @@ def test_what_an_algorithm_refuses_by_itself_is_told_first(broken: Path) -> None
     broken.write_text(HEAD + check)
     with pytest.raises(SettingsError, match=r"refuses the toy.*one for all, got 2; settings that"):
         check_strategy("lone_broken:Broken")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["exchange.up={kind: top_k, k: 2}", "exchange.view=sum"],
+        ["exchange.up=own_stages:Changes", "exchange.down=own_stages:Changes"],
+        ["privacy.release=own_stages:Noise"],
+        ["privacy.release=own_stages:Noise", "privacy.where=server", "exchange.down=float16"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_sent_may_pass_codecs_rules_and_views(words: list[str]) -> None:
+    case = Case("dsfl", sections=sections_of(words))
+    for claim in (
+        "a_client_that_is_left_out_leaves_the_aggregate_of_the_rest",
+        "the_server_half_answers_by_the_state_alone",
+        "the_client_half_uses_nothing_but_its_arguments",
+    ):
+        CLAIMS[claim](case)
+
+
+@pytest.mark.slow
+def test_everything_holds_under_a_codec_that_remembers() -> None:
+    check_strategy("dsfl", words=["exchange.up=own_stages:Changes"])
+
+
+def test_a_slip_is_noticed_under_a_codec_as_well(broken: Path) -> None:
+    code, claim, complaint = BREAKS["a client half that remembers"]
+    broken.write_text(HEAD + code)
+    case = Case("lone_broken:Broken", sections={"exchange": {"up": {"kind": "float16"}}})
+    with pytest.raises(BrokenError, match=complaint):
+        CLAIMS[claim](case)
