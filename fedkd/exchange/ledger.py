@@ -72,18 +72,22 @@ class Ledger(Value):
         ]
 
     def rows(self, since: int = 0) -> list[dict[str, Any]]:
-        """Return charges as plain rows for the records.
+        """Return charges as plain rows for the records: all that an accountant needs.
 
         Args:
             since: leave out so many charges; those that were written before.
         """
         return [
             {
-                "round": charge.round,
+                "of_round": charge.round,
                 "by": charge.by,
                 "mechanism": charge.cost.mechanism,
-                "releases": max(len(charge.clients), len(charge.sent)),
-                **charge.cost.figures,
+                "figures": dict(charge.cost.figures),
+                **(
+                    {"clients": charge.clients.tolist(), "attempts": charge.attempts.tolist()}
+                    if charge.by == "client"
+                    else {"sent": list(charge.sent)}
+                ),
             }
             for charge in self.charges[since:]
         ]

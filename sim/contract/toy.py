@@ -152,17 +152,26 @@ class Simulated:
     exchange: list[Row] = field(default_factory=list)
     events: list[Row] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
+    charges: list[Row] = field(default_factory=list)
 
 
 class _Rows(Observer):
     def __init__(self) -> None:
-        self.rows: dict[str, list[Row]] = {"exchange": [], "events": [], "metrics": []}
+        self.rows: dict[str, list[Row]] = {
+            "exchange": [],
+            "charges": [],
+            "events": [],
+            "metrics": [],
+        }
 
     def metrics(self, rows: Sequence[Row]) -> None:
         self.rows["metrics"].extend(rows)
 
     def exchange(self, rows: Sequence[Row]) -> None:
         self.rows["exchange"].extend(rows)
+
+    def charges(self, rows: Sequence[Row]) -> None:
+        self.rows["charges"].extend(rows)
 
     def event(self, row: Row) -> None:
         self.rows["events"].append(row)

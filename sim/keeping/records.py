@@ -199,10 +199,12 @@ def federated_row(name: str, line: bytes) -> Row | None:
     row = _table(name, line)
     if row is None or not isinstance(row.get(_TEXTS[name]), str):
         return None
+    if is_charge(row):
+        return row if _whole(row.get("round")) and _whole(row.get("of_round")) else None
     numbers = [row.get(key) for key in _NUMBERS[name]]
     if row.get("scope") == "client":
         numbers.append(row.get("client"))
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(map(_whole, numbers)):
         return None
     if row.get("scope") == "federation" and not isinstance(row.get("seconds"), int | float):
         return None
@@ -211,6 +213,15 @@ def federated_row(name: str, line: bytes) -> Row | None:
     if not all(key == "scope" or isinstance(value, int | float | None) for key, value in measured):
         return None
     return row
+
+
+def is_charge(row: Row) -> bool:
+    """Tell whether a row of ``exchange.jsonl`` is an entry of the ledger, and not of a payload."""
+    return row.get("direction") == "release"
+
+
+def _whole(number: object) -> bool:
+    return type(number) is int and number >= 0
 
 
 def new_run_folder(output: Path, name: str, settings: str) -> Path:
@@ -426,6 +437,10 @@ class RunFolder(Recorder, Observer):
 
     def exchange(self, rows: Sequence[Row]) -> None:
         """Append rows of (round, client, direction, kind, bytes)."""
+        self.append(EXCHANGE_FILE, rows)
+
+    def charges(self, rows: Sequence[Row]) -> None:
+        """Append rows of (round, direction: release, of_round, by, mechanism, figures, ...)."""
         self.append(EXCHANGE_FILE, rows)
 
     def event(self, row: Row) -> None:

@@ -30,6 +30,7 @@ from sim.keeping.records import (
     ROW_FILES,
     RunFolder,
     federated_row,
+    is_charge,
     iterate_rows,
     package_versions,
     storing,
@@ -317,7 +318,8 @@ def read_history(folder: Path) -> History:
     """Rebuild from the rows in a run folder what the rounds measured."""
     history = History()
     history.add_metrics(iterate_rows(folder / METRICS_FILE, federated_row))
-    history.add_exchange(iterate_rows(folder / EXCHANGE_FILE, federated_row))
+    exchange = iterate_rows(folder / EXCHANGE_FILE, federated_row)
+    history.add_exchange(row for row in exchange if not is_charge(row))
     return history
 
 

@@ -16,6 +16,7 @@ from sim.keeping.records import (
     RESULT_FILE,
     SETTINGS_FILE,
     DamagedFileError,
+    is_charge,
     read_result,
     read_rows,
 )
@@ -283,7 +284,7 @@ def _read_jsonl(folder: Path, name: str, keys: tuple[str, ...]) -> list[Row]:
     if not path.is_file():
         raise SettingsError(f"{str(folder)!r} is not a run folder: it has no {name}")
     try:
-        rows = read_rows(path)
+        rows = [row for row in read_rows(path) if not is_charge(row)]
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, name, error) from None
     texts = ("scope", "direction")

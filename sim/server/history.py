@@ -41,7 +41,7 @@ class History:
                     self.server = row
 
     def add_exchange(self, rows: Iterable[Row]) -> None:
-        """Take in rows of ``exchange.jsonl``."""
+        """Take in rows of payloads in ``exchange.jsonl``."""
         for row in rows:
             totals = self.bytes_up if row["direction"] == "up" else self.bytes_down
             totals[row["client"]] = totals.get(row["client"], 0) + row["bytes"]

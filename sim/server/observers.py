@@ -25,6 +25,9 @@ class Observer:
     def exchange(self, rows: Sequence[Row]) -> None:
         """A round's bytes, one row for each client and direction."""
 
+    def charges(self, rows: Sequence[Row]) -> None:
+        """What a round released of whose data and what that costs, one row for each charge."""
+
     def event(self, row: Row) -> None:
         """Something worth knowing, such as a rejected reply."""
 

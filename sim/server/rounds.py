@@ -234,7 +234,8 @@ class RoundLoop:
         rows = [federation, *_client_rows(round, replies.metrics, evaluated), *servers]
         after = Boundary(round.number, state, exchange)
         with uninterrupted():
-            self._complete(after, rows, replies.exchanged)
+            charged = len(before.exchange.ledger.charges)
+            self._complete(after, rows, replies.exchanged, charged)
 
     def _turn(self, before: ExchangeState, round: Round) -> ServerTurn:
         return ServerTurn(
@@ -245,10 +246,18 @@ class RoundLoop:
             round=round.number,
         )
 
-    def _complete(self, after: Boundary, rows: Sequence[Row], exchanged: Sequence[Row]) -> None:
+    def _complete(
+        self, after: Boundary, rows: Sequence[Row], exchanged: Sequence[Row], charged: int
+    ) -> None:
+        """Move on to a boundary; the first ``charged`` entries of its ledger were told before."""
+        charges = [
+            {"round": after.round, "direction": "release", **row}
+            for row in after.exchange.ledger.rows(since=charged)
+        ]
         for observer in self._observers:
             observer.metrics(rows)
             observer.exchange(exchanged)
+            observer.charges(charges)
         if isinstance(self._grid, CohortGrid):
             # If this fails halfway, clients are at no round's end and must not be saved as such.
             self.boundary = None

@@ -23,18 +23,20 @@ def test_releases_of_one_round_and_cost_are_one_charge():
     assert ledger.of_client(3) == []
     assert ledger.rows() == [
         {
-            "round": 3,
+            "of_round": 3,
             "by": "client",
             "mechanism": "gaussian",
-            "releases": 3,
-            "noise_multiplier": 2.0,
+            "figures": {"noise_multiplier": 2.0},
+            "clients": [4, 1, 1],
+            "attempts": [1, 1, 2],
         },
         {
-            "round": 3,
+            "of_round": 3,
             "by": "client",
             "mechanism": "gaussian",
-            "releases": 1,
-            "noise_multiplier": 0.5,
+            "figures": {"noise_multiplier": 0.5},
+            "clients": [2],
+            "attempts": [1],
         },
     ]
     assert ledger.rows(since=1) == ledger.rows()[1:]

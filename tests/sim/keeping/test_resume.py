@@ -30,6 +30,7 @@ from sim.keeping import resume as persistence
 from sim.keeping.checkpoints import CheckpointError, _manifest_text
 from sim.keeping.records import FolderBusyError, RunFolder, StorageError, read_rows
 from sim.keeping.resume import CHECKPOINTS_FOLDER
+from sim.reports.runs import load_run
 from sim.server.observers import Observer, Row
 from sim.server.replies import QuorumError
 from sim.settings import Settings, SettingsError
@@ -123,6 +124,31 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert resumed.weights_sha256 == whole.weights_sha256
     assert bits(folder) == bits(whole.folder)
     assert timeless(resumed) == timeless(whole)
+
+
+@pytest.mark.parametrize("where", ["clients", "server"])
+def test_every_entry_of_the_ledger_is_written_once_also_in_a_resumed_run(
+    make: Make, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDKD_ALLOW", "own_stages")
+    privacy = {"release": "own_stages:Noise", "where": where}
+    settings = make("dsfl", privacy=privacy, clients={"participants": 3})
+    whole = run(settings)
+    folder = stopped(settings, 3)
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+    charges = [row for row in read_rows(folder / "exchange.jsonl") if row["direction"] == "release"]
+    rounds = range(1, settings.rounds + 1)
+    if where == "clients":
+        assert [row["of_round"] for row in charges] == [row["round"] for row in charges]
+        assert [(row["round"], len(row["clients"])) for row in charges] == [(r, 3) for r in rounds]
+        assert all(row["attempts"] == [1, 1, 1] for row in charges)
+    else:
+        # What was made of a round is sent in the next one, and costs once.
+        assert [row["of_round"] for row in charges] == list(rounds[:-1])
+        assert all(len(row["sent"]) == 1 for row in charges)
+    assert {row["mechanism"] for row in charges} == {"mixture"}
+    assert load_run(folder).bytes_up == load_run(whole.folder).bytes_up
 
 
 @pytest.mark.parametrize(
