@@ -16,6 +16,7 @@ from strategies.mutual.dml import DML
 from strategies.public_predictions.cronus import Cronus
 from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
+from strategies.public_predictions.rhfl import RHFL
 from strategies.public_predictions.scarlet import SCARLET
 from strategies.regularised.fedgkd import FedGKD
 from strategies.regularised.fedntd import FedNTD
@@ -46,6 +47,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "one_way": OneWay,
     "pooled": Pooled,
     "proxyfl": ProxyFL,
+    "rhfl": RHFL,
     "scarlet": SCARLET,
 }
 """The table of names: what ``strategy.name`` may be, besides the name of somebody's own class."""

@@ -3,6 +3,7 @@
 from fedkd.exchange.payloads.bundle import Bundle
 from fedkd.exchange.payloads.class_table import ClassTable
 from fedkd.exchange.payloads.encoded import Encoded
+from fedkd.exchange.payloads.numbers import Numbers
 from fedkd.exchange.payloads.orders import Orders
 from fedkd.exchange.payloads.predictions import Predictions
 from fedkd.exchange.payloads.prototypes import Prototypes
@@ -14,6 +15,7 @@ __all__ = [
     "Bundle",
     "ClassTable",
     "Encoded",
+    "Numbers",
     "Orders",
     "Predictions",
     "Prototypes",

@@ -8,6 +8,7 @@ from fedkd.exchange.payload import Asked, AtMost, Limit, Payload, ids_bytes
 from fedkd.exchange.payloads import (
     Bundle,
     ClassTable,
+    Numbers,
     Orders,
     Predictions,
     Prototypes,
@@ -40,6 +41,7 @@ GOOD: list[tuple[Payload, Asked, int]] = [
         68,
     ),
     (ClassTable(values=SOFT), ClassTable.asked(3), 36),
+    (Numbers.of(0.5, 2.0), Numbers.asked(2), 8),
     (
         ClassTable(values=SOFT, counts=np.ones(3, np.float32)),
         ClassTable.asked(3, counts=True),

@@ -36,6 +36,7 @@ CASES = {
     "fedgems": ("fedgems", {"directions": []}),
     "fedgems, upwards only": ("fedgems", {"directions": ["server"]}),
     "fedmd": ("fedmd", {"digest_epochs": 0}),
+    "rhfl, no direction": ("rhfl", {"directions": []}),
     "fml": ("fml", {"objective": {"ce": 1.0, "kd": 0.0}}),
     "fml, no direction": ("fml", {"directions": []}),
     "fml, neither way": ("fml", {"objective": {"ce": 1.0}, "meme_objective": {"ce": 1.0}}),
