@@ -172,6 +172,28 @@ class Asked:
         return f"unexpected or missing arrays: {sorted(odd)[:3]}" if odd else None
 
 
+class Extent(NamedTuple):
+    """How much of everything there is in a run.
+
+    Attributes:
+        clients: of the federation.
+        public_rows: of the public set.
+        classes: to be told apart.
+    """
+
+    clients: int
+    public_rows: int
+    classes: int
+
+
+def in_order(ids: np.ndarray, below: int) -> bool:
+    """Tell whether these are int64 ids from 0 to less than a number, strictly increasing."""
+    if ids.ndim != 1 or ids.dtype != INT64:
+        return False
+    inside = not ids.size or bool(ids[0] >= 0 and ids[-1] < below)
+    return inside and not bool((np.diff(ids) <= 0).any())
+
+
 class Payload(Value, ABC):
     """One kind of what is sent.
 
@@ -203,6 +225,14 @@ class Payload(Value, ABC):
         A kind that looks at more calls this first, which looks at layout and numbers.
         """
         return bad_arrays(flatten(self).arrays, asked)
+
+    def not_kept(self, extent: Extent) -> str | None:
+        """Return why a server of a run cannot have kept this, or None.
+
+        Less is known than of an answer: it may be anybody's, a mean or a sum. What its arrays hold
+        is looked at before: their numbers are finite.
+        """
+        return None
 
     def votes(self) -> "tuple[np.ndarray, np.ndarray] | None":
         """Return rows of the public set and the class that each is given; None: it has none."""

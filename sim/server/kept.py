@@ -1,12 +1,14 @@
 """Whether a server's state from a checkpoint can be one of this run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from fedkd.exchange.payloads import Predictions, Weights
+from fedkd.exchange.payload import Extent, Limit, Payload
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.pipeline import ExchangeState
 from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
 from fedkd.training.cohort import named_models
@@ -14,24 +16,28 @@ from strategies.contract import ServerModel, ServerTools, Strategy
 
 
 def check_kept(state: Value, strategy: Strategy[Any, Any], server: ServerTools) -> None:
-    """Refuse a state whose parts are none of this run; their numbers may be any.
+    """Refuse a state whose parts are none of this run.
 
-    Its digests say that a checkpoint is as it was written, not by whom.
+    A digest says that a checkpoint is as it was written, not by whom. What clients or the server
+    send has finite numbers; only a model that the server trains may have diverged.
 
     Raises:
         ValueError: with the reason.
     """
-    layouts = [_layout(server, model) for model in _models(strategy)]
     federation = strategy.federation
+    layouts = [_limits(server, model) for model in _models(strategy)]
+    extent = Extent(federation.num_clients, federation.public_size, federation.num_classes)
     for part in _parts(state):
         if isinstance(part, ServerModel):
             server.check_kept(part)
         elif isinstance(part, Weights):
-            found = {name: (a.shape, a.dtype) for name, a in part.arrays.items()}
-            if found not in layouts:
-                raise ValueError("weights that are those of no model of this run")
-        elif isinstance(part, Predictions):
-            _check_predictions(part, federation.public_size, federation.num_classes)
+            _check_weights(part, layouts)
+        elif isinstance(part, Payload):
+            if not all(_is_finite(array) for array in _own_arrays(part)):
+                raise ValueError(f"{part.kind} with NaN or infinity")
+            reason = part.not_kept(extent)
+            if reason is not None:
+                raise ValueError(reason)
     round = federation.round(1)
     for client in federation.first_clients.values():
         key = strategy.receives(state, client, round)
@@ -61,19 +67,81 @@ def _models(strategy: Strategy[Any, Any]) -> Iterator[ModelSettings]:
             yield settings.model
 
 
-def _layout(server: ServerTools, model: ModelSettings) -> dict[str, Any]:
+def check_clients(state: Value, num_clients: int) -> None:
+    """Refuse a state that knows of clients that there are not.
+
+    Whole numbers as keys of a mapping are partition ids, wherever in the state it is.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for mapping in _mappings(state):
+        for key in mapping:
+            if isinstance(key, int) and not 0 <= key < num_clients:
+                raise ValueError(
+                    f"a mapping has the key {key}, which is no client: whole numbers as keys are "
+                    f"clients, here 0 to {num_clients - 1}; for anything else use words or tuples"
+                )
+
+
+def check_exchange(state: ExchangeState, num_clients: int) -> None:
+    """The same of what the exchange remembers.
+
+    Raises:
+        ValueError: naming the client.
+    """
+    check_clients(state, num_clients)
+    for charge in state.ledger.charges:
+        clients = charge.clients
+        if clients.ndim != 1 or clients.dtype.kind != "i" or charge.attempts.shape != clients.shape:
+            raise ValueError("a charge whose clients and attempts are no two lists of one length")
+        if clients.size and not 0 <= clients.min() <= clients.max() < num_clients:
+            raise ValueError(f"a charge to a client that is not 0 to {num_clients - 1}")
+
+
+def _mappings(held: Any) -> Iterator[Mapping[Any, Any]]:
+    if isinstance(held, Value):
+        held = tuple(getattr(held, field.name) for field in fields(held))  # type: ignore[arg-type]
+    if isinstance(held, Mapping):
+        yield held
+        held = tuple(held.values())
+    if isinstance(held, tuple):
+        for inner in held:
+            yield from _mappings(inner)
+
+
+def _own_arrays(held: Any) -> Iterator[np.ndarray]:
+    """Yield the arrays of a payload that are not those of another payload within it."""
+    if isinstance(held, np.ndarray):
+        yield held
+    elif isinstance(held, Mapping | tuple):
+        for inner in held.values() if isinstance(held, Mapping) else held:
+            if not isinstance(inner, Payload):
+                yield from _own_arrays(inner)
+    elif isinstance(held, Value):
+        yield from _own_arrays(tuple(getattr(held, f.name) for f in fields(held)))  # type: ignore[arg-type]
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def _limits(server: ServerTools, model: ModelSettings) -> dict[str, Limit]:
     limits = server.asked_weights(model).limits
-    return {
-        name.removeprefix("arrays/"): (limit.shape, limit.dtype) for name, limit in limits.items()
-    }
+    return {name.removeprefix("arrays/"): limit for name, limit in limits.items()}
 
 
-def _check_predictions(kept: Predictions, public_size: int, classes: int) -> None:
-    rows, values = kept.rows, kept.values
-    inside = rows.size == 0 or bool(rows.min() >= 0 and rows.max() < public_size)
-    if rows.ndim != 1 or rows.dtype != np.int64 or not inside or bool((np.diff(rows) <= 0).any()):
-        raise ValueError("predictions of rows that are not of the public set, in order")
-    if values.shape != (len(rows), classes) or values.dtype != np.float32:
-        raise ValueError(f"predictions are {values.dtype} {values.shape}")
-    if not 0 < kept.temperature < np.inf:
-        raise ValueError(f"predictions have temperature {kept.temperature!r}")
+def _check_weights(kept: Weights, models: Sequence[Mapping[str, Limit]]) -> None:
+    found = {name: (array.shape, array.dtype) for name, array in kept.arrays.items()}
+    for limits in models:
+        if found == {name: (limit.shape, limit.dtype) for name, limit in limits.items()}:
+            odd = [
+                name
+                for name, limit in limits.items()
+                # A mask of -inf is a constant of the model.
+                if limit.constant is None and not _is_finite(kept.arrays[name])
+            ]
+            if odd:
+                raise ValueError(f"weights with NaN or infinity in {odd[0]!r}")
+            return
+    raise ValueError("weights that are those of no model of this run")

@@ -27,7 +27,7 @@ from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
 from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
 from sim.server.history import History
-from sim.server.kept import check_kept
+from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
 from sim.server.replies import Quorum, QuorumError, Replies
@@ -109,13 +109,14 @@ class RoundLoop:
         """
         if not isinstance(exchange, ExchangeState):
             raise TypeError(f"what the exchange remembers is a {type(exchange).__name__}")
+        check_exchange(exchange, self._federation.num_clients)
         check_kept(self._checked(state, "a checkpoint"), self._strategy, self._server)
 
     def _checked(self, state: object, whose: str) -> Value:
         """Return the state, which nobody can write into from here on.
 
         Raises:
-            TypeError: it is none of this algorithm.
+            TypeError, ValueError: it is none of this algorithm, or none of this federation.
         """
         expected = self._strategy.State
         if not isinstance(state, expected):
@@ -123,6 +124,7 @@ class RoundLoop:
                 f"{type(self._strategy).__name__}: {whose} gave a {type(state).__name__}, expected "
                 f"its State, {expected.__name__}"
             )
+        check_clients(state, self._federation.num_clients)
         return read_only(state)
 
     def run(self, after_round: Callable[[], None] = lambda: None) -> History:

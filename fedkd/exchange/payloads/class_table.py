@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import Asked, Limit, Payload
+from fedkd.exchange.payload import Asked, Extent, Limit, Payload
 from fedkd.exchange.payloads.predictions import LARGEST_SCORE, Scale, are_distributions
 
 
@@ -56,6 +56,15 @@ class ClassTable(Payload):
                 shape=(classes,), smallest=0.0, largest=2.0**24, subject="a count"
             )
         return Asked(kind=cls, limits=limits, about={"scale": scale})
+
+    def not_kept(self, extent: Extent) -> str | None:
+        """It has a row and a column for each class."""
+        classes = extent.classes
+        if self.values.shape != (classes, classes):
+            return f"a class table is {self.values.shape}, and there are {classes} classes"
+        if self.counts is not None and self.counts.shape != (classes,):
+            return f"counts are {self.counts.shape}, and there are {classes} classes"
+        return None
 
     def problem(self, asked: Asked) -> str | None:
         """Return why a client cannot have sent this, or None."""

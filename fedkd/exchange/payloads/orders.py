@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import Payload, RowIds, ids_bytes
+from fedkd.exchange.payload import Extent, Payload, RowIds, ids_bytes, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,14 @@ class Orders(Payload):
     planned: int = 0
     peers: tuple[int, ...] = ()
     phase: str = ""
+
+    def not_kept(self, extent: Extent) -> str | None:
+        """They are about rows of the public set, in order, and about clients that there are."""
+        if self.rows is not None and not in_order(self.rows, extent.public_rows):
+            return "orders of rows that are not of the public set, in order"
+        if not all(0 <= peer < extent.clients for peer in self.peers):
+            return f"orders name peers that are not 0 to {extent.clients - 1}"
+        return None
 
     @property
     def payload_bytes(self) -> int:

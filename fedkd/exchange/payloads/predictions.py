@@ -7,13 +7,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from fedkd.exchange.payload import (
+    FLOAT32,
     INT64,
     Asked,
     AtMost,
+    Extent,
     Limit,
     Payload,
     RowIds,
     ids_bytes,
+    in_order,
 )
 from fedkd.metrics.diversity import target_entropy
 from fedkd.targets import Targets, soften
@@ -163,6 +166,18 @@ class Predictions(Payload):
             return f"rows are not {kind} {len(rows)} public rows of the round"
         return self._bad_scale()
 
+    def not_kept(self, extent: Extent) -> str | None:
+        """They are of rows of the public set, in order, with a score for each class."""
+        if not in_order(self.rows, extent.public_rows):
+            return "predictions of rows that are not of the public set, in order"
+        if self.values.shape != (len(self.rows), extent.classes) or self.values.dtype != FLOAT32:
+            return f"predictions are {self.values.dtype} {self.values.shape}"
+        if self.weights is not None and self.weights.shape != (len(self.rows),):
+            return f"the weights of {len(self.rows)} predictions are {self.weights.shape}"
+        if not 0 < self.temperature < np.inf:
+            return f"predictions have temperature {self.temperature!r}"
+        return None
+
     def _bad_scale(self) -> str | None:
         """Name a table that is of the other scale.
 
@@ -240,5 +255,5 @@ class Predictions(Payload):
 def _are_of(rows: np.ndarray, planned: np.ndarray, ids: RowIds) -> bool:
     if ids == "planned":
         return np.array_equal(rows, planned)
-    in_order = bool((np.diff(rows) > 0).all())
-    return in_order and bool(np.isin(rows, planned, assume_unique=True).all())
+    rising = bool((np.diff(rows) > 0).all())
+    return rising and bool(np.isin(rows, planned, assume_unique=True).all())

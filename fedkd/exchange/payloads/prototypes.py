@@ -5,7 +5,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import INT64, Asked, AtMost, Limit, Payload, RowIds, ids_bytes
+from fedkd.exchange.payload import (
+    INT64,
+    Asked,
+    AtMost,
+    Extent,
+    Limit,
+    Payload,
+    RowIds,
+    ids_bytes,
+    in_order,
+)
 
 LARGEST_FEATURE = 1e6
 """Features beyond this are refused."""
@@ -72,6 +82,17 @@ class Prototypes(Payload):
                 shape=(held,), smallest=0.0, largest=2.0**24, subject="a count"
             )
         return Asked(kind=cls, limits=limits, about={"num_classes": num_classes})
+
+    def not_kept(self, extent: Extent) -> str | None:
+        """They are of some of the classes, in order."""
+        held = len(self.classes)
+        if self.num_classes != extent.classes or not in_order(self.classes, extent.classes):
+            return f"prototypes of classes that are not some of 0 to {extent.classes - 1}, in order"
+        if self.values.ndim != 2 or len(self.values) != held:
+            return f"prototypes of {held} classes are {self.values.shape}"
+        if self.counts is not None and self.counts.shape != (held,):
+            return f"counts of {held} prototypes are {self.counts.shape}"
+        return None
 
     def problem(self, asked: Asked) -> str | None:
         """Return why a client cannot have sent this, or None."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import INT64, Asked, AtMost, Limit, Payload, ids_bytes
+from fedkd.exchange.payload import INT64, Asked, AtMost, Extent, Limit, Payload, ids_bytes
 from fedkd.exchange.payloads.predictions import LARGEST_SCORE
 from fedkd.exchange.payloads.prototypes import LARGEST_FEATURE
 
@@ -63,6 +63,17 @@ class RowFeatures(Payload):
             ),
         }
         return Asked(kind=cls, limits=limits)
+
+    def not_kept(self, extent: Extent) -> str | None:
+        """Each row has an id, features, a score for each class, and a label."""
+        rows = self.rows.shape
+        if len(rows) != 1 or self.labels.shape != rows or self.features.shape[:1] != rows:
+            return "row features, labels and ids of different rows"
+        if self.logits.shape != (*rows, extent.classes):
+            return f"logits of {rows[0]} rows are {self.logits.shape}"
+        if self.labels.size and not 0 <= self.labels.min() <= self.labels.max() < extent.classes:
+            return f"labels that are not 0 to {extent.classes - 1}"
+        return None
 
     def problem(self, asked: Asked) -> str | None:
         """Return why a client cannot have sent this, or None."""

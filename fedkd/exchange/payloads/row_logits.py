@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import Payload
+from fedkd.exchange.payload import Extent, Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,12 @@ class RowLogits(Payload):
     def payload_bytes(self) -> int:
         """Bytes of the values."""
         return self.values.nbytes
+
+    def not_kept(self, extent: Extent) -> str | None:
+        """Each row has an id and a score for each class."""
+        if self.rows.ndim != 1 or self.values.shape != (len(self.rows), extent.classes):
+            return f"logits of rows {self.rows.shape} are {self.values.shape}"
+        return None
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the logits of rows of any order, zeros where there are none, and which there are.

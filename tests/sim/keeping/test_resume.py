@@ -21,6 +21,8 @@ import pytest
 from safetensors.numpy import load_file, save
 
 import sim
+from fedkd.exchange.pipeline import Remembered
+from fedkd.exchange.values import flatten
 from sim.commands import running
 from sim.commands.running import RunResult, run, settings_of_run
 from sim.engine.grid import StatesLostError
@@ -492,6 +494,11 @@ def first(prefix: str, value: Callable[[np.ndarray], np.ndarray] | None) -> Any:
     return change
 
 
+def at_nothing() -> dict[str, Any]:
+    """Return what codecs remember of a client of whom they remember nothing."""
+    return flatten(Remembered(1, {}, {})).plain
+
+
 SHARED = ("state", "fields", "shared", "fields")
 OTHERS = ("state", "fields", "others", "map")
 
@@ -544,6 +551,12 @@ FORGED: dict[str, Any] = {
     "no table": lambda _, arrays: arrays.update({"other": np.zeros(1, np.float32)}),
     "rows of nowhere": first("state/shared/rows", lambda rows: rows + 10**6),
     "scores of fewer classes": first("state/shared/values", lambda values: values[:, :1].copy()),
+    "a client that there is not": at(*OTHERS, 1, 0, value=99),
+    "scores that are none": first("state/shared/values", lambda values: values * np.nan),
+    "weights of other rows": at(*OTHERS, 0, 1, "fields", "weights", value="x"),
+    "memory of a client that there is not": lambda values, _: values["exchange"]["fields"][
+        "clients"
+    ]["map"].append([7, at_nothing()]),
     "no scores": first("state/shared/values", None),
 }
 
