@@ -12,7 +12,10 @@ from strategies.baselines.pooled import Pooled
 from strategies.contract import Strategy, StrategySettings
 from strategies.data_free.fd import FD
 from strategies.data_free.fedproto import FedProto
+from strategies.mutual.codistillation import Codistillation
 from strategies.mutual.dml import DML
+from strategies.mutual.kdcl import KDCL
+from strategies.mutual.pcl import PCL
 from strategies.public_predictions.cronus import Cronus
 from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fedmd import FedMD
@@ -29,6 +32,7 @@ from strategies.two_models.fml import FML
 from strategies.two_models.proxyfl import ProxyFL
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
+    "codistillation": Codistillation,
     "cronus": Cronus,
     "dml": DML,
     "dsfl": DSFL,
@@ -43,8 +47,10 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fedproto": FedProto,
     "fedprox": FedProx,
     "fml": FML,
+    "kdcl": KDCL,
     "local": Local,
     "one_way": OneWay,
+    "pcl": PCL,
     "pooled": Pooled,
     "proxyfl": ProxyFL,
     "rhfl": RHFL,

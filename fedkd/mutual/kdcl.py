@@ -1,4 +1,4 @@
-"""KDCL: five ways to make one teacher out of the peers, which all of them learn from.
+"""KDCL: four ways to make one teacher out of the peers, which all of them learn from.
 
 Conventions: peers are the first axis; targets are constants; the terms of a loss come back by name,
 weighted already, summed over the peers as published, and what is minimised is their sum. A weight
@@ -8,6 +8,8 @@ also work on peers that arrive one after the other; the other ways need all peer
 """
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -132,22 +134,57 @@ class StreamingMinLogit:
         return self._smallest
 
 
-def kdcl_linear(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "batch classes"]:
-    """For every row mix the peers' logits so that the mixture's cross-entropy is lowest.
+class GatheredPeers:
+    """A rule that needs all peers at once, of peers that arrive one after the other.
+
+    Holds a table of each.
+    """
+
+    def __init__(
+        self, rule: Callable[[Float[Tensor, "peers rows classes"]], Float[Tensor, "rows classes"]]
+    ) -> None:
+        """Begin without any peer.
+
+        Args:
+            rule: makes target logits of all peers' logits.
+        """
+        self._rule = rule
+        self._peers: list[Tensor] = []
+
+    def add(self, logits: PeerTable) -> None:
+        """Take in one peer's unnormalised scores, an array or a tensor."""
+        self._peers.append(constants(logits))
+
+    def target(self) -> Float[Tensor, "rows classes"]:
+        """Return the target logits of the peers so far.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not self._peers:
+            raise ValueError("a common target needs at least 1 peer, got 0")
+        return self._rule(torch.stack(self._peers))
+
+
+def kdcl_linear(
+    logits: PeerTables, labels: RowLabels, *, per: Literal["row", "batch"] = "row"
+) -> Float[Tensor, "batch classes"]:
+    """Mix the peers' logits so that the mixture's cross-entropy is lowest.
 
     Args:
         logits: unnormalised scores of all peers on the same rows, an array or a tensor;
             treated as constants.
         labels: class of each row, in [0, classes).
+        per: ``row`` finds a mixture for every row, ``batch`` one for all of them.
 
     Returns:
-        Target logits, `mean_by_row` with the shares of `kdcl_linear_shares`. Their cross-entropy
-        is at most that of `kdcl_naive`, within the tolerance stated there.
+        Target logits, `mean_by_row` with the shares of `kdcl_linear_shares`. With one for every row
+        their cross-entropy is at most that of `kdcl_naive`, within the tolerance stated there.
 
     Source:
         Guo et al., 2020, KDCL-Linear, section 3.2; see `kdcl_naive`.
     """
-    return mean_by_row(constants(logits), kdcl_linear_shares(logits, labels))
+    return mean_by_row(constants(logits), kdcl_linear_shares(logits, labels, per=per))
 
 
 _NEWTON_STEPS = 48
@@ -155,8 +192,10 @@ _LAST_BARRIER = 1e-8
 _STEP_SIZES = [2.0**-k for k in range(12)]
 
 
-def kdcl_linear_shares(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "peers batch"]:
-    """Find the mixture of the peers' logits that has the lowest cross-entropy, row by row.
+def kdcl_linear_shares(
+    logits: PeerTables, labels: RowLabels, *, per: Literal["row", "batch"] = "row"
+) -> Float[Tensor, "peers batch"]:
+    """Find the mixture of the peers' logits that has the lowest cross-entropy.
 
     The problem is convex, its solution in general neither a peer nor unique. Solved by a
     primal-dual interior point method in float64, a fixed number of steps for any data.
@@ -165,6 +204,8 @@ def kdcl_linear_shares(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "
         logits: unnormalised scores of all peers on the same rows, an array or a tensor;
             treated as constants.
         labels: class of each row, in [0, classes).
+        per: ``row`` finds shares for every row; ``batch`` the same for all rows, with the lowest
+            mean cross-entropy.
 
     Returns:
         Shares > 0, float64, that sum to 1 over the peers. The cross-entropy of the mixture is
@@ -172,20 +213,27 @@ def kdcl_linear_shares(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "
     """
     margins = _margins(constants(logits).double(), known_labels(labels)).transpose(0, 1)
     num_rows, num_peers, _ = margins.shape
-    shares = margins.new_full((num_rows, num_peers), 1.0 / num_peers)
+    problems = num_rows if per == "row" else min(num_rows, 1)
+
+    def of_problems(rows: Tensor) -> Tensor:
+        return rows if per == "row" else rows.mean(dim=0, keepdim=True)
+
+    shares = margins.new_full((problems, num_peers), 1.0 / num_peers)
     bounds = torch.ones_like(shares)  # the multipliers of shares >= 0
     step_sizes = margins.new_tensor(_STEP_SIZES)
     spread = margins.abs().amax(dim=(1, 2)).clamp_min(1.0)[:, None]
+    if per == "batch":
+        spread = spread.amax(dim=0, keepdim=True)
     for step in range(_NEWTON_STEPS):
         # From as steep as the problem itself down to nothing, the last steps at one height.
         done = min(1.0, step / (_NEWTON_STEPS - 6))
         barrier = spread ** (1 - done) * _LAST_BARRIER**done
-        mixture = torch.einsum("bk,bkc->bc", shares, margins)
+        mixture = torch.einsum("bk,bkc->bc", shares.expand(num_rows, -1), margins)
         probabilities = torch.softmax(mixture, dim=1)
-        slope = torch.einsum("bkc,bc->bk", margins, probabilities)
+        slopes = torch.einsum("bkc,bc->bk", margins, probabilities)
         # Centred first: a difference of large squares would not stay positive.
-        centred = (margins - slope[:, :, None]) * probabilities.sqrt()[:, None, :]
-        curvature = centred @ centred.transpose(1, 2)
+        centred = (margins - slopes[:, :, None]) * probabilities.sqrt()[:, None, :]
+        slope, curvature = of_problems(slopes), of_problems(centred @ centred.transpose(1, 2))
         pull = bounds / shares
         system = curvature + torch.diag_embed(pull)
         right = torch.stack([barrier / shares - slope, torch.ones_like(shares)], dim=2)
@@ -193,18 +241,18 @@ def kdcl_linear_shares(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "
         # The multiplier of "shares sum to 1" keeps their sum where it is.
         move = free - tilt * (free.sum(1, keepdim=True) / tilt.sum(1, keepdim=True))
         bounds_move = barrier / shares - bounds - pull * move
-        # Every row looks along its direction at several step sizes and takes the best: a search
-        # that stops early would branch on data.
+        # Every problem looks along its direction at several step sizes and takes the best: a
+        # search that stops early would branch on data.
         steps = _longest_step(shares, move) * step_sizes
         candidates = shares[:, None, :] + steps[:, :, None] * move[:, None, :]
-        mixtures = torch.einsum("bsk,bkc->bsc", candidates, margins)
-        heights = torch.logsumexp(mixtures, dim=2)
+        mixtures = torch.einsum("bsk,bkc->bsc", candidates.expand(num_rows, -1, -1), margins)
+        heights = of_problems(torch.logsumexp(mixtures, dim=2))
         merits = heights - barrier * candidates.log().sum(dim=2)
         best = merits.argmin(dim=1, keepdim=True)
         shares = shares + steps.gather(1, best) * move
         shares = shares / shares.sum(dim=1, keepdim=True)
         bounds = bounds + _longest_step(bounds, bounds_move) * bounds_move
-    return shares.transpose(0, 1)
+    return shares.expand(num_rows, -1).transpose(0, 1)
 
 
 def _longest_step(
@@ -216,13 +264,31 @@ def _longest_step(
     return longest
 
 
+def error_correlation(logits: PeerTables, labels: RowLabels) -> Float[Tensor, "peers peers"]:
+    """Return how the peers' errors go together: ``C_kl = mean (p_k - y) . (p_l - y)``.
+
+    Args:
+        logits: unnormalised scores of all peers on the same rows, of which there is at least one;
+            treated as constants.
+        labels: class of each row, in [0, classes).
+
+    Source:
+        Guo et al., 2020, KDCL-General, section 3.2; see `kdcl_naive`. How the paper defines an
+        error could not be read; this is the error of all classes' probabilities.
+    """
+    scores = constants(logits).double()
+    truth = F.one_hot(known_labels(labels), scores.shape[2])
+    errors = (torch.softmax(scores, dim=2) - truth).flatten(1)
+    return errors @ errors.t() / scores.shape[1]
+
+
 def kdcl_general_weights(
     logits: PeerTables, labels: RowLabels, *, ridge: float = 0.1
 ) -> Float[Tensor, "peers"]:
     """Weigh the peers so that their average errs least, given how their errors go together.
 
-    With C the peers' error correlation on held-out rows, ``C_kl = mean (p_k - y) . (p_l - y)``,
-    the weights are ``C^-1 1 / (1' C^-1 1)``. Peers that err alike make C nearly singular and the
+    With C the peers' `error_correlation` on held-out rows the weights are
+    ``C^-1 1 / (1' C^-1 1)``. Peers that err alike make C nearly singular and the
     weights huge, with either sign; so C gets a ridge, and what is negative still becomes 0.
 
     Args:
@@ -242,19 +308,17 @@ def kdcl_general_weights(
         Guo et al., 2020, KDCL-General, section 3.2; see `kdcl_naive`. The ridge and the clipping
         are ours.
     """
-    num_peers, num_rows, num_classes = logits.shape
+    num_peers, num_rows, _ = logits.shape
     if num_rows == 0:
         raise ValueError("error correlation needs at least 1 held-out row, got 0")
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge must be > 0 and finite, got {ridge}")
-    truth = F.one_hot(known_labels(labels), num_classes)
-    errors = (torch.softmax(constants(logits).double(), dim=2) - truth).flatten(1)
-    correlation = errors @ errors.t() / num_rows
+    correlation = error_correlation(logits, labels)
     scale = correlation.trace() / num_peers
     # Peers that never err leave only the ridge, whose inverse weighs all alike.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    ones = errors.new_ones(num_peers, 1)
-    identity = torch.eye(num_peers, dtype=errors.dtype, device=errors.device)
+    ones = correlation.new_ones(num_peers, 1)
+    identity = torch.eye(num_peers, dtype=correlation.dtype, device=correlation.device)
     solution = torch.linalg.solve(correlation + ridge * scale * identity, ones).squeeze(1)
     # Their sum is positive, so at least one of them is.
     weights: Tensor = solution.clamp_min(0.0)

@@ -89,16 +89,19 @@ class StreamingGate:
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
+        self._shares: Tensor | None = None
 
     def add(self, logits: PeerTable, gate: PeerShares) -> None:
         """Take in one peer.
 
         Args:
             logits: its unnormalised scores, an array or a tensor.
-            gate: its share of each row; over all peers the shares of a row sum to 1.
+            gate: its share of each row, > 0; of all peers' shares of a row only the ratios count.
         """
-        part = constants(gate)[:, None].double() * constants(logits).double()
+        shares = constants(gate).double()
+        part = shares[:, None] * constants(logits).double()
         self._sum = part if self._sum is None else self._sum + part
+        self._shares = shares if self._shares is None else self._shares + shares
 
     def target(self) -> Float[Tensor, "rows classes"]:
         """Return the ensemble's logits, float64.
@@ -106,9 +109,9 @@ class StreamingGate:
         Raises:
             ValueError: if there is no peer.
         """
-        if self._sum is None:
+        if self._sum is None or self._shares is None:
             raise ValueError("an ensemble needs at least 1 peer, got 0")
-        return self._sum
+        return self._sum / self._shares[:, None]
 
 
 def one_losses(

@@ -58,6 +58,41 @@ class PeerAttention(nn.Module):
         return torch.softmax(at_least_float32(scores), dim=2)
 
 
+def peer_mixtures(
+    peer_logits: Float[Tensor, "peers batch classes"],
+    attention: Float[Tensor, "batch peers peers"],
+    *,
+    temperature: float,
+    average: Literal["prob", "logit"] = "prob",
+) -> Float[Tensor, "peers batch classes"]:
+    """Mix the peers' predictions for each of them: what it learns.
+
+    Args:
+        peer_logits: unnormalised scores of the peers; treated as constants.
+        attention: what each peer takes from each, such as `PeerAttention` returns; gradients flow
+            through it.
+        temperature: softening divisor, > 0.
+        average: "prob" mixes softened probabilities, as the paper; "logit" mixes logits and
+            softens the mixture, as the released code.
+
+    Returns:
+        Softened probabilities.
+
+    Raises:
+        ValueError: if ``temperature`` or ``average`` is out of range.
+
+    Source:
+        Chen et al., 2020, equation 4. https://arxiv.org/abs/1912.00350
+    """
+    if average not in ("prob", "logit"):
+        raise ValueError(f"unknown average {average!r}; known: prob, logit")
+    constants = at_least_float32(peer_logits.detach())
+    shares = at_least_float32(attention)
+    if average == "prob":
+        return _mixtures(shares, soften(constants, temperature=temperature))
+    return soften(_mixtures(shares, constants), temperature=temperature)
+
+
 def okddip_losses(
     peer_logits: Float[Tensor, "peers batch classes"],
     leader_logits: Float[Tensor, "batch classes"],
@@ -101,15 +136,11 @@ def okddip_losses(
         The released code detaches nothing.
     """
     check_weights(ce_weight=ce_weight, kd_weight=kd_weight)
-    if average not in ("prob", "logit"):
-        raise ValueError(f"unknown average {average!r}; known: prob, logit")
+    peer_targets = peer_mixtures(peer_logits, attention, temperature=temperature, average=average)
     constants = at_least_float32(peer_logits.detach())
-    shares = at_least_float32(attention)
     if average == "prob":
-        softened = soften(constants, temperature=temperature)
-        peer_targets, leader_target = _mixtures(shares, softened), softened.mean(dim=0)
+        leader_target = soften(constants, temperature=temperature).mean(dim=0)
     else:
-        peer_targets = soften(_mixtures(shares, constants), temperature=temperature)
         leader_target = soften(constants.mean(dim=0), temperature=temperature)
     divergences = peer_kl(peer_logits, peer_targets, temperature, scale_by_t2, sample_weights)
     kd_leader = soft_target_kl(

@@ -23,6 +23,8 @@ LABELLED = ("fedgems",)
 OFF_AND_ON = {"kind": "step", "values": [0.0, 0.0], "milestones": [0.5]}
 BIG_MEME = {"name": "mlp", "options": {"hidden": [3000]}}
 CASES = {
+    "codistillation, no direction": ("codistillation", {"directions": []}),
+    "codistillation, burning in": ("codistillation", {"burn_in": 3}),
     "cronus, no direction": ("cronus", {"directions": []}),
     "dml": ("dml", {"kd_weight": 0.0}),
     "dml, a schedule": ("dml", {"kd_weight": OFF_AND_ON}),
@@ -30,6 +32,8 @@ CASES = {
     "dml, a term that mixes rows": ("dml", {"objective": {"ce": 1.0, "dist": 0.0}}),
     "dml, no direction": ("dml", {"directions": [], "ce_weight": 0.5}),
     "dml, a ring": ("dml", {"peers": "ring", "kd_weight": 0.0}),
+    "kdcl": ("kdcl", {"kd_weight": 0.0}),
+    "kdcl, no direction": ("kdcl", {"directions": []}),
     "one_way": ("one_way", {"kd_weight": 0.0, "teacher_epochs": 1}),
     "one_way, a server": ("one_way", {"kd_weight": 0.0, "direction": "server_to_clients"}),
     "one_way, upwards only": ("one_way", {"direction": "clients_to_server"}),
@@ -45,6 +49,8 @@ CASES = {
         "fml",
         {"objective": {"ce": 1.0, "kd": 0.0}, "meme": BIG_MEME},
     ),
+    "pcl": ("pcl", {"kd_weight": 0.0}),
+    "pcl, no direction": ("pcl", {"directions": [], "ce_weight": 0.5}),
 }
 
 
