@@ -13,7 +13,7 @@ OF_STATES = (
     "the_client_half_uses_nothing_but_its_arguments",
     "everything_that_travels_survives_it_bit_for_bit",
     "bytes_are_those_of_what_travels",
-    "mixed_architectures_learn_for_three_rounds",
+    "mixed_architectures_learn_for_some_rounds",
     "results_do_not_depend_on_how_cohorts_are_cut",
     "loop_and_stack_agree",
 )
@@ -42,7 +42,7 @@ def test_they_keep_to_all_of_it(name):
     ("slip", "claim", "told"),
     [
         ("InPlace", "nothing_is_changed_in_place", "read-only"),
-        ("InPlace", "mixed_architectures_learn_for_three_rounds", "read-only"),
+        ("InPlace", "mixed_architectures_learn_for_some_rounds", "read-only"),
         ("OneRoundOff", "nothing_is_changed_in_place", "belongs into its State"),
         (
             "OneRoundOff",
@@ -52,7 +52,7 @@ def test_they_keep_to_all_of_it(name):
         ("AveragesPadding", "loop_and_stack_agree", "differs between loop and stack"),
         (
             "SoftAsLogits",
-            "mixed_architectures_learn_for_three_rounds",
+            "mixed_architectures_learn_for_some_rounds",
             "scale='probabilities'",
         ),
         ("ForgetsBytes", "bytes_are_those_of_what_travels", "0 bytes were counted"),

@@ -53,7 +53,8 @@ CASES = [
         options,
         id=" ".join([name, *map(str, options.values())]),
         # Every algorithm goes through all claims as it is; other settings of it take their time.
-        marks=[pytest.mark.slow] if options else [],
+        # One process runs them all: claims look at one and the same run.
+        marks=[pytest.mark.xdist_group(f"contract {name}"), *[pytest.mark.slow] * bool(options)],
     )
     for name in STRATEGIES
     for options in VARIANTS.get(name, [{}])
