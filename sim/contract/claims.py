@@ -87,7 +87,8 @@ class Case:
     def whole(self) -> "Whole":
         """Return one run of `Whole.ROUNDS` rounds, the same one for every claim that looks on."""
         sections = json.dumps(self.sections, sort_keys=True, default=str)
-        return _whole(self.strategy, json.dumps(dict(self.options), default=str), sections)
+        options = json.dumps(dict(self.options), default=str)
+        return _whole(strategy_class(self.strategy), self.strategy, options, sections)
 
     def run(self, grid: InlineGrid | None = None, **sections: Any) -> Simulated:
         """Run a federation."""
@@ -112,7 +113,8 @@ class Whole:
 
 
 @lru_cache(maxsize=2)
-def _whole(strategy: str, options: str, sections: str) -> Whole:
+def _whole(_: type[Strategy[Any, Any]], strategy: str, options: str, sections: str) -> Whole:
+    # The class is asked for, because a name may come to stand for another one.
     case = Case(strategy, json.loads(options), json.loads(sections))
     settings = case.settings(rounds=Whole.ROUNDS)
     grid = ListeningGrid(settings, case.data())
