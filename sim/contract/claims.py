@@ -545,7 +545,7 @@ def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
                 pool=pool,
                 streams=Streams(seed=settings.seed, round=number, rounds=settings.rounds),
             )
-            call = Call(half.federation, number, (told.orders,))
+            call = Call(half.federation, number, (told.orders,), (state is None,))
             # Writeable, which what travels is not everywhere.
             received = _through_a_file(turn.open({client: told.payload})[client])
             known, itself = received and digest(received), _attributes(half)

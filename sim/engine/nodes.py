@@ -19,9 +19,11 @@ from sim.keeping.identity import data_digest
 from sim.keeping.provenance import Provenance, changes, code_of
 from sim.keeping.records import package_versions
 from sim.server.observers import Row
+from sim.server.validation import LONGEST_TRACEBACK, without_codes
 from sim.settings import Settings
 from sim.wire.flower import SERVER_NODE_ID
 from sim.wire.messages import (
+    MISTAKE,
     Assignment,
     Introduction,
     Phase,
@@ -82,6 +84,7 @@ class Nodes:
         self._introducing: dict[str, int] = {}
         self._partitions_said: set[int] = set()
         self._trained: dict[int, int] = {}
+        self._mistaken: dict[Phase, set[int]] = {}
         self._round = 0
 
     def begin(self, round: int, clients: Sequence[int]) -> None:
@@ -214,12 +217,15 @@ class Nodes:
     def _understood(self, client: int, phase: Phase, round: int, reply: Message) -> Message:
         """Note what a reply says about its node."""
         if reply.has_error():
+            if reply.error.code == MISTAKE:
+                return self._mistake(client, phase, round, reply)
             if reply.error.code not in _GONE:
                 return reply
             self._node_of.pop(client, None)
             reason = self._reason_gone(reply.error)
             # Not NODE_UNAVAILABLE: it was asked, and what it received was sent.
             return _error(ErrorCode.MESSAGE_UNAVAILABLE, reason)
+        self._mistaken.setdefault(phase, set()).discard(client)
         if take_word_of_lost_state(reply.content):
             before = self._trained.get(client, 0)
             self._tell(
@@ -232,6 +238,30 @@ class Nodes:
         if phase == "train":
             self._trained[client] = round
         return reply
+
+    def _mistake(self, client: int, phase: Phase, round: int, reply: Message) -> Message:
+        """Take the word of a node that an author's code failed for no more than it is.
+
+        All nodes run the same code, so a mistake in it shows on most of them. One node that says so
+        may be broken, or lie to end the run: it is left out like any other that failed.
+        """
+        # By phase: what fails in training may judge a client well.
+        mistaken = self._mistaken.setdefault(phase, set())
+        mistaken.add(client)
+        there = {*self._node_of, *mistaken}
+        if 2 * len(mistaken) > len(there):
+            return reply
+        told = reply.error.reason or "it does not say how"
+        _LOG.error(
+            "round %d, client %d: its node reports a mistake of an algorithm's or a model's own "
+            "code. %d of %d nodes do; the run ends when more than half do:\n%s",
+            round,
+            client,
+            len(mistaken),
+            len(there),
+            without_codes(told[-LONGEST_TRACEBACK:]),
+        )
+        return _error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told)
 
     # -- who is there ----------------------------------------------------------------------
 

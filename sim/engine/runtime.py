@@ -271,8 +271,9 @@ class ClientRuntime:
             ),
         )
 
-    def _call(self, call: CohortCall) -> Call:
-        return Call(self._federation, call.round, call.orders)
+    def _call(self, call: CohortCall, states: Sequence[ClientState | None]) -> Call:
+        fresh = tuple(state is None for state in states)
+        return Call(self._federation, call.round, call.orders, fresh)
 
     def _turn(self, call: CohortCall, states: Sequence[ClientState | None]) -> ClientTurn:
         """Return the exchange of a call."""
@@ -296,7 +297,7 @@ class ClientRuntime:
         turn = self._turn(call, states)
         received = _opened(turn, call, received)
         cohort = self._cohort(call, states)
-        answers = self._strategy.client(cohort, received, self._call(call))
+        answers = self._strategy.client(cohort, received, self._call(call, states))
         if answers and len(answers) != len(call.clients):
             raise ValueError(
                 f"{type(self._strategy).__name__}.client answered {len(answers)} payloads for "
@@ -330,7 +331,7 @@ class ClientRuntime:
         received = _opened(self._turn(call, states), call, received)
         cohort = self._cohort(call, states)
         strategy = self._strategy
-        strategy.before_evaluation(cohort, received, self._call(call))
+        strategy.before_evaluation(cohort, received, self._call(call, states))
         test_scores = strategy.scores(cohort, received, self._test_inputs)
         validation_scores = strategy.scores(cohort, received, self._validation_inputs)
         replies = []

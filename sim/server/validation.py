@@ -192,11 +192,11 @@ def valid_answer(message: Message, expected: Expected, *, again: bool) -> Client
         told = message.error.reason or "it does not say how"
         half = "the judging of a client" if expected.judged else "a client's half"
         where = f"round {expected.round}, {half}"
-        raise AuthorError(where, _without_codes(told[-LONGEST_TRACEBACK:]))
+        raise AuthorError(where, without_codes(told[-LONGEST_TRACEBACK:]))
     if message.has_error():
         text = message.error.reason or "unknown error"
         # A traceback ends with what matters.
-        traceback = _without_codes(text[-LONGEST_TRACEBACK:])
+        traceback = without_codes(text[-LONGEST_TRACEBACK:])
         lost = message.error.code == MEMORY_LOST
         raise RejectedReplyError(text[-LONGEST_REASON:], traceback=traceback, memory_lost=lost)
     if again:
@@ -228,11 +228,11 @@ def read_valid_reply(content: RecordDict, expected: Expected) -> ClientReply:
 
 def shortened(reason: str) -> str:
     """Return a reason as one line of bounded length, without codes that a terminal obeys."""
-    line = _without_codes(" ".join(reason.split()))
+    line = without_codes(" ".join(reason.split()))
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
 
 
-def _without_codes(text: str) -> str:
+def without_codes(text: str) -> str:
     """Return a text without what a terminal would obey; its lines stay."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 

@@ -182,9 +182,12 @@ class Call(Round):
 
     Attributes:
         orders: what the server decided for each member; None where it decided nothing.
+        fresh: whether each member has no state: it has its first weights and keeps no arrays, since
+            this is its first call or since the node that had them was restarted.
     """
 
     orders: tuple[Orders | None, ...] = ()
+    fresh: tuple[bool, ...] = ()
 
     def rows_of(self, position: int) -> np.ndarray:
         """Return the public rows that a member is to predict."""

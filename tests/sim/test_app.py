@@ -25,6 +25,9 @@ from sim.server.replies import QuorumError
 from sim.server.validation import AuthorError
 from sim.settings import Settings, SettingsError, load_settings
 from sim.wire.flower import Run, empty_run, identify_process, set_message_id
+from sim.wire.messages import MISTAKE
+from strategies.contract import Call
+from strategies.mutual.dml import DML
 
 
 def over_the_wire(message: Message) -> Message:
@@ -52,7 +55,7 @@ class Runtime(Grid):
 
     ``happens(phase, round, partition, node)`` is asked before a node gets a message: ``"dies"``
     takes the node away for good, ``"sleeps"`` for this message, ``"crashes"`` ends its ClientApp,
-    ``"restarts"`` empties its state.
+    ``"restarts"`` empties its state, ``"says mistake"`` has it say that an author's code failed.
     """
 
     def __init__(self, partitions: Iterable[int], count: int) -> None:
@@ -120,6 +123,9 @@ class Runtime(Grid):
                 return self._error(message, ErrorCode.MESSAGE_UNAVAILABLE)
             case "crashes":
                 return self._error(message, ErrorCode.CLIENT_APP_CRASHED)
+            case "says mistake":
+                told = "Traceback\n  somewhere\nKeyError: 'forged'"
+                return Message(Error(MISTAKE, told), reply_to=message)
             case "restarts":
                 node.state = RecordDict()
         context = Context(1, node.id, dict(node.config), node.state, dict(self.config))
@@ -208,9 +214,36 @@ def test_an_author_s_exception_ends_the_run_with_the_author_s_traceback(
         serve(Runtime(range(4), 4), config)
     left = left_behind(tmp_path)
     assert left["result"]["status"] == "failed"
-    assert left["events"] == []
+    # A mistake of a client's half counts once more than half of the nodes report it.
+    assert len(left["events"]) <= 2
+    assert {row["event"] for row in left["events"]} <= {"rejected", "evaluation failed"}
     # Flower's log shows the text and no traceback of ours.
     assert sys.tracebacklimit == 0
+
+
+@pytest.mark.parametrize("below_quorum", ["abort", "retry"])
+def test_a_node_that_says_that_the_code_is_wrong_does_not_end_the_run(
+    words: Any, serve: Any, caplog: pytest.LogCaptureFixture, below_quorum: str
+) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, *_: "says mistake" if _[1] == 2 and phase != "query" else ""
+    left = serve(grid, words(f"engine.below_quorum={below_quorum}", "engine.quorum=0.5"))
+    assert left["result"]["status"] == "finished"
+    assert kinds(left["events"]) == [
+        (round, 2, event) for round in (1, 2) for event in ("rejected", "evaluation failed")
+    ]
+    assert left["events"][0]["reason"].endswith("KeyError: 'forged'")
+    assert "client 2: its node reports a mistake" in caplog.text
+    assert "1 of 4 nodes do; the run ends when more than half do:\nTraceback" in caplog.text
+
+
+def test_a_mistake_that_most_nodes_report_ends_the_run_also_over_several_rounds(
+    words: Any, serve: Any
+) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, *_: "says mistake" if _[1] != 2 and phase == "train" else ""
+    with pytest.raises(AuthorError, match=r"round \d+, a client's half.*\n(.*\n)*KeyError"):
+        serve(grid, words("clients.participants=2", "engine.below_quorum=skip", "rounds=8"))
 
 
 def test_planned_faults_strike_nodes_as_they_strike_workers(
@@ -364,6 +397,28 @@ def test_a_restarted_node_starts_anew_and_is_named(words: Any, serve: Any) -> No
     assert (event["round"], event["client"], event["event"]) == (2, 1, "state lost")
     assert "the state of round 1" in event["reason"]
     assert left["metrics"][-4 - 1]["replies"] == 4
+
+
+def test_a_client_knows_whether_it_has_lost_its_state(
+    words: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh: list[tuple[int, int, bool]] = []
+    client = DML.client
+
+    def watched(self: DML, cohort: Any, received: Any, call: Call) -> Any:
+        fresh.extend(
+            (call.number, member, call.fresh[position])
+            for position, member in enumerate(cohort.clients)
+        )
+        return client(self, cohort, received, call)
+
+    monkeypatch.setattr(DML, "client", watched)
+    grid = Runtime(range(4), 4)
+    grid.happens = restarting
+    serve(grid, words("rounds=3"))
+    # All are in their first call, and later the one whose node was restarted.
+    assert sorted(call[:2] for call in fresh if call[2]) == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 1)]
+    assert len(fresh) == 12
 
 
 def test_a_restarted_node_is_refused_where_the_settings_say_so(words: Any, serve: Any) -> None:
