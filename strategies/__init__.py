@@ -28,6 +28,7 @@ from strategies.server_models.feddf import FedDF
 from strategies.server_models.fedgems import FedGEMS
 from strategies.server_models.fedgkt import FedGKT
 from strategies.server_models.one_way import OneWay
+from strategies.two_models.fedkd import FedKD
 from strategies.two_models.fml import FML
 from strategies.two_models.proxyfl import ProxyFL
 
@@ -42,6 +43,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fedgems": FedGEMS,
     "fedgkd": FedGKD,
     "fedgkt": FedGKT,
+    "fedkd": FedKD,
     "fedmd": FedMD,
     "fedntd": FedNTD,
     "fedproto": FedProto,

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.exchange.payloads import Prototypes
-from fedkd.models import build_model
+from fedkd.models import ModelSettings, build_model
 from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import PENULTIMATE, layer_shapes, vector_width, vectors
 from fedkd.training import RowOutputs, as_tensor
@@ -22,16 +22,35 @@ def feature_widths(federation: Federation, input_shape: ImageShape) -> dict[str,
     """
     widths = {}
     for client in federation.first_clients.values():
-        model, classes = federation.models[client], federation.num_classes
-        module = build_model(model, input_shape=input_shape, num_classes=classes, seed=0)
-        shape = layer_shapes(module, torch.zeros(2, *input_shape)).get(PENULTIMATE)
-        if shape is None:
-            raise ValueError(
-                f"clients.models: {model.label} has no linear layer, so nothing that could be "
-                "taken for features: use a model that ends in one"
-            )
-        widths[model.label] = vector_width(shape)
+        model = federation.models[client]
+        widths[model.label] = feature_width(
+            "clients.models", model, input_shape, federation.num_classes
+        )
     return widths
+
+
+def feature_width(
+    setting: str, model: ModelSettings, input_shape: ImageShape, num_classes: int
+) -> int:
+    """Return how many features a model has.
+
+    Args:
+        setting: that names the model, for the message.
+        model: the model.
+        input_shape: of one row.
+        num_classes: logits a row.
+
+    Raises:
+        ValueError: for a model without a linear layer to read any.
+    """
+    module = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=0)
+    shape = layer_shapes(module, torch.zeros(2, *input_shape)).get(PENULTIMATE)
+    if shape is None:
+        raise ValueError(
+            f"{setting}: {model.label} has no linear layer, so nothing that could be "
+            "taken for features: use a model that ends in one"
+        )
+    return vector_width(shape)
 
 
 def pooled(features: Float[Tensor, "rows ..."], width: int) -> Float[Tensor, "rows width"]:

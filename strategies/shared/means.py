@@ -30,6 +30,11 @@ class WeightedMean:
             self._dtypes[name] = array.dtype
         self._weight += weight
 
+    @property
+    def weight(self) -> float:
+        """How much was added so far; 0: nothing was."""
+        return self._weight
+
     def mean(self) -> Arrays:
         """Return the mean in the models' own types; counters and flags are rounded."""
         means: Arrays = {}

@@ -3,6 +3,7 @@
 from fedkd.exchange.payloads.bundle import Bundle
 from fedkd.exchange.payloads.class_table import ClassTable
 from fedkd.exchange.payloads.encoded import Encoded
+from fedkd.exchange.payloads.low_rank import LowRank
 from fedkd.exchange.payloads.numbers import Numbers
 from fedkd.exchange.payloads.orders import Orders
 from fedkd.exchange.payloads.predictions import Predictions
@@ -15,6 +16,7 @@ __all__ = [
     "Bundle",
     "ClassTable",
     "Encoded",
+    "LowRank",
     "Numbers",
     "Orders",
     "Predictions",

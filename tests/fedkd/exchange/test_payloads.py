@@ -8,6 +8,7 @@ from fedkd.exchange.payload import Asked, AtMost, Limit, Payload, ids_bytes
 from fedkd.exchange.payloads import (
     Bundle,
     ClassTable,
+    LowRank,
     Numbers,
     Orders,
     Predictions,
@@ -61,6 +62,17 @@ GOOD: list[tuple[Payload, Asked, int]] = [
         ),
         RowFeatures.asked(2, (4, 1, 1), 3),
         32 + 24 + 8 + 8,
+    ),
+    (
+        LowRank(
+            base=1,
+            whole={"b": LOGITS[0]},
+            left={"w": np.full((5, 1), 0.5, np.float32)},
+            values={"w": np.ones(1, np.float32)},
+            right={"w": SOFT[:1]},
+        ),
+        LowRank.asked({"w": LOGITS, "b": LOGITS[0]}, base=1),
+        12 + 20 + 4 + 12,
     ),
     (
         Bundle(parts={"a": Predictions(rows=ROWS, values=LOGITS), "b": ClassTable(values=SOFT)}),

@@ -41,6 +41,7 @@ CASES = {
     "fedgems, upwards only": ("fedgems", {"directions": ["server"]}),
     "fedmd": ("fedmd", {"digest_epochs": 0}),
     "rhfl, no direction": ("rhfl", {"directions": []}),
+    "fedkd, no direction": ("fedkd", {"directions": []}),
     "fml": ("fml", {"objective": {"ce": 1.0, "kd": 0.0}}),
     "fml, no direction": ("fml", {"directions": []}),
     "fml, neither way": ("fml", {"objective": {"ce": 1.0}, "meme_objective": {"ce": 1.0}}),

@@ -28,6 +28,7 @@ VARIANTS = {
     "fedavg": [{}, {"weighting": "equal"}],
     "fedgems": [{}, {"directions": ["clients"]}, {"ce_share": 0.1, "server_epochs": 3}],
     "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
+    "fedkd": [{}, {"mentee": "cnn", "energy": 0.5, "directions": ["mentor"]}],
     "fedmd": [{}, {"digest_loss": "kl", "weighting": "examples"}],
     "fedntd": [{}, {"temperature": 3}],
     "fedprox": [{}, {"mu": 1}],
