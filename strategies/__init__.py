@@ -18,6 +18,7 @@ from strategies.mutual.kdcl import KDCL
 from strategies.mutual.pcl import PCL
 from strategies.public_predictions.cronus import Cronus
 from strategies.public_predictions.dsfl import DSFL
+from strategies.public_predictions.fccl import FCCL
 from strategies.public_predictions.fedmd import FedMD
 from strategies.public_predictions.rhfl import RHFL
 from strategies.public_predictions.scarlet import SCARLET
@@ -37,6 +38,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "cronus": Cronus,
     "dml": DML,
     "dsfl": DSFL,
+    "fccl": FCCL,
     "fd": FD,
     "fedavg": FedAvg,
     "feddf": FedDF,

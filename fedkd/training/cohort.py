@@ -332,7 +332,7 @@ class Cohort(ABC):
         self,
         objective: Objective | JointObjective | ComposedObjective,
         *,
-        private: Passes | None = None,
+        private: Passes | Sequence[Passes] | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
@@ -357,7 +357,8 @@ class Cohort(ABC):
                 beside them, a mapping from their names to the outputs of each on the same rows. A
                 composed objective says itself which models learn; without a term in force it
                 leaves everything as it is.
-            private: how to walk through each member's own rows.
+            private: how to walk through each member's own rows: the same for all, or one for each
+                member, such as passes of no epoch for those that have nothing to catch up with.
             public: public rows and what to learn about them.
             models: which models to train in one step, each by its own optimizer; None: the first.
             frozen: models that do not learn and whose outputs the objective sees too: names that

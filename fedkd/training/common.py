@@ -68,7 +68,7 @@ class Fit:
 
     key: FitKey
     learning: tuple[str, ...]
-    private: Passes | None
+    private: Passes | Sequence[Passes] | None
     public: PublicLesson | None
     frozen: Mapping[str, str]
     averages: Mapping[str, Average]
@@ -88,6 +88,12 @@ class Fit:
             if own:
                 paths[name] = {**paths.get(name, {}), **{path: path for path in own}}
         return replace(self, paths=paths)
+
+    def passes(self, position: int) -> Passes | None:
+        """Return how one member walks through its own rows."""
+        if self.private is None or isinstance(self.private, Passes):
+            return self.private
+        return self.private[position]
 
     def lesson(self, position: int) -> PublicLesson | None:
         """Return one member's public lesson."""
@@ -238,7 +244,7 @@ class BackendCohort(Cohort):
         objective: object,
         models: Sequence[str] | None,
         *,
-        private: Passes | None,
+        private: Passes | Sequence[Passes] | None,
         public: PublicLesson | None,
         frozen: Sequence[str],
         layers: Layers,
@@ -294,6 +300,11 @@ class BackendCohort(Cohort):
                 f"{', '.join(architectures)}"
             )
         members = self._given
+        if not (private is None or isinstance(private, Passes) or len(private) == len(members)):
+            raise ValueError(
+                f"private must be passes for all or one for each of {len(members)} members, got "
+                f"{len(private)}"
+            )
         if public is not None:
             public.check(len(members))
         for name, table in (tables or {}).items():

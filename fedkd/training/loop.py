@@ -123,7 +123,7 @@ class LoopCohort(BackendCohort):
         self,
         objective: Objective | JointObjective | ComposedObjective,
         *,
-        private: Passes | None = None,
+        private: Passes | Sequence[Passes] | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
@@ -197,7 +197,7 @@ class LoopCohort(BackendCohort):
         """Train one member's models, and the parts in a slot."""
         lesson = fit.lesson(position)
         seed, feed = Feed.drawn(
-            self._members[position], self._streams, fit.key, fit.private, lesson
+            self._members[position], self._streams, fit.key, fit.passes(position), lesson
         )
         slots = {name: self._slots[name][position] for name in fit.learning}
         tables = {name: (table.of, table.own(position)) for name, table in fit.tables.items()}

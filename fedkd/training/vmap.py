@@ -145,7 +145,7 @@ class VmapCohort(BackendCohort):
         self,
         objective: Objective | JointObjective | ComposedObjective,
         *,
-        private: Passes | None = None,
+        private: Passes | Sequence[Passes] | None = None,
         public: PublicLesson | None = None,
         models: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
@@ -219,7 +219,7 @@ class VmapCohort(BackendCohort):
         Members whose steps do not fall in the order of the stack change their places first.
         """
         drawn = [
-            Feed.drawn(member, self._streams, fit.key, fit.private, fit.lesson(position))
+            Feed.drawn(member, self._streams, fit.key, fit.passes(position), fit.lesson(position))
             for member, position in zip(self._members, self._order, strict=True)
         ]
         ranks = sorted(

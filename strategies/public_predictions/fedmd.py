@@ -2,16 +2,20 @@
 
 Source: Li and Wang, 2019, Algorithm 1. https://arxiv.org/abs/1910.03581
 Differs from the paper: transfer learning runs for a set number of epochs instead of to
-convergence, and its public half is left out where the public set has no labels.
+convergence, in whichever round a client is first; its public half is left out where the public set
+has no labels, and its private half unless ``private_transfer_epochs`` asks for it, since the first
+round trains on private rows anyway.
 ``digest_loss`` is the mean absolute error of the published code by default; the paper leaves
 it open. ``aggregation: median`` and ``trimmed_mean`` put a robust consensus (Yin, Chen,
 Ramchandran, Bartlett, 2018. https://arxiv.org/abs/1803.01498) in the place of the mean.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -38,6 +42,10 @@ from strategies.contract import (
 )
 from strategies.shared.lessons import Lesson, SharedLesson
 
+CLIENTS = "clients"
+TRANSFERRED = "transferred"
+"""What a client keeps once it has begun: that it has."""
+
 
 class FedMDSettings(StrategySettings):
     """Settings under ``strategy:`` when ``name: fedmd``.
@@ -45,7 +53,9 @@ class FedMDSettings(StrategySettings):
     Attributes:
         digest_epochs: passes over the round's public rows towards the consensus.
         digest_loss: ``l1`` or ``mse`` on logits, or ``kl`` between their softmaxes.
-        transfer_epochs: passes over the labelled public set before the first round.
+        transfer_epochs: passes over the labelled public set before a client's first round, rows
+            of classes included that the client does not have.
+        private_transfer_epochs: passes over private rows between these and the first round.
         weighting: ``equal`` as in the paper; ``examples`` weights clients by private rows.
         aggregation: ``mean`` of the logits as in the paper; ``median`` and ``trimmed_mean`` are
             taken score by score and withstand clients that lie.
@@ -56,6 +66,7 @@ class FedMDSettings(StrategySettings):
     digest_epochs: CountOrZero = 1
     digest_loss: Literal["l1", "mse", "kl"] = "l1"
     transfer_epochs: CountOrZero = 10
+    private_transfer_epochs: CountOrZero = 0
     weighting: Literal["equal", "examples"] = "equal"
     aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
     trim: Real = Field(0.1, ge=0, lt=0.5)
@@ -80,6 +91,9 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
         equation="digest |z_k - mean_k z_k| on public rows, then revisit CE on private rows",
     )
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
+    directions: ClassVar[Mapping[str, str]] = {
+        CLIENTS: "from the consensus, and from public labels"
+    }
 
     @property
     def sums(self) -> Weighting | None:
@@ -89,15 +103,21 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
     @property
     def learns_alone(self) -> bool:
         """Whether clients neither digest nor begin on the public set."""
-        transfers = self.federation.public_labelled and self.settings.transfer_epochs
-        return not (self.settings.digest_epochs or transfers)
+        return not self.learns(CLIENTS) or not (self.settings.digest_epochs or self._transfers)
+
+    @property
+    def _transfers(self) -> bool:
+        """Whether a client begins on the labelled public set."""
+        return self.federation.public_labelled and self.settings.transfer_epochs > 0
 
     def smallest_steps(self) -> Iterator[Step]:
         """Clients learn from public rows alone, too: before the first round and in the digest."""
         yield from super().smallest_steps()
-        settings, federation = self.settings, self.federation
-        lessons = [federation.rows_per_round] if settings.digest_epochs else []
-        if federation.public_labelled and settings.transfer_epochs:
+        federation = self.federation
+        if self.learns_alone:
+            return
+        lessons = [federation.rows_per_round] if self.settings.digest_epochs else []
+        if self._transfers:
             lessons.append(federation.public_size)
         for model in dict.fromkeys(federation.models):
             for rows in lessons:
@@ -105,14 +125,32 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Digest the consensus first, then revisit private data, then communicate scores."""
-        settings = self.settings
-        if call.number == 1 and call.federation.public_labelled and settings.transfer_epochs:
-            lesson = call.labelled_public(epochs=settings.transfer_epochs)
-            cohort.fit(supervised_public, public=lesson)
-        if received and settings.digest_epochs:
-            cohort.fit(self._digest, public=call.lesson(received, epochs=settings.digest_epochs))
+        epochs = self.settings.digest_epochs
+        if self.learns(CLIENTS):
+            self._transfer(cohort, call)
+            if received and epochs:
+                cohort.fit(self._digest, public=call.lesson(received, epochs=epochs))
         cohort.fit(supervised, private=call.local)
         return upload_logits(cohort, call)
+
+    def _transfer(self, cohort: Cohort, call: Call) -> None:
+        """Let members that are new learn from labelled public rows, then from their own.
+
+        Every call has these fits, so that the draws of those after them do not depend on company.
+        """
+        settings = self.settings
+        if not (self._transfers or settings.private_transfer_epochs):
+            return
+        is_new = [known is None for known in cohort.kept(TRANSFERRED)]
+        if self._transfers:
+            every = call.labelled_public(epochs=settings.transfer_epochs)
+            rows = np.arange(self.federation.public_size)
+            lessons = [rows if new else rows[:0] for new in is_new]
+            cohort.fit(supervised_public, public=replace(every, rows=lessons))
+        if settings.private_transfer_epochs:
+            each = [settings.private_transfer_epochs if new else 0 for new in is_new]
+            cohort.fit(supervised, private=[call.passes(epochs) for epochs in each])
+        cohort.keep(TRANSFERRED, [np.ones(1, np.int8)] * len(is_new))
 
     def _digest(self, outputs: Outputs, batch: Batch) -> Losses:
         """Approach the consensus: the distance of a member's logits to the mean logits."""

@@ -68,6 +68,37 @@ def test_weights_for_another_number_of_members_are_refused(both_kinds, kind):
         cohort.load_weights(cohort.weights()[:2])
 
 
+# -- passes of each ----------------------------------------------------------------------------
+
+
+@every_model
+@pytest.mark.parametrize("epochs", [(0, 2, 1), (2, 0, 0), (0, 0, 0)])
+def test_members_walk_through_their_rows_as_often_as_each_is_told(
+    float64, both_kinds, largest_difference, model, epochs
+):
+    loop, vmap = both_kinds(model=model)
+    apart, _ = both_kinds(model=model)
+    before = loop.weights()
+    for cohort in (loop, vmap):
+        cohort.fit(supervised, private=[Passes(batch_size=8, epochs=own) for own in epochs])
+        cohort.fit(supervised, private=[Passes(batch_size=8, epochs=0)] * 3)
+    assert largest_difference(loop.states(), vmap.states()) < 1e-5
+    apart.fit(supervised, private=Passes(batch_size=8, epochs=max(epochs)))
+    for own, was, found, whole in zip(epochs, before, loop.weights(), apart.weights(), strict=True):
+        if own == 0:
+            assert largest_difference(found, was) == 0
+        elif own == max(epochs):
+            assert largest_difference(found, whole) == 0
+        else:
+            assert largest_difference(found, was) > 0
+
+
+@every_kind
+def test_passes_for_another_number_of_members_are_refused(both_kinds, kind):
+    with pytest.raises(ValueError, match="passes for all or one for each of 3 members, got 2"):
+        both_kinds()[kind].fit(supervised, private=[PASSES] * 2)
+
+
 # -- public rows of each -----------------------------------------------------------------------
 
 ROWS = {

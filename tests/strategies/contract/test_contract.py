@@ -24,12 +24,18 @@ VARIANTS = {
         {"objective": {"ce": 1.0, "kd": {"learned": True}, "sp": {"weight": 1, "on": "logits"}}},
     ],
     "dsfl": [{}, {"aggregation": "sa", "server_model": "mlp"}],
+    # Fifty epochs of pretraining show no more than two do.
+    "fccl": [{"pretrain_epochs": 2}],
     "fd": [{}, {"collect": "evaluation", "weighting": "count"}],
     "fedavg": [{}, {"weighting": "equal"}],
     "fedgems": [{}, {"directions": ["clients"]}, {"ce_share": 0.1, "server_epochs": 3}],
     "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
     "fedkd": [{}, {"mentee": "cnn", "energy": 0.5, "directions": ["mentor"]}],
-    "fedmd": [{}, {"digest_loss": "kl", "weighting": "examples"}],
+    "fedmd": [
+        {},
+        {"digest_loss": "kl", "weighting": "examples"},
+        {"private_transfer_epochs": 2},
+    ],
     "fedntd": [{}, {"temperature": 3}],
     "fedprox": [{}, {"mu": 1}],
     "fedproto": [{}, {"judge": "head", "features": 4}],
@@ -46,19 +52,19 @@ VARIANTS = {
         {"direction": "server_to_clients", "objective": {"ce": 1.0, "kd": {"learned": True}}},
     ],
 }
-"""Settings worth running besides the defaults; a new row of the table runs with its defaults."""
+"""Settings worth running, the quick ones first; a new row of the table runs with its defaults."""
 
 CASES = [
     pytest.param(
         name,
         options,
         id=" ".join([name, *map(str, options.values())]),
-        # Every algorithm goes through all claims as it is; other settings of it take their time.
+        # Every algorithm goes through all claims by its first settings; others take their time.
         # One process runs them all: claims look at one and the same run.
-        marks=[pytest.mark.xdist_group(f"contract {name}"), *[pytest.mark.slow] * bool(options)],
+        marks=[pytest.mark.xdist_group(f"contract {name}"), *[pytest.mark.slow] * bool(number)],
     )
     for name in STRATEGIES
-    for options in VARIANTS.get(name, [{}])
+    for number, options in enumerate(VARIANTS.get(name, [{}]))
 ]
 
 

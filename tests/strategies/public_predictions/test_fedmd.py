@@ -1,5 +1,7 @@
 """FedMD: digest, revisit, communicate, in this order; the consensus is a mean of logits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from fedkd.exchange.payloads import Predictions
 from fedkd.targets import Targets, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
-from strategies.public_predictions.fedmd import FedMDSettings
+from strategies.public_predictions.fedmd import TRANSFERRED, FedMDSettings
 from strategies.shared.lessons import Lesson
 
 
@@ -60,20 +62,87 @@ def test_a_round_without_consensus_only_revisits(spy, fedmd, learn):
     assert cohort.fits[0]["objective"] is supervised
 
 
-def test_transfer_learning_comes_first_and_in_the_first_round_only(spy, fedmd, learn):
-    strategy, _ = fedmd(labelled=True, transfer_epochs=4)
-    for number in (1, 2, 3):
-        cohort = spy()
-        learn(strategy, cohort, None, number)
-        transfer = [fit for fit in cohort.fits if fit["objective"] is supervised_public]
-        assert len(transfer) == (number == 1)
-        assert cohort.fits[-1]["objective"] is supervised
-        if transfer:
-            assert cohort.fits[0] is transfer[0]
-            assert transfer[0]["private"] is None
-            assert transfer[0]["public"].targets is None
-            assert transfer[0]["public"].rows.tolist() == list(range(20))
-            assert transfer[0]["public"].passes == Passes(batch_size=8, epochs=4)
+def beginning(cohort, begun=()):
+    """Give a spy the memory of whether its members have begun."""
+    memory = {(TRANSFERRED, client): np.ones(1, np.int8) for client in begun}
+    cohort.kept = lambda name: [memory.get((name, client)) for client in cohort.clients]
+    cohort.keep = lambda name, values: memory.update(
+        {(name, client): value for client, value in zip(cohort.clients, values, strict=True)}
+    )
+    return memory
+
+
+def test_the_phases_are_public_labels_then_private_ones_then_the_round(spy, fedmd, learn):
+    """Published fault: a baseline that revisits first and never learns on the public set."""
+    strategy, _ = fedmd(labelled=True, transfer_epochs=4, private_transfer_epochs=3)
+    cohort = spy((0, 1))
+    memory = beginning(cohort)
+    learn(strategy, cohort, consensus(strategy.federation.round(2)), 2)
+    public, private, digest, revisit = cohort.fits
+    assert public["objective"] is supervised_public
+    assert public["private"] is None
+    assert public["public"].targets is None
+    assert public["public"].passes == Passes(batch_size=8, epochs=4)
+    # All public rows, whatever classes a client holds.
+    assert [rows.tolist() for rows in public["public"].rows] == [list(range(20))] * 2
+    assert private["objective"] is supervised
+    assert private["private"] == [Passes(batch_size=8, epochs=3)] * 2
+    assert digest["public"].targets is not None
+    assert revisit["objective"] is supervised
+    assert len(memory) == 2
+
+
+def test_only_who_is_new_begins_whoever_trains_beside_it(spy, fedmd, learn):
+    strategy, _ = fedmd(labelled=True, private_transfer_epochs=3)
+    cohort = spy((0, 1))
+    beginning(cohort, begun=[0])
+    learn(strategy, cohort, None, 3)
+    public, private, _ = cohort.fits
+    assert [len(rows) for rows in public["public"].rows] == [0, 20]
+    assert [passes.epochs for passes in private["private"]] == [0, 3]
+
+
+def test_a_late_joiner_begins_on_the_public_set(tiny_settings, tiny_data, simulate):
+    settings = tiny_settings(
+        "fedmd",
+        options={"transfer_epochs": 1},
+        data={"public": {"size": 20, "labelled": True}},
+        clients={"participants": 2},
+        rounds=4,
+    )
+    run = simulate(settings, tiny_data(labelled=True))
+    took_part = {row["client"] for row in run.exchange if row["direction"] == "up"}
+    assert len(took_part) > 2
+    begun = {client for client, own in enumerate(run.states) if TRANSFERRED in own.arrays}
+    assert begun == took_part
+
+
+def test_public_rows_teach_classes_that_a_client_does_not_have(tiny_settings, tiny_data, simulate):
+    # Client 0 holds one class; without the others' rows it could name no other.
+    data = tiny_data(labelled=True)
+    own = data.client_rows[0]
+    one_class = own[data.train_labels[own] == data.train_labels[own][0]]
+    data = replace(data, client_rows=(one_class, *data.client_rows[1:]))
+
+    def named(epochs):
+        settings = tiny_settings(
+            "fedmd",
+            options={"transfer_epochs": epochs, "digest_epochs": 0},
+            data={"public": {"size": 20, "labelled": True}},
+            clients={"local": {"epochs": 0}},
+            rounds=1,
+        )
+        return simulate(settings, data).history.clients[0]["accuracy"]
+
+    assert named(60) > named(0) + 0.2
+
+
+def test_a_direction_that_is_off_leaves_labels_alone(spy, fedmd, learn):
+    strategy, _ = fedmd(labelled=True, directions=[])
+    cohort = spy()
+    learn(strategy, cohort, consensus(strategy.federation.round(2)), 2)
+    assert strategy.learns_alone
+    assert [fit["objective"] for fit in cohort.fits] == [supervised]
 
 
 @pytest.mark.parametrize(("labelled", "epochs"), [(False, 4), (True, 0)])
