@@ -1,17 +1,22 @@
 """`fedkd algorithms` tells who learns from whom, what travels, and where it is from."""
 
 import re
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sim.commands.algorithms import algorithms
+from sim.commands.arms import load_study
 from sim.commands.cli import app
+from sim.settings.tables import read_word
 from strategies import STRATEGIES
 
 OURS = {"local", "pooled", "one_way"}
 """Nobody else's idea, or several people's."""
+EXAMPLE = Path(__file__).parents[3] / "conf" / "examples" / "all-algorithms.yaml"
 MY_METHOD = Path(__file__).parents[3] / "examples" / "my_method" / "src"
 
 
@@ -49,3 +54,12 @@ def test_an_algorithm_of_a_package_of_ones_own_is_told_as_well(
     told = algorithms("my_method.variance_weighted:VarianceWeighted")[0]
     assert told.description.title
     assert told.command.endswith("VarianceWeighted")
+
+
+def test_the_example_of_all_algorithms_has_them_all_with_what_they_need() -> None:
+    arms = load_study(str(EXAMPLE)).arms
+    assert arms.keys() == STRATEGIES.keys()
+    for name, settings in arms.items():
+        for need in algorithms(name)[0].description.card.needs:
+            path, value = read_word(need)
+            assert reduce(getitem, path, settings.to_table()) == value, need
