@@ -16,12 +16,15 @@ from strategies.mutual.codistillation import Codistillation
 from strategies.mutual.dml import DML
 from strategies.mutual.kdcl import KDCL
 from strategies.mutual.pcl import PCL
+from strategies.public_predictions.comet import COMET
 from strategies.public_predictions.cronus import Cronus
 from strategies.public_predictions.dsfl import DSFL
 from strategies.public_predictions.fccl import FCCL
 from strategies.public_predictions.fedmd import FedMD
+from strategies.public_predictions.ktpfl import KTpFL
 from strategies.public_predictions.rhfl import RHFL
 from strategies.public_predictions.scarlet import SCARLET
+from strategies.public_predictions.selective_fd import SelectiveFD
 from strategies.regularised.fedgkd import FedGKD
 from strategies.regularised.fedntd import FedNTD
 from strategies.regularised.fedprox import FedProx
@@ -35,6 +38,7 @@ from strategies.two_models.proxyfl import ProxyFL
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "codistillation": Codistillation,
+    "comet": COMET,
     "cronus": Cronus,
     "dml": DML,
     "dsfl": DSFL,
@@ -52,6 +56,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fedprox": FedProx,
     "fml": FML,
     "kdcl": KDCL,
+    "ktpfl": KTpFL,
     "local": Local,
     "one_way": OneWay,
     "pcl": PCL,
@@ -59,6 +64,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "proxyfl": ProxyFL,
     "rhfl": RHFL,
     "scarlet": SCARLET,
+    "selective_fd": SelectiveFD,
 }
 """The table of names: what ``strategy.name`` may be, besides the name of somebody's own class."""
 

@@ -14,6 +14,8 @@ from fedkd.targets.averages import (
     mean_probability,
     trimmed_mean,
 )
+from fedkd.targets.clusters import centroids_by_row, clusters_by_row, nearest_centroid
+from fedkd.targets.density import density_ratio, density_weights
 from fedkd.targets.robust import (
     filtered_mean,
     geometric_median,
@@ -22,6 +24,7 @@ from fedkd.targets.robust import (
 )
 from fedkd.targets.scale import Scale, Targets
 from fedkd.targets.selection import (
+    ambiguity,
     certainty_weights,
     confidence,
     confidence_mask,
@@ -33,6 +36,7 @@ from fedkd.targets.selection import (
     hardest_mask,
     kept_fraction,
 )
+from fedkd.targets.simplex import nearest_shares
 from fedkd.targets.softening import at_least_float32, check_temperature, soften
 from fedkd.targets.streaming import PredictionSpool, StreamingMean
 from fedkd.targets.teachers import (
@@ -49,14 +53,19 @@ __all__ = [
     "Scale",
     "StreamingMean",
     "Targets",
+    "ambiguity",
     "at_least_float32",
+    "centroids_by_row",
     "certainty_weights",
     "check_temperature",
+    "clusters_by_row",
     "confidence",
     "confidence_mask",
     "confidence_weights",
     "coordinate_median",
     "curriculum_mask",
+    "density_ratio",
+    "density_weights",
     "difficulty",
     "difficulty_weights",
     "entropy",
@@ -71,6 +80,8 @@ __all__ = [
     "mean_by_row",
     "mean_logit",
     "mean_probability",
+    "nearest_centroid",
+    "nearest_shares",
     "outlier_scores",
     "route_to_heads",
     "shares_by_confidence",

@@ -48,6 +48,18 @@ def entropy(probabilities: Float[Tensor, "rows classes"]) -> Float[Tensor, "rows
     return terms.sum(dim=-1)
 
 
+def ambiguity(probabilities: Float[Tensor, "rows classes"]) -> Float[Tensor, "rows"]:
+    """Return each row's L1 distance from the one-hot label of its most likely class.
+
+    That is ``2 (1 - largest probability)``: 0 where one class is certain, ``2 (1 - 1 / classes)``
+    where all are equally likely, and never more.
+
+    Source:
+        Shao, Wu, Zhang, 2024, Selective-FD, the server's selector. https://arxiv.org/abs/2304.01731
+    """
+    return 2 * (1 - at_least_float32(probabilities).amax(dim=-1))
+
+
 def kept_fraction(mask: Float[Tensor, "rows"]) -> Float[Tensor, ""]:
     """Return the fraction of rows that a mask keeps, in [0, 1]; 0 where there is no row."""
     return (mask > 0).to(at_least_float32(mask).dtype).sum() / max(len(mask), 1)

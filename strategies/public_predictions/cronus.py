@@ -27,7 +27,7 @@ from fedkd.targets import (
     geometric_median,
     trimmed_mean,
 )
-from fedkd.training import Cohort, ComposedObjective
+from fedkd.training import Cohort, ComposedObjective, supervised
 from strategies.contract import (
     Call,
     Card,
@@ -106,15 +106,18 @@ class Cronus(SharedLesson[CronusSettings, Lesson]):
 
     def __init__(self, settings: CronusSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
-        check_public_labels(settings, federation)
+        if self.learns(CLIENTS):
+            check_public_labels(settings, federation)
 
     @property
     def learns_alone(self) -> bool:
         """Whether what is received never counts."""
         return not self.learns(CLIENTS) or never_taught(self.settings, self.federation)
 
-    def composed(self) -> ComposedObjective:
-        """The settings' terms."""
+    def composed(self) -> ComposedObjective | None:
+        """The settings' terms; none where clients learn as in `local`."""
+        if not self.learns(CLIENTS):
+            return None
         return composed_of(self.settings, self.federation)
 
     def rows_of_step(self, private_rows: int) -> int:
@@ -128,7 +131,10 @@ class Cronus(SharedLesson[CronusSettings, Lesson]):
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Minimise both terms in every step; then send soft labels of the round's public rows."""
-        learn(cohort, received, call, self.settings)
+        if self.learns(CLIENTS):
+            learn(cohort, received, call, self.settings)
+        else:
+            cohort.fit(supervised, private=call.local)
         return soft_labels(cohort, call.public_rows)
 
     def receives(self, state: Lesson, client: int, round: Round) -> str | None:

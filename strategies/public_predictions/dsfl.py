@@ -42,39 +42,19 @@ SERVER = "server"
 """The name of the server's model."""
 
 
-class SoftLabelSettings(StrategySettings):
-    """How soft labels are made of the clients' predictions, and who learns them how long.
+class DistilSettings(StrategySettings):
+    """Who learns on public rows, and how long.
 
     Attributes:
-        aggregation: ``sa`` is the clients' mean probability; ``era`` a softmax of it over
-            ``era_temperature``, as in DS-FL; ``enhanced_era`` its ``power``, made to sum to 1
-            again, as in SCARLET.
-        era_temperature: of ``era``; the lower, the sharper.
-        power: of ``enhanced_era``; 1 is ``sa``, more is sharper.
         distil_epochs: passes over the target's public rows before a client trains at home.
         server_model: a model of the server's own, which learns the target as the clients do and
             is judged; null: none.
         server_epochs: its passes over the target's rows.
     """
 
-    aggregation: Literal["sa", "era", "enhanced_era"] = "era"
-    era_temperature: Temperature = 0.1
-    power: Real = Field(2.0, ge=0.01, le=100)
     distil_epochs: Count = 1
     server_model: ModelSettings | None = None
     server_epochs: Count = 1
-
-    def sharpened(self, mean_probability: Tensor) -> np.ndarray:
-        """Return float32 soft labels of the clients' mean probability."""
-        match self.aggregation:
-            case "sa":
-                target = mean_probability
-            case "era":
-                target = entropy_reduction(mean_probability, temperature=self.era_temperature)
-            case "enhanced_era":
-                target = entropy_reduction_by_power(mean_probability, power=self.power)
-        labels: np.ndarray = target.float().numpy()
-        return labels
 
     @property
     def server_models(self) -> dict[str, ServerModelSettings]:
@@ -91,9 +71,35 @@ class SoftLabelSettings(StrategySettings):
         return server.fit(model, towards_targets, round=round, public=lesson).model
 
 
-def steps_on_public_rows(
-    strategy: Strategy[Any, Any], settings: SoftLabelSettings
-) -> Iterator[Step]:
+class SoftLabelSettings(DistilSettings):
+    """How soft labels are made of the clients' predictions, and who learns them how long.
+
+    Attributes:
+        aggregation: ``sa`` is the clients' mean probability; ``era`` a softmax of it over
+            ``era_temperature``, as in DS-FL; ``enhanced_era`` its ``power``, made to sum to 1
+            again, as in SCARLET.
+        era_temperature: of ``era``; the lower, the sharper.
+        power: of ``enhanced_era``; 1 is ``sa``, more is sharper.
+    """
+
+    aggregation: Literal["sa", "era", "enhanced_era"] = "era"
+    era_temperature: Temperature = 0.1
+    power: Real = Field(2.0, ge=0.01, le=100)
+
+    def sharpened(self, mean_probability: Tensor) -> np.ndarray:
+        """Return float32 soft labels of the clients' mean probability."""
+        match self.aggregation:
+            case "sa":
+                target = mean_probability
+            case "era":
+                target = entropy_reduction(mean_probability, temperature=self.era_temperature)
+            case "enhanced_era":
+                target = entropy_reduction_by_power(mean_probability, power=self.power)
+        labels: np.ndarray = target.float().numpy()
+        return labels
+
+
+def steps_on_public_rows(strategy: Strategy[Any, Any], settings: DistilSettings) -> Iterator[Step]:
     """Yield the steps of clients, and of the server's model, on a target's rows."""
     rows = strategy.federation.rows_per_round
     for model in dict.fromkeys(strategy.federation.models):
@@ -102,7 +108,7 @@ def steps_on_public_rows(
         yield from strategy.public_steps("strategy.server_model", settings.server_model, rows)
 
 
-def soft_labels(cohort: Cohort, rows: np.ndarray) -> list[Payload]:
+def soft_labels(cohort: Cohort, rows: np.ndarray) -> list[Predictions]:
     """Let each member predict these public rows and send the probabilities."""
     return [
         Predictions(

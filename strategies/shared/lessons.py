@@ -6,7 +6,30 @@ from typing import ClassVar, TypeVar
 from fedkd.exchange.payload import Asked
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.training import Batch, Losses, Outputs, supervised, towards_targets
 from strategies.contract import Round, ServerTools, Strategy, StrategySettings
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """``weight * temperature**2 * KL(target || model)`` on public rows, in nats.
+
+    Attributes:
+        weight: of the divergence.
+        temperature: softens the model; the target is taken at it.
+        labels: whether the cross-entropy on private rows is in the same step.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    labels: bool = False
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> Losses:
+        """Return the losses of a step's rows."""
+        taught = towards_targets(outputs, batch, temperature=self.temperature)
+        own = supervised(outputs, batch) if self.labels else {}
+        return {**own, **{name: self.weight * loss for name, loss in taught.items()}}
+
 
 SettingsT = TypeVar("SettingsT", bound=StrategySettings)
 

@@ -25,7 +25,12 @@ BIG_MEME = {"name": "mlp", "options": {"hidden": [3000]}}
 CASES = {
     "codistillation, no direction": ("codistillation", {"directions": []}),
     "codistillation, burning in": ("codistillation", {"burn_in": 3}),
-    "cronus, no direction": ("cronus", {"directions": []}),
+    "comet, no direction": ("comet", {"directions": []}),
+    "comet, the server's alone": ("comet", {"directions": ["server"], "server_model": "mlp"}),
+    "cronus, no direction": ("cronus", {"directions": [], "ce_weight": 0.5}),
+    "ktpfl, no direction": ("ktpfl", {"directions": []}),
+    "ktpfl, no weight": ("ktpfl", {"kd_weight": OFF_AND_ON}),
+    "selective_fd, no direction": ("selective_fd", {"directions": []}),
     "dml": ("dml", {"kd_weight": 0.0}),
     "dml, a schedule": ("dml", {"kd_weight": OFF_AND_ON}),
     "dml, terms": ("dml", {"objective": {"ce": 1.0, "kd": 0.0}}),

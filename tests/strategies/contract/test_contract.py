@@ -13,6 +13,11 @@ from strategies import STRATEGIES
 from strategies.contract import Strategy
 
 VARIANTS = {
+    "comet": [
+        {},
+        {"group": "clients", "distil": "beside", "server_model": "mlp"},
+        {"clusters": 3},
+    ],
     "cronus": [{}, {"aggregation": "geometric_median", "temperature": 2.0}],
     "dml": [
         {},
@@ -45,12 +50,14 @@ VARIANTS = {
         {"objective": {"ce": 1.0, "hint": 0.3}, "meme_objective": {"ce": 1.0, "rkd_angle": 0.1}},
         {"objective": {"ce": 1.0, "crd": 0.1, "adversarial": 0.1}},
     ],
+    "ktpfl": [{}, {"project": "softmax5", "step": 0.5, "scale_by_t2": False}],
     "one_way": [
         {},
         {"direction": "server_to_clients"},
         {"direction": "clients_to_server"},
         {"direction": "server_to_clients", "objective": {"ce": 1.0, "kd": {"learned": True}}},
     ],
+    "selective_fd": [{}, {"ambiguous": None, "quantile": 0.0, "width": 2.0}],
 }
 """Settings worth running, the quick ones first; a new row of the table runs with its defaults."""
 
