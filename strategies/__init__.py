@@ -11,7 +11,9 @@ from strategies.baselines.local import Local
 from strategies.baselines.pooled import Pooled
 from strategies.contract import Strategy, StrategySettings
 from strategies.data_free.fd import FD
+from strategies.data_free.feddistill_plus import FedDistillPlus
 from strategies.data_free.fedproto import FedProto
+from strategies.data_free.fedtgp import FedTGP
 from strategies.mutual.codistillation import Codistillation
 from strategies.mutual.dml import DML
 from strategies.mutual.kdcl import KDCL
@@ -29,6 +31,7 @@ from strategies.regularised.fedgkd import FedGKD
 from strategies.regularised.fedntd import FedNTD
 from strategies.regularised.fedprox import FedProx
 from strategies.server_models.feddf import FedDF
+from strategies.server_models.fedet import FedET
 from strategies.server_models.fedgems import FedGEMS
 from strategies.server_models.fedgkt import FedGKT
 from strategies.server_models.one_way import OneWay
@@ -46,6 +49,8 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fd": FD,
     "fedavg": FedAvg,
     "feddf": FedDF,
+    "feddistill_plus": FedDistillPlus,
+    "fedet": FedET,
     "fedgems": FedGEMS,
     "fedgkd": FedGKD,
     "fedgkt": FedGKT,
@@ -54,6 +59,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "fedntd": FedNTD,
     "fedproto": FedProto,
     "fedprox": FedProx,
+    "fedtgp": FedTGP,
     "fml": FML,
     "kdcl": KDCL,
     "ktpfl": KTpFL,

@@ -64,32 +64,16 @@ class GlobalModels(Value):
 ModelsT = TypeVar("ModelsT", bound=GlobalModels)
 
 
-class Averaging(Strategy[AveragingT, ModelsT]):
-    """Weights down, local training, weights up, weighted mean.
+class GlobalModelsServer(Strategy[AveragingT, ModelsT]):
+    """The server half of averaging: a global model of each architecture, and clients judged by it.
 
-    A subclass says how clients train, and may remember more than the models.
+    A subclass says what clients do, and may remember more than the models.
     """
 
     State: ClassVar[type[Value]] = GlobalModels
-    up = (Weights,)
+    up: tuple[type[Payload], ...] = (Weights,)
     down: tuple[type[Payload], ...] = (Weights,)
     judges_received = True
-
-    @property
-    def sums(self) -> Weighting | None:
-        """The server needs the mean only."""
-        return self.settings.weighting
-
-    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
-        """Start from the global model, without memory of earlier rounds; train; send weights."""
-        self.before_evaluation(cohort, received, call)
-        cohort.reset_optimizers()
-        self.learn(cohort, received, call)
-        return [Weights(arrays=arrays) for arrays in cohort.weights()]
-
-    @abstractmethod
-    def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
-        """Train models that are the global one; it is what was received."""
 
     def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Judge the global model."""
@@ -126,6 +110,29 @@ class Averaging(Strategy[AveragingT, ModelsT]):
         means = mean_weights(uploads, self.settings.weighting, architectures.__getitem__)
         models = {**state.models, **{str(key): mean for key, mean in means.items()}}
         return replace(state, models=models)
+
+
+class Averaging(GlobalModelsServer[AveragingT, ModelsT]):
+    """Weights down, local training, weights up, weighted mean.
+
+    A subclass says how clients train.
+    """
+
+    @property
+    def sums(self) -> Weighting | None:
+        """The server needs the mean only."""
+        return self.settings.weighting
+
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
+        """Start from the global model, without memory of earlier rounds; train; send weights."""
+        self.before_evaluation(cohort, received, call)
+        cohort.reset_optimizers()
+        self.learn(cohort, received, call)
+        return [Weights(arrays=arrays) for arrays in cohort.weights()]
+
+    @abstractmethod
+    def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Train models that are the global one; it is what was received."""
 
 
 class FedAvg(Averaging[FedAvgSettings, GlobalModels]):

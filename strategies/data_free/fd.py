@@ -21,7 +21,7 @@ from fedkd.exchange.values import Value
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.rows import log_softmax
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
-from fedkd.targets import soften
+from fedkd.targets import Scale, soften
 from fedkd.training import Batch, Cohort, Losses, Objective, Outputs, Table, as_tensor, supervised
 from strategies.contract import (
     Call,
@@ -88,13 +88,15 @@ def added_up(tables: Mapping[int, ClassTable]) -> Tables:
 def mean_over_other_holders(tables: Tables, client: int | None) -> ClassTable:
     """Average, for each class, what the other clients that hold it sent; all of them for None."""
     total, weight = tables.total, tables.weight
+    scale: Scale = next((table.scale for table in tables.own.values()), "probabilities")
     if client is not None:
         own = tables.own[client]
-        # Of a client's own numbers only rounding is left, by which a probability may become < 0.
-        total = np.maximum(total - holding(own)[:, None] * own.values, 0)
-        weight = weight - holding(own)
+        total, weight = total - holding(own)[:, None] * own.values, weight - holding(own)
+        if scale == "probabilities":
+            # Of a client's own numbers only rounding is left, by which one may become < 0.
+            total = np.maximum(total, 0)
     mean = total / np.where(weight > 0, weight, np.inf)[:, None]
-    return ClassTable(values=mean.astype(np.float32))
+    return ClassTable(values=mean.astype(np.float32), scale=scale)
 
 
 def taught_rows(

@@ -34,7 +34,7 @@ from fedkd.targets import soften
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
 from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
 from strategies.contract import Call, Card, Received, Round, ServerTools, StrategySettings, Upload
-from strategies.shared.means import WeightedMean, received_weights
+from strategies.shared.means import WeightedMean, received_part, received_weights
 
 MEAN, VOTES = "mean", "votes"
 """What travels beside the global model: the mean of the last ones, or how much each counts."""
@@ -140,7 +140,7 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
 
     def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Judge the global model."""
-        cohort.load_weights(received_weights(_part(received, MODEL)))
+        cohort.load_weights(received_weights(received_part(received, MODEL)))
 
     def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Train on private rows, with the last global models as teachers after round 1."""
@@ -150,7 +150,7 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
             return
         votes = {}
         for part, vote in _teachers(received[0]).items():
-            cohort.freeze(f"teacher {part}", received_weights(_part(received, part)))
+            cohort.freeze(f"teacher {part}", received_weights(received_part(received, part)))
             votes[f"teacher {part}"] = vote
         learn = partial(self._learn, weight=weight, votes=votes)
         cohort.fit(learn, private=call.local, frozen=list(votes))
@@ -231,8 +231,3 @@ def _teachers(piece: Payload | None) -> dict[str, float]:
     # The global model is the newest of those that vote.
     names = [*(name for name in piece.parts if name not in (MODEL, VOTES)), MODEL]
     return dict(zip(names, expect(piece[VOTES], Votes).values.tolist(), strict=True))
-
-
-def _part(received: Received, name: str) -> Received:
-    """Return one part of each bundle; what came alone is itself."""
-    return Received([p[name] if isinstance(p, Bundle) else p for p in received])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import numpy as np
 
-from fedkd.exchange.payloads import Weights
+from fedkd.exchange.payloads import Bundle, Weights
 from fedkd.exchange.views import Weighting
 from fedkd.training import Arrays
 from fedkd.training.cohort import WeightsForMembers
@@ -66,6 +66,11 @@ def mean_weights(
         mean = means.setdefault(group(upload.client), WeightedMean())
         mean.add(sent.arrays, upload.weight(weighting))
     return {key: Weights(arrays=mean.mean()) for key, mean in means.items()}
+
+
+def received_part(received: Received, name: str) -> Received:
+    """Return one part of each bundle that was received; what came alone stands for itself."""
+    return Received([p[name] if isinstance(p, Bundle) else p for p in received])
 
 
 def received_weights(received: Received) -> WeightsForMembers:

@@ -33,6 +33,8 @@ VARIANTS = {
     "fccl": [{"pretrain_epochs": 2}],
     "fd": [{}, {"collect": "evaluation", "weighting": "count"}],
     "fedavg": [{}, {"weighting": "equal"}],
+    "feddistill_plus": [{}, {"leave_one_out": True, "collect": "evaluation"}],
+    "fedet": [{}, {"model": "mlp", "share_head": False, "weighting": "equal"}],
     "fedgems": [{}, {"directions": ["clients"]}, {"ce_share": 0.1, "server_epochs": 3}],
     "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
     "fedkd": [{}, {"mentee": "cnn", "energy": 0.5, "directions": ["mentor"]}],
@@ -44,6 +46,7 @@ VARIANTS = {
     "fedntd": [{}, {"temperature": 3}],
     "fedprox": [{}, {"mu": 1}],
     "fedproto": [{}, {"judge": "head", "features": 4}],
+    "fedtgp": [{}, {"judge": "head", "features": 4, "collect": "last_epoch"}],
     "fml": [
         {},
         {"meme": "cnn", "weighting": "examples"},
