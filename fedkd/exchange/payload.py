@@ -279,7 +279,7 @@ class Payload(Value, ABC):
         """
         flat, types = flatten(self), flatten(like).arrays
         arrays = {
-            p: _as_type(np.asarray(a / weight), types[p].dtype) for p, a in flat.arrays.items()
+            p: of_type(np.asarray(a / weight), types[p].dtype) for p, a in flat.arrays.items()
         }
         return _made_of(arrays, flat.plain)
 
@@ -289,7 +289,8 @@ def _made_of(arrays: Arrays, plain: Any) -> Payload:
     return made
 
 
-def _as_type(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def of_type(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return numbers in a type; for whole numbers and flags they are rounded."""
     return np.asarray(np.rint(array) if dtype.kind in "iub" else array, dtype)
 
 

@@ -3,12 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Generic, Literal, TypeAlias, cast
 
 from pydantic import PlainValidator, SerializeAsAny
 
 from fedkd.exchange.kinds import Kinds, Stage
-from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payload import Asked, Payload, PayloadT
 
 Weighting = Literal["examples", "equal"]
 """How much a client counts in a mean: as much as it has private rows, or like every other."""
@@ -35,15 +35,15 @@ class Upload:
         return self.num_examples if by == "examples" else self.clients
 
 
-class RunningMean:
+class RunningMean(Generic[PayloadT]):
     """A running weighted mean of payloads: memory of one, whatever the number of clients."""
 
     def __init__(self) -> None:
-        self._sum: Payload | None = None
-        self._like: Payload | None = None
+        self._sum: PayloadT | None = None
+        self._like: PayloadT | None = None
         self._weight = 0.0
 
-    def add(self, payload: Payload, weight: int | float) -> None:
+    def add(self, payload: PayloadT, weight: int | float) -> None:
         """Fold one client's payload in.
 
         Raises:
@@ -52,11 +52,16 @@ class RunningMean:
         if not weight > 0:
             raise ValueError(f"weight must be > 0, got {weight}")
         term = payload.weighted(weight)
-        self._sum = term if self._sum is None else self._sum.plus(term)
+        self._sum = cast(PayloadT, term if self._sum is None else self._sum.plus(term))
         self._like = self._like or payload
         self._weight += weight
 
-    def mean(self) -> Payload:
+    @property
+    def weight(self) -> float:
+        """How much was added so far; 0: nothing was."""
+        return self._weight
+
+    def mean(self) -> PayloadT:
         """Return the mean, in the types of what was added.
 
         Raises:
@@ -64,7 +69,7 @@ class RunningMean:
         """
         if self._sum is None or self._like is None:
             raise ValueError("nothing has no mean")
-        return self._sum.over(self._weight, self._like)
+        return cast(PayloadT, self._sum.over(self._weight, self._like))
 
 
 class View(Stage, ABC):
@@ -154,7 +159,7 @@ class Sum(View):
 
 class _Group:
     def __init__(self) -> None:
-        self._mean = RunningMean()
+        self._mean = RunningMean[Payload]()
         self._examples = 0
         self._clients = 0
         self.client = -1

@@ -66,7 +66,16 @@ class PerRow:
         return self._values.ndim == 1 and len(self._values) == rows
 
     def __mul__(self, factor: int | float) -> "PerRow":
-        """Return the same rows with one more factor."""
+        """Return the same rows with one more factor.
+
+        Raises:
+            TypeError: the factor is no plain number; a tensor's gradient would get lost.
+        """
+        if not isinstance(factor, int | float):
+            raise TypeError(
+                f"PerRow can be weighed by an int or a float, got a {type(factor).__name__}: "
+                "multiply the values inside of it, or use float(...)"
+            )
         # A product with 1 changes no bit and costs two nodes of the graph in every step.
         if factor == 1:
             return self

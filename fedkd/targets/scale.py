@@ -20,7 +20,8 @@ from fedkd.tensors import as_tensor
 Scale = Literal["logits", "probabilities"]
 
 FEWEST_ROWS = 4
-"""Rows that must all be distributions before logits are taken for soft labels."""
+"""Rows that must all be distributions before logits are taken for soft labels: honest ones are some
+by chance only, which a few rows rule out."""
 
 ROUNDING = 1e-3
 """How far from 1 the probabilities of a row may sum up; half precision needs most of it."""
@@ -60,7 +61,7 @@ class Targets:
                 f"temperature={self.temperature} has no say beside scale='logits': whoever learns "
                 "softens logits; soft labels need scale='probabilities'"
             )
-        if _all_distributions(self.tensor):
+        if pass_for_soft_labels(self.tensor):
             raise ValueError(
                 "every row of these logits is >= 0 and sums to 1, as soft labels do, which "
                 "would be softened once more: hand them in with scale='probabilities' and the "
@@ -142,13 +143,18 @@ def _check_probabilities(values: Tensor) -> None:
         )
 
 
-def _all_distributions(values: Tensor) -> bool:
-    """Tell whether every row is a distribution over classes; False where rows are few."""
-    rows = values.reshape(-1, values.shape[-1])
-    if len(rows) < FEWEST_ROWS or rows.shape[1] < 2:
-        return False
+def are_distributions(values: np.ndarray | Tensor) -> bool:
+    """Tell whether every row is a distribution over classes, up to `ROUNDING`."""
+    table = as_tensor(values) if isinstance(values, np.ndarray) else values
     # Nearly always the first rows tell.
     return all(
-        bool((part >= 0).all() and ((part.double().sum(-1) - 1).abs() < ROUNDING).all())
-        for part in (rows[:FEWEST_ROWS], rows)
+        bool((part >= 0).all() and ((part.double().sum(-1) - 1).abs() <= ROUNDING).all())
+        for part in (table[:FEWEST_ROWS], table)
     )
+
+
+def pass_for_soft_labels(values: np.ndarray | Tensor) -> bool:
+    """Tell whether numbers that should be logits are soft labels; False where rows are few."""
+    classes = values.shape[-1]
+    rows = math.prod(values.shape[:-1])
+    return classes > 1 and rows >= FEWEST_ROWS and are_distributions(values)

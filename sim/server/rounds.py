@@ -15,8 +15,10 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
+from fedkd.exchange.codecs import Float32
 from fedkd.exchange.pipeline import ExchangeState, ServerTurn
 from fedkd.exchange.values import Value, read_only
+from fedkd.exchange.views import All
 from fedkd.metrics.classification import accuracy, confusion_counts
 from fedkd.models import ignores_seed
 from fedkd.randomness import Purpose, generator_for
@@ -32,7 +34,7 @@ from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
 from sim.server.replies import Quorum, QuorumError, Replies
 from sim.server.validation import Expected, RejectedReplyError, authors_code, valid_answer
-from sim.settings import Settings
+from sim.settings import Settings, SettingsError
 from sim.wire.messages import Phase, instruction
 from strategies.contract import Round, ServerTools
 
@@ -90,8 +92,27 @@ class RoundLoop:
         """Stand before the first round."""
         with authors_code("before round 1, the server's half"):
             state = self._checked(self._strategy.begin(self._server), "begin")
+        self._check_asked(state)
         self.history = History()
         self.boundary = Boundary(0, state)
+
+    def _check_asked(self, state: Value) -> None:
+        """Refuse stages that cannot take what clients are to answer: its parts are known by now.
+
+        Raises:
+            SettingsError: names the stage's setting.
+        """
+        if isinstance(self._stages.up, Float32) and isinstance(self._stages.view, All):
+            return
+        round = self._federation.round(1)
+        for client in self._federation.first_clients.values():
+            with authors_code("before round 1, the server's half"):
+                asked = self._strategy.asks(state, client, round, self._server)
+            try:
+                if asked is not None:
+                    self._stages.check_asked(asked)
+            except ValueError as error:
+                raise SettingsError(str(error)) from error
 
     def go_back(self, boundary: Boundary, history: History) -> None:
         """Stand at a boundary that was reached before, here or in another process.

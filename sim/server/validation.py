@@ -20,7 +20,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedkd.exchange.payload import Asked, Limit, Payload
-from fedkd.exchange.payloads.predictions import are_distributions
+from fedkd.targets.scale import are_distributions
 from sim.engine.mistakes import author_traceback, is_misfortune
 from sim.wire.messages import MEMORY_LOST, MISTAKE, ClientReply, is_unencoded, read_reply
 from sim.wire.records import arrays_name

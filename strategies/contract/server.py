@@ -1,7 +1,7 @@
 """The server's side of a simulation: what it may see, and models of its own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -99,7 +99,6 @@ class Trained:
 
     model: ServerModel
     outputs: RowOutputs | None = None
-    losses: dict[str, float] = field(default_factory=dict)
 
 
 class ServerTools:
@@ -181,7 +180,7 @@ class ServerTools:
         kept = cohort.fit(
             objective, private=private, public=public, tables=tables, keep_outputs=keep_outputs
         )
-        return Trained(self._after(model, cohort), kept[0] if kept else None, cohort.metrics()[0])
+        return Trained(self._after(model, cohort), kept[0] if kept else None)
 
     def fit_while_better(
         self,
@@ -218,7 +217,7 @@ class ServerTools:
             accuracy = self._accuracy(cohort)
             if accuracy > best:
                 best, best_model, since = accuracy, self._after(model, cohort), 0
-        return Trained(best_model, losses=cohort.metrics()[0])
+        return Trained(best_model)
 
     def predict(self, model: ServerModel, inputs: torch.Tensor) -> np.ndarray:
         """Return float32 logits ``[rows, classes]``, in evaluation mode."""

@@ -25,6 +25,7 @@ from fedkd.bounds import Count, Temperature
 from fedkd.exchange.payload import Payload, expect
 from fedkd.exchange.payloads import Bundle, Weights
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import RunningMean
 from fedkd.losses.distances import logit_mse_rows
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import soft_target_rows
@@ -34,7 +35,11 @@ from fedkd.targets import soften
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
 from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
 from strategies.contract import Call, Card, Received, Round, ServerTools, StrategySettings, Upload
+<<<<<<< HEAD
 from strategies.shared.means import WeightedMean, received_part, received_weights
+=======
+from strategies.shared.means import received_weights
+>>>>>>> 554079a (One running mean of payloads, one test for distributions, one class of pairs: proxyfl has directions as fml has; a factor of PerRow is a plain number; stages that cannot take what is asked are refused before round 1)
 
 MEAN, VOTES = "mean", "votes"
 """What travels beside the global model: the mean of the last ones, or how much each counts."""
@@ -95,10 +100,10 @@ class Votes(Payload):
 
 def mean_model(models: Iterable[Weights]) -> Weights:
     """Return the mean of some models' weights."""
-    mean = WeightedMean()
+    mean = RunningMean[Weights]()
     for model in models:
-        mean.add(model.arrays, 1)
-    return Weights(arrays=mean.mean())
+        mean.add(model, 1)
+    return mean.mean()
 
 
 def votes_of(losses: Iterable[float]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from fedkd.bounds import Count
 from fedkd.exchange.payloads import Predictions, Weights
+from fedkd.exchange.views import RunningMean
 from fedkd.models import ModelSettings
 from fedkd.targets import StreamingMean
 from fedkd.training import (
@@ -38,7 +39,6 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
-from strategies.shared.means import WeightedMean
 
 
 class FedDFSettings(AveragingSettings):
@@ -97,16 +97,16 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
 
         One upload at a time is held. An architecture without uploads starts from what it was.
         """
-        averages: dict[str, WeightedMean] = {}
+        averages: dict[str, RunningMean[Weights]] = {}
         ensemble = StreamingMean()
         for upload, sent in payloads_of(uploads, Weights):
             model = self.federation.models[upload.client]
-            mean = averages.setdefault(model.key, WeightedMean())
-            mean.add(sent.arrays, upload.weight(self.settings.weighting))
+            mean = averages.setdefault(model.key, RunningMean())
+            mean.add(sent, upload.weight(self.settings.weighting))
             say = self._say(model, sent, server)
             if say > 0:
                 ensemble.add(server.predict_with(model, sent.arrays, round.public_rows), say)
-        starts = {key: Weights(arrays=mean.mean()) for key, mean in averages.items()}
+        starts = {key: mean.mean() for key, mean in averages.items()}
         models = {**state.models, **starts}
         if ensemble.count:
             lesson = self._lesson(ensemble, round)

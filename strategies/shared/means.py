@@ -1,49 +1,17 @@
-"""Weights that travel: running means of what clients upload, and what members received."""
+"""Weights that travel: means of what clients upload, and what members received."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 
-import numpy as np
-
+<<<<<<< HEAD
 from fedkd.exchange.payloads import Bundle, Weights
 from fedkd.exchange.views import Weighting
 from fedkd.training import Arrays
+=======
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.views import RunningMean, Weighting
+>>>>>>> 554079a (One running mean of payloads, one test for distributions, one class of pairs: proxyfl has directions as fml has; a factor of PerRow is a plain number; stages that cannot take what is asked are refused before round 1)
 from fedkd.training.cohort import WeightsForMembers
 from strategies.contract import Received, Upload, payloads_of
-
-
-class WeightedMean:
-    """A running weighted mean of models: memory of one model, whatever the number of clients."""
-
-    def __init__(self) -> None:
-        self._sums: Arrays = {}
-        self._dtypes: dict[str, np.dtype] = {}
-        self._weight = 0.0
-
-    def add(self, arrays: Mapping[str, np.ndarray], weight: int | float) -> None:
-        """Fold one client's model in; ``weight`` > 0."""
-        if not weight > 0:
-            raise ValueError(f"weight must be > 0, got {weight}")
-        for name, array in arrays.items():
-            # Of an array without dimensions NumPy's products are scalars, which torch refuses.
-            term = np.asarray(weight * array.astype(np.float64))
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
-            self._dtypes[name] = array.dtype
-        self._weight += weight
-
-    @property
-    def weight(self) -> float:
-        """How much was added so far; 0: nothing was."""
-        return self._weight
-
-    def mean(self) -> Arrays:
-        """Return the mean in the models' own types; counters and flags are rounded."""
-        means: Arrays = {}
-        for name, total in self._sums.items():
-            mean = np.asarray(total / self._weight)
-            if self._dtypes[name].kind in "iub":
-                mean = np.rint(mean)
-            means[name] = np.asarray(mean, self._dtypes[name])
-        return means
 
 
 def mean_weights(
@@ -61,11 +29,11 @@ def mean_weights(
     Returns:
         A mean for each group that sent any.
     """
-    means: dict[Hashable, WeightedMean] = {}
+    means: dict[Hashable, RunningMean[Weights]] = {}
     for upload, sent in payloads_of(uploads, Weights):
-        mean = means.setdefault(group(upload.client), WeightedMean())
-        mean.add(sent.arrays, upload.weight(weighting))
-    return {key: Weights(arrays=mean.mean()) for key, mean in means.items()}
+        mean = means.setdefault(group(upload.client), RunningMean())
+        mean.add(sent, upload.weight(weighting))
+    return {key: mean.mean() for key, mean in means.items()}
 
 
 def received_part(received: Received, name: str) -> Received:

@@ -25,9 +25,9 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from fedkd.exchange.payload import Asked, Payload, expect
-from fedkd.exchange.payloads import LowRank
+from fedkd.exchange.payloads import LowRank, Weights
 from fedkd.exchange.values import Value
-from fedkd.exchange.views import Weighting
+from fedkd.exchange.views import RunningMean, Weighting
 from fedkd.losses.reduction import Loss
 from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.models import ModelSettings
@@ -50,7 +50,6 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.shared.features import feature_width, feature_widths
-from strategies.shared.means import WeightedMean
 
 MENTOR = "mentor"
 """The model that stays at home and is judged."""
@@ -296,15 +295,15 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
     ) -> Mentee:
         """Add the mean update, as far as it travels; without any the mentee stays as it is."""
         weights, held = state.model.weights, dict(state.held)
-        mean = WeightedMean()
+        mean = RunningMean[Weights]()
         for upload, sent in payloads_of(uploads, LowRank):
-            mean.add(sent.added_to(weights), upload.weight(self.settings.weighting))
+            mean.add(Weights(arrays=sent.added_to(weights)), upload.weight(self.settings.weighting))
             held[upload.client] = state.number
         if not mean.weight:
             return state
         news = LowRank.between(
             weights,
-            mean.mean(),
+            mean.mean().arrays,
             energy=self.settings.energy.at(round.progress),
             base=state.number,
             made=state.number + 1,

@@ -13,9 +13,8 @@ forward pass, and a meme begins every round without momentum.
 Differs from the paper: the objectives may hold any other term, layers included.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -26,7 +25,7 @@ from fedkd.exchange.values import Value
 from fedkd.exchange.views import Weighting
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
-from fedkd.training import Architecture, Cohort, ComposedObjective
+from fedkd.training import Cohort
 from strategies.contract import (
     Call,
     Card,
@@ -35,19 +34,11 @@ from strategies.contract import (
     ServerModel,
     ServerModelSettings,
     ServerTools,
-    Step,
-    Strategy,
     StrategySettings,
     Upload,
 )
 from strategies.shared.means import mean_weights, received_weights
-from strategies.two_models.pairs import (
-    AS_IN_LOCAL,
-    HALF_AND_HALF,
-    PRIVATE,
-    each_other,
-    learns_alone,
-)
+from strategies.two_models.pairs import HALF_AND_HALF, PRIVATE, Pair
 
 MEME = "meme"
 """The model that travels."""
@@ -84,7 +75,7 @@ class Meme(Value):
     model: ServerModel
 
 
-class FML(Strategy[FMLSettings, Meme]):
+class FML(Pair[FMLSettings, Meme]):
     """Memes down, mutual learning at home, memes up, mean of the memes."""
 
     card = Card(
@@ -99,6 +90,7 @@ class FML(Strategy[FMLSettings, Meme]):
     State: ClassVar[type[Value]] = Meme
     up = (Weights,)
     down = (Weights,)
+    travels = MEME
     directions: ClassVar[Mapping[str, str]] = {
         PRIVATE: "from the meme",
         MEME: "from the private model",
@@ -109,42 +101,12 @@ class FML(Strategy[FMLSettings, Meme]):
         """The server needs the mean only."""
         return self.settings.weighting
 
-    def architecture(self, client: int) -> Architecture:
-        """A private model and a meme."""
-        return {PRIVATE: self.federation.models[client], MEME: self.settings.meme}
-
-    @property
-    def learns_alone(self) -> bool:
-        """Whether a private model never learns from its meme; the meme may from it."""
-        return learns_alone(self._objectives[PRIVATE], self.federation)
-
-    def composed(self) -> ComposedObjective:
-        """Both models' objectives, each with the other model as its teacher."""
-        return self._mutual(0.0)
-
-    def _mutual(self, progress: float) -> ComposedObjective:
-        return each_other(self._objectives, federation=self.federation, progress=progress)
-
-    @cached_property
-    def _objectives(self) -> dict[str, Objective]:
-        mutual = {PRIVATE: self.settings.objective, MEME: self.settings.meme_objective}
-        return {
-            name: objective if self.learns(name) else AS_IN_LOCAL
-            for name, objective in mutual.items()
-        }
-
-    def smallest_steps(self) -> Iterator[Step]:
-        """A client's meme learns in every step, too."""
-        yield from super().smallest_steps()
-        for client in range(self.federation.num_clients):
-            yield from self.private_steps("strategy.meme", self.settings.meme, client)
-
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Take the global meme, learn with it and from it, and send what it has become."""
         if received:
             cohort.load_weights(received_weights(received), model=MEME)
         cohort.reset_optimizers(model=MEME)
-        cohort.fit(self._mutual(call.progress), private=call.local)
+        cohort.fit(self.mutual(call.progress), private=call.local)
         return [Weights(arrays=arrays) for arrays in cohort.weights(model=MEME)]
 
     def server_models(self) -> Mapping[str, ServerModelSettings]:

@@ -1,10 +1,14 @@
 """Two models of a client that learn from each other on the same private rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import ClassVar
 
+from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
-from fedkd.training import ComposedObjective, Learner
-from strategies.contract import Federation
+from fedkd.training import Architecture, ComposedObjective, Learner
+from strategies.contract import Federation, Step, Strategy
+from strategies.contract.strategy import SettingsT, StateT
 
 PRIVATE = "private"
 """The model that stays at home and is judged."""
@@ -52,8 +56,53 @@ AS_IN_LOCAL = Objective.model_validate({"ce": 1.0})
 """What a model minimises that does not learn from the other one."""
 
 
-def learns_alone(objective: Objective, federation: Federation) -> bool:
-    """Tell whether a model never learns from the other one."""
-    return all(
-        federation.never(t.weight) for t in objective.terms.values() if t.needs != ("labels",)
-    )
+class Pair(Strategy[SettingsT, StateT]):
+    """A private model and one that travels, which learn from each other on private rows.
+
+    A subclass names the one that travels. Its settings have the model under that name, what it
+    minimises under ``<name>_objective``, and what the private one minimises under ``objective``.
+    """
+
+    travels: ClassVar[str]
+    """The model that leaves the client."""
+
+    @property
+    def travelling(self) -> ModelSettings:
+        """The model that travels."""
+        model: ModelSettings = getattr(self.settings, self.travels)
+        return model
+
+    def architecture(self, client: int) -> Architecture:
+        """A private model and the one that travels."""
+        return {PRIVATE: self.federation.models[client], self.travels: self.travelling}
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether a private model never learns from the other one, which may learn from it."""
+        terms = self._objectives[PRIVATE].terms.values()
+        return all(self.federation.never(t.weight) for t in terms if t.needs != ("labels",))
+
+    def composed(self) -> ComposedObjective:
+        """Both models' objectives, each with the other model as its teacher."""
+        return self.mutual(0.0)
+
+    def mutual(self, progress: float) -> ComposedObjective:
+        """Return the same at a moment of the run; progress in [0, 1]."""
+        return each_other(self._objectives, federation=self.federation, progress=progress)
+
+    @cached_property
+    def _objectives(self) -> dict[str, Objective]:
+        mutual = {
+            PRIVATE: getattr(self.settings, "objective"),  # noqa: B009
+            self.travels: getattr(self.settings, f"{self.travels}_objective"),
+        }
+        return {
+            name: objective if self.learns(name) else AS_IN_LOCAL
+            for name, objective in mutual.items()
+        }
+
+    def smallest_steps(self) -> Iterator[Step]:
+        """The model that travels learns in every step, too."""
+        yield from super().smallest_steps()
+        for client in range(self.federation.num_clients):
+            yield from self.private_steps(f"strategy.{self.travels}", self.travelling, client)

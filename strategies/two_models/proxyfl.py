@@ -12,7 +12,7 @@ the authors' code. A client whose peer was away keeps its own proxy; one that wa
 when it is back, the last proxy that was sent to it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -23,20 +23,18 @@ from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
-from fedkd.training import Architecture, Cohort, ComposedObjective
+from fedkd.training import Cohort
 from strategies.contract import (
     Call,
     Card,
     Received,
     Round,
     ServerTools,
-    Step,
-    Strategy,
     StrategySettings,
     Upload,
     payloads_of,
 )
-from strategies.two_models.pairs import HALF_AND_HALF, PRIVATE, each_other, learns_alone
+from strategies.two_models.pairs import HALF_AND_HALF, PRIVATE, Pair
 
 PROXY = "proxy"
 """The model that travels."""
@@ -85,7 +83,7 @@ def next_peer(client: int, round: int, clients: int) -> int:
     return int((client + 2 ** ((round - 1) % distances)) % clients)
 
 
-class ProxyFL(Strategy[ProxyFLSettings, Mail]):
+class ProxyFL(Pair[ProxyFLSettings, Mail]):
     """A peer's proxy comes, both models learn from each other, the proxy goes on."""
 
     card = Card(
@@ -100,29 +98,11 @@ class ProxyFL(Strategy[ProxyFLSettings, Mail]):
     State: ClassVar[type[Value]] = Mail
     up = (Weights,)
     down = (Weights,)
-
-    def architecture(self, client: int) -> Architecture:
-        """A private model and a proxy."""
-        return {PRIVATE: self.federation.models[client], PROXY: self.settings.proxy}
-
-    @property
-    def learns_alone(self) -> bool:
-        """Whether a private model never learns from its proxy; the proxy may from it."""
-        return learns_alone(self.settings.objective, self.federation)
-
-    def composed(self) -> ComposedObjective:
-        """Both models' objectives, each with the other model as its teacher."""
-        return self._mutual(0.0)
-
-    def _mutual(self, progress: float) -> ComposedObjective:
-        objectives = {PRIVATE: self.settings.objective, PROXY: self.settings.proxy_objective}
-        return each_other(objectives, federation=self.federation, progress=progress)
-
-    def smallest_steps(self) -> Iterator[Step]:
-        """A client's proxy learns in every step, too."""
-        yield from super().smallest_steps()
-        for client in range(self.federation.num_clients):
-            yield from self.private_steps("strategy.proxy", self.settings.proxy, client)
+    travels = PROXY
+    directions: ClassVar[Mapping[str, str]] = {
+        PRIVATE: "from the proxy",
+        PROXY: "from the private model",
+    }
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Take the peer's proxy for one's own, learn with it and from it, and send it on."""
@@ -134,7 +114,7 @@ class ProxyFL(Strategy[ProxyFLSettings, Mail]):
             cohort.load_weights(proxies, model=PROXY)
         # What an optimizer remembers is of another proxy.
         cohort.reset_optimizers(model=PROXY)
-        cohort.fit(self._mutual(call.progress), private=call.local)
+        cohort.fit(self.mutual(call.progress), private=call.local)
         return [Weights(arrays=arrays) for arrays in cohort.weights(model=PROXY)]
 
     def receives(self, state: Mail, client: int, round: Round) -> int | None:

@@ -6,7 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedkd.exchange.payload import Asked, Extent, Limit, Payload
-from fedkd.exchange.payloads.predictions import LARGEST_SCORE, Scale, are_distributions
+from fedkd.exchange.payloads.predictions import LARGEST_SCORE, Scale
+from fedkd.targets.scale import are_distributions
 
 
 @dataclass(frozen=True, kw_only=True)

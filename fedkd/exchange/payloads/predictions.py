@@ -20,28 +20,13 @@ from fedkd.exchange.payload import (
 )
 from fedkd.metrics.diversity import target_entropy
 from fedkd.targets import Targets, soften
+from fedkd.targets.scale import are_distributions, pass_for_soft_labels
 from fedkd.tensors import as_tensor
 
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""
 
-FEWEST_ROWS = 4
-"""Rows that have to look like distributions before they are taken for some."""
-
-SUM_TOLERANCE = 1e-3
-"""By how much the sum of a distribution may miss 1: the rounding of half precision."""
-
 Scale = Literal["logits", "probabilities"]
-
-
-def are_distributions(values: np.ndarray) -> bool:
-    """Tell whether every row is a distribution over classes."""
-    # The first rows settle it for honest logits.
-    return all(
-        bool(rows.size == 0 or rows.min() >= 0)
-        and np.allclose(rows.sum(axis=-1), 1, rtol=0, atol=SUM_TOLERANCE)
-        for rows in (values[:16], values)
-    )
 
 
 def _softmax(sent: "Predictions") -> "Predictions":
@@ -181,15 +166,13 @@ class Predictions(Payload):
     def _bad_scale(self) -> str | None:
         """Name a table that is of the other scale.
 
-        Honest logits look like distributions by chance only, which a few rows rule out; so nothing
-        is said of fewer than `FEWEST_ROWS`, nor of a single class. A model that ends in a softmax
-        of its own is named as well: its outputs are no logits.
+        Nothing is said of few rows, nor of a single class: see `pass_for_soft_labels`. A model that
+        ends in a softmax of its own is named as well: its outputs are no logits.
         """
-        rows, classes = self.values.shape
         if self.scale == "probabilities":
             if not are_distributions(self.values):
                 return "soft labels are no distributions: negative, or a sum other than 1"
-        elif rows >= FEWEST_ROWS and classes > 1 and are_distributions(self.values):
+        elif pass_for_soft_labels(self.values):
             return "every row of scores sums to 1: probabilities, expected logits"
         return None
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import Asked, Limit, Payload
+from fedkd.exchange.payload import Asked, Limit, Payload, of_type
 
 LARGEST_PARAMETER = 1e8
 """Weights and statistics beyond this are refused: one of them ruins every client's model."""
@@ -54,3 +54,29 @@ class Weights(Payload):
                 constant=None if finite else array,
             )
         return Asked(kind=cls, limits=limits)
+
+    # Written out: every upload of every averaging algorithm passes here.
+
+    def weighted(self, weight: int | float) -> "Weights":
+        """Return the arrays times a weight, in float64."""
+        # Of an array without dimensions NumPy's products are scalars, which torch refuses.
+        return Weights(
+            arrays={n: np.asarray(weight * a.astype(np.float64)) for n, a in self.arrays.items()}
+        )
+
+    def plus(self, other: Payload) -> "Weights":
+        """Add up array by array."""
+        if not isinstance(other, Weights) or other.arrays.keys() != self.arrays.keys():
+            raise ValueError("weights of two forms cannot be added up")
+        return Weights(arrays={n: np.asarray(a + other.arrays[n]) for n, a in self.arrays.items()})
+
+    def over(self, weight: int | float, like: Payload) -> "Weights":
+        """Return the mean in the model's own types; counters and flags are rounded."""
+        if not isinstance(like, Weights):
+            raise TypeError(f"expected weights, got {like.kind}")
+        return Weights(
+            arrays={
+                name: of_type(np.asarray(total / weight), like.arrays[name].dtype)
+                for name, total in self.arrays.items()
+            }
+        )

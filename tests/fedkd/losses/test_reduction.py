@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,3 +111,11 @@ def test_what_is_no_loss_is_refused_by_name():
         read(BOTH, "kd", 1.5)
     with pytest.raises(ValueError, match=r"of private rows .* with 2 public rows"):
         StepRows({"public": 2}).mean("ce", PerRow(torch.ones(2), of="private"))
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(2.0), "2", None, np.float32(2)])
+def test_a_factor_that_is_no_plain_number_is_refused_in_one_line(factor: object) -> None:
+    # Called without its wrapper, as above.
+    weighed = getattr(PerRow.__mul__, "__wrapped__", PerRow.__mul__)
+    with pytest.raises(TypeError, match=r"PerRow can be weighed by an int or a float, got a \w+:"):
+        weighed(PerRow(torch.ones(3)), factor)

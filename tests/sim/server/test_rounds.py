@@ -14,6 +14,7 @@ from sim.engine.runtime import judge
 from sim.server.history import History, selected_round, summary
 from sim.server.replies import QuorumError
 from sim.server.rounds import RoundLoop
+from sim.settings import SettingsError
 from strategies.contract import ServerTools
 
 # -- replies that are left out -----------------------------------------------------------------
@@ -640,3 +641,22 @@ def test_a_model_that_ignores_the_seed_is_told_once(
     for row in run.events:
         assert row["round"] == 0
         assert row["reason"].endswith("the same first weights on every client and for every seed")
+
+
+# -- stages that cannot take what clients answer -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exchange", "told"),
+    [
+        ({"view": "sum"}, r"exchange\.view sum: a sum of class_table says nothing"),
+        ({"up": {"kind": "top_k", "k": 1}}, r"exchange\.up top_k: .*class_table"),
+    ],
+)
+def test_a_stage_that_cannot_take_what_is_asked_is_refused_before_the_first_round(
+    tiny_settings, tiny_data, exchange, told
+):
+    settings, data = tiny_settings("fd", exchange=exchange), tiny_data()
+    loop = RoundLoop(InlineGrid(settings, data), settings, data, [])
+    with pytest.raises(SettingsError, match=told):
+        loop.start()

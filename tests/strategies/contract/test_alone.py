@@ -57,6 +57,9 @@ CASES = {
         "fml",
         {"objective": {"ce": 1.0, "kd": 0.0}, "meme": BIG_MEME},
     ),
+    "proxyfl": ("proxyfl", {"objective": {"ce": 1.0, "kd": 0.0}}),
+    "proxyfl, no direction": ("proxyfl", {"directions": []}),
+    "proxyfl, a proxy that learns from the private model": ("proxyfl", {"directions": ["proxy"]}),
     "pcl": ("pcl", {"kd_weight": 0.0}),
     "pcl, no direction": ("pcl", {"directions": [], "ce_weight": 0.5}),
 }

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.exchange.payloads import Weights
+from fedkd.exchange.views import RunningMean
 from fedkd.models import build_model
 from fedkd.targets import StreamingMean, Targets
 from fedkd.training import Batch, Outputs, Passes, PublicLesson, supervised, towards_targets
 from strategies.contract import ServerModelSettings, ServerTools, Upload
 from strategies.server_models.feddf import teachers_say
-from strategies.shared.means import WeightedMean
 
 S = [[1.0, 2, 3, 0], [0.5, -1, 0, 2]]
 T = [[2.0, 1, 4, -1], [0, 0, 1, 3]]
@@ -95,13 +95,13 @@ def test_a_step_towards_all_clients_models_is_as_computed_by_hand(home, monkeypa
     )
     strategy.federation.__dict__["local"] = Passes(batch_size=50)
     model = strategy.federation.models[0]
-    start = WeightedMean()
+    start = RunningMean()
     for upload in uploads:
-        start.add(upload.payload.arrays, 1)
+        start.add(upload.payload, 1)
     logits = [logits_of(model, upload.payload.arrays, data) for upload in uploads]
     target = F.softmax(torch.stack(logits).mean(0), -1)
     module = build_model(model, input_shape=(1, 8, 8), num_classes=3, seed=0)
-    module.load_state_dict({n: torch.from_numpy(a) for n, a in start.mean().items()})
+    module.load_state_dict({n: torch.from_numpy(a) for n, a in start.mean().arrays.items()})
     loss = F.kl_div(
         F.log_softmax(module(torch.from_numpy(data.public_inputs)), -1),
         target,

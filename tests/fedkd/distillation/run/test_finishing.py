@@ -25,8 +25,9 @@ from fedkd.distillation.run.finishing import QUANTISED_STUDENT
 from fedkd.distillation.run.running import distill
 from fedkd.distillation.run.search import search
 from fedkd.distillation.settings import DistillSettings
+from fedkd.exchange.payloads import Weights
+from fedkd.exchange.views import RunningMean
 from fedkd.models import build_model
-from strategies.shared.means import WeightedMean
 
 SMALL = {"name": "mlp", "options": {"hidden": [8]}}
 OTHER = {"name": "mlp", "options": {"hidden": [5, 5]}}
@@ -163,10 +164,11 @@ def test_masks_empty_the_mean_of_clients_that_pruned_differently():
         client = build_model(shape, input_shape=(1, 8, 8), num_classes=3, seed=seed)
         prune_weights(client, PruningSettings(amount=0.5), seed=seed)
         clients.append(client)
-    mean = WeightedMean()
+    mean = RunningMean()
     for weight, client in zip((3, 1), clients, strict=True):
-        mean.add({name: t.numpy() for name, t in dense_state(client).items()}, weight)
-    averaged, masks = mean.mean(), pruning_masks(clients[0])
+        arrays = {name: t.numpy() for name, t in dense_state(client).items()}
+        mean.add(Weights(arrays=arrays), weight)
+    averaged, masks = mean.mean().arrays, pruning_masks(clients[0])
     kept = apply_masks(averaged, masks)
     for name, mask in masks.items():
         assert averaged[name][~mask.numpy()].any()
