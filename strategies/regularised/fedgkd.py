@@ -35,11 +35,7 @@ from fedkd.targets import soften
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
 from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
 from strategies.contract import Call, Card, Received, Round, ServerTools, StrategySettings, Upload
-<<<<<<< HEAD
-from strategies.shared.means import WeightedMean, received_part, received_weights
-=======
-from strategies.shared.means import received_weights
->>>>>>> 554079a (One running mean of payloads, one test for distributions, one class of pairs: proxyfl has directions as fml has; a factor of PerRow is a plain number; stages that cannot take what is asked are refused before round 1)
+from strategies.shared.means import received_part, received_weights
 
 MEAN, VOTES = "mean", "votes"
 """What travels beside the global model: the mean of the last ones, or how much each counts."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from fedkd.bounds import Count, Weight
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import RunningMean
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.models import ModelSettings, build_model
@@ -56,7 +57,6 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
-from strategies.shared.means import WeightedMean
 
 SERVER = "server"
 """The name of the server's model."""
@@ -205,19 +205,20 @@ class FedET(Averaging[FedETSettings, Transfer]):
         self, state: Transfer, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Transfer:
         """Average each architecture, let all clients teach the server, and share its last layer."""
-        averages: dict[str, WeightedMean] = {}
-        head = WeightedMean()
+        averages: dict[str, RunningMean[Weights]] = {}
+        head = RunningMean[Weights]()
         with PredictionSpool() as spool:
             for upload, sent in payloads_of(uploads, Weights):
                 model, weight = (
                     self.federation.models[upload.client],
                     upload.weight(self.settings.weighting),
                 )
-                averages.setdefault(model.key, WeightedMean()).add(sent.arrays, weight)
+                averages.setdefault(model.key, RunningMean()).add(sent, weight)
                 spool.add(server.predict_with(model, sent.arrays, round.public_rows))
                 names = self._shared(model)
                 if names:
-                    head.add({part: sent.arrays[name] for part, name in names.items()}, weight)
+                    last = {part: sent.arrays[name] for part, name in names.items()}
+                    head.add(Weights(arrays=last), weight)
             if not spool.count:
                 return state
             tables = {
@@ -225,10 +226,11 @@ class FedET(Averaging[FedETSettings, Transfer]):
                 DISSENT: Table(spool.reduce(dissent_of).numpy(), of="public"),
             }
         own = self._shared(self.settings.model)
-        begun = {own[part]: array for part, array in head.mean().items()}
+        last = head.mean().arrays if head.weight else {}
+        begun = {own[part]: array for part, array in last.items()}
         taught = self._taught({**_model_of(state).weights, **begun}, tables, round, server)
         learnt = {part: taught.weights[name] for part, name in own.items()}
-        means = {key: Weights(arrays=mean.mean()) for key, mean in averages.items()}
+        means = {key: mean.mean() for key, mean in averages.items()}
         models = {
             key: Weights(arrays={**weights.arrays, **self._renamed(learnt, key)})
             for key, weights in {**state.models, **means}.items()

@@ -2,14 +2,8 @@
 
 from collections.abc import Callable, Hashable, Iterable
 
-<<<<<<< HEAD
 from fedkd.exchange.payloads import Bundle, Weights
-from fedkd.exchange.views import Weighting
-from fedkd.training import Arrays
-=======
-from fedkd.exchange.payloads import Weights
 from fedkd.exchange.views import RunningMean, Weighting
->>>>>>> 554079a (One running mean of payloads, one test for distributions, one class of pairs: proxyfl has directions as fml has; a factor of PerRow is a plain number; stages that cannot take what is asked are refused before round 1)
 from fedkd.training.cohort import WeightsForMembers
 from strategies.contract import Received, Upload, payloads_of
 
