@@ -226,8 +226,8 @@ class FedET(Averaging[FedETSettings, Transfer]):
                 DISSENT: Table(spool.reduce(dissent_of).numpy(), of="public"),
             }
         own = self._shared(self.settings.model)
-        last = head.mean().arrays if head.weight else {}
-        begun = {own[part]: array for part, array in last.items()}
+        shared = head.mean().arrays if head.weight else {}
+        begun = {own[part]: array for part, array in shared.items()}
         taught = self._taught({**_model_of(state).weights, **begun}, tables, round, server)
         learnt = {part: taught.weights[name] for part, name in own.items()}
         means = {key: mean.mean() for key, mean in averages.items()}
