@@ -20,6 +20,7 @@ from fedkd.targets.robust import (
     filtered_mean,
     geometric_median,
     kept_by_filter,
+    less_trusted,
     outlier_scores,
 )
 from fedkd.targets.scale import Scale, Targets
@@ -77,6 +78,7 @@ __all__ = [
     "kept_by_filter",
     "kept_fraction",
     "leave_one_out",
+    "less_trusted",
     "mean_by_row",
     "mean_logit",
     "mean_probability",

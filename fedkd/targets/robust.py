@@ -117,6 +117,35 @@ def geometric_median(
     return torch.from_numpy(point).to(dtype)
 
 
+def less_trusted(
+    trust: Float[np.ndarray, "clients"],
+    values: Float[Tensor, "clients rows classes"],
+    target: Float[Tensor, "rows classes"],
+    *,
+    rate: float,
+) -> Float[np.ndarray, "clients"]:
+    """Return how much each client is trusted after a round: less, the farther from the target.
+
+    Trust falls by ``exp(-rate * distance)``, the distance (L2) a mean over rows, and keeps its sum.
+
+    Args:
+        trust: before the round, >= 0, of which one is positive.
+        values: what each client said.
+        target: what was made of it.
+        rate: >= 0; 0 changes nothing.
+
+    Source:
+        Exponential weights over rounds, as the code of Roux, Zimmer, Pokutta, 2024, has them for
+        ExpGuard. https://arxiv.org/abs/2402.12265
+    """
+    away = (values.detach().cpu().double() - target.detach().cpu().double()).norm(dim=-1)
+    distances = away.mean(dim=1).numpy()
+    # The nearest client's factor is 1, so that not all of them round to 0.
+    fallen = trust * np.exp(-rate * (distances - distances.min()))
+    kept: np.ndarray = fallen * (trust.sum() / fallen.sum())
+    return kept
+
+
 def _weiszfeld(
     by_row: Float[np.ndarray, "rows clients classes"], point: Float[np.ndarray, "rows classes"]
 ) -> Float[np.ndarray, "rows classes"]:

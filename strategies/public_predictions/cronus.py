@@ -7,24 +7,31 @@ and revisit its own rows then. No code of the authors' is known, so the filter i
 later implementation has it, but for two of its faults (see `fedkd.targets.robust`).
 
 Differs from the paper: the public term is KL(target || client), whose gradient is that of the
-cross-entropy. Other robust rules, and the plain mean, are settings.
+cross-entropy. Other robust rules, the plain mean, and a trust in clients that falls over the rounds
+(``trust_rate``, as in ExpGuard) are settings.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from fedkd.bounds import Real, ShareBelowOne
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
+from fedkd.exchange.values import Value
 from fedkd.schedules import ConstantSchedule, PositiveSchedule
 from fedkd.targets import (
     PredictionSpool,
     coordinate_median,
     filtered_mean,
     geometric_median,
+    less_trusted,
+    mean_by_row,
     trimmed_mean,
 )
 from fedkd.training import Cohort, ComposedObjective, supervised
@@ -65,6 +72,9 @@ class CronusSettings(TaughtSettings):
         dishonest: share of the clients that may lie, alpha in the paper: ``filter`` leaves out
             half of them, rounded down, in each of two passes.
         trim: share of the clients that ``trimmed_mean`` leaves out at each end.
+        trust_rate: how fast trust in a client falls, over the rounds, with the distance of what it
+            says from the robust mean; the target is then the mean weighted by trust. 0: the target
+            is the robust mean, and nothing is remembered.
     """
 
     name: Literal["cronus"] = "cronus"
@@ -72,6 +82,7 @@ class CronusSettings(TaughtSettings):
     aggregation: Literal["filter", "geometric_median", "median", "trimmed_mean", "mean"] = "filter"
     dishonest: ShareBelowOne = 0.2
     trim: Real = Field(0.1, ge=0, lt=0.5)
+    trust_rate: Real = Field(0.0, ge=0, le=100)
 
     def robust_mean(self, probabilities: Tensor) -> Tensor:
         """Return what the clients' soft labels ``[clients, rows, classes]`` come to."""
@@ -88,7 +99,18 @@ class CronusSettings(TaughtSettings):
                 return filtered_mean(probabilities, dishonest=0.0)
 
 
-class Cronus(SharedLesson[CronusSettings, Lesson]):
+@dataclass(frozen=True)
+class Trusting(Lesson):
+    """What the server remembers: the lesson, and how much it trusts each client.
+
+    Attributes:
+        trust: float64 ``[clients]`` that sums to 1; None while all are trusted alike.
+    """
+
+    trust: np.ndarray | None = None
+
+
+class Cronus(SharedLesson[CronusSettings, Trusting]):
     """Learn from own labels and from the robust mean at once; then predict the public rows."""
 
     card = Card(
@@ -102,6 +124,7 @@ class Cronus(SharedLesson[CronusSettings, Lesson]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = CronusSettings
+    State: ClassVar[type[Value]] = Trusting
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the robust mean of all clients"}
 
     def __init__(self, settings: CronusSettings, federation: Federation) -> None:
@@ -137,26 +160,33 @@ class Cronus(SharedLesson[CronusSettings, Lesson]):
             cohort.fit(supervised, private=call.local)
         return soft_labels(cohort, call.public_rows)
 
-    def receives(self, state: Lesson, client: int, round: Round) -> str | None:
+    def receives(self, state: Trusting, client: int, round: Round) -> str | None:
         """The robust mean, for everybody, where clients learn from it."""
         return super().receives(state, client, round) if self.learns(CLIENTS) else None
 
-    def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
+    def asks(self, state: Trusting, client: int, round: Round, server: ServerTools) -> Asked:
         """Probabilities of the round's rows."""
         classes = self.federation.num_classes
         return Predictions.asked(round.public_rows, classes, scale="probabilities")
 
     def aggregate(
-        self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools
-    ) -> Lesson:
+        self, state: Trusting, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Trusting:
         """Take the robust mean of the clients' soft labels, at the temperature of the lesson."""
         temperature = self.settings.softening(round.next().progress)
+        said = {}
         with PredictionSpool() as spool:
-            for _, sent in payloads_of(uploads, Predictions):
-                spool.add(sent.targets.probabilities(temperature))
+            for upload, sent in payloads_of(uploads, Predictions):
+                soft = sent.targets.probabilities(temperature)
+                spool.add(soft)
+                if self.settings.trust_rate:
+                    said[upload.client] = soft
             if not spool.count:
                 return state
             labels = spool.reduce(self.settings.robust_mean)
+        trust = state.trust
+        if said:
+            labels, trust = self._trusted(trust, said, labels)
         target = Predictions(
             rows=round.public_rows,
             values=labels.float().numpy(),
@@ -164,4 +194,15 @@ class Cronus(SharedLesson[CronusSettings, Lesson]):
             temperature=temperature,
             averaged=True,
         )
-        return Lesson(target)
+        return Trusting(target, trust)
+
+    def _trusted(
+        self, trust: np.ndarray | None, said: Mapping[int, Tensor], robust: Tensor
+    ) -> tuple[Tensor, np.ndarray]:
+        """Return the mean weighted by trust, and the trust; who was away keeps what it had."""
+        clients, values = list(said), torch.stack(list(said.values()))
+        count = self.federation.num_clients
+        after = np.full(count, 1 / count) if trust is None else trust.copy()
+        after[clients] = less_trusted(after[clients], values, robust, rate=self.settings.trust_rate)
+        shares = torch.from_numpy(after[clients])[:, None].expand(-1, values.shape[1])
+        return mean_by_row(values, shares), after

@@ -12,6 +12,7 @@ from fedkd.targets import (
     filtered_mean,
     geometric_median,
     kept_by_filter,
+    less_trusted,
     outlier_scores,
     trimmed_mean,
 )
@@ -93,6 +94,13 @@ def test_the_geometric_median_stays_at_a_point_that_most_clients_share():
     assert np.allclose(geometric_median(values)[0], [1, 0], atol=1e-6)
     cross = torch.tensor([[1.0, 0.5], [0, 0.5], [0.5, 1], [0.5, 0], [0.5, 0.5]])[:, None]
     assert np.allclose(geometric_median(cross)[0], [0.5, 0.5])
+
+
+def test_the_geometric_median_does_not_leave_the_point_that_it_is():
+    # The mean is at two clients' point, which the other three pull less than the two hold.
+    first = torch.tensor([1, 4, 5, 6, 4]) / 8
+    values = torch.stack([first, 1 - first], dim=-1)[:, None]
+    assert geometric_median(values).tolist() == [[0.5, 0.5]]
 
 
 # -- published faults --------------------------------------------------------------------------
@@ -204,3 +212,14 @@ def test_half_a_client_is_left_out_by_no_pass():
     assert kept_by_filter(values, dishonest=0.2).shape == (40, 9)
     assert np.allclose(filtered_mean(values, dishonest=0.2), values.mean(0), atol=1e-7)
     assert kept_by_filter(soft(100), dishonest=0.58).shape == (40, 42)
+
+
+def test_trust_keeps_its_sum_and_falls_for_whoever_is_far():
+    values, target = soft(4, rows=6), soft(1, rows=6)[0]
+    trust = np.array([0.1, 0.2, 0.05, 0.15])
+    assert np.allclose(less_trusted(trust, values, target, rate=0.0), trust)
+    after = less_trusted(trust, values, target, rate=5.0)
+    assert after.sum() == pytest.approx(0.5)
+    far = (values - target).norm(dim=-1).mean(1).numpy()
+    assert (np.argsort(after / trust) == np.argsort(-far)).all()
+    assert np.isfinite(less_trusted(trust, values, target, rate=1e6)).all()

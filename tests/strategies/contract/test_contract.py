@@ -18,7 +18,7 @@ VARIANTS = {
         {"group": "clients", "distil": "beside", "server_model": "mlp"},
         {"clusters": 3},
     ],
-    "cronus": [{}, {"aggregation": "geometric_median", "temperature": 2.0}],
+    "cronus": [{}, {"aggregation": "geometric_median", "temperature": 2.0, "trust_rate": 1.0}],
     "dml": [
         {},
         {"include_self": True, "average": "logit"},
