@@ -12,6 +12,7 @@ from strategies.baselines.pooled import Pooled
 from strategies.contract import Strategy, StrategySettings
 from strategies.data_free.fd import FD
 from strategies.data_free.feddistill_plus import FedDistillPlus
+from strategies.data_free.fedgen import FedGen
 from strategies.data_free.fedproto import FedProto
 from strategies.data_free.fedtgp import FedTGP
 from strategies.mutual.codistillation import Codistillation
@@ -52,6 +53,7 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "feddistill_plus": FedDistillPlus,
     "fedet": FedET,
     "fedgems": FedGEMS,
+    "fedgen": FedGen,
     "fedgkd": FedGKD,
     "fedgkt": FedGKT,
     "fedkd": FedKD,

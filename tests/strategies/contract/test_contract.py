@@ -36,6 +36,7 @@ VARIANTS = {
     "feddistill_plus": [{}, {"leave_one_out": True, "collect": "evaluation"}],
     "fedet": [{}, {"model": "mlp", "share_head": False, "weighting": "equal"}],
     "fedgems": [{}, {"directions": ["clients"]}, {"ce_share": 0.1, "server_epochs": 3}],
+    "fedgen": [{}, {"share": "head", "teacher": "logits"}, {"latent_weight": 0.0}],
     "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
     "fedkd": [{}, {"mentee": "cnn", "energy": 0.5, "directions": ["mentor"]}],
     "fedmd": [

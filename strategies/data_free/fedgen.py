@@ -1,0 +1,354 @@
+"""FedGen: a generator of features, taught by all clients' last layers, teaches every client.
+
+Source: Zhu, Hong, Zhou, 2021, Data-Free Knowledge Distillation for Heterogeneous Federated
+Learning, Algorithm 1. https://arxiv.org/abs/2105.10056
+FedAvg whose server also trains a generator: from a label and noise it makes what a model's last
+layer might read of a row of that class, as the clients' last layers see it, those counting most
+that hold most rows of the class. Clients train their last layers on what it makes, and are drawn
+towards what these say about it (``latent_weight``, by the published code). Round 1 has none.
+
+Differs from the published code: noise is Gaussian, as in the paper, where the code draws it evenly
+from 0 to 1. Label counts are those of a client's rows, and none is added where it holds none.
+Features are drawn anew in every round and not in every step, one for each private row, and teach in
+every local epoch. A class that no participant holds twice is not generated and teaches nobody.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from fedkd.bounds import Count
+from fedkd.exchange.payload import Asked, Payload, expect
+from fedkd.exchange.payloads import Bundle, Numbers, Weights
+from fedkd.exchange.values import Value
+from fedkd.exchange.views import RunningMean
+from fedkd.losses.reduction import PerRow
+from fedkd.losses.response import hard_label_rows, soft_target_rows
+from fedkd.models import ModelSettings, build_model
+from fedkd.models.options import ImageShape
+from fedkd.objectives.taps import head_layer
+from fedkd.training import (
+    MODEL,
+    Arrays,
+    Batch,
+    Cohort,
+    Losses,
+    OptimizerSettings,
+    Outputs,
+    Table,
+    supervised,
+)
+from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
+from strategies.contract import (
+    Call,
+    Card,
+    Received,
+    Round,
+    ServerTools,
+    StrategySettings,
+    Upload,
+    payloads_of,
+)
+from strategies.shared.features import feature_widths
+from strategies.shared.generator import (
+    OUT,
+    GeneratorShape,
+    Teacher,
+    generated,
+    generator_weights,
+    known_labels,
+    taught,
+)
+from strategies.shared.means import received_part
+
+GENERATOR, LABELS, COUNTS, HEAD = "generator", "labels", "counts", "head"
+"""What travels beside weights: the generator and the classes that it knows, clients' label counts;
+and what the shared weights are called where only last layers travel."""
+
+SMALLEST = 1e-4
+"""Weights of what is generated fall no further."""
+
+
+class FedGenSettings(AveragingSettings):
+    """Settings under ``strategy:`` when ``name: fedgen``.
+
+    Attributes:
+        share: ``model`` averages all parameters, as the paper does; ``head`` the last layers alone.
+        teacher: how last layers teach the generator. ``losses``: by their losses, weighted by label
+            counts, as in the code; ``logits``: by the mean of their logits, as in the paper;
+            ``weighted_logits``: by that of logits weighted by label counts.
+        teacher_weight: of what they say, alpha in the code.
+        diversity_weight: of the term that keeps features of one class apart, eta in the code.
+        label_weight: of last layers' cross-entropy on what is generated, in round 2.
+        latent_weight: of the divergence from what a last layer says about what is generated for a
+            row's class, in round 2; 0 leaves it out.
+        weight_decay: factor on both from round to round.
+        generator_optimizer: of the generator.
+        generator_decay: factor on its learning rate from round to round.
+        generator_steps: that it takes in a round.
+        generator_batch: features in each of them.
+        noise: numbers that are drawn for each.
+        hidden: width of the generator.
+    """
+
+    name: Literal["fedgen"] = "fedgen"
+    share: Literal["model", "head"] = "model"
+    teacher: Teacher = "losses"
+    teacher_weight: float = Field(1.0, ge=0, le=1e6)
+    diversity_weight: float = Field(1.0, ge=0, le=1e6)
+    label_weight: float = Field(10.0, ge=0, le=1e6)
+    latent_weight: float = Field(10.0, ge=0, le=1e6)
+    weight_decay: float = Field(0.98, ge=0, le=1)
+    generator_optimizer: OptimizerSettings = OptimizerSettings(lr=3e-4, weight_decay=1e-2)
+    generator_decay: float = Field(0.98, ge=0, le=1)
+    generator_steps: Count = 50
+    generator_batch: int = Field(128, ge=2, le=100_000)
+    noise: Count = 32
+    hidden: Count = 256
+
+
+@dataclass(frozen=True)
+class Generating(GlobalModels):
+    """What the server remembers.
+
+    Attributes:
+        generator: its weights and what its optimizer remembers; none before it was trained.
+        labels: classes that it was last trained to generate.
+    """
+
+    generator: Mapping[str, np.ndarray] = field(default_factory=dict)
+    labels: tuple[int, ...] = ()
+
+
+def weight_at(first: float, decay: float, round: int) -> float:
+    """Return ``first * decay^t``, t rounds after the first one, but for 0 at least `SMALLEST`."""
+    return max(first * decay ** (round - 1), SMALLEST) if first else 0.0
+
+
+def towards_generated(
+    outputs: Outputs, batch: Batch, *, label_weight: float, latent_weight: float
+) -> Losses:
+    """Return cross-entropy on private rows, and what generated features teach beside them."""
+    losses = dict(supervised(outputs, batch))
+    tables, own = batch.tables, outputs.private
+    assert own is not None  # noqa: S101 (supervised has looked)
+    if label_weight:
+        logits = outputs.head(tables["drawn"])
+        rows = hard_label_rows(logits, tables["drawn labels"])
+        losses["generated"] = label_weight * PerRow(rows, of="private")
+    if latent_weight:
+        target = outputs.head(tables["same"]).detach().softmax(-1)
+        rows = soft_target_rows(own, target, temperature=1.0)
+        known = PerRow(rows, of="private", weights=tables["known"])
+        losses["latent"] = latent_weight * known
+    return losses
+
+
+class FedGen(Averaging[FedGenSettings, Generating]):
+    """Weights and a generator down, training beside generated features, weights and counts up."""
+
+    card = Card(
+        learns="the server's generator from the clients' last layers, clients from the generator",
+        up="P, C label counts; with heads only C (d + 1) for P",
+        down="P, and from round 2 on the generator and C flags",
+        equation=(
+            "generator: sum_k w_ky CE(head_k(G(y, e)), y) + exp(-mean |e-e'|^2 |z-z'|); client: CE "
+            "+ a CE(head(G(y~)), y~) + b KL(head(G(y)) || own)"
+        ),
+        needs=("clients.models=mlp",),
+    )
+    Settings: ClassVar[type[StrategySettings]] = FedGenSettings
+    State: ClassVar[type[Value]] = Generating
+    up = (Bundle,)
+    down = (Weights, Bundle)
+
+    @property
+    def sums(self) -> None:
+        """Each client's last layer teaches by itself."""
+        return None
+
+    def check(self, input_shape: ImageShape) -> None:
+        """Refuse models of different widths, and those whose last layer cannot be told apart."""
+        super().check(input_shape)
+        widths = feature_widths(self.federation, input_shape)
+        if len(set(widths.values())) > 1:
+            told = ", ".join(f"{model} has {width}" for model, width in widths.items())
+            raise ValueError(
+                "clients.models: fedgen generates what last layers read, which must have one "
+                f"width, got {told}: try clients.models=mlp"
+            )
+        for client in self.federation.first_clients.values():
+            self._path(client)
+
+    def _path(self, client: int) -> str:
+        """Return the module path of the last layer of a client's model."""
+        federation = self.federation
+        return _path_of(federation.models[client], federation.input_shape, federation.num_classes)
+
+    def _shape(self, features: int) -> GeneratorShape:
+        return GeneratorShape(
+            classes=self.federation.num_classes,
+            noise=self.settings.noise,
+            hidden=self.settings.hidden,
+            features=features,
+        )
+
+    # -- weights that travel -------------------------------------------------------------
+
+    def _key(self, client: int) -> str:
+        """Return whose weights have a common mean with a client's."""
+        return HEAD if self.settings.share == HEAD else self.federation.architectures[client]
+
+    def _head(self, weights: Mapping[str, np.ndarray], client: int) -> Arrays:
+        """Return the last layer in a client's weights: ``weight`` and, if it has one, ``bias``."""
+        path = self._path(client)
+        found = {name: weights.get(f"{path}.{name}") for name in ("weight", "bias")}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def _shared(self, weights: Mapping[str, np.ndarray], client: int) -> Weights:
+        shares_head = self.settings.share == HEAD
+        return Weights(arrays=self._head(weights, client) if shares_head else weights)
+
+    def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Judge the client's model with the weights that all share."""
+        arrays = [own.arrays for own in received_part(received, MODEL).all(Weights)]
+        if self.settings.share == HEAD:
+            arrays = [
+                {**own, **{f"{self._path(client)}.{name}": a for name, a in head.items()}}
+                for client, own, head in zip(cohort.clients, cohort.weights(), arrays, strict=True)
+            ]
+        cohort.load_weights(arrays[0] if len(set(map(id, arrays))) == 1 else arrays)
+
+    # -- client half ---------------------------------------------------------------------
+
+    def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
+        """Start from the shared weights, train, and send weights and label counts."""
+        answers = []
+        for client, sent, labels in zip(
+            cohort.clients, super().client(cohort, received, call), _labels(cohort), strict=True
+        ):
+            shared = self._shared(expect(sent, Weights).arrays, client)
+            counts = np.bincount(labels, minlength=self.federation.num_classes)
+            numbers = Numbers(values=counts.astype(np.float32))
+            answers.append(Bundle(parts={MODEL: shared, COUNTS: numbers}))
+        return answers
+
+    def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
+        """Train on private rows, beside generated features once there is a generator."""
+        piece, settings = received[0], self.settings
+        decay, number = settings.weight_decay, call.number
+        label_weight = weight_at(settings.label_weight, decay, number)
+        latent_weight = weight_at(settings.latent_weight, decay, number)
+        if not isinstance(piece, Bundle) or not (label_weight or latent_weight):
+            cohort.fit(supervised, private=call.local)
+            return
+        known = expect(piece[LABELS], Numbers).values > 0
+        generator = expect(piece[GENERATOR], Weights).arrays
+        shape = self._shape(len(generator[OUT]))
+        labels = _labels(cohort)
+        rngs = [call.random(client) for client in cohort.clients]
+        drawn = [
+            rng.choice(np.flatnonzero(known), len(own))
+            for rng, own in zip(rngs, labels, strict=True)
+        ]
+        tables = {
+            "drawn labels": Table(drawn, of="private"),
+            "drawn": Table(generated(shape, generator, drawn, rngs), of="private"),
+            "same": Table(generated(shape, generator, labels, rngs), of="private"),
+            "known": Table([known[own].astype(np.float32) for own in labels], of="private"),
+        }
+        objective = partial(
+            towards_generated, label_weight=label_weight, latent_weight=latent_weight
+        )
+        cohort.fit(objective, private=call.local, tables=tables, heads=True)
+
+    # -- server half ---------------------------------------------------------------------
+
+    def begin(self, server: ServerTools) -> Generating:
+        """Start those who share weights from the first weights of the first of them."""
+        models: dict[str, Weights] = {}
+        for client in self.federation.first_clients.values():
+            shared = self._shared(server.initial_weights(client), client)
+            models.setdefault(self._key(client), shared)
+        return Generating(models=models)
+
+    def receives(self, state: Generating, client: int, round: Round) -> Hashable:
+        """The weights that the client shares, and the generator once there is one."""
+        return (self._key(client), bool(state.labels))
+
+    def payload(self, state: Generating, key: Any) -> Payload:
+        """Shared weights, alone or beside the generator and the classes that it knows."""
+        shared, with_generator = key
+        if not with_generator:
+            return state.models[shared]
+        known = np.zeros(self.federation.num_classes, np.float32)
+        known[list(state.labels)] = 1.0
+        return Bundle(
+            parts={
+                MODEL: state.models[shared],
+                GENERATOR: Weights(arrays=generator_weights(state.generator)),
+                LABELS: Numbers(values=known),
+            }
+        )
+
+    def asks(self, state: Generating, client: int, round: Round, server: ServerTools) -> Asked:
+        """Weights, and how many rows of each class the client holds."""
+        shared = state.models[self._key(client)].arrays
+        classes, rows = self.federation.num_classes, self.federation.num_examples[client]
+        counts = Numbers.asked(classes, largest=float(rows), subject="a label count")
+        return Bundle.asked(**{MODEL: Weights.asked(shared), COUNTS: counts})
+
+    def aggregate(
+        self, state: Generating, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Generating:
+        """Average weights, and train the generator on the last layers that came."""
+        means: dict[str, RunningMean[Weights]] = {}
+        heads, counts = [], []
+        for upload, sent in payloads_of(uploads, Bundle):
+            model = expect(sent[MODEL], Weights)
+            mean = means.setdefault(self._key(upload.client), RunningMean())
+            mean.add(model, upload.weight(self.settings.weighting))
+            shares_head = self.settings.share == HEAD
+            head = model.arrays if shares_head else self._head(model.arrays, upload.client)
+            heads.append((head["weight"], head.get("bias")))
+            counts.append(expect(sent[COUNTS], Numbers).values)
+        models = {**state.models, **{k: m.mean() for k, m in means.items()}}
+        after = replace(state, models=models)
+        if not heads or not len(known_labels(np.stack(counts))):
+            return after
+        settings = self.settings
+        shape = self._shape(heads[0][0].shape[1])
+        optimizer = settings.generator_optimizer
+        rate = optimizer.lr * settings.generator_decay ** (round.number - 1)
+        generator = taught(
+            shape,
+            state.generator or shape.first(self.federation.seed),
+            heads,
+            np.stack(counts),
+            optimizer=optimizer.model_copy(update={"lr": rate}),
+            steps=settings.generator_steps,
+            batch=settings.generator_batch,
+            teacher=settings.teacher,
+            teacher_weight=settings.teacher_weight,
+            diversity_weight=settings.diversity_weight,
+            rng=round.random(),
+        )
+        labels = tuple(int(label) for label in known_labels(np.stack(counts)))
+        return replace(after, generator=generator, labels=labels)
+
+
+@lru_cache(maxsize=256)
+def _path_of(model: ModelSettings, input_shape: ImageShape, num_classes: int) -> str:
+    module = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=0)
+    return head_layer(module, torch.zeros(2, *input_shape), whose=model.label)
+
+
+def _labels(cohort: Cohort) -> list[np.ndarray]:
+    """Return each member's labels, in the order of its rows."""
+    labels = [own.labels for own in cohort.examples(on="private")]
+    return [own for own in labels if own is not None]
