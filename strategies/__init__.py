@@ -18,6 +18,8 @@ from strategies.data_free.fedtgp import FedTGP
 from strategies.mutual.codistillation import Codistillation
 from strategies.mutual.dml import DML
 from strategies.mutual.kdcl import KDCL
+from strategies.mutual.okddip import OKDDip
+from strategies.mutual.one import ONE
 from strategies.mutual.pcl import PCL
 from strategies.public_predictions.comet import COMET
 from strategies.public_predictions.cronus import Cronus
@@ -66,6 +68,8 @@ STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
     "kdcl": KDCL,
     "ktpfl": KTpFL,
     "local": Local,
+    "okddip": OKDDip,
+    "one": ONE,
     "one_way": OneWay,
     "pcl": PCL,
     "pooled": Pooled,

@@ -43,18 +43,28 @@ class PeerAttention(nn.Module):
         self.key = nn.Linear(width, max(1, width // reduction), bias=False)
 
     def forward(
-        self, features: Float[Tensor, "peers batch width"]
+        self, features: Float[Tensor, "peers batch width"], *, include_self: bool = True
     ) -> Float[Tensor, "batch peers peers"]:
-        """Return for each row what peer a (row of the matrix) takes from peer b, itself included.
+        """Return for each row what peer a (row of the matrix) takes from peer b.
 
         Args:
             features: one vector per peer and row, treated as constants.
+            include_self: whether a peer may attend to itself, as published. What it takes from
+                itself teaches it nothing, and is the mixture that it can follow best.
 
         Returns:
-            Shares > 0 that sum to 1 over the last axis.
+            Shares >= 0 that sum to 1 over the last axis.
+
+        Raises:
+            ValueError: if a peer alone is not to attend to itself.
         """
         by_row = features.detach().transpose(0, 1)
         scores = self.query(by_row) @ self.key(by_row).transpose(1, 2)
+        if not include_self:
+            if len(features) < 2:
+                raise ValueError("attention to others needs at least 2 peers, got 1")
+            itself = torch.eye(len(features), dtype=torch.bool, device=scores.device)
+            scores = scores.masked_fill(itself, -torch.inf)
         return torch.softmax(at_least_float32(scores), dim=2)
 
 

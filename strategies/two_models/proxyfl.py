@@ -22,6 +22,7 @@ from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
+from fedkd.mutual.graphs import exponential_distance
 from fedkd.objectives import Objective
 from fedkd.training import Cohort
 from strategies.contract import (
@@ -79,8 +80,7 @@ def next_peer(client: int, round: int, clients: int) -> int:
         round: from 1 on.
         clients: how many there are, >= 2.
     """
-    distances = (clients - 1).bit_length()
-    return int((client + 2 ** ((round - 1) % distances)) % clients)
+    return (client + exponential_distance(round, clients)) % clients
 
 
 class ProxyFL(Pair[ProxyFLSettings, Mail]):

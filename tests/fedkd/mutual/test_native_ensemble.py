@@ -109,3 +109,11 @@ def test_branches_one_by_one_give_the_gated_ensemble():
     torch.testing.assert_close(stream.target(), gated_logits(GROUP, GATES), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="at least 1 peer, got 0"):
         StreamingGate().target()
+
+
+def test_of_the_shares_of_a_row_only_the_ratios_count():
+    whole, scaled = StreamingGate(), StreamingGate()
+    for logits, gate in zip(GROUP, GATES.t(), strict=True):
+        whole.add(logits, gate)
+        scaled.add(logits, 7 * gate)
+    torch.testing.assert_close(scaled.target(), whole.target())

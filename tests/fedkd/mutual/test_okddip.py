@@ -117,3 +117,13 @@ def test_okddip_matches_the_reference_values(average: str, value: float):
     every_row = attention.expand(2, 3, 3)
     terms = okddip_losses(REFERENCE, REFERENCE[0], every_row, None, average=average)
     assert terms["kd_peers"].item() == pytest.approx(value, abs=1e-8)
+
+
+def test_attention_without_oneself_is_shared_among_the_others():
+    attention, features = PeerAttention(4), torch.randn(3, 5, 4, dtype=torch.float32)
+    whole, others = attention(features), attention(features, include_self=False)
+    assert (others.diagonal(dim1=1, dim2=2) == 0).all()
+    rest = whole.masked_fill(torch.eye(3, dtype=torch.bool), 0.0)
+    torch.testing.assert_close(others, rest / rest.sum(2, keepdim=True))
+    with pytest.raises(ValueError, match="needs at least 2 peers, got 1"):
+        attention(features[:1], include_self=False)

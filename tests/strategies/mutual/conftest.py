@@ -36,18 +36,26 @@ class Reference(NamedTuple):
 
     def losses(self, client: int, taught: Predictions | None = None) -> dict[str, float]:
         """What a client minimises, by terms, whose rows, private and public, are the two rows."""
-        taught = self.taught(client) if taught is None else taught
-        own = torch.tensor(LOGITS[client], dtype=torch.float64)
-        labels = torch.tensor(LABELS)
-        batch = Batch(labels=labels, targets=taught.targets, public_labels=labels)
-        settings = self.strategy.settings
-        composed = lesson_of(settings.terms, taught, settings, self.next)
-        view = composed.view("model", {"model": Outputs(private=own, public=own)}, batch)
-        objective = composed.learners["model"].objective
-        inputs, model = torch.zeros(2, 1, 8, 8), torch.nn.Identity()
-        bound = objective.bind(model, None, inputs, num_classes=4, rows=2, seed=0)
-        terms = bound.losses(view)
-        return {name: float(loss) for name, loss in terms.items()}
+        return losses_of(self.strategy, client, taught or self.taught(client))
+
+
+def losses_of(strategy: Strategy[Any, Any], client: int, taught: Predictions) -> dict[str, float]:
+    """What a client minimises in round 2 that is taught this, by terms."""
+    own, labels = torch.tensor(LOGITS[client], dtype=torch.float64), torch.tensor(LABELS)
+    batch = Batch(labels=labels, targets=taught.targets, public_labels=labels)
+    settings = strategy.settings
+    composed = lesson_of(settings.terms, taught, settings, strategy.federation.round(2))
+    view = composed.view("model", {"model": Outputs(private=own, public=own)}, batch)
+    objective = composed.learners["model"].objective
+    inputs, model = torch.zeros(2, 1, 8, 8), torch.nn.Identity()
+    bound = objective.bind(model, None, inputs, num_classes=4, rows=2, seed=0)
+    return {name: float(loss) for name, loss in bound.losses(view).items()}
+
+
+@pytest.fixture
+def minimised() -> Callable[..., dict[str, float]]:
+    """Tell what a client of the reference values minimises: (strategy, client, taught)."""
+    return losses_of
 
 
 @pytest.fixture
