@@ -58,7 +58,7 @@ class ONESettings(TaughtSettings):
             ``equal``: the same as all others; ``learned``: a gate that looks at the picture and
             learns from the labels of public rows.
         gate_steps: of a ``learned`` gate, in a round, each on all of the round's rows.
-        gate_lr: its learning rate, with Adam.
+        gate_lr: its learning rate, with SGD.
     """
 
     name: Literal["one"] = "one"
@@ -66,7 +66,7 @@ class ONESettings(TaughtSettings):
     kd_weight: NonNegativeSchedule = RampUpSchedule(end=1.0, until=0.27)
     gate: Literal["confidence", "equal", "learned"] = "confidence"
     gate_steps: Count = Field(20)
-    gate_lr: LearningRate = 0.01
+    gate_lr: LearningRate = 0.1
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
         pictures = as_tensor(server.data.public_inputs[rows]).flatten(1)
         logits, labels = torch.tensor(np.stack(list(sent.values()))), as_tensor(known[rows])
         gate = self._gate(weights)
-        optimizer = torch.optim.Adam(gate.parameters(), lr=self.settings.gate_lr)
+        optimizer = torch.optim.SGD(gate.parameters(), lr=self.settings.gate_lr)
         for _ in range(self.settings.gate_steps):
             optimizer.zero_grad()
             shares = among(gate(pictures), senders)
