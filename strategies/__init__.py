@@ -21,6 +21,7 @@ from strategies.mutual.kdcl import KDCL
 from strategies.mutual.okddip import OKDDip
 from strategies.mutual.one import ONE
 from strategies.mutual.pcl import PCL
+from strategies.public_predictions.cfd import CFD
 from strategies.public_predictions.comet import COMET
 from strategies.public_predictions.cronus import Cronus
 from strategies.public_predictions.dsfl import DSFL
@@ -43,6 +44,7 @@ from strategies.two_models.fml import FML
 from strategies.two_models.proxyfl import ProxyFL
 
 STRATEGIES: dict[str, type[Strategy[Any, Any]]] = {
+    "cfd": CFD,
     "codistillation": Codistillation,
     "comet": COMET,
     "cronus": Cronus,

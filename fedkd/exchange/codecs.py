@@ -15,10 +15,18 @@ from pydantic import Field, PlainValidator, SerializeAsAny
 
 from fedkd.bounds import Few
 from fedkd.exchange.kinds import Kinds, Stage
-from fedkd.exchange.payload import FLOAT32, Asked, Limit, Payload
+from fedkd.exchange.payload import FLOAT32, Asked, AtMost, Limit, Payload
 from fedkd.exchange.payloads.bundle import Bundle
 from fedkd.exchange.payloads.encoded import Encoded
-from fedkd.exchange.payloads.predictions import Predictions, Scale
+from fedkd.exchange.payloads.predictions import Predictions, Scale, are_distributions
+from fedkd.exchange.quantiser import (
+    bytes_of,
+    delta_symbols,
+    packed,
+    quantised,
+    restored,
+    unpacked,
+)
 from fedkd.exchange.values import Arrays, flatten
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
@@ -257,6 +265,195 @@ class TopK(_Coding):
         return sent.payload(arrays), memory
 
 
+class SoftLabelBits(_Coding):
+    """Soft labels in few bits: shares in units of ``1 / (2**bits - 1)`` that still sum to 1.
+
+    One bit keeps the class alone, whose number is all that travels. Needs soft labels: logits are
+    refused on the way up and stay as they are on the way down.
+
+    Attributes:
+        bits: of each class's share, 1 to 8.
+
+    Source:
+        Sattler et al., 2022, equations 10 and 11. https://arxiv.org/abs/2012.00632
+    """
+
+    kind: Literal["cfd", "cfd_delta"] = "cfd"
+    bits: int = Field(1, ge=1, le=8, description="of each class's share; 1: the class alone")
+
+    def refuses(self, kind: type[Payload]) -> str | None:
+        """Only soft labels are shares of something."""
+        if kind in (Predictions, Bundle):
+            return None
+        return f"it quantises soft labels, got {kind.kind}; use float32 or float16"
+
+    def asked(self, asked: Asked) -> Asked:
+        """The packed shares, or classes."""
+        coded = {}
+        for prefix, scale in _asked_predictions(asked, ""):
+            if scale != "probabilities":
+                raise ValueError(
+                    f"{self.kind} quantises soft labels, got {scale}; use top_k or float16, or an "
+                    "algorithm whose clients send soft labels, such as cfd or dsfl"
+                )
+            coded[f"{prefix}values"] = self._limits(asked.limits[f"{prefix}values"])
+        if not coded:
+            raise ValueError(str(self.refuses(asked.kind) or f"{self.kind} takes predictions"))
+        return Encoded.asked(self.kind, asked, coded)
+
+    def _limits(self, limit: Limit) -> dict[str, Limit]:
+        rows, classes = limit.shape
+        if not isinstance(classes, int):
+            raise TypeError("predictions have a fixed number of classes")
+        most = rows.size if isinstance(rows, AtMost) else rows
+        size = self._bytes_of(most, classes)
+        # How many rows there are is not known beforehand where not all of them have to come.
+        exactly = isinstance(rows, int) and not self.remembers
+        packed = Limit(shape=(size if exactly else AtMost(size),), dtype=np.dtype(np.uint8))
+        return {"packed": packed}
+
+    def _bytes_of(self, rows: int, classes: int) -> int:
+        width, numbers = self._width(classes)
+        return bytes_of(rows * numbers, width)
+
+    def _width(self, classes: int) -> tuple[int, int]:
+        """Return the bits of a number, and how many numbers a row has."""
+        return (max(classes - 1, 1).bit_length(), 1) if self.bits == 1 else (self.bits, classes)
+
+    def bad(self, encoded: Encoded, asked: Asked) -> str | None:
+        """Every row that came has a class that there is, or shares that sum to 1."""
+        for prefix, part in _predictions(encoded.inner, ""):
+            rows, classes = len(part.rows), part.values.shape[1]
+            came = self._came(encoded, f"{prefix}values", rows)
+            if came is None:
+                return "rows are missing that did not travel before"
+            written, count = encoded.array(f"{prefix}values", "packed"), int(came.sum())
+            if len(written) != self._bytes_of(count, classes):
+                return f"{len(written)} bytes, expected those of {count} rows"
+            numbers = self._read(written, count, classes)
+            if self.bits == 1 and bool((numbers >= classes).any()):
+                return f"a class beyond the {classes} that there are"
+            if self.bits > 1 and bool((numbers.sum(-1) != 2**self.bits - 1).any()):
+                return "shares of a row that do not sum to 1"
+        return None
+
+    def _came(self, encoded: Encoded, place: str, rows: int) -> np.ndarray | None:
+        """Tell which rows travelled; None where others would have to be known already."""
+        return np.ones(rows, bool)
+
+    def _read(self, written: np.ndarray, rows: int, classes: int) -> np.ndarray:
+        width, numbers = self._width(classes)
+        read = unpacked(written, rows * numbers, bits=width)
+        return read if self.bits == 1 else read.reshape(rows, classes)
+
+    def encode(
+        self, payload: Payload, memory: Arrays, rng: np.random.Generator
+    ) -> tuple[Payload, Arrays]:
+        """Quantise and pack."""
+        coded: dict[str, dict[str, np.ndarray]] = {}
+        after: Arrays = {}
+        for prefix, part in _predictions(payload, ""):
+            if not _holds_soft_labels(part):
+                continue
+            levels = quantised(part.values, bits=self.bits)
+            numbers = levels.argmax(-1) if self.bits == 1 else levels.astype(np.int64)
+            known = {
+                word: memory[f"{prefix}{word}"] for word in _KNOWN if f"{prefix}{word}" in memory
+            }
+            coded[f"{prefix}values"] = self._written(numbers, part, known)
+            after |= {f"{prefix}rows": part.rows, f"{prefix}numbers": numbers}
+        return Encoded.of(self.kind, payload, coded), after if self.remembers else memory
+
+    def _written(
+        self, numbers: np.ndarray, part: Predictions, known: Arrays
+    ) -> dict[str, np.ndarray]:
+        width, _ = self._width(part.values.shape[1])
+        return {"packed": packed(numbers.reshape(-1), bits=width)}
+
+    def decode(self, encoded: Payload, memory: Arrays) -> tuple[Payload, Arrays]:
+        """Unpack, and fill in what did not travel since it had not changed."""
+        sent = self._encoded(encoded)
+        arrays: Arrays = {}
+        after: Arrays = {}
+        for prefix, part in _predictions(sent.inner, ""):
+            place = f"{prefix}values"
+            if f"{place}/packed" not in sent.coded:
+                continue
+            rows, classes = len(part.rows), part.values.shape[1]
+            came = self._came(sent, place, rows)
+            came = np.ones(rows, bool) if came is None else came
+            shape = (rows,) if self.bits == 1 else (rows, classes)
+            numbers = np.zeros(shape, np.int64)
+            if np.array_equal(memory.get(f"{prefix}rows", np.zeros(0)), part.rows):
+                numbers = memory[f"{prefix}numbers"].copy()
+            numbers[came] = self._read(sent.array(place, "packed"), int(came.sum()), classes)
+            levels = np.eye(classes)[numbers] if self.bits == 1 else numbers
+            arrays[place] = restored(levels.astype(np.uint8), bits=self.bits)
+            after |= {f"{prefix}rows": part.rows, f"{prefix}numbers": numbers}
+        return sent.payload(arrays), after if self.remembers else memory
+
+
+class SoftLabelDeltas(SoftLabelBits):
+    """Soft labels in few bits, of those rows alone whose labels have changed since they travelled.
+
+    Which rows those are costs a bit each. It saves bytes where the rows are the same in every
+    round; where they are not, all of them travel.
+
+    Source:
+        Sattler et al., 2022, equation 13. https://arxiv.org/abs/2012.00632. The paper leaves an
+        entropy coder to write the symbols; here unchanged rows are left out.
+    """
+
+    kind: Literal["cfd", "cfd_delta"] = "cfd_delta"
+    remembers: ClassVar[bool] = True
+
+    def _limits(self, limit: Limit) -> dict[str, Limit]:
+        rows = limit.shape[0]
+        most = rows.size if isinstance(rows, AtMost) else rows
+        size = bytes_of(most, 1)
+        changed: int | AtMost = AtMost(size) if isinstance(rows, AtMost) else size
+        flags = Limit(shape=(changed,), dtype=np.dtype(np.uint8))
+        return {**super()._limits(limit), "changed": flags}
+
+    def _came(self, encoded: Encoded, place: str, rows: int) -> np.ndarray | None:
+        flags = encoded.array(place, "changed")
+        if len(flags) != bytes_of(rows, 1):
+            return None
+        came = np.unpackbits(flags, count=rows).astype(bool)
+        return came if encoded.since or bool(came.all()) else None
+
+    def _written(
+        self, numbers: np.ndarray, part: Predictions, known: Arrays
+    ) -> dict[str, np.ndarray]:
+        same_rows = np.array_equal(known.get("rows", np.zeros(0)), part.rows)
+        before = known["numbers"] if same_rows else None
+        if self.bits == 1:
+            symbols = delta_symbols(before, numbers)
+            changed = symbols > 0
+            numbers = symbols - 1
+        elif before is None:
+            changed = np.ones(len(numbers), bool)
+        else:
+            changed = (before != numbers).any(-1)
+        return {"changed": np.packbits(changed), **super()._written(numbers[changed], part, known)}
+
+
+_KNOWN = ("rows", "numbers")
+"""What is remembered of predictions: which rows travelled, and what was last said of them."""
+
+
+def _holds_soft_labels(sent: Predictions) -> bool:
+    values = sent.values
+    return (
+        sent.scale == "probabilities"
+        and values.dtype == FLOAT32
+        and values.ndim == 2
+        and values.shape[1] > 0
+        and bool(np.isfinite(values).all())
+        and are_distributions(values)
+    )
+
+
 def _spread(
     top: np.ndarray, named: np.ndarray, rest: np.ndarray | None, classes: int
 ) -> np.ndarray:
@@ -301,7 +498,15 @@ def _asked_predictions(asked: Asked, prefix: str) -> Iterator[tuple[str, Scale]]
 
 
 CODECS: Kinds[Codec] = Kinds(
-    "codec", Codec, {"float32": Float32, "float16": Float16, "top_k": TopK}
+    "codec",
+    Codec,
+    {
+        "float32": Float32,
+        "float16": Float16,
+        "top_k": TopK,
+        "cfd": SoftLabelBits,
+        "cfd_delta": SoftLabelDeltas,
+    },
 )
 """Codecs by the name that a settings file uses."""
 

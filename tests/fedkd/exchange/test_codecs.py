@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import BaseModel, ValidationError
 
-from fedkd.exchange.codecs import CODECS, CodecField, Float16, Float32, TopK
+from fedkd.exchange.codecs import (
+    CODECS,
+    CodecField,
+    Float16,
+    Float32,
+    SoftLabelBits,
+    SoftLabelDeltas,
+    TopK,
+)
 from fedkd.exchange.payload import Asked
 from fedkd.exchange.payloads import (
     Bundle,
@@ -184,6 +192,77 @@ def test_the_default_is_the_same_object():
     assert Float32().asked(asked) is asked
 
 
+# -- soft labels in few bits ---------------------------------------------------------------------
+
+
+def soft(*values: list[float]) -> Predictions:
+    return predictions(np.array(values, np.float32), "probabilities")
+
+
+def test_soft_labels_arrive_as_the_nearest_shares_that_sum_to_one():
+    sent = soft([0.06713702, 0.35502569, 0.52978979, 0.04804750])
+    for bits, units in ((1, [0, 0, 1, 0]), (2, [0, 1, 2, 0]), (4, [1, 5, 8, 1])):
+        values = round_trip(SoftLabelBits(bits=bits), sent).values
+        assert values[0] == pytest.approx(np.array(units) / (2**bits - 1), abs=1e-7)
+
+
+def test_bytes_are_packed_bits():
+    # 5 rows of 4 classes: a class takes 2 bits, or four shares 3 bits each.
+    sent = soft(*[[0.25] * 4] * 5)
+    for codec, size in ((SoftLabelBits(), 2), (SoftLabelBits(bits=3), 8), (SoftLabelDeltas(), 3)):
+        assert codec.encode(sent, {}, RNG)[0].payload_bytes == size
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_only_rows_that_changed_travel_and_the_receiver_fills_in_the_others(bits):
+    codec = SoftLabelDeltas(bits=bits)
+    first = soft(*[[0.9, 0.1, 0, 0]] * 8)
+    second = soft([0, 0, 1, 0], *[[0.9, 0.1, 0, 0]] * 6, [0, 1, 0, 0])
+    sender, receiver = {}, {}
+    sizes = []
+    for number, sent in enumerate((first, second, second)):
+        encoded, sender = codec.encode(sent, sender, RNG)
+        encoded = replace(encoded, since=number)
+        asked = codec.asked(Predictions.asked(np.arange(8), 4, scale="probabilities"))
+        assert (encoded.problem(asked), codec.bad(encoded, asked)) == (None, None)
+        decoded, receiver = codec.decode(encoded, receiver)
+        sizes.append(encoded.payload_bytes)
+        assert np.array_equal(decoded.values, round_trip(SoftLabelBits(bits=bits), sent).values)
+    width = 2 if bits == 1 else 12
+    assert sizes == [1 + -(-8 * width // 8), 1 + -(-2 * width // 8), 1]
+
+
+def test_other_rows_than_before_travel_whole():
+    codec = SoftLabelDeltas()
+    sent = soft([1, 0], [0, 1])
+    _, memory = codec.encode(sent, {}, RNG)
+    encoded, _ = codec.encode(replace(sent, rows=np.array([4, 7])), memory, RNG)
+    assert np.unpackbits(encoded.array("values", "changed"), count=2).tolist() == [1, 1]
+
+
+def test_what_cannot_have_been_quantised_is_refused():
+    few, delta = SoftLabelBits(bits=2), SoftLabelDeltas()
+    asked = Predictions.asked(np.arange(2), 3, scale="probabilities")
+    encoded, _ = few.encode(soft([1, 0, 0], [0, 1, 0]), {}, RNG)
+    spoilt = encoded.with_arrays({"coded/values/packed": np.zeros(2, np.uint8)})
+    assert few.bad(spoilt, few.asked(asked)) == "shares of a row that do not sum to 1"
+    encoded, _ = SoftLabelBits().encode(soft([1, 0, 0], [0, 1, 0]), {}, RNG)
+    beyond = encoded.with_arrays({"coded/values/packed": np.full(1, 255, np.uint8)})
+    told = "a class beyond the 3 that there are"
+    assert SoftLabelBits().bad(beyond, SoftLabelBits().asked(asked)) == told
+    encoded, _ = delta.encode(soft([1, 0, 0], [0, 1, 0]), {}, RNG)
+    missing = encoded.with_arrays({"coded/values/changed": np.zeros(1, np.uint8)})
+    told = "rows are missing that did not travel before"
+    assert delta.bad(missing, delta.asked(asked)) == told
+
+
+def test_logits_are_no_shares():
+    with pytest.raises(ValueError, match="cfd quantises soft labels, got logits; use top_k or"):
+        SoftLabelBits().asked(Predictions.asked(np.arange(2), 4))
+    assert round_trip(SoftLabelBits(), predictions(S)).values is not None
+    assert np.array_equal(round_trip(SoftLabelBits(), predictions(S)).values, S)
+
+
 # -- what is encoded is looked at before it is decoded -------------------------------------------
 
 WEIGHTS = {"w": S, "n": np.array(1), "0.b": np.zeros(4, np.float32)}
@@ -209,12 +288,28 @@ KINDS = [
         Bundle.asked(a=Predictions.asked(np.arange(2), 4), w=Weights.asked(WEIGHTS)),
     ),
 ]
+SOFT = [
+    KINDS[2],
+    (
+        Predictions(rows=ROWS, values=softmax(S), scale="probabilities", ids="subset", planned=9),
+        Predictions.asked(
+            np.array([1, 3, 4, 5, 6, 8, 9, 10, 11]), 4, ids="subset", scale="probabilities"
+        ),
+    ),
+    (
+        Bundle(parts={"a": predictions(softmax(T), "probabilities"), "w": Weights(arrays=WEIGHTS)}),
+        Bundle.asked(
+            a=Predictions.asked(np.arange(2), 4, scale="probabilities"), w=Weights.asked(WEIGHTS)
+        ),
+    ),
+]
+QUANTISERS = [SoftLabelBits(), SoftLabelBits(bits=3), SoftLabelDeltas(), SoftLabelDeltas(bits=4)]
 PAIRS = [
     (codec, payload, asked)
     for codec in (Float16(), TopK(k=2))
     for payload, asked in KINDS
     if codec.refuses(type(payload)) is None
-]
+] + [(codec, payload, asked) for codec in QUANTISERS for payload, asked in SOFT]
 
 
 @pytest.mark.parametrize(("codec", "payload", "asked"), PAIRS)
@@ -357,7 +452,8 @@ def test_settings_name_a_codec_by_its_kind_or_with_its_settings(given, expected)
     [
         (
             "flot16",
-            "unknown codec 'flot16'; known: float32, float16, top_k; or package.module:Class",
+            "unknown codec 'flot16'; known: float32, float16, top_k, cfd, cfd_delta; or "
+            "package.module:Class",
         ),
         ("flot16", "did you mean 'float16'?"),
         ({"k": 3}, "must be a kind of codec or a table with a kind"),

@@ -48,6 +48,8 @@ CASES = {
     "fedgems": ("fedgems", {"directions": []}),
     "fedgems, upwards only": ("fedgems", {"directions": ["server"]}),
     "fedmd": ("fedmd", {"digest_epochs": 0}),
+    "cfd, no direction": ("cfd", {"directions": []}),
+    "cfd, upwards only": ("cfd", {"directions": ["server"]}),
     "fccl, no direction": ("fccl", {"directions": []}),
     "rhfl, no direction": ("rhfl", {"directions": []}),
     "fedkd, no direction": ("fedkd", {"directions": []}),
