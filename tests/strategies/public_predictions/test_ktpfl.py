@@ -113,6 +113,16 @@ def test_coefficients_after_a_step_of_one_half(project, expected):
     assert np.allclose(state.coefficients, expected, atol=2e-8)
 
 
+def test_the_next_step_goes_on_from_the_coefficients_of_the_last():
+    strategy = ktpfl(step=0.5)
+    once = after(strategy, uploads(_0=S, _1=T, _2=U))
+    twice = after(strategy, uploads(_0=S, _1=T, _2=U), once)
+    gradient = gradients(once.coefficients, SOFT, rho=0.7, clients=3)
+    expected = projected(once.coefficients - 0.5 * gradient, "simplex")
+    assert np.allclose(twice.coefficients, expected, atol=1e-12)
+    assert np.abs(twice.coefficients - once.coefficients).max() > 0.01
+
+
 def test_a_step_before_its_projection():
     stepped = EQUAL - 0.5 * gradients(EQUAL, SOFT, rho=0.7, clients=3)
     expected = [
