@@ -117,10 +117,12 @@ class Generating(GlobalModels):
     """What the server remembers.
 
     Attributes:
+        head: the last layer that all share, where they share no more than that.
         generator: its weights and what its optimizer remembers; none before it was trained.
         labels: classes that it was last trained to generate.
     """
 
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
     generator: Mapping[str, np.ndarray] = field(default_factory=dict)
     labels: tuple[int, ...] = ()
 
@@ -271,11 +273,11 @@ class FedGen(Averaging[FedGenSettings, Generating]):
 
     def begin(self, server: ServerTools) -> Generating:
         """Start those who share weights from the first weights of the first of them."""
-        models: dict[str, Weights] = {}
-        for client in self.federation.first_clients.values():
-            shared = self._shared(server.initial_weights(client), client)
-            models.setdefault(self._key(client), shared)
-        return Generating(models=models)
+        models = {
+            self._key(client): self._shared(server.initial_weights(client), client)
+            for client in reversed(self.federation.first_clients.values())
+        }
+        return _remembered(models, Generating(models={}))
 
     def receives(self, state: Generating, client: int, round: Round) -> Hashable:
         """The weights that the client shares, and the generator once there is one."""
@@ -285,12 +287,12 @@ class FedGen(Averaging[FedGenSettings, Generating]):
         """Shared weights, alone or beside the generator and the classes that it knows."""
         shared, with_generator = key
         if not with_generator:
-            return state.models[shared]
+            return _known(state)[shared]
         known = np.zeros(self.federation.num_classes, np.float32)
         known[list(state.labels)] = 1.0
         return Bundle(
             parts={
-                MODEL: state.models[shared],
+                MODEL: _known(state)[shared],
                 GENERATOR: Weights(arrays=generator_weights(state.generator)),
                 LABELS: Numbers(values=known),
             }
@@ -298,7 +300,7 @@ class FedGen(Averaging[FedGenSettings, Generating]):
 
     def asks(self, state: Generating, client: int, round: Round, server: ServerTools) -> Asked:
         """Weights, and how many rows of each class the client holds."""
-        shared = state.models[self._key(client)].arrays
+        shared = _known(state)[self._key(client)].arrays
         classes, rows = self.federation.num_classes, self.federation.num_examples[client]
         counts = Numbers.asked(classes, largest=float(rows), subject="a label count")
         return Bundle.asked(**{MODEL: Weights.asked(shared), COUNTS: counts})
@@ -317,8 +319,7 @@ class FedGen(Averaging[FedGenSettings, Generating]):
             head = model.arrays if shares_head else self._head(model.arrays, upload.client)
             heads.append((head["weight"], head.get("bias")))
             counts.append(expect(sent[COUNTS], Numbers).values)
-        models = {**state.models, **{k: m.mean() for k, m in means.items()}}
-        after = replace(state, models=models)
+        after = _remembered({key: mean.mean() for key, mean in means.items()}, state)
         if not heads or not len(known_labels(np.stack(counts))):
             return after
         settings = self.settings
@@ -340,6 +341,18 @@ class FedGen(Averaging[FedGenSettings, Generating]):
         )
         labels = tuple(int(label) for label in known_labels(np.stack(counts)))
         return replace(after, generator=generator, labels=labels)
+
+
+def _known(state: Generating) -> dict[str, Weights]:
+    """Return all weights that are shared, by whose they are."""
+    return {**state.models, **({HEAD: Weights(arrays=state.head)} if state.head else {})}
+
+
+def _remembered(models: Mapping[str, Weights], state: Generating) -> Generating:
+    """Return the state with newer weights. A last layer is no model, and is kept as arrays."""
+    head = models[HEAD].arrays if HEAD in models else state.head
+    own = {key: model for key, model in models.items() if key != HEAD}
+    return replace(state, models={**state.models, **own}, head=head)
 
 
 @lru_cache(maxsize=256)

@@ -199,9 +199,9 @@ def home(parts, tiny_settings, tiny_data):
 
 
 def upload(strategy, state, client, counts):
-    shared = state.models[strategy._key(client)]
+    received = strategy.payload(state, (strategy._key(client), False))
     numbers = Numbers(values=np.array(counts, np.float32))
-    return Upload(client, Bundle(parts={MODEL: shared, COUNTS: numbers}), 12)
+    return Upload(client, Bundle(parts={MODEL: received, COUNTS: numbers}), 12)
 
 
 @pytest.mark.parametrize("share", ["model", "head"])
