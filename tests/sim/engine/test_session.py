@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -77,7 +78,11 @@ def rounds(runs: Path) -> int:
 
 def folders_of(process: psutil.Process) -> set[str]:
     """Return the private folders that a run's processes were told of."""
-    words = [word for child in process.children(recursive=True) for word in child.cmdline()]
+    words: list[str] = []
+    for child in process.children(recursive=True):
+        # One that ends meanwhile says nothing any more.
+        with suppress(psutil.Error):
+            words += child.cmdline()
     return set(re.findall(r"/\S*?/fedkd-\w{8}", " ".join(words)))
 
 
