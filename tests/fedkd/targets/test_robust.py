@@ -98,7 +98,7 @@ def test_the_geometric_median_stays_at_a_point_that_most_clients_share():
 
 def test_the_geometric_median_does_not_leave_the_point_that_it_is():
     # The mean is at two clients' point, which the other three pull less than the two hold.
-    first = torch.tensor([1, 4, 5, 6, 4]) / 8
+    first = torch.tensor([1.0, 4, 5, 6, 4], dtype=torch.float64) / 8
     values = torch.stack([first, 1 - first], dim=-1)[:, None]
     assert geometric_median(values).tolist() == [[0.5, 0.5]]
 
