@@ -23,7 +23,7 @@ from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
 from fedkd.training.gradients import PLAIN, Rules
 from fedkd.training.learners import ComposedObjective
-from fedkd.training.objectives import JointObjective, Objective
+from fedkd.training.objectives import JointObjective, ObjectiveFunction
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parts import NewParts
 from fedkd.training.state import Arrays, ClientState
@@ -259,7 +259,7 @@ Layers = Sequence[str] | Mapping[str, Sequence[str]]
 """Layers of every model, or of some by the name of the model: module paths, ``penultimate`` (what
 the last linear layer reads) or ``last_map`` (the last feature maps)."""
 
-Asked = Literal["private"] | np.ndarray | Sequence[np.ndarray] | Tensor
+RowChoice = Literal["private"] | np.ndarray | Sequence[np.ndarray] | Tensor
 """Rows to put through a model: each member's private ones, int64 positions in the public set (the
 same for all, or one array for each member), or inputs ``[rows, channels, height, width]``."""
 
@@ -330,7 +330,7 @@ class Cohort(ABC):
     @abstractmethod
     def fit(
         self,
-        objective: Objective | JointObjective | ComposedObjective,
+        objective: ObjectiveFunction | JointObjective | ComposedObjective,
         *,
         private: Passes | Sequence[Passes] | None = None,
         public: PublicLesson | None = None,
@@ -397,7 +397,7 @@ class Cohort(ABC):
     def outputs(
         self,
         *,
-        on: Asked,
+        on: RowChoice,
         mode: Mode = "eval",
         layers: Sequence[str] = (),
         model: str | None = None,

@@ -20,7 +20,6 @@ from fedkd.tensors import as_tensor
 from fedkd.training.batches import Passes
 from fedkd.training.cohort import (
     Architecture,
-    Asked,
     Average,
     Cohort,
     Examples,
@@ -28,6 +27,7 @@ from fedkd.training.cohort import (
     Member,
     Mode,
     PublicLesson,
+    RowChoice,
     RowOutputs,
     Streams,
     TrainingData,
@@ -382,7 +382,7 @@ class BackendCohort(Cohort):
         return found
 
     def _asked(
-        self, on: Asked, position: int
+        self, on: RowChoice, position: int
     ) -> tuple[np.ndarray, Float[Tensor, "rows channels height width"], Tensor | None]:
         """Return one member's row ids, inputs and labels.
 

@@ -22,12 +22,12 @@ from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
-    Asked,
     Average,
     Layers,
     Member,
     Mode,
     PublicLesson,
+    RowChoice,
     RowOutputs,
     Streams,
     TrainingData,
@@ -63,7 +63,7 @@ from fedkd.training.objectives import (
     Batch,
     JointObjective,
     Losses,
-    Objective,
+    ObjectiveFunction,
     Outputs,
 )
 from fedkd.training.optimizers import OptimizerSettings
@@ -121,7 +121,7 @@ class LoopCohort(BackendCohort):
 
     def fit(  # noqa: D102
         self,
-        objective: Objective | JointObjective | ComposedObjective,
+        objective: ObjectiveFunction | JointObjective | ComposedObjective,
         *,
         private: Passes | Sequence[Passes] | None = None,
         public: PublicLesson | None = None,
@@ -325,7 +325,7 @@ class LoopCohort(BackendCohort):
     def outputs(  # noqa: D102
         self,
         *,
-        on: Asked,
+        on: RowChoice,
         mode: Mode = "eval",
         layers: Sequence[str] = (),
         model: str | None = None,
@@ -677,7 +677,7 @@ class _Kept:
 
 
 def _on_outputs(
-    objective: Objective | JointObjective, beside: FitParts | None = None
+    objective: ObjectiveFunction | JointObjective, beside: FitParts | None = None
 ) -> StepLosses:
     """Hand an objective what it expects: one model's outputs, or those of several by name."""
     of_step: Any = objective

@@ -117,7 +117,7 @@ class Outputs(NamedTuple):
 Losses = Mapping[str, Loss]
 """Named losses, already weighted: of each row, or of the step as a whole."""
 
-Objective = Callable[[Outputs, Batch], Losses]
+ObjectiveFunction = Callable[[Outputs, Batch], Losses]
 JointObjective = Callable[[Mapping[str, Outputs], Batch], Losses]
 """What a client minimises that trains several models in one step: outputs by model name."""
 

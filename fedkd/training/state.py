@@ -82,7 +82,7 @@ class ClientState:
             tables.setdefault(model, {"weights": {}, "optimizer": {}})[part][name] = array
         return cls({model: ModelState(**parts) for model, parts in tables.items()}, kept)
 
-    def __reduce__(self) -> "tuple[Callable[..., ClientState], tuple[Layout, np.ndarray]]":
+    def __reduce__(self) -> "tuple[Callable[..., ClientState], tuple[Packing, np.ndarray]]":
         """Travel between processes as one buffer: dozens of small arrays take longer than one."""
         return _unpacked, packed(self.to_arrays())
 
@@ -177,13 +177,13 @@ def _check_layout(what: str, array: np.ndarray, shape: tuple[int, ...], dtype: n
         raise ValueError(f"{what} is {array.dtype} {array.shape}, expected {dtype} {shape}")
 
 
-Layout = tuple[tuple[str, str, tuple[int, ...], int], ...]
+Packing = tuple[tuple[str, str, tuple[int, ...], int], ...]
 """Name, type, shape and offset of each array in a buffer."""
 
 _ALIGNMENT = 64
 
 
-def packed(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, np.ndarray]:
+def packed(arrays: Mapping[str, np.ndarray]) -> tuple[Packing, np.ndarray]:
     """Copy arrays into one uint8 buffer, each at an address that suits every type."""
     layout = []
     end = 0
@@ -200,11 +200,11 @@ def packed(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, np.ndarray]:
 
 
 @lru_cache(maxsize=256)
-def _known_layouts(layout: Layout) -> Layout:
+def _known_layouts(layout: Packing) -> Packing:
     return layout
 
 
-def unpacked(layout: Layout, buffer: np.ndarray) -> Arrays:
+def unpacked(layout: Packing, buffer: np.ndarray) -> Arrays:
     """Return the arrays that `packed` put into a buffer, as views of it."""
     arrays = {}
     for name, dtype, shape, start in layout:
@@ -214,7 +214,7 @@ def unpacked(layout: Layout, buffer: np.ndarray) -> Arrays:
     return arrays
 
 
-def _unpacked(layout: Layout, buffer: np.ndarray) -> ClientState:
+def _unpacked(layout: Packing, buffer: np.ndarray) -> ClientState:
     return ClientState.from_arrays(unpacked(layout, buffer))
 
 

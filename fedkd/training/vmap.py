@@ -30,12 +30,12 @@ from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
     PARTS,
     Architecture,
-    Asked,
     Average,
     Layers,
     Member,
     Mode,
     PublicLesson,
+    RowChoice,
     RowOutputs,
     Streams,
     TrainingData,
@@ -48,7 +48,14 @@ from fedkd.training.common import BackendCohort, Fit, chunks, named, tapping
 from fedkd.training.feeds import Feed
 from fedkd.training.gradients import PLAIN, Anchor, Rules
 from fedkd.training.learners import ComposedObjective
-from fedkd.training.objectives import NO_PARTS, Batch, JointObjective, Losses, Objective, Outputs
+from fedkd.training.objectives import (
+    NO_PARTS,
+    Batch,
+    JointObjective,
+    Losses,
+    ObjectiveFunction,
+    Outputs,
+)
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parts import FitParts, NewParts, part_in
 from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
@@ -117,7 +124,7 @@ class VmapCohort(BackendCohort):
 
     def fit(  # noqa: D102
         self,
-        objective: Objective | JointObjective | ComposedObjective,
+        objective: ObjectiveFunction | JointObjective | ComposedObjective,
         *,
         private: Passes | Sequence[Passes] | None = None,
         public: PublicLesson | None = None,
@@ -402,7 +409,7 @@ class VmapCohort(BackendCohort):
     def outputs(  # noqa: D102
         self,
         *,
-        on: Asked,
+        on: RowChoice,
         mode: Mode = "eval",
         layers: Sequence[str] = (),
         model: str | None = None,
@@ -553,7 +560,7 @@ class _Kept:
             self.parts[first + at].append((own.pop(""), own))
 
 
-def _on_outputs(objective: Objective | JointObjective) -> Callable[..., Losses]:
+def _on_outputs(objective: ObjectiveFunction | JointObjective) -> Callable[..., Losses]:
     """Hand an objective what it expects: one model's outputs, or those of several by name."""
     of_step: Any = objective
 

@@ -24,7 +24,7 @@ from fedkd.training import (
     LoopCohort,
     Member,
     ModelPool,
-    Objective,
+    ObjectiveFunction,
     OptimizerSettings,
     Passes,
     PublicLesson,
@@ -152,7 +152,7 @@ class ServerTools:
     def fit(
         self,
         model: ServerModel,
-        objective: Objective | ComposedObjective,
+        objective: ObjectiveFunction | ComposedObjective,
         *,
         round: Round | None,
         private: Passes | None = None,
@@ -185,7 +185,7 @@ class ServerTools:
     def fit_while_better(
         self,
         model: ServerModel,
-        objective: Objective | ComposedObjective,
+        objective: ObjectiveFunction | ComposedObjective,
         *,
         round: Round,
         public: PublicLesson,

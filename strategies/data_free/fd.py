@@ -22,7 +22,16 @@ from fedkd.losses.reduction import PerRow
 from fedkd.losses.rows import log_softmax
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.targets import Scale, soften
-from fedkd.training import Batch, Cohort, Losses, Objective, Outputs, Table, as_tensor, supervised
+from fedkd.training import (
+    Batch,
+    Cohort,
+    Losses,
+    ObjectiveFunction,
+    Outputs,
+    Table,
+    as_tensor,
+    supervised,
+)
 from strategies.contract import (
     Call,
     Card,
@@ -133,7 +142,7 @@ class FD(Strategy[FDSettings, Tables]):
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Learn from labels and from the others' soft labels; send one's own, by class."""
         weight = self.settings.kd_weight.at(call.progress)
-        objective: Objective = supervised
+        objective: ObjectiveFunction = supervised
         tables = {}
         if received and weight:
             objective = partial(self._learn, weight=weight)

@@ -31,7 +31,7 @@ from fedkd.training import (
     Batch,
     Cohort,
     Losses,
-    Objective,
+    ObjectiveFunction,
     Outputs,
     Table,
     as_tensor,
@@ -115,7 +115,7 @@ class FedDistillPlus(GlobalModelsServer[FedDistillPlusSettings, ModelsAndTables]
         self.before_evaluation(cohort, received, call)
         cohort.reset_optimizers()
         weight = self.settings.kd_weight.at(call.progress)
-        objective: Objective = supervised
+        objective: ObjectiveFunction = supervised
         tables = {}
         if weight and isinstance(received[0], Bundle):
             lessons = received_part(received, TABLE).all(ClassTable)

@@ -33,7 +33,7 @@ from fedkd.training import (
     Batch,
     Cohort,
     Losses,
-    Objective,
+    ObjectiveFunction,
     OptimizerSettings,
     Outputs,
     Table,
@@ -167,7 +167,7 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
         """Learn from labels and from the server's logits; send what it is to learn from."""
         settings = self.settings
         weight = settings.kd_weight.at(call.progress)
-        objective: Objective = supervised
+        objective: ObjectiveFunction = supervised
         tables: dict[str, Table] = {}
         if received and weight:
             objective = partial(

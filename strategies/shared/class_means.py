@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedkd.training import Cohort, Objective, RowOutputs, Table
+from fedkd.training import Cohort, ObjectiveFunction, RowOutputs, Table
 from strategies.contract import Call
 
 Collect = Literal["round", "last_epoch", "evaluation"]
@@ -17,7 +17,7 @@ evaluation mode. The first two cost no forward pass."""
 
 def fit_and_collect(
     cohort: Cohort,
-    objective: Objective,
+    objective: ObjectiveFunction,
     call: Call,
     collect: Collect,
     *,
