@@ -479,3 +479,11 @@ def test_anchors_of_different_strength_by_hand():
     pulled = anchor.pulled([torch.zeros(2), torch.zeros(1), torch.zeros(1)], now)
     assert torch.cat(pulled).tolist() == pytest.approx([0.05, -0.1, 0.2, 0.0])
     assert Anchor.of({"c": Plain()}, start) is None
+
+
+def test_a_model_that_is_not_clipped_is_not_measured_in_the_other_s_place():
+    # Stacked, both are one module, and the one that is measured runs first.
+    model = dict.fromkeys(TWO, MLP)
+    rules = {"private": Clipped(norm=0.1, expected_batch=8.0)}
+    one, other = (fit_two(kind, rules, model) for kind in (LoopCohort, VmapCohort))
+    assert difference(one, other) < 1e-12
