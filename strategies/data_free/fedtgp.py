@@ -25,7 +25,6 @@ from torch import Tensor
 from fedkd.bounds import Count, LearningRate, PositiveWeight
 from fedkd.exchange.payloads import Prototypes
 from fedkd.exchange.values import Arrays, Value
-from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import Passes, as_tensor
 from strategies.contract import (
     Card,
@@ -54,7 +53,6 @@ class FedTGPSettings(PrototypeSettings):
     """
 
     name: Literal["fedtgp"] = "fedtgp"
-    prototype_weight: NonNegativeSchedule = ConstantSchedule(value=10.0)
     collect: Collect = "evaluation"
     margin: PositiveWeight = 100.0
     server_epochs: Count = 100

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedkd.bounds import Count, Temperature
 from fedkd.exchange.payload import Payload, expect
-from fedkd.exchange.payloads import Bundle, Weights
+from fedkd.exchange.payloads import Bundle, Numbers, Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import RunningMean
 from fedkd.losses.distances import logit_mse_rows
@@ -79,19 +79,6 @@ class PastModels(GlobalModels):
 
     past: Mapping[str, tuple[Weights, ...]] = field(default_factory=dict)
     losses: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Votes(Payload):
-    """How much each teacher counts.
-
-    Attributes:
-        values: float32 ``[teachers]``, of sum 1.
-    """
-
-    kind: ClassVar[str] = "votes"
-
-    values: np.ndarray
 
 
 def mean_model(models: Iterable[Weights]) -> Weights:
@@ -203,7 +190,7 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
             parts[MEAN] = mean_model(past)
         else:
             parts |= {f"past {age}": model for age, model in enumerate(past[:-1])}
-            parts[VOTES] = Votes(values=votes_of(state.losses[architecture]))
+            parts[VOTES] = Numbers(values=votes_of(state.losses[architecture]))
         return Bundle(parts=parts)
 
     def aggregate(
@@ -231,4 +218,4 @@ def _teachers(piece: Payload | None) -> dict[str, float]:
         return {MEAN: 1.0}
     # The global model is the newest of those that vote.
     names = [*(name for name in piece.parts if name not in (MODEL, VOTES)), MODEL]
-    return dict(zip(names, expect(piece[VOTES], Votes).values.tolist(), strict=True))
+    return dict(zip(names, expect(piece[VOTES], Numbers).values.tolist(), strict=True))

@@ -122,6 +122,7 @@ def test_a_class_that_nobody_ever_sent_has_no_prototype_and_one_that_is_away_kee
     two = [prototypes({0: (1, 0), 1: (0, 1)})]
     state = strategy.aggregate(state, uploads(two), first, server)
     assert state.known.classes.tolist() == [0, 1]
+    assert state.known.values.shape == (2, 2)
     state = strategy.aggregate(state, uploads([prototypes({2: (-1, 0)})]), second, server)
     assert state.known.classes.tolist() == [0, 1, 2]
     assert np.isfinite(state.known.values).all()

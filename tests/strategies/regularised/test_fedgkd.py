@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd.exchange.payloads import Bundle, Weights
+from fedkd.exchange.payloads import Bundle, Numbers, Weights
 from fedkd.training import MODEL, Batch, LoopCohort, Member, ModelPool, Outputs, Streams
 from fedkd.training import TrainingData as Tensors
 from strategies.contract import Upload
-from strategies.regularised.fedgkd import Votes, distance_rows, mean_model, votes_of
+from strategies.regularised.fedgkd import distance_rows, mean_model, votes_of
 
 CLIENT = torch.tensor([[1.0, 2.0, 3.0, 0.0], [0.5, -1.0, 0.0, 2.0]])
 TEACHER = torch.tensor([[2.0, 1.0, 4.0, -1.0], [0.0, 0.0, 1.0, 3.0]])
@@ -201,7 +201,7 @@ def test_voters_teach_by_their_votes(cohort_of, learn, monkeypatch):
         return told(outputs, batch, **more)
 
     monkeypatch.setattr(strategy, "_learn", listen)
-    votes = Votes(values=np.array([0.25, 0.75], np.float32))
+    votes = Numbers(values=np.array([0.25, 0.75], np.float32))
     parts = {MODEL: Weights(arrays=model), "past 0": Weights(arrays=past), "votes": votes}
     learn(strategy, cohort, Bundle(parts=parts), 2)
     assert heard == {"teacher past 0": 0.25, f"teacher {MODEL}": 0.75}
