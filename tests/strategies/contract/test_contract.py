@@ -56,7 +56,7 @@ VARIANTS = {
         {"objective": {"ce": 1.0, "hint": 0.3}, "meme_objective": {"ce": 1.0, "rkd_angle": 0.1}},
         {"objective": {"ce": 1.0, "crd": 0.1, "adversarial": 0.1}},
     ],
-    "codistillation": [{}, {"burn_in": 2, "interval": 1}],
+    "codistillation": [{}, {"interval": 1}],
     "okddip": [{}, {"average": "probability", "leader": "mlp"}, {"include_self": False}],
     "one": [{}, {"gate": "equal"}],
     "ktpfl": [{}, {"project": "softmax5", "step": 0.5, "scale_by_t2": False}],
