@@ -1,8 +1,6 @@
 """`fedkd algorithms` tells who learns from whom, what travels, and where it is from."""
 
 import re
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,8 @@ from typer.testing import CliRunner
 from sim.commands.algorithms import algorithms
 from sim.commands.arms import load_study
 from sim.commands.cli import app
-from sim.settings.tables import read_word
+from sim.contract import sections_of
+from sim.settings import merge_tables, settings_from_table
 from strategies import STRATEGIES
 
 OURS = {"local", "pooled", "one_way"}
@@ -60,6 +59,5 @@ def test_the_example_of_all_algorithms_has_them_all_with_what_they_need() -> Non
     arms = load_study(str(EXAMPLE)).arms
     assert arms.keys() == STRATEGIES.keys()
     for name, settings in arms.items():
-        for need in algorithms(name)[0].description.card.needs:
-            path, value = read_word(need)
-            assert reduce(getitem, path, settings.to_table()) == value, need
+        needed = sections_of(algorithms(name)[0].description.card.needs)
+        assert settings_from_table(merge_tables(settings.to_table(), needed)) == settings, name
