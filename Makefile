@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedkd compare conf/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -q -n 3 --dist loadgroup -m "not slow"
 
 test-all: $(VENV)/.installed
 	$(BIN)/pytest -q -n 2 --dist loadgroup

@@ -36,9 +36,20 @@ VARIANTS = {
     "fd": [{}, {"collect": "evaluation", "weighting": "count"}],
     "fedavg": [{}, {"weighting": "equal"}],
     "feddistill_plus": [{}, {"leave_one_out": True, "collect": "evaluation"}],
-    "fedet": [{}, {"model": "mlp", "share_head": False, "weighting": "equal"}],
+    # Hundreds of steps of a server show no more than twenty do.
+    "feddf": [{"server_steps": 20}, {}],
+    "fedet": [
+        {"server_steps": 20},
+        {},
+        {"model": "mlp", "share_head": False, "weighting": "equal"},
+    ],
     "fedgems": [{}, {"directions": ["clients"]}, {"ce_share": 0.1, "server_epochs": 3}],
-    "fedgen": [{}, {"share": "head", "teacher": "logits"}, {"latent_weight": 0.0}],
+    "fedgen": [
+        {"generator_steps": 10},
+        {},
+        {"share": "head", "teacher": "logits"},
+        {"latent_weight": 0.0},
+    ],
     "fedgkd": [{}, {"teacher": "vote", "last": 2}, {"distance": "mse", "last": 1}],
     "fedkd": [{}, {"mentee": "cnn", "energy": 0.5, "directions": ["mentor"]}],
     "fedmd": [
@@ -49,7 +60,11 @@ VARIANTS = {
     "fedntd": [{}, {"temperature": 3}],
     "fedprox": [{}, {"mu": 1}],
     "fedproto": [{}, {"judge": "head", "features": 4}],
-    "fedtgp": [{}, {"judge": "head", "features": 4, "collect": "last_epoch"}],
+    "fedtgp": [
+        {"server_epochs": 10},
+        {},
+        {"judge": "head", "features": 4, "collect": "last_epoch"},
+    ],
     "fml": [
         {},
         {"meme": "cnn", "weighting": "examples"},
