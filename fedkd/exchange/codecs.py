@@ -18,7 +18,7 @@ from fedkd.exchange.kinds import Kinds, Stage
 from fedkd.exchange.payload import FLOAT32, Asked, AtMost, Limit, Payload
 from fedkd.exchange.payloads.bundle import Bundle
 from fedkd.exchange.payloads.encoded import Encoded
-from fedkd.exchange.payloads.predictions import Predictions, Scale, are_distributions
+from fedkd.exchange.payloads.predictions import Predictions, Scale
 from fedkd.exchange.quantiser import (
     bytes_of,
     delta_symbols,
@@ -28,6 +28,7 @@ from fedkd.exchange.quantiser import (
     unpacked,
 )
 from fedkd.exchange.values import Arrays, flatten
+from fedkd.targets.scale import are_distributions
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 

@@ -109,6 +109,24 @@ class RatedOptimizer:
         self.optimizer.step()
 
 
+class FixedRate:
+    """An optimizer whose learning rate stays what it is."""
+
+    def __init__(self, optimizer: Optimizer | torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def set_rate(self, progress: Callable[[int], float]) -> None:
+        """Keep the rate."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Move by the gradients of this step."""
+        self._optimizer.step()
+
+
 class Step(NamedTuple):
     """One step.
 

@@ -26,6 +26,7 @@ from fedkd.bounds import Count, LearningRate, PositiveWeight
 from fedkd.exchange.payloads import Prototypes
 from fedkd.exchange.values import Arrays, Value
 from fedkd.training import Passes, as_tensor
+from fedkd.training.steps import FixedRate, Steps
 from strategies.contract import (
     Card,
     Round,
@@ -187,9 +188,10 @@ class FedTGP(SharedPrototypes[FedTGPSettings, TrainedPrototypes]):
         }
         optimizer = torch.optim.SGD(weights.values(), lr=self.settings.server_lr)
         passes = Passes(batch_size=round.local.batch_size, epochs=self.settings.server_epochs)
-        for rows in passes.batches(len(labels), round.random(1)):
-            optimizer.zero_grad()
-            prototypes = made_by(weights)
-            separation_loss(values[rows], labels[rows], prototypes, margin=margin).backward()
-            optimizer.step()
+        batches = passes.batches(len(labels), round.random(1))
+        training = Steps([FixedRate(optimizer)], len(batches))
+        for step in training:
+            rows, prototypes = batches[step.number], made_by(weights)
+            loss = separation_loss(values[rows], labels[rows], prototypes, margin=margin)
+            training.descend({"separation": loss})
         return {name: tensor.detach().numpy() for name, tensor in weights.items()}

@@ -42,6 +42,7 @@ from fedkd.schedules import (
     RampUpSchedule,
 )
 from fedkd.training import Arrays, Cohort, as_tensor
+from fedkd.training.steps import FixedRate, Steps
 from strategies.contract import (
     Call,
     Card,
@@ -247,8 +248,8 @@ class OKDDip(TaughtByPeers[OKDDipSettings, Attending]):
         """Minimise the peers' divergence from their mixtures; return the maps and the shares."""
         attention, itself = self._attention(arrays), self.settings.include_self
         optimizer = torch.optim.Adam(attention.parameters(), lr=self.settings.attention_lr)
-        for _ in range(self.settings.attention_steps):
-            optimizer.zero_grad()
+        training = Steps([FixedRate(optimizer)], self.settings.attention_steps)
+        for _ in training:
             terms = okddip_losses(
                 logits,
                 logits.mean(0),
@@ -257,8 +258,7 @@ class OKDDip(TaughtByPeers[OKDDipSettings, Attending]):
                 temperature=temperature,
                 average=self._average,
             )
-            terms["kd_peers"].backward()
-            optimizer.step()
+            training.descend({"kd_peers": terms["kd_peers"]})
         with torch.no_grad():
             return _arrays(attention), attention(features, include_self=itself)
 

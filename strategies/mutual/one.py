@@ -37,6 +37,7 @@ from fedkd.schedules import (
 )
 from fedkd.targets import confidence, soften
 from fedkd.training import Arrays, as_tensor
+from fedkd.training.steps import FixedRate, Steps
 from strategies.contract import (
     Card,
     Federation,
@@ -165,11 +166,10 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
         logits, labels = torch.tensor(np.stack(list(sent.values()))), as_tensor(known[rows])
         gate = self._gate(weights)
         optimizer = torch.optim.SGD(gate.parameters(), lr=self.settings.gate_lr)
-        for _ in range(self.settings.gate_steps):
-            optimizer.zero_grad()
-            shares = among(gate(pictures), senders)
-            one_losses(logits, shares, labels, kd_weight=0.0)["ce_ensemble"].backward()
-            optimizer.step()
+        training = Steps([FixedRate(optimizer)], self.settings.gate_steps)
+        for _ in training:
+            losses = one_losses(logits, among(gate(pictures), senders), labels, kd_weight=0.0)
+            training.descend({"ce_ensemble": losses["ce_ensemble"]})
         gate.eval()
         with torch.no_grad():
             return _arrays(gate), among(gate(pictures), senders)

@@ -14,6 +14,7 @@ from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
 from fedkd.training import MODEL, Arrays, ClientState, OptimizerSettings, as_tensor
 from fedkd.training.pool import Slot
 from fedkd.training.state import ModelState, copy_to_numpy
+from fedkd.training.steps import FixedRate, Steps
 
 CPU = torch.device("cpu")
 
@@ -187,15 +188,14 @@ def taught(
             for _, bias in heads
         ]
     )
-    for _ in range(steps):
+    training = Steps([FixedRate(slot.optimizer)], steps)
+    for _ in training:
         labels = torch.from_numpy(rng.choice(known, batch))
         noise = torch.from_numpy(rng.standard_normal((batch, shape.noise), np.float32))
         features = slot.module(shape.read(labels, noise))
         logits = torch.einsum("kcf,nf->knc", matrices, features) + biases[:, None]
-        loss = teacher_weight * teacher_loss(logits, labels, shares, teacher=teacher)
-        loss = loss + diversity_weight * diversity_loss(noise, features)
-        slot.optimizer.zero_grad()
-        loss.backward()
-        slot.optimizer.step()
+        taught = teacher_weight * teacher_loss(logits, labels, shares, teacher=teacher)
+        diverse = diversity_weight * diversity_loss(noise, features)
+        training.descend({"teacher": taught, "diversity": diverse})
     slot.keep_buffers()
     return ClientState({MODEL: slot.state()}).to_arrays()
