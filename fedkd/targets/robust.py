@@ -17,6 +17,10 @@ GEOMETRIC_STEPS = 1000
 """Steps of `geometric_median` for a row at most; nearly all rows take fewer than a hundred."""
 
 
+LEAST_TRUST = 1e-200
+"""What a client's trust never falls below."""
+
+
 def filtered_mean(
     values: Float[Tensor, "clients rows classes"], *, dishonest: float
 ) -> Float[Tensor, "rows classes"]:
@@ -141,7 +145,8 @@ def less_trusted(
     away = (values.detach().cpu().double() - target.detach().cpu().double()).norm(dim=-1)
     distances = away.mean(dim=1).numpy()
     # The nearest client's factor is 1, so that not all of them round to 0.
-    fallen = trust * np.exp(-rate * (distances - distances.min()))
+    # Nobody's trust ever is 0 either: those who were trusted more may be away in some round.
+    fallen = np.maximum(trust * np.exp(-rate * (distances - distances.min())), LEAST_TRUST)
     kept: np.ndarray = fallen * (trust.sum() / fallen.sum())
     return kept
 
@@ -172,7 +177,7 @@ def _kept(
         raise ValueError(f"dishonest must be in [0, 1), got {dishonest}")
     rows, clients, _ = by_row.shape
     # 0.58 of 100 clients are twice 29, although the product is 28.999999999999996.
-    leave = math.floor(dishonest * clients / 2 + 1e-9)
+    leave = min(math.floor(dishonest * clients / 2 + 1e-9), (clients - 1) // 2)
     kept = np.tile(np.arange(clients), (rows, 1))
     for _ in range(2 if leave else 0):
         scores = outlier_scores(np.take_along_axis(by_row, kept[:, :, None], axis=1))

@@ -119,7 +119,7 @@ class Anchor:
             if mu:
                 square = (now.detach() - start).square()
                 squares.setdefault(mu, []).append(
-                    square.flatten(1).sum(1) if stacked else square.sum()
+                    square.reshape(len(square), -1).sum(1) if stacked else square.sum()
                 )
         first, *others = (mu / 2 * torch.stack(each).sum(0) for mu, each in squares.items())
         for other in others:
@@ -323,7 +323,8 @@ def clipped_sums(
         stacked: whether they are.
     """
     rows = 2 if stacked else 1
-    squares = [each.flatten(rows).square().sum(rows) for each in gradients.values()]
+    # A parameter may be a single number, which has nothing to be flattened.
+    squares = [each.reshape(*each.shape[:rows], -1).square().sum(-1) for each in gradients.values()]
     shares = rule.shares(torch.stack(squares).sum(0).sqrt())
     return {
         name: (shares.reshape(*shares.shape, *[1] * (each.ndim - rows)) * each).sum(rows - 1)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedkd.bounds import Count
 from fedkd.exchange.payload import Asked, Payload, expect
@@ -84,9 +84,9 @@ class FedGenSettings(AveragingSettings):
             ``weighted_logits``: by that of logits weighted by label counts.
         teacher_weight: of what they say, alpha in the code.
         diversity_weight: of the term that keeps features of one class apart, eta in the code.
-        label_weight: of last layers' cross-entropy on what is generated, in round 2.
+        label_weight: of last layers' cross-entropy on what is generated, before its first decay.
         latent_weight: of the divergence from what a last layer says about what is generated for a
-            row's class, in round 2; 0 leaves it out.
+            row's class, before its first decay; 0 leaves it out.
         weight_decay: factor on both from round to round.
         generator_optimizer: of the generator.
         generator_decay: factor on its learning rate from round to round.
@@ -110,6 +110,17 @@ class FedGenSettings(AveragingSettings):
     generator_batch: int = Field(128, ge=2, le=100_000)
     noise: Count = 32
     hidden: Count = 256
+
+    @field_validator("generator_optimizer")
+    @classmethod
+    def _keeps_its_rate_in_a_round(cls, optimizer: OptimizerSettings) -> OptimizerSettings:
+        if not optimizer.constant:
+            raise ValueError(
+                "strategy.generator_optimizer must have a constant rate, got warm_up "
+                f"{optimizer.warm_up} and decay {optimizer.decay}; strategy.generator_decay "
+                "changes the rate from round to round"
+            )
+        return optimizer
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ class FedProto(SharedPrototypes[FedProtoSettings, Prototypes]):
 
     card = Card(
         learns="each client from all clients' mean feature of a row's class",
-        up="at most C x d, 4 bytes a class id",
-        down="at most C x d, 4 bytes a class id",
-        equation="CE + proto_weight * mean square of (feature - mean feature of the class)",
+        up="at most C x d, a bit a class where some are missing",
+        down="at most C x d, a bit a class where some are missing",
+        equation="CE + prototype_weight * mean square of (feature - mean feature of the class)",
     )
     Settings: ClassVar[type[StrategySettings]] = FedProtoSettings
     State: ClassVar[type[Value]] = Prototypes

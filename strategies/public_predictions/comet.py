@@ -8,7 +8,7 @@ and sends both groups' means to everybody; a client takes, row by row, the one n
 says itself. ``group: clients`` cuts the clients in two by all rows together, and ``distil: beside``
 puts the public term into every step of training at home.
 
-Differs from the code: groups of up to 12 clients are the best there are, and otherwise seeded.
+Differs from the code: two groups of up to 12 clients are the best there are; others are seeded.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

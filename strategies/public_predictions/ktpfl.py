@@ -256,8 +256,10 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
             coefficients[among], state.soft, rho=settings.rho, clients=len(coefficients)
         )
         steps = published_steps(gradient) if settings.step is None else settings.step
-        coefficients[among] -= steps * gradient
-        coefficients[senders] = projected(coefficients[senders], settings.project)
+        # What the senders have of a row together stays with them: absentees' parts do not move.
+        whole = coefficients[among].sum(axis=1, keepdims=True)
+        stepped = shares_of(coefficients[among]) - steps * gradient
+        coefficients[among] = whole * projected(stepped, settings.project)
         return coefficients
 
     def smallest_steps(self) -> Iterator[Step]:

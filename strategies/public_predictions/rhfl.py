@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from fedkd.bounds import CountOrZero
@@ -28,7 +29,7 @@ from fedkd.exchange.values import Value
 from fedkd.losses.noisy_labels import symmetric_rows
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import soft_target_rows
-from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
+from fedkd.schedules import Between, ConstantSchedule, NonNegativeSchedule, Schedule
 from fedkd.targets import leave_one_out, mean_logit, soften
 from fedkd.training import Batch, Cohort, Losses, Outputs, Table, as_tensor, supervised
 from strategies.contract import (
@@ -65,7 +66,7 @@ class RHFLSettings(StrategySettings):
 
     name: Literal["rhfl"] = "rhfl"
     public_epochs: CountOrZero = 1
-    beta: NonNegativeSchedule = ConstantSchedule(value=0.5)
+    beta: Annotated[Schedule, AfterValidator(Between(0.0, 20.0))] = ConstantSchedule(value=0.5)
     ce_weight: NonNegativeSchedule = ConstantSchedule(value=0.1)
     reverse_weight: NonNegativeSchedule = ConstantSchedule(value=1.0)
 
@@ -207,6 +208,8 @@ class RHFL(Strategy[RHFLSettings, Trust]):
 
     def receives(self, state: Trust, client: int, round: Round) -> str | int | None:
         """What the others taught, or what all did where the client is none of them."""
+        if self.learns_alone:
+            return None
         if client in state.others:
             return None if state.others[client] is None else client
         return None if state.shared is None else "shared"

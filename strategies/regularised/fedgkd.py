@@ -133,11 +133,13 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
     def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Train on private rows, with the last global models as teachers after round 1."""
         weight = self._weight(call)
-        if not weight:
+        teachers = _teachers(received[0])
+        # First weights, which nobody has trained, teach nobody.
+        if not weight or not teachers:
             cohort.fit(supervised, private=call.local)
             return
         votes = {}
-        for part, vote in _teachers(received[0]).items():
+        for part, vote in teachers.items():
             cohort.freeze(f"teacher {part}", received_weights(received_part(received, part)))
             votes[f"teacher {part}"] = vote
         learn = partial(self._learn, weight=weight, votes=votes)
@@ -176,17 +178,20 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
     def receives(self, state: PastModels, client: int, round: Round) -> Hashable:
         """The global model of the client's architecture, and others where these teach too."""
         architecture = self.federation.architectures[client]
-        taught = self._weight(round) > 0 and len(state.past.get(architecture, ())) > 1
+        taught = self._weight(round) > 0 and bool(state.past.get(architecture))
         return (architecture, "taught") if taught else architecture
 
     def payload(self, state: PastModels, key: Any) -> Payload:
-        """The global model alone, which then is its own teacher; or with others."""
+        """The global model alone, or with what teaches beside it."""
         if isinstance(key, str):
             return state.models[key]
         architecture, _ = key
         past, parts = state.past[architecture], dict[str, Payload]()
         parts[MODEL] = state.models[architecture]
-        if self.settings.teacher == "mean":
+        if len(past) == 1:
+            # It is the global model itself, which then votes alone.
+            parts[VOTES] = Numbers.of(1.0)
+        elif self.settings.teacher == "mean":
             parts[MEAN] = mean_model(past)
         else:
             parts |= {f"past {age}": model for age, model in enumerate(past[:-1])}
@@ -213,7 +218,7 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
 def _teachers(piece: Payload | None) -> dict[str, float]:
     """Return which parts of what was received teach, and how much each counts."""
     if not isinstance(piece, Bundle):
-        return {MODEL: 1.0}
+        return {}
     if VOTES not in piece.parts:
         return {MEAN: 1.0}
     # The global model is the newest of those that vote.

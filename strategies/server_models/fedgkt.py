@@ -252,6 +252,8 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
             groups.setdefault(_name(self.shape_of(upload.client)), {})[upload.client] = sent
         models, logits = dict(state.models), dict(state.logits)
         for name, sent_by in groups.items():
+            if not any(len(own.rows) for own in sent_by.values()):
+                continue
             models[name], said = self._taught(models[name], list(sent_by.values()), round, server)
             for client, own in zip(sent_by, said, strict=True):
                 logits[client] = own

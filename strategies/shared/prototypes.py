@@ -68,6 +68,7 @@ class SharedPrototypes(Strategy[SettingsT, StateT]):
 
     def check(self, input_shape: ImageShape) -> None:
         """Refuse models without features, and prototypes that are wider than some model's."""
+        super().check(input_shape)
         widths = feature_widths(self.federation, input_shape)
         label, width = min(widths.items(), key=lambda item: item[1])
         if self.settings.features is not None and self.settings.features > width:

@@ -107,9 +107,10 @@ def adaptive(of_rows: Tensor, cross_entropies: Tensor, *, detach_denominator: bo
         cross_entropies: their sum, each a mean over the rows.
         detach_denominator: whether that is a constant.
     """
-    return WholeStep(
-        of_rows.mean() / (cross_entropies.detach() if detach_denominator else cross_entropies)
-    )
+    # Where both models know every row by heart the sum rounds to 0.
+    least = torch.finfo(cross_entropies.dtype).eps
+    divisor = cross_entropies.clamp_min(least)
+    return WholeStep(of_rows.mean() / (divisor.detach() if detach_denominator else divisor))
 
 
 def mutual(

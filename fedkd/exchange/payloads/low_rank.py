@@ -88,7 +88,8 @@ class LowRank(Payload):
                 whole[name] = now
                 continue
             change = now - before[name]
-            if change.ndim < 2:
+            if change.ndim < 2 or not np.isfinite(change).all():
+                # Of a model that diverged there are no factors; who checks it names it.
                 whole[name] = change
                 continue
             matrix = as_matrix(change)
@@ -117,6 +118,9 @@ class LowRank(Payload):
                 changed[name] = self.whole[name]
             elif name in self.whole:
                 changed[name] = array + self.whole[name]
+                # A change that was rounded may miss 0, and BatchNorm takes the root of this.
+                if name.endswith("running_var"):
+                    changed[name] = np.maximum(changed[name], 0)
             else:
                 # Not a matrix product, whose last bit depends on threads.
                 scaled = self.left[name] * self.values[name]

@@ -99,7 +99,13 @@ class Predictions(Payload):
 
     @classmethod
     def asked(
-        cls, rows: np.ndarray, classes: int, *, ids: RowIds = "planned", scale: Scale = "logits"
+        cls,
+        rows: np.ndarray,
+        classes: int,
+        *,
+        ids: RowIds = "planned",
+        scale: Scale = "logits",
+        weighted: bool = False,
     ) -> Asked:
         """Describe a client's own predictions of planned rows.
 
@@ -108,6 +114,8 @@ class Predictions(Payload):
             classes: how many scores a row has.
             ids: ``planned``: exactly these; ``subset``: some of them, also none.
             scale: logits, or soft labels at temperature 1.
+            weighted: whether the sender may say how much each row counts. Nobody else's business
+                is who counts how much: a sum that the server sees would hold its weights.
 
         Raises:
             ValueError: for rows of the client's own: public rows are everybody's.
@@ -127,8 +135,11 @@ class Predictions(Payload):
                 shape=(size,), smallest=0.0, largest=1e6, subject="a weight", where="in the weights"
             ),
         }
+        if not weighted:
+            del limits["weights"]
         about = {"rows": rows, "ids": ids, "scale": scale}
-        return Asked(kind=cls, limits=limits, optional=frozenset({"weights"}), about=about)
+        optional = frozenset({"weights"} & limits.keys())
+        return Asked(kind=cls, limits=limits, optional=optional, about=about)
 
     def problem(self, asked: Asked) -> str | None:
         """Return why a client cannot have sent this, or None."""

@@ -270,7 +270,7 @@ KINDS = [
     (predictions(S), Predictions.asked(np.arange(2), 4)),
     (
         Predictions(rows=ROWS, values=S, ids="subset", planned=9, weights=np.ones(2, np.float32)),
-        Predictions.asked(np.array([1, 3, 4, 5, 6, 8, 9, 10, 11]), 4, ids="subset"),
+        Predictions.asked(np.array([1, 3, 4, 5, 6, 8, 9, 10, 11]), 4, ids="subset", weighted=True),
     ),
     (
         predictions(softmax(S), "probabilities"),
@@ -389,7 +389,7 @@ def test_what_no_codec_takes_is_left_as_it_is_and_named(codec, values, told):
 def test_an_optional_array_comes_whole_or_not_at_all():
     sent = replace(predictions(S), weights=np.ones(2, np.float32))
     encoded, _ = Float16().encode(sent, {}, RNG)
-    wanted = Float16().asked(Predictions.asked(np.arange(2), 4))
+    wanted = Float16().asked(Predictions.asked(np.arange(2), 4, weighted=True))
     assert encoded.problem(wanted) is None
     half = replace(encoded, inner=replace(encoded.inner, weights=None))
     assert half.problem(wanted) == "a part of 'weights' is missing"

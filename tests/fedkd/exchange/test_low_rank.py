@@ -105,3 +105,18 @@ def test_what_is_no_update_is_named(spoil, reason):
     asked = LowRank.asked(before, base=1)
     assert sent.problem(asked) is None
     assert reason in str(spoil(sent).problem(asked))
+
+
+def test_a_model_that_diverged_travels_as_it_is_and_is_named():
+    before = {"w": np.zeros((9, 9), np.float32)}
+    after = {"w": np.full((9, 9), np.nan, np.float32)}
+    sent = LowRank.between(before, after, energy=0.9, base=1, made=2)
+    told = sent.problem(LowRank.asked(before, base=1))
+    assert told is not None
+    assert "NaN or infinity in the change of 'w'" in told
+
+
+def test_a_variance_is_never_negative():
+    before = {"running_var": np.array([0.7003], np.float32)}
+    sent = LowRank(base=1, made=2, whole={"running_var": np.array([-0.7007], np.float32)})
+    assert sent.added_to(before)["running_var"] == 0

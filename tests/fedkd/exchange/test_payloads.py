@@ -180,3 +180,9 @@ def test_each_array_is_reached_by_its_place_also_where_one_name_begins_another()
     for place, array in flatten(sent).arrays.items():
         changed = flatten(sent.with_arrays({place: array + 1})).arrays
         assert [name for name, other in changed.items() if other.any()] == [place]
+
+
+def test_nobody_gives_its_own_rows_weight_unless_asked():
+    sent = Predictions(rows=ROWS, values=LOGITS, weights=np.full(len(ROWS), 1e6, np.float32))
+    assert "weights" in (sent.problem(Predictions.asked(ROWS, 3)) or "")
+    assert sent.problem(Predictions.asked(ROWS, 3, weighted=True)) is None

@@ -223,3 +223,18 @@ def test_trust_keeps_its_sum_and_falls_for_whoever_is_far():
     far = (values - target).norm(dim=-1).mean(1).numpy()
     assert (np.argsort(after / trust) == np.argsort(-far)).all()
     assert np.isfinite(less_trusted(trust, values, target, rate=1e6)).all()
+
+
+def test_those_who_are_left_are_trusted_however_little_that_was():
+    target = SAMPLE.mean(0)
+    least = np.full(5, 1e-200)
+    for trust in (least, np.array([0.5, *least[1:]])):
+        after = less_trusted(trust, SAMPLE, target, rate=1e6)
+        assert np.isfinite(after).all()
+        assert (after > 0).all()
+    assert np.isfinite(less_trusted(after[1:], SAMPLE[1:], target, rate=1e6)).all()
+
+
+def test_somebody_is_left_however_many_may_lie():
+    found = filtered_mean(SAMPLE[:4], dishonest=0.9999999999)
+    assert torch.isfinite(found).all()

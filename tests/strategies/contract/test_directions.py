@@ -2,6 +2,8 @@
 
 import pytest
 
+from strategies import STRATEGIES
+
 
 @pytest.fixture
 def made(parts, tiny_settings, tiny_data):
@@ -24,6 +26,7 @@ def test_a_learner_that_is_none_is_refused_with_those_that_are(made):
         strategy.check((1, 4, 4))
 
 
-def test_an_algorithm_without_directions_takes_none(made):
-    with pytest.raises(ValueError, match=r"strategy.directions of local must be null, got"):
-        made("local", {"directions": []}).check((1, 4, 4))
+@pytest.mark.parametrize("name", [n for n, kind in STRATEGIES.items() if not kind.directions])
+def test_an_algorithm_without_directions_takes_none(made, name):
+    with pytest.raises(ValueError, match=rf"strategy.directions of {name} must be null, got"):
+        made(name, {"directions": []}).check((1, 8, 8))

@@ -212,6 +212,8 @@ def test_those_who_were_away_keep_their_row_and_learn_from_those_who_were_there(
     state = after(strategy, uploads(_0=S, _2=U))
     assert np.allclose(state.coefficients[[1, 3]], 0.25)
     assert np.abs(state.coefficients[[0, 2]] - 0.25).max() > 1e-3
+    # What those who were there have of a row moves among them.
+    assert np.allclose(state.coefficients[:, [1, 3]], 0.25, atol=1e-12)
     assert np.allclose(state.coefficients.sum(-1), 1)
     assert (state.coefficients >= 0).all()
     mix = strategy.payload(state, 1)

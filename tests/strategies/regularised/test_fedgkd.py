@@ -8,7 +8,7 @@ from fedkd.exchange.payloads import Bundle, Numbers, Weights
 from fedkd.training import MODEL, Batch, LoopCohort, Member, ModelPool, Outputs, Streams
 from fedkd.training import TrainingData as Tensors
 from strategies.contract import Upload
-from strategies.regularised.fedgkd import distance_rows, mean_model, votes_of
+from strategies.regularised.fedgkd import VOTES, distance_rows, mean_model, votes_of
 
 CLIENT = torch.tensor([[1.0, 2.0, 3.0, 0.0], [0.5, -1.0, 0.0, 2.0]])
 TEACHER = torch.tensor([[2.0, 1.0, 4.0, -1.0], [0.0, 0.0, 1.0, 3.0]])
@@ -108,7 +108,7 @@ def test_the_teacher_is_the_mean_of_the_last_global_models_by_hand(made):
     assert mean_model([weights(1, 2), weights(3, 5)]).arrays["w"].tolist() == [2, 3.5]
 
 
-def test_one_global_model_teaches_by_itself_and_costs_nothing(made):
+def test_one_global_model_teaches_by_itself_and_costs_a_number(made):
     for options, rounds in (({}, 1), ({"last": 1}, 3), ({"kd_weight": 0}, 3)):
         strategy, server = made(**options)
         state = strategy.begin(server)
@@ -116,7 +116,21 @@ def test_one_global_model_teaches_by_itself_and_costs_nothing(made):
             round = strategy.federation.round(number)
             state = strategy.aggregate(state, [Upload(0, weights(number), 12)], round, server)
         received = strategy.payload(state, strategy.receives(state, 0, round.next()))
-        assert isinstance(received, Weights)
+        if "kd_weight" in options:
+            assert isinstance(received, Weights)
+        else:
+            assert received.parts.keys() == {MODEL, VOTES}
+            assert received[VOTES].values.tolist() == [1]
+
+
+def test_first_weights_that_nobody_has_trained_teach_nobody(made):
+    strategy, server = made()
+    # As for an architecture none of whose clients took part in round 1.
+    received = strategy.payload(
+        strategy.begin(server),
+        strategy.receives(strategy.begin(server), 0, strategy.federation.round(2)),
+    )
+    assert isinstance(received, Weights)
 
 
 def test_a_round_without_uploads_is_not_remembered(made):
@@ -189,6 +203,9 @@ def test_round_1_has_no_teacher(cohort_of, learn):
     learn(strategy, cohort, Weights(arrays=model), 1)
     assert "loss/gkd" not in cohort.metrics()[0]
     learn(strategy, cohort, Weights(arrays=model), 2)
+    assert "loss/gkd" not in cohort.metrics()[0]
+    taught = Bundle(parts={MODEL: Weights(arrays=model), VOTES: Numbers.of(1.0)})
+    learn(strategy, cohort, taught, 2)
     assert "loss/gkd" in cohort.metrics()[0]
 
 
@@ -225,4 +242,4 @@ def test_the_mean_comes_down_from_round_3_on(tiny_settings, tiny_data, simulate)
     for row in run.exchange:
         sizes.setdefault((row["direction"], row["round"]), set()).add(row["bytes"])
     (model,) = sizes["up", 1]
-    assert [sizes["down", number] for number in (1, 2, 3)] == [{model}, {model}, {2 * model}]
+    assert [sizes["down", number] for number in (1, 2, 3)] == [{model}, {model + 4}, {2 * model}]
