@@ -90,8 +90,11 @@ def mean_model(models: Iterable[Weights]) -> Weights:
 
 
 def votes_of(losses: Iterable[float]) -> np.ndarray:
-    """Return the softmax of negated losses: float32, of sum 1."""
+    """Return the softmax of negated losses: float32, of sum 1; of a loss that is no number, 0."""
     negated = -np.array(list(losses), np.float64)
+    negated[~np.isfinite(negated)] = -np.inf
+    if np.isinf(negated).all():
+        return np.full(len(negated), 1 / len(negated), np.float32)
     powers = np.exp(negated - negated.max())
     votes: np.ndarray = (powers / powers.sum()).astype(np.float32)
     return votes

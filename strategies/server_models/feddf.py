@@ -13,6 +13,9 @@ chance.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal
 
+import numpy as np
+from pydantic import field_validator
+
 from fedkd.bounds import Count
 from fedkd.exchange.payloads import Predictions, Weights
 from fedkd.exchange.views import RunningMean
@@ -66,6 +69,17 @@ class FedDFSettings(AveragingSettings):
     patience: Count = 100
     validate_every: Count = 50
 
+    @field_validator("optimizer")
+    @classmethod
+    def _keeps_its_rate(cls, optimizer: OptimizerSettings) -> OptimizerSettings:
+        # A schedule would begin anew with every look at the validation rows.
+        if not optimizer.constant:
+            raise ValueError(
+                "strategy.optimizer of feddf must have a constant rate, got warm_up "
+                f"{optimizer.warm_up} and decay {optimizer.decay}"
+            )
+        return optimizer
+
 
 class FedDF(Averaging[FedDFSettings, GlobalModels]):
     """Weights up, averages that all clients' models teach, weights down."""
@@ -101,11 +115,15 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
         ensemble = StreamingMean()
         for upload, sent in payloads_of(uploads, Weights):
             model = self.federation.models[upload.client]
+            logits = server.predict_with(model, sent.arrays, round.public_rows)
+            # Huge weights are numbers, and what they make of a picture need not be one.
+            if not np.isfinite(logits).all():
+                continue
             mean = averages.setdefault(model.key, RunningMean())
             mean.add(sent, upload.weight(self.settings.weighting))
             say = self._say(model, sent, server)
             if say > 0:
-                ensemble.add(server.predict_with(model, sent.arrays, round.public_rows), say)
+                ensemble.add(logits, say)
         starts = {key: mean.mean() for key, mean in averages.items()}
         models = {**state.models, **starts}
         if ensemble.count:

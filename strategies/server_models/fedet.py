@@ -213,8 +213,12 @@ class FedET(Averaging[FedETSettings, Transfer]):
                     self.federation.models[upload.client],
                     upload.weight(self.settings.weighting),
                 )
+                logits = server.predict_with(model, sent.arrays, round.public_rows)
+                # Huge weights are numbers, and what they make of a picture need not be one.
+                if not np.isfinite(logits).all():
+                    continue
                 averages.setdefault(model.key, RunningMean()).add(sent, weight)
-                spool.add(server.predict_with(model, sent.arrays, round.public_rows))
+                spool.add(logits)
                 names = self._shared(model)
                 if names:
                     last = {part: sent.arrays[name] for part, name in names.items()}

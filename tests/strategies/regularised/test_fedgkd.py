@@ -243,3 +243,8 @@ def test_the_mean_comes_down_from_round_3_on(tiny_settings, tiny_data, simulate)
         sizes.setdefault((row["direction"], row["round"]), set()).add(row["bytes"])
     (model,) = sizes["up", 1]
     assert [sizes["down", number] for number in (1, 2, 3)] == [{model}, {model + 4}, {2 * model}]
+
+
+def test_a_model_whose_loss_is_no_number_has_no_vote():
+    assert votes_of([0.9, np.nan, np.inf]).tolist() == [1, 0, 0]
+    assert votes_of([np.nan, np.nan]).tolist() == [0.5, 0.5]

@@ -1,11 +1,14 @@
 """FedDF: students start from averages, and all clients' models teach them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fedkd.exchange.payloads import Weights
+from fedkd.exchange.values import digest
 from fedkd.exchange.views import RunningMean
 from fedkd.models import build_model
 from fedkd.targets import StreamingMean, Targets
@@ -272,3 +275,19 @@ def test_supervision_is_all_that_clients_do(spy, home):
     strategy.client(cohort, received, Call(strategy.federation, 1))
     assert cohort.order == ["load_weights", "reset_optimizers", "fit", "weights"]
     assert cohort.fits[0]["objective"] is supervised
+
+
+def test_a_client_whose_weights_make_no_numbers_of_a_picture_is_passed_over(home):
+    deep = {"name": "mlp", "options": {"hidden": [8, 8, 8, 8]}}
+    strategy, server, uploads, _ = home([deep], server_steps=2, validate_every=1)
+    huge = {name: np.full_like(array, 1e8) for name, array in uploads[0].payload.arrays.items()}
+    spoilt = [replace(uploads[0], payload=Weights(arrays=huge)), *uploads[1:]]
+    round = strategy.federation.round(1)
+    one, other = (
+        strategy.aggregate(strategy.begin(server), given, round, server)
+        for given in (spoilt, uploads[1:])
+    )
+    assert digest(one) == digest(other)
+    refused = r"strategy\.optimizer of feddf must have a constant rate, got warm_up 0\.1"
+    with pytest.raises(ValueError, match=refused):
+        home([deep], optimizer={"warm_up": 0.1})
