@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from fedkd.bounds import Count
+from fedkd.bounds import Count, Share, Weight, Whole
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Bundle, Numbers, Weights
 from fedkd.exchange.values import Value
@@ -99,15 +99,15 @@ class FedGenSettings(AveragingSettings):
     name: Literal["fedgen"] = "fedgen"
     share: Literal["model", "head"] = "model"
     teacher: Teacher = "losses"
-    teacher_weight: float = Field(1.0, ge=0, le=1e6)
-    diversity_weight: float = Field(1.0, ge=0, le=1e6)
-    label_weight: float = Field(10.0, ge=0, le=1e6)
-    latent_weight: float = Field(10.0, ge=0, le=1e6)
-    weight_decay: float = Field(0.98, ge=0, le=1)
+    teacher_weight: Weight = 1.0
+    diversity_weight: Weight = 1.0
+    label_weight: Weight = 10.0
+    latent_weight: Weight = 10.0
+    weight_decay: Share = 0.98
     generator_optimizer: OptimizerSettings = OptimizerSettings(lr=3e-4, weight_decay=1e-2)
-    generator_decay: float = Field(0.98, ge=0, le=1)
+    generator_decay: Share = 0.98
     generator_steps: Count = 50
-    generator_batch: int = Field(128, ge=2, le=100_000)
+    generator_batch: Whole = Field(128, ge=2, le=100_000)
     noise: Count = 32
     hidden: Count = 256
 

@@ -24,6 +24,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from fedkd.bounds import Weight
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import LowRank, Weights
 from fedkd.exchange.values import Value
@@ -73,7 +74,7 @@ class FedKDSettings(StrategySettings):
 
     name: Literal["fedkd"] = "fedkd"
     mentee: ModelSettings = ModelSettings(name="mlp")
-    hidden_weight: float = Field(1.0, ge=0, le=1e6, description="of the distance between features")
+    hidden_weight: Weight = 1.0
     detach_denominator: bool = True
     energy: Annotated[Schedule, AfterValidator(Between(0.0, 1.0))] = Field(
         LinearSchedule(start=0.95, end=0.98),

@@ -1,7 +1,6 @@
 """Two models of a client that learn from each other on the same private rows."""
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import ClassVar
 
 from fedkd.models import ModelSettings
@@ -90,7 +89,7 @@ class Pair(Strategy[SettingsT, StateT]):
         """Return the same at a moment of the run; progress in [0, 1]."""
         return each_other(self._objectives, federation=self.federation, progress=progress)
 
-    @cached_property
+    @property
     def _objectives(self) -> dict[str, Objective]:
         mutual = {
             PRIVATE: getattr(self.settings, "objective"),  # noqa: B009

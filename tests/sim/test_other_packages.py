@@ -141,7 +141,7 @@ def test_it_runs_and_its_settings_make_a_difference(small: Small, package: Path)
         "strategy=lone_methods.again:Settings": "must be a subclass of strategies.",
         "strategy=lone_methods.again:Nope": "has no attribute 'Nope'",
         "strategy=lone_methods.nope:Again": "strategy.name 'lone_methods.nope:Again': cannot",
-        "strategy=lone_methods.again": "unknown strategy 'lone_methods.again'; known: dml, ",
+        "strategy=lone_methods.again": "unknown strategy 'lone_methods.again'; known: cfd, ",
     }.items(),
 )
 def test_what_cannot_work_is_one_line_that_names_the_setting(
@@ -250,7 +250,7 @@ def test_settings_that_were_only_looked_at_are_not_run(package: Path, small: Sma
     config = package / "a.yaml"
     config.write_text(f"strategy: {{name: '{NAME}', repeats: 2}}")
     settings = read_settings(config)
-    assert settings.to_table()["strategy"] == {"name": NAME, "repeats": 2}
+    assert settings.to_table()["strategy"].items() >= {"name": NAME, "repeats": 2}.items()
     assert sim.data(settings.model_copy(update={"output": small().output})).sizes
     assert "lone_methods" not in sys.modules
     with pytest.raises(SettingsError, match="read for a look only"):

@@ -54,10 +54,10 @@ BAD = {
     "gpus": (["run", "engine.gpus_per_worker=512"], "engine.gpus_per_worker must be at most"),
     "strategy": (
         ["run", "strategy.name=fedfd"],
-        "unknown strategy 'fedfd'; known: dml, dsfl, fd, fed",
+        "unknown strategy 'fedfd'; known: cfd, codistillation, ",
     ),
     "model": (["run", "clients.models=[lenett]"], "unknown model 'lenett'; known: mlp"),
-    "arm": (["compare", "--arms", "local,dmll"], "unknown arm 'dmll'; known: dml"),
+    "arm": (["compare", "--arms", "local,dmll"], "unknown arm 'dmll'; known: cfd"),
     "nothing to accept": (["run", "--accept-code"], "--accept-code is about earlier runs"),
     "a setting of no arm": (
         ["compare", "--arms", "local,fedavg", "strategy.temperature=8"],

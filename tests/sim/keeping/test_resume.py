@@ -25,6 +25,7 @@ from fedkd.exchange.pipeline import Remembered
 from fedkd.exchange.values import flatten
 from sim.commands import running
 from sim.commands.running import RunResult, run, settings_of_run
+from sim.contract import sections_of
 from sim.engine.grid import StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.keeping import checkpoints, records
@@ -49,8 +50,9 @@ def make(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Make:
     """Make settings of runs that take a moment, on data that need not be loaded."""
-    data = tiny_data()
-    monkeypatch.setattr(running, "load_data", lambda _: data)
+    monkeypatch.setattr(
+        running, "load_data", lambda of: tiny_data(labelled=of.data.public.labelled)
+    )
 
     def settings(strategy: str = "dml", **changes: Any) -> Settings:
         changes = {"rounds": 4, "checkpoints": {"every": 1}, **changes}
@@ -109,15 +111,27 @@ def found(folder: Path) -> list[str]:
 # -- the same bits -----------------------------------------------------------------------------
 
 
+OFTEN = ("dml", "fedavg", "fedkd", "one_way", "scarlet")
+"""Different kinds of memory; the contract test resumes all algorithms in one process."""
+
+
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [*((name, {}) for name in STRATEGIES), ("one_way", {"direction": "server_to_clients"})],
+    [
+        *(
+            pytest.param(name, {}, marks=[pytest.mark.slow] * (name not in OFTEN))
+            for name in STRATEGIES
+        ),
+        ("one_way", {"direction": "server_to_clients"}),
+    ],
 )
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     make: Make, strategy: str, options: dict[str, Any]
 ) -> None:
     # Three of four clients a round: some have a state and some have none when it stops.
-    settings = make(strategy, options=options, clients={"participants": 3})
+    needs = sections_of(STRATEGIES[strategy].card.needs)
+    clients = {"participants": 3, **needs.pop("clients", {})}
+    settings = make(strategy, options=options, clients=clients, **needs)
     whole = run(settings)
     folder = stopped(settings, 3)
     assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"

@@ -24,7 +24,7 @@ BAD = {
     "strategy.temperature=0": "strategy.temperature: must be >= 0.001 and <= 10000, got 0.0",
     "strategy.temperature={kind: cosine, start: 4, end: 0}": "strategy.temperature: must be >=",
     "strategy.kd_weight=-1": "strategy.kd_weight: must be >= 0 and <= 1e+06, got -1.0",
-    "strategy.name=fedfd": "unknown strategy 'fedfd'; known: dml, dsfl, fd, fed",
+    "strategy.name=fedfd": "unknown strategy 'fedfd'; known: cfd, codistillation, ",
     "clients.models=[mlq]": "unknown model 'mlq'; known: mlp, cnn",
     "clients.models=[]": "clients.models: need at least one model",
     "clients.participants=20": "clients.participants must be at most clients.count (10), got 20",
