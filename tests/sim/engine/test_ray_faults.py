@@ -45,7 +45,7 @@ def reasons(result: RunResult) -> str:
     return "\n".join(str(row["reason"]) for row in read_rows(result.folder / EVENTS_FILE))
 
 
-@pytest.mark.parametrize("vectorize", ["loop", "vmap"])
+@pytest.mark.parametrize("vectorize", ["loop", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_workers_that_die_cost_a_retry_and_no_bit(faulty: Faulty, vectorize: str) -> None:
     mode = f"engine.vectorize={vectorize}"
     whole = faulty("[]", mode)

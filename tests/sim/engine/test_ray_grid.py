@@ -35,7 +35,7 @@ def digests(result: object) -> str:
     return str(result.weights_sha256)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("strategy", ["dml", "fedavg"])
+@pytest.mark.parametrize("strategy", ["dml", pytest.param("fedavg", marks=pytest.mark.slow)])
 def test_ray_and_inline_end_with_the_same_bits(
     on_ray: Small, session: RaySession, strategy: str
 ) -> None:

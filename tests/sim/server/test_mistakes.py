@@ -211,7 +211,7 @@ def fedkd(*words, cwd):
     )
 
 
-@pytest.mark.parametrize("backend", ["inline", "ray"])
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("slip", ["client", "aggregate"])
 def test_a_user_sees_the_author_s_traceback_and_nothing_of_ours(
     slip, backend, small_words, tmp_path

@@ -496,7 +496,7 @@ def test_a_payload_that_is_too_large_is_named_before_it_is_decoded(monkeypatch):
     content = reply_content(reply(predictions(values=np.zeros((6000, 3), np.float32))))
     monkeypatch.setattr(Array, "numpy", lambda self: pytest.fail("was decoded"))
     size = sum(len(array.data) for array in arrays_of(content).values())
-    room = 6 * 8 + 6 * 3 * 4 + 6 * 4 + 3 * 4096
+    room = 6 * 8 + 6 * 3 * 4 + 2 * 4096
     assert record_reason(content) == f"a payload of {size} bytes, expected at most {room}"
 
 
@@ -648,9 +648,9 @@ def test_a_temperature_that_is_no_number_is_named(temperature):
 @pytest.mark.parametrize(
     ("plain", "named"),
     [
-        (b"1", "plain values that are no text of at most 68608 letters"),
-        (7, "plain values that are no text of at most 68608 letters"),
-        ("x" * 70_000, "plain values that are no text of at most 68608 letters"),
+        (b"1", "plain values that are no text of at most 67584 letters"),
+        (7, "plain values that are no text of at most 67584 letters"),
+        ("x" * 70_000, "plain values that are no text of at most 67584 letters"),
         ("[" * 60_000, "unreadable reply: RecursionError: "),
         ("{", "unreadable reply: JSONDecodeError: "),
         ("7", "unreadable reply: ValueError: "),

@@ -140,7 +140,25 @@ def test_builds_with_its_defaults(name, parts):
     assert type(strategy) is STRATEGIES[name]
 
 
+LONG = ("few_participants_are_enough", "results_do_not_depend_on_how_cohorts_are_cut")
+"""Claims that take most rounds; in the quick suite they are looked at for a few algorithms."""
+QUICK = ("dml", "fedavg", "fedgkt", "fedkd", "scarlet")
+
+
 @every_case
-@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim not in LONG])
 def test_keeps_to_the_contract(claim, name, options):
+    CLAIMS[claim](case_of(name, options))
+
+
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("claim", LONG)
+def test_keeps_to_what_takes_long(claim, name):
+    CLAIMS[claim](case_of(name, VARIANTS.get(name, [{}])[0]))
+
+
+@pytest.mark.slow
+@every_case
+@pytest.mark.parametrize("claim", LONG)
+def test_every_algorithm_keeps_to_what_takes_long(claim, name, options):
     CLAIMS[claim](case_of(name, options))

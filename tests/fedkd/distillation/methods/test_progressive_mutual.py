@@ -55,6 +55,7 @@ def test_the_teacher_leads_first_and_each_side_learns_only_its_own_loss(workshop
     assert shares[0] < shares[1] < shares[2]
 
 
+@pytest.mark.slow
 def test_the_student_gains_from_labels_that_only_the_teacher_sees(workshop, hard_rows):
     rows = hard_rows(count=300, labelled=12)
 
