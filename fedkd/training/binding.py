@@ -22,7 +22,7 @@ from fedkd.targets import Targets
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import Batch, Losses, Outputs
 from fedkd.training.stacking import Skeleton
-from fedkd.training.state import Arrays, copy_to_numpy
+from fedkd.training.state import Arrays, to_arrays
 
 SAME = 1e-4
 """Relative difference of two float32 losses up to which they count as the same."""
@@ -107,7 +107,7 @@ class BoundLearners:
         if not len(self.parts):
             return {}
         fresh = _parts_of(self._bind(seed))
-        return {name: copy_to_numpy(tensor) for name, tensor in fresh.state_dict().items()}
+        return to_arrays(fresh.state_dict())
 
     def losses(
         self,

@@ -17,7 +17,7 @@ from fedkd.training.cohort import (
     check_weights,
     weights_of_each,
 )
-from fedkd.training.state import AVERAGE, Arrays, ClientState, check_named_array, copy_to_numpy
+from fedkd.training.state import AVERAGE, Arrays, ClientState, check_named_array
 
 RESERVED = (AVERAGE, "exchange/")
 """How names begin that an algorithm cannot give: a codec's memory stays in the same place."""
@@ -171,11 +171,6 @@ def fold_in(
 def copied_tensors(weights: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """Return weights as tensors of their own."""
     return {name: as_tensor(array).to(device, copy=True) for name, array in weights.items()}
-
-
-def to_arrays(tensors: Mapping[str, Tensor]) -> Arrays:
-    """Return tensors as arrays of their own."""
-    return {name: copy_to_numpy(tensor) for name, tensor in tensors.items()}
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

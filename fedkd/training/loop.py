@@ -46,7 +46,7 @@ from fedkd.training.common import (
     tapping,
 )
 from fedkd.training.feeds import Feed
-from fedkd.training.frozen import copied_tensors, fold_in, to_arrays
+from fedkd.training.frozen import copied_tensors, fold_in
 from fedkd.training.gradients import (
     PLAIN,
     Anchor,
@@ -76,7 +76,7 @@ from fedkd.training.pool import (
     states_of,
     with_parts,
 )
-from fedkd.training.state import Arrays, ClientState, ModelState
+from fedkd.training.state import Arrays, ClientState, ModelState, to_arrays
 from fedkd.training.steps import LossTerms, RatedOptimizer, StepRecords, Steps, backward
 from fedkd.training.tables import Table
 

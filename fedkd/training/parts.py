@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedkd.objectives import Parts
 from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
-from fedkd.training.state import Arrays, copy_to_numpy
+from fedkd.training.state import Arrays, to_arrays
 
 NewParts = Mapping[str, Callable[[], nn.Module]]
 """How to make each part, by its name; the weights of a client's come from the client's seed."""
@@ -67,7 +67,7 @@ class FitParts:
     def initial_parts(self, seed: int) -> Arrays:
         """Return fresh weights; ``seed`` is that of a client's first weights."""
         state = self._made(seed).state_dict()
-        return {name: copy_to_numpy(tensor) for name, tensor in state.items()}
+        return to_arrays(state)
 
     @property
     def called(self) -> Parts:

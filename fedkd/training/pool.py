@@ -26,7 +26,7 @@ from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parts import FitParts
 from fedkd.training.stacking import Skeleton
-from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy
+from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy, to_arrays
 
 PREDICT_ROWS = 1024
 """Rows that one model predicts at once; fixed, for a product's width may change its last bit."""
@@ -126,7 +126,7 @@ class Slot:
 
     def weights(self) -> Arrays:
         """Return a copy of parameters and buffers."""
-        return {name: copy_to_numpy(tensor) for name, tensor in self.tensors.items()}
+        return to_arrays(self.tensors)
 
     def state(self) -> ModelState:
         """Return a copy of weights and optimizer slots."""
@@ -295,7 +295,7 @@ class ModelPool:
             # Peers of one architecture must not start as copies of each other.
             seed = torch_seed_for(seed, Purpose.MODEL, position)
         tensors = self.build(model, seed).state_dict()
-        return {name: copy_to_numpy(tensor) for name, tensor in tensors.items()}
+        return to_arrays(tensors)
 
     def build(self, model: ModelSettings, seed: int) -> nn.Module:
         """Return a fresh network that fits the data, on the CPU."""

@@ -17,6 +17,11 @@ def copy_to_numpy(tensor: Tensor) -> np.ndarray:
     return np.array(tensor.detach().cpu().numpy(), order="C")
 
 
+def to_arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    """Return tensors as arrays of their own."""
+    return {name: copy_to_numpy(tensor) for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelState:
     """One model's tensors as NumPy arrays.

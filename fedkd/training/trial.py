@@ -28,7 +28,7 @@ from fedkd.training.objectives import supervised
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool
 from fedkd.training.stacking import VmapUnsupportedError
-from fedkd.training.state import ClientState, ModelState, copy_to_numpy
+from fedkd.training.state import ClientState, ModelState, copy_to_numpy, to_arrays
 from fedkd.training.vmap import VmapCohort
 
 MOST_ROWS = 4
@@ -277,7 +277,7 @@ class _Trial:
 
     def _compare_cohorts(self, first: nn.Module, other: nn.Module) -> None:
         here, there = self._pool(), self._pool()
-        weights = {name: copy_to_numpy(tensor) for name, tensor in first.state_dict().items()}
+        weights = to_arrays(first.state_dict())
         initial = ClientState({MODEL: ModelState(weights)})
         here.take_in(MODEL, self._model, first)
         there.take_in(MODEL, self._model, other)

@@ -222,6 +222,11 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             "data.public.size or exchange.rows_per_round",
         )
 
+    def clients_public_steps(self, rows: int) -> Iterator[Step]:
+        """The steps of every client's model on so many public rows alone."""
+        for model in dict.fromkeys(self.federation.models):
+            yield from self.public_steps("clients.models", model, rows)
+
     # -- server half ---------------------------------------------------------------------
 
     def server_models(self) -> Mapping[str, ServerModelSettings]:

@@ -42,6 +42,7 @@ from fedkd.schedules import (
     RampUpSchedule,
 )
 from fedkd.training import Arrays, Cohort, as_tensor
+from fedkd.training.state import to_arrays
 from fedkd.training.steps import FixedRate, Steps
 from strategies.contract import (
     Call,
@@ -191,7 +192,7 @@ class OKDDip(TaughtByPeers[OKDDipSettings, Attending]):
     def begin(self, server: ServerTools) -> Attending:
         """Draw the maps of the attention."""
         with seeded_torch(int(self.federation.round(1).random().integers(2**31))):
-            attention = _arrays(self._attention())
+            attention = to_arrays(self._attention().state_dict())
         return Attending(
             attention=attention, leader=server.new(LEADER) if self.settings.leader else None
         )
@@ -260,7 +261,7 @@ class OKDDip(TaughtByPeers[OKDDipSettings, Attending]):
             )
             training.descend({"kd_peers": terms["kd_peers"]})
         with torch.no_grad():
-            return _arrays(attention), attention(features, include_self=itself)
+            return to_arrays(attention.state_dict()), attention(features, include_self=itself)
 
     # -- the leader ------------------------------------------------------------------------
 
@@ -311,7 +312,3 @@ def travelling(features: int | None, federation: Federation) -> int:
 
 def _stacked(tables: Iterable[np.ndarray]) -> Tensor:
     return as_tensor(np.stack(list(tables)))
-
-
-def _arrays(attention: PeerAttention) -> Arrays:
-    return {name: tensor.numpy().copy() for name, tensor in attention.state_dict().items()}

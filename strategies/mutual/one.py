@@ -37,6 +37,7 @@ from fedkd.schedules import (
 )
 from fedkd.targets import confidence, soften
 from fedkd.training import Arrays, as_tensor
+from fedkd.training.state import to_arrays
 from fedkd.training.steps import FixedRate, Steps
 from strategies.contract import (
     Card,
@@ -115,7 +116,7 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
         if self.settings.gate != "learned":
             return Gated()
         with seeded_torch(int(self.federation.round(1).random().integers(2**31))):
-            return Gated(gate=_arrays(self._gate()))
+            return Gated(gate=to_arrays(self._gate().state_dict()))
 
     def aggregate(
         self, state: Gated, uploads: Iterable[Upload], round: Round, server: ServerTools
@@ -172,14 +173,10 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
             training.descend({"ce_ensemble": losses["ce_ensemble"]})
         gate.eval()
         with torch.no_grad():
-            return _arrays(gate), among(gate(pictures), senders)
+            return to_arrays(gate.state_dict()), among(gate(pictures), senders)
 
 
 def among(gates: Tensor, senders: list[int]) -> Tensor:
     """Divide the shares of those that are there, ``[rows, senders]``, so that they sum to 1."""
     there = gates[:, senders]
     return there / there.sum(1, keepdim=True)
-
-
-def _arrays(gate: BranchGate) -> Arrays:
-    return {name: tensor.numpy().copy() for name, tensor in gate.state_dict().items()}

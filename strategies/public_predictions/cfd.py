@@ -31,7 +31,7 @@ from fedkd.training import (
     supervised,
     towards_targets,
 )
-from fedkd.training.state import copy_to_numpy
+from fedkd.training.state import to_arrays
 from strategies.contract import (
     Call,
     Card,
@@ -82,7 +82,7 @@ def common_start(
 ) -> Arrays:
     """Return the initial weights that all clients of an architecture have in common, theta_0."""
     module = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=seed)
-    return {name: copy_to_numpy(tensor) for name, tensor in module.state_dict().items()}
+    return to_arrays(module.state_dict())
 
 
 class CFD(SharedLesson[CFDSettings, Labels]):
@@ -119,8 +119,7 @@ class CFD(SharedLesson[CFDSettings, Labels]):
         yield from super().smallest_steps()
         rows = len(self.rows)
         if self.learns(CLIENTS):
-            for model in dict.fromkeys(self.federation.models):
-                yield from self.public_steps("clients.models", model, rows)
+            yield from self.clients_public_steps(rows)
         if self.learns(SERVER):
             yield from self.public_steps("strategy.server_model", self.settings.server_model, rows)
 

@@ -102,8 +102,7 @@ class SoftLabelSettings(DistilSettings):
 def steps_on_public_rows(strategy: Strategy[Any, Any], settings: DistilSettings) -> Iterator[Step]:
     """Yield the steps of clients, and of the server's model, on a target's rows."""
     rows = strategy.federation.rows_per_round
-    for model in dict.fromkeys(strategy.federation.models):
-        yield from strategy.public_steps("clients.models", model, rows)
+    yield from strategy.clients_public_steps(rows)
     if settings.server_model is not None:
         yield from strategy.public_steps("strategy.server_model", settings.server_model, rows)
 

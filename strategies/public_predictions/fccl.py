@@ -125,9 +125,7 @@ class FCCL(SharedLesson[FCCLSettings, Lesson]):
         """Public rows have steps of their own."""
         yield from super().smallest_steps()
         if self.learns(CLIENTS) and self.settings.public_epochs:
-            for model in dict.fromkeys(self.federation.models):
-                rows = self.federation.rows_per_round
-                yield from self.public_steps("clients.models", model, rows)
+            yield from self.clients_public_steps(self.federation.rows_per_round)
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Pretrain once; go with the others; train at home beside what one was; send scores."""

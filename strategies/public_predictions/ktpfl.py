@@ -265,5 +265,4 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
     def smallest_steps(self) -> Iterator[Step]:
         """Public rows have steps of their own."""
         yield from super().smallest_steps()
-        for model in dict.fromkeys(self.federation.models):
-            yield from self.public_steps("clients.models", model, self.federation.rows_per_round)
+        yield from self.clients_public_steps(self.federation.rows_per_round)

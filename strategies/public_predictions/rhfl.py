@@ -164,9 +164,7 @@ class RHFL(Strategy[RHFLSettings, Trust]):
         """Public rows have steps of their own."""
         yield from super().smallest_steps()
         if not self.learns_alone:
-            for model in dict.fromkeys(self.federation.models):
-                rows = self.federation.rows_per_round
-                yield from self.public_steps("clients.models", model, rows)
+            yield from self.clients_public_steps(self.federation.rows_per_round)
 
     # -- client half ---------------------------------------------------------------------
 

@@ -231,5 +231,4 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
         """Public rows have steps of their own, however few are kept."""
         yield from super().smallest_steps()
         rows = min(FEWEST, self.federation.rows_per_round)
-        for model in dict.fromkeys(self.federation.models):
-            yield from self.public_steps("clients.models", model, rows)
+        yield from self.clients_public_steps(rows)

@@ -176,8 +176,7 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
     def smallest_steps(self) -> Iterator[Step]:
         """Students have the clients' architectures and learn from public rows alone."""
         yield from super().smallest_steps()
-        for model in dict.fromkeys(self.federation.models):
-            yield from self.public_steps("clients.models", model, self.federation.rows_per_round)
+        yield from self.clients_public_steps(self.federation.rows_per_round)
 
 
 def teachers_say(accuracy: float, *, chance: float, by_accuracy: bool, drop_worst: bool) -> float:

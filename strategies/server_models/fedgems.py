@@ -319,8 +319,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         """Clients and server learn from public rows alone, too."""
         yield from super().smallest_steps()
         rows = self.federation.rows_per_round
-        for model in dict.fromkeys(self.federation.models):
-            yield from self.public_steps("clients.models", model, rows)
+        yield from self.clients_public_steps(rows)
         yield from self.public_steps("strategy.model", self.settings.model, rows)
 
 

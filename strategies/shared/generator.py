@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
 from fedkd.training import MODEL, Arrays, ClientState, OptimizerSettings, as_tensor
 from fedkd.training.pool import Slot
-from fedkd.training.state import ModelState, copy_to_numpy
+from fedkd.training.state import ModelState, to_arrays
 from fedkd.training.steps import FixedRate, Steps
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ class GeneratorShape:
         """Return the state of a generator that was never trained, from the run's seed."""
         with seeded_torch(torch_seed_for(seed, Purpose.ALGORITHM)):
             tensors = self.built().state_dict()
-        weights = {name: copy_to_numpy(tensor) for name, tensor in tensors.items()}
+        weights = to_arrays(tensors)
         return ClientState({MODEL: ModelState(weights)}).to_arrays()
 
 

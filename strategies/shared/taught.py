@@ -157,8 +157,7 @@ def apart_steps(strategy: Strategy[Any, Any], settings: TaughtSettings) -> Itera
         return
     # However many steps a round has, each gets two of them, or the only one that there is.
     rows = min(2, strategy.federation.rows_per_round)
-    for model in dict.fromkeys(strategy.federation.models):
-        yield from strategy.public_steps("clients.models", model, rows)
+    yield from strategy.clients_public_steps(rows)
 
 
 def rows_of_step(federation: Federation, settings: TaughtSettings, private_rows: int) -> int:
