@@ -1,5 +1,6 @@
 """Progressive mutual learning: who leads when, and who gains."""
 
+import pytest
 import torch
 
 from fedkd.distillation.fit.group import Exchange, GroupStep, InForce
