@@ -466,6 +466,9 @@ def test_flwr_run_simulates_as_many_clients_as_the_settings_say(
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "own"))
     words = ["rounds=2", "clients.count=2", f"strategy.name={strategy}", f"output={tmp_path}/runs"]
     deployment = Deployment(tmp_path, secure=False, apart=False)
+    # Flower's local SuperLink listens at the same ports of a machine for everybody.
+    monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", str(free_port()))
+    monkeypatch.setenv("FLWR_LOCAL_CONTROL_API_PORT", str(free_port()))
     home = tmp_path / "homes" / "user" / "config.toml"
     home.write_text(
         '[superlink]\ndefault = "local"\n\n[superlink.local]\n'
