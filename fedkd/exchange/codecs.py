@@ -38,6 +38,8 @@ class Codec(Stage, ABC):
 
     remembers: ClassVar[bool] = False
     """Whether it has a memory. Where it has none, what is sent to many is encoded once."""
+    exact: ClassVar[bool] = False
+    """Whether what is decoded is what was encoded, to the bit."""
 
     def refuses(self, kind: type[Payload]) -> str | None:
         """Return, in a few words, why it cannot take this kind of payload; None: it can."""
@@ -90,6 +92,7 @@ class Float32(Codec):
     """Everything as it is: no wrapper, no cost."""
 
     kind: Literal["float32"] = "float32"
+    exact: ClassVar[bool] = True
 
     def asked(self, asked: Asked) -> Asked:
         """Nothing changes."""

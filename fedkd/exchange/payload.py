@@ -208,6 +208,8 @@ class Payload(Value, ABC):
     `sim.adversity.bad_replies`."""
     adds_up: ClassVar[bool] = False
     """Whether a weighted mean over clients says something (`weighted`, `plus`, `over`)."""
+    is_added: ClassVar[bool] = False
+    """Whether who receives it adds it to what it has, so that small errors become large ones."""
 
     @property
     def label(self) -> str:

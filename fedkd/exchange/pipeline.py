@@ -111,7 +111,7 @@ class Stages:
         released = up if self.where == "clients" else down
         reasons = [
             *(("exchange.up", self.up.refuses(kind)) for kind in up),
-            *(("exchange.down", self.down.refuses(kind)) for kind in down),
+            *(("exchange.down", self._refused_down(kind)) for kind in down),
             *(("exchange.view", self.view.refuses(kind, sums)) for kind in up),
             *(("privacy.release", self.release.refuses(kind, self.where)) for kind in released),
         ]
@@ -132,6 +132,15 @@ class Stages:
         reason = self.view.refuses_asked(asked)
         if reason is not None:
             raise ValueError(f"exchange.view {self.view.kind}: {reason}")
+
+    def _refused_down(self, kind: type[Payload]) -> str | None:
+        if kind.is_added and not self.down.exact:
+            return (
+                f"clients add every {kind.kind} to what they have, so what is rounded on its way "
+                "would part them from the server more and more; use float32, or another codec for "
+                "exchange.up alone"
+            )
+        return self.down.refuses(kind)
 
     def _kind_of(self, setting: str) -> str:
         stages = {

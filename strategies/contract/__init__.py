@@ -11,6 +11,7 @@ from strategies.contract.server import (
     Trained,
 )
 from strategies.contract.strategy import (
+    CLIENTS,
     Nothing,
     Step,
     Strategy,
@@ -20,6 +21,7 @@ from strategies.contract.strategy import (
 )
 
 __all__ = [
+    "CLIENTS",
     "Call",
     "Card",
     "Federation",

@@ -47,6 +47,10 @@ class StrategySettings(BaseModel):
     )
 
 
+CLIENTS = "clients"
+"""What most algorithms call the direction in which clients learn from what they receive."""
+
+
 @dataclass(frozen=True)
 class Nothing(Value):
     """The state of a server that remembers nothing."""

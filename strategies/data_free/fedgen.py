@@ -195,13 +195,23 @@ class FedGen(Averaging[FedGenSettings, Generating]):
                 "clients.models: fedgen generates what last layers read, which must have one "
                 f"width, got {told}: try clients.models=mlp"
             )
-        for client in self.federation.first_clients.values():
-            self._path(client)
+        heads = {model: self._head_of(model) for model in dict.fromkeys(self.federation.models)}
+        if self.settings.share == HEAD and len({biased for _, biased in heads.values()}) > 1:
+            told = ", ".join(
+                f"{model.label} has {'one' if biased else 'none'}"
+                for model, (_, biased) in heads.items()
+            )
+            raise ValueError(
+                "strategy.share: head averages the last layers of all models, which must all have "
+                f"a bias or none, but {told}: use strategy.share=model, or models that are alike"
+            )
 
     def _path(self, client: int) -> str:
         """Return the module path of the last layer of a client's model."""
-        federation = self.federation
-        return _path_of(federation.models[client], federation.input_shape, federation.num_classes)
+        return self._head_of(self.federation.models[client])[0]
+
+    def _head_of(self, model: ModelSettings) -> tuple[str, bool]:
+        return _head_of(model, self.federation.input_shape, self.federation.num_classes)
 
     def _shape(self, features: int) -> GeneratorShape:
         return GeneratorShape(
@@ -367,9 +377,11 @@ def _remembered(models: Mapping[str, Weights], state: Generating) -> Generating:
 
 
 @lru_cache(maxsize=256)
-def _path_of(model: ModelSettings, input_shape: ImageShape, num_classes: int) -> str:
+def _head_of(model: ModelSettings, input_shape: ImageShape, num_classes: int) -> tuple[str, bool]:
+    """Return the module path of a model's last layer, and whether that has a bias."""
     module = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=0)
-    return head_layer(module, torch.zeros(2, *input_shape), whose=model.label)
+    path = head_layer(module, torch.zeros(2, *input_shape), whose=model.label)
+    return path, f"{path}.bias" in module.state_dict()
 
 
 def _labels(cohort: Cohort) -> list[np.ndarray]:

@@ -92,7 +92,7 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
 
     def receives(self, state: HeardPeers, client: int, round: Round) -> Hashable | None:
         """What those taught that the client hears; those who hear the same share it."""
-        if self.settings.peers == "all":
+        if self.settings.peers == "all" or self.learns_alone:
             return super().receives(state, client, round)
         if self.settings.peers == "best-k" and client not in state.best:
             # It has shown nothing that anybody could agree with.

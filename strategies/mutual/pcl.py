@@ -48,6 +48,7 @@ from fedkd.training import (
     towards_targets,
 )
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -58,7 +59,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
-from strategies.mutual.taught_by_peers import CLIENTS, lesson
+from strategies.mutual.taught_by_peers import lesson
 
 OWN, MEAN_TEACHER = "own", "mean_teacher"
 """The two parts of what a client sends; the second is also what it calls its running mean."""
@@ -209,6 +210,8 @@ class PCL(Strategy[PCLSettings, Collective]):
 
     def receives(self, state: Collective, client: int, round: Round) -> Hashable | None:
         """The ensemble, and what the others' mean teachers say; nothing for who was alone."""
+        if self.learns_alone:
+            return None
         if client in state.others:
             return None if state.others[client] is None else client
         return None if state.ensemble is None else ENSEMBLE

@@ -13,6 +13,7 @@ from fedkd.exchange.values import Value
 from fedkd.targets import Scale
 from fedkd.training import Cohort, ComposedObjective, supervised
 from strategies.contract import (
+    CLIENTS,
     Call,
     Federation,
     Received,
@@ -31,9 +32,6 @@ from strategies.shared.taught import (
     never_taught,
     rows_of_step,
 )
-
-CLIENTS = "clients"
-"""The direction of an algorithm in which clients learn from clients and nobody else learns."""
 
 SettingsT = TypeVar("SettingsT", bound=TaughtSettings)
 
@@ -108,6 +106,8 @@ class TaughtByPeers(Strategy[SettingsT, PeersT]):
 
     def receives(self, state: PeersT, client: int, round: Round) -> Hashable | None:
         """What the others taught, or what all did where the client is none of them."""
+        if self.learns_alone:
+            return None
         if client in state.others:
             return None if state.others[client] is None else client
         return None if state.shared is None else "shared"

@@ -33,6 +33,7 @@ from fedkd.training import (
 )
 from fedkd.training.state import to_arrays
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Federation,
@@ -48,8 +49,6 @@ from strategies.contract import (
 )
 from strategies.public_predictions.dsfl import SERVER, soft_labels
 from strategies.shared.lessons import Lesson, SharedLesson
-
-CLIENTS = "clients"
 
 
 class CFDSettings(StrategySettings):

@@ -28,6 +28,7 @@ from fedkd.targets import centroids_by_row, clusters_by_row, nearest_centroid
 from fedkd.tensors import as_tensor
 from fedkd.training import Cohort, supervised
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -48,8 +49,6 @@ from strategies.public_predictions.dsfl import (
     steps_on_public_rows,
 )
 from strategies.shared.lessons import Distilling
-
-CLIENTS = "clients"
 
 
 class COMETSettings(DistilSettings):

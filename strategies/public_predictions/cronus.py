@@ -36,6 +36,7 @@ from fedkd.targets import (
 )
 from fedkd.training import Cohort, ComposedObjective, supervised
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Federation,
@@ -58,8 +59,6 @@ from strategies.shared.taught import (
     never_taught,
     rows_of_step,
 )
-
-CLIENTS = "clients"
 
 
 class CronusSettings(TaughtSettings):
@@ -159,10 +158,6 @@ class Cronus(SharedLesson[CronusSettings, Trusting]):
         else:
             cohort.fit(supervised, private=call.local)
         return soft_labels(cohort, call.public_rows)
-
-    def receives(self, state: Trusting, client: int, round: Round) -> str | None:
-        """The robust mean, for everybody, where clients learn from it."""
-        return super().receives(state, client, round) if self.learns(CLIENTS) else None
 
     def asks(self, state: Trusting, client: int, round: Round, server: ServerTools) -> Asked:
         """Probabilities of the round's rows."""

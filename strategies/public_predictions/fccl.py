@@ -36,6 +36,7 @@ from fedkd.training import (
     supervised,
 )
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -49,7 +50,6 @@ from strategies.contract import (
 )
 from strategies.shared.lessons import Lesson, SharedLesson
 
-CLIENTS = "clients"
 PREVIOUS, PRETRAINED = "previous", "pretrained"
 """What a client calls its model as the round found it, and as it was before it met the others."""
 

@@ -29,6 +29,7 @@ from fedkd.losses.response import soft_target_rows
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -42,7 +43,6 @@ from strategies.contract import (
 )
 from strategies.shared.lessons import Lesson, SharedLesson
 
-CLIENTS = "clients"
 TRANSFERRED = "transferred"
 """What a client keeps once it has begun: that it has."""
 

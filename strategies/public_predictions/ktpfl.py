@@ -34,6 +34,7 @@ from fedkd.targets import nearest_shares, soften
 from fedkd.tensors import as_tensor
 from fedkd.training import Cohort, supervised
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -47,8 +48,6 @@ from strategies.contract import (
     upload_logits,
 )
 from strategies.shared.lessons import Distilling
-
-CLIENTS = "clients"
 
 GOAL = 0.01
 """What the published code brings the mean size of a row's step to, by factors of five."""

@@ -33,6 +33,7 @@ from fedkd.schedules import Between, ConstantSchedule, NonNegativeSchedule, Sche
 from fedkd.targets import leave_one_out, mean_logit, soften
 from fedkd.training import Batch, Cohort, Losses, Outputs, Table, as_tensor, supervised
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -45,7 +46,6 @@ from strategies.contract import (
     payloads_of,
 )
 
-CLIENTS = "clients"
 SCORES, LOSS = "scores", "loss"
 """What a client sends: logits of public rows, and its mean loss on private rows."""
 TAUGHT, TRUST = "taught", "trust"

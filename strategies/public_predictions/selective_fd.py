@@ -26,6 +26,7 @@ from fedkd.exchange.payloads import Predictions
 from fedkd.targets import ambiguity, density_ratio
 from fedkd.training import Cohort, as_tensor, supervised, towards_targets
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Federation,
@@ -39,8 +40,6 @@ from strategies.contract import (
 )
 from strategies.public_predictions.dsfl import soft_labels
 from strategies.shared.lessons import Lesson, SharedLesson
-
-CLIENTS = "clients"
 
 CLAIMED = "claimed"
 """What a client calls its mask of the public set: bool ``[public]``."""
@@ -189,10 +188,6 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
             ]
             cohort.keep(CLAIMED, kept)
         return [mask for mask in kept if mask is not None]
-
-    def receives(self, state: Lesson, client: int, round: Round) -> str | None:
-        """What is kept, for everybody, where clients learn from it."""
-        return super().receives(state, client, round) if self.learns(CLIENTS) else None
 
     def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
         """Probabilities of some of the round's rows, also of none."""

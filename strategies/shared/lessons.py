@@ -61,8 +61,8 @@ class SharedLesson(Strategy[SettingsT, LessonT]):
     has_ensemble = True
 
     def receives(self, state: LessonT, client: int, round: Round) -> str | None:
-        """The lesson, once there is one."""
-        return None if state.predictions is None else "lesson"
+        """The lesson, once there is one, where clients learn from it."""
+        return None if state.predictions is None or self.learns_alone else "lesson"
 
     def payload(self, state: LessonT, key: str) -> Predictions:
         """The lesson."""

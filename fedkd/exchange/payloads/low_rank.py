@@ -49,6 +49,7 @@ class LowRank(Payload):
     """
 
     kind: ClassVar[str] = "low_rank"
+    is_added: ClassVar[bool] = True
 
     base: int
     made: int = 0

@@ -14,7 +14,7 @@ from fedkd.exchange.adversaries import Adversary
 from fedkd.exchange.codecs import Codec, Float16, Float32, TopK
 from fedkd.exchange.ledger import Cost
 from fedkd.exchange.payload import FLOAT32, Asked
-from fedkd.exchange.payloads import ClassTable, Encoded, Predictions, Weights
+from fedkd.exchange.payloads import ClassTable, Encoded, LowRank, Predictions, Weights
 from fedkd.exchange.pipeline import (
     BadPayloadError,
     ClientTurn,
@@ -399,6 +399,13 @@ def test_what_cannot_work_is_refused_before_the_run_by_the_setting():
         Stages(view=Sum()).check_asked(ClassTable.asked(3))
     with pytest.raises(ValueError, match=r"exchange.up top_k: .* got class_table"):
         Stages(up=TopK(k=1)).check_asked(ClassTable.asked(3))
+
+
+def test_what_is_added_from_round_to_round_comes_down_as_it_is():
+    with pytest.raises(ValueError, match=r"exchange.down float16: clients add every low_rank to"):
+        Stages(down=Float16()).check(up=[LowRank], down=[LowRank], sums=None)
+    # An update that goes up is averaged once: what is rounded on its way does not add up.
+    Stages(up=Float16()).check(up=[LowRank], down=[LowRank], sums=None)
 
 
 def test_the_aggregator_sees_what_the_view_shows():

@@ -2,7 +2,10 @@
 
 import pytest
 
+from sim.contract import sections_of
+from sim.contract.claims import Case
 from strategies import STRATEGIES
+from strategies.contract import CLIENTS
 
 
 @pytest.fixture
@@ -30,3 +33,13 @@ def test_a_learner_that_is_none_is_refused_with_those_that_are(made):
 def test_an_algorithm_without_directions_takes_none(made, name):
     with pytest.raises(ValueError, match=rf"strategy.directions of {name} must be null, got"):
         made(name, {"directions": []}).check((1, 8, 8))
+
+
+OF_CLIENTS = [name for name, kind in STRATEGIES.items() if CLIENTS in kind.directions]
+
+
+@pytest.mark.parametrize("name", OF_CLIENTS)
+def test_clients_that_learn_from_nobody_are_sent_nothing_to_learn_from(name, simulate):
+    case = Case(name, {"directions": []}, sections_of(STRATEGIES[name].card.needs))
+    run = simulate(case.settings(), case.data())
+    assert [row["bytes"] for row in run.exchange if row["direction"] == "down"] == []

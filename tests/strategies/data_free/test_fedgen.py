@@ -274,3 +274,11 @@ def test_last_layers_of_different_widths_are_refused_by_name(home):
     strategy, _ = home(clients={**SETTINGS, "models": models})
     with pytest.raises(ValueError, match=r"clients\.models: fedgen .* mlp.* has 8, mlp.* has 9"):
         strategy.check((1, 8, 8))
+
+
+def test_last_layers_with_and_without_a_bias_have_no_common_mean(home):
+    models = [SETTINGS["models"][0], {"name": "odd_models:make", "options": {"kind": "Unbiased"}}]
+    clients = {**SETTINGS, "models": models}
+    home(clients=clients)[0].check((1, 8, 8))
+    with pytest.raises(ValueError, match=r"share: head .* mlp.* has one, .*odd_models.* has none"):
+        home(clients=clients, share="head")[0].check((1, 8, 8))
