@@ -156,6 +156,100 @@ class Float16(_Coding):
         return sent.payload(arrays), memory
 
 
+class Int8(_Coding):
+    """Every float32 array in whole numbers from -127 to 127, and a scale for each row: 8 bits each.
+
+    A row is what an entry of the first axis holds: a public row's scores, an output unit's weights.
+    Arrays of one axis or none have one scale. Numbers are rounded to the nearest unit, so by at
+    most half of it: 1/254 of the largest size in their row. Rows of soft labels are divided by
+    their sum, which rounding moves away from 1. Arrays that hold NaN or infinity stay as they are.
+    """
+
+    kind: Literal["int8"] = "int8"
+
+    def asked(self, asked: Asked) -> Asked:
+        """The same shapes in whole numbers, and their scales."""
+        coded = {
+            place: {
+                "units": Limit(
+                    shape=limit.shape, dtype=np.dtype(np.int8), largest=127, smallest=-127
+                ),
+                "scale": replace(limit, shape=_scale_shape(limit.shape), smallest=0.0),
+            }
+            for place, limit in asked.limits.items()
+            if limit.dtype == FLOAT32 and limit.constant is None
+        }
+        return Encoded.asked(self.kind, asked, coded)
+
+    def bad(self, encoded: Encoded, asked: Asked) -> str | None:
+        """Every row has a scale, and every row of soft labels a share."""
+        for place in _places_in_units(encoded):
+            units, scale = encoded.array(place, "units"), encoded.array(place, "scale")
+            if scale.shape != _scale_shape(units.shape):
+                return f"scales {list(scale.shape)} of whole numbers {list(units.shape)}"
+        for prefix, part in _predictions(encoded.inner, ""):
+            place = f"{prefix}values"
+            if part.scale == "probabilities" and place in _places_in_units(encoded):
+                units, scale = encoded.array(place, "units"), encoded.array(place, "scale")
+                if (units < 0).any() or not ((units.max(-1, initial=0) > 0) & (scale > 0)).all():
+                    return "soft labels of a row without any share, or with one below 0"
+        return None
+
+    def encode(
+        self, payload: Payload, memory: Arrays, rng: np.random.Generator
+    ) -> tuple[Payload, Arrays]:
+        """Divide by the scale, and round."""
+        # What are no soft labels must not become some by being divided by their sum.
+        none = {
+            f"{prefix}values"
+            for prefix, part in _predictions(payload, "")
+            if part.scale == "probabilities" and not _holds_soft_labels(part)
+        }
+        coded = {
+            place: _in_units(array)
+            for place, array in flatten(payload).arrays.items()
+            if array.dtype == FLOAT32 and np.isfinite(array).all() and place not in none
+        }
+        return Encoded.of(self.kind, payload, coded), memory
+
+    def decode(self, encoded: Payload, memory: Arrays) -> tuple[Payload, Arrays]:
+        """Multiply by the scale; soft labels sum to 1 again."""
+        sent = self._encoded(encoded)
+        arrays = {
+            place: _in_floats(sent.array(place, "units"), sent.array(place, "scale"))
+            for place in _places_in_units(sent)
+        }
+        for prefix, part in _predictions(sent.inner, ""):
+            place = f"{prefix}values"
+            if part.scale == "probabilities" and place in arrays:
+                shares = arrays[place].astype(np.float64)
+                arrays[place] = (shares / shares.sum(-1, keepdims=True)).astype(np.float32)
+        return sent.payload(arrays), memory
+
+
+def _places_in_units(encoded: Encoded) -> list[str]:
+    return [name.removesuffix("/units") for name in encoded.coded if name.endswith("/units")]
+
+
+def _scale_shape(shape: tuple[int | AtMost, ...]) -> tuple[int | AtMost, ...]:
+    """Return one number for each entry of the first axis of several, or one for all."""
+    return shape[:1] if len(shape) > 1 else ()
+
+
+def _in_units(array: np.ndarray) -> dict[str, np.ndarray]:
+    axes = tuple(range(1, array.ndim)) or None
+    scale = np.asarray(np.abs(array).max(axis=axes, initial=0.0), np.float32)
+    aligned = scale.reshape(scale.shape + (1,) * (array.ndim - scale.ndim)).astype(np.float64)
+    units = np.rint(127 * array / np.where(aligned > 0, aligned, 1.0))
+    return {"units": np.asarray(units, np.int8), "scale": scale}
+
+
+def _in_floats(units: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    aligned = scale.reshape(scale.shape + (1,) * (units.ndim - scale.ndim)).astype(np.float64)
+    # 127 units are the scale itself, to the bit.
+    return np.asarray(units / 127.0 * aligned, np.float32)
+
+
 class TopK(_Coding):
     """Of each row of predictions the k largest scores and the classes that have them.
 
@@ -507,6 +601,7 @@ CODECS: Kinds[Codec] = Kinds(
     {
         "float32": Float32,
         "float16": Float16,
+        "int8": Int8,
         "top_k": TopK,
         "cfd": SoftLabelBits,
         "cfd_delta": SoftLabelDeltas,

@@ -110,7 +110,8 @@ class ExchangeSettings(_Section):
         None, description="public rows drawn anew each round; none: the whole public set"
     )
     up: CodecField = Field(
-        Float32(), description="codec of what clients send: float32, float16, top_k, cfd, cfd_delta"
+        Float32(),
+        description="codec of what clients send: float32, float16, int8, top_k, cfd, cfd_delta",
     )
     down: CodecField = Field(Float32(), description="codec of what the server sends")
     view: ViewField = Field(

@@ -13,6 +13,7 @@ from fedkd.exchange.codecs import (
     CodecField,
     Float16,
     Float32,
+    Int8,
     SoftLabelBits,
     SoftLabelDeltas,
     TopK,
@@ -306,7 +307,7 @@ SOFT = [
 QUANTISERS = [SoftLabelBits(), SoftLabelBits(bits=3), SoftLabelDeltas(), SoftLabelDeltas(bits=4)]
 PAIRS = [
     (codec, payload, asked)
-    for codec in (Float16(), TopK(k=2))
+    for codec in (Float16(), Int8(), TopK(k=2))
     for payload, asked in KINDS
     if codec.refuses(type(payload)) is None
 ] + [(codec, payload, asked) for codec in QUANTISERS for payload, asked in SOFT]
@@ -370,7 +371,7 @@ def test_what_is_inside_and_who_coded_it_is_compared():
     assert encoded.problem(other) == "coded by 'float16', expected 'top_k'"
 
 
-@pytest.mark.parametrize("codec", [Float16(), TopK(k=2)])
+@pytest.mark.parametrize("codec", [Float16(), Int8(), TopK(k=2)])
 @pytest.mark.parametrize(
     ("values", "told"),
     [
@@ -410,7 +411,7 @@ def test_whatever_passes_the_look_can_be_decoded(pair, data):
         arrays(
             array.dtype,
             array.shape,
-            elements=st.integers(0, 255)
+            elements=st.integers(*((-128, 127) if array.dtype == np.int8 else (0, 255)))
             if array.dtype.kind in "iu"
             else st.floats(width=16, allow_nan=True),
         )
@@ -423,6 +424,68 @@ def test_whatever_passes_the_look_can_be_decoded(pair, data):
         for name, limit in asked.limits.items():
             if name in flatten(decoded).arrays:
                 assert flatten(decoded).arrays[name].dtype == limit.dtype
+
+
+# -- int8 ----------------------------------------------------------------------------------------
+
+
+def test_int8_rounds_to_the_units_of_a_row():
+    encoded, _ = Int8().encode(
+        predictions(np.array([[1, -2, 0.5], [0, 0, 0]], np.float32)), {}, RNG
+    )
+    # 127 x (1, -2, 0.5) / 2 = 63.5, -127, 31.75; halves go to the even unit.
+    assert encoded.array("values", "units").tolist() == [[64, -127, 32], [0, 0, 0]]
+    assert encoded.array("values", "scale").tolist() == [2, 0]
+    decoded = Int8().decode(encoded, {})[0].values
+    assert decoded == pytest.approx(np.array([[128 / 127, -2, 64 / 127], [0, 0, 0]]))
+    assert encoded.payload_bytes == 2 * 3 + 2 * 4
+
+
+def test_int8_has_a_scale_for_each_output_unit_and_one_for_a_bias():
+    kernel = np.zeros((2, 3, 2, 2), np.float32)
+    kernel[0], kernel[1] = 0.5, 8
+    given = {"kernel": kernel, "bias": np.array([1, 100], np.float32), "count": np.array(7)}
+    encoded, _ = Int8().encode(Weights(arrays=given), {}, RNG)
+    assert encoded.array("arrays/kernel", "scale").tolist() == [0.5, 8]
+    assert encoded.array("arrays/bias", "scale").tolist() == 100
+    decoded = Int8().decode(encoded, {})[0].arrays
+    assert np.array_equal(decoded["kernel"], kernel)
+    assert decoded["bias"] == pytest.approx([100 / 127, 100])
+    assert decoded["count"] == 7
+
+
+NUMBERS = arrays(np.float32, (3, 4), elements=st.floats(-1e6, 1e6, width=32))
+
+
+@given(NUMBERS)
+def test_int8_is_at_most_half_a_unit_off(values):
+    decoded = round_trip(Int8(), predictions(values)).values
+    largest = np.abs(values).max(-1, keepdims=True).astype(np.float64)
+    assert (np.abs(decoded - values.astype(np.float64)) <= largest / 254 * (1 + 1e-5)).all()
+
+
+@given(arrays(np.float32, (3, 4), elements=st.floats(-30, 30, width=32)))
+def test_int8_leaves_soft_labels_distributions(logits):
+    shares = softmax(logits)
+    decoded = round_trip(Int8(), predictions(shares, "probabilities"))
+    assert decoded.problem(Predictions.asked(np.arange(3), 4, scale="probabilities")) is None
+    assert decoded.values.sum(-1) == pytest.approx(np.ones(3), abs=1e-6)
+    # Half a unit each, and what dividing by the sum, at most 2 units off, moves.
+    assert np.abs(decoded.values - shares).max() <= 3 * shares.max() / 254 + 1e-6
+
+
+def test_int8_makes_no_soft_labels_of_what_are_none():
+    asked = Predictions.asked(np.arange(2), 4, scale="probabilities")
+    encoded, _ = Int8().encode(predictions(S, "probabilities"), {}, RNG)
+    assert encoded.problem(Int8().asked(asked)) is not None
+    good, _ = Int8().encode(predictions(softmax(S), "probabilities"), {}, RNG)
+    assert (good.problem(Int8().asked(asked)), Int8().bad(good, Int8().asked(asked))) == (
+        None,
+        None,
+    )
+    nothing = good.with_arrays({"coded/values/units": np.zeros((2, 4), np.int8)})
+    told = "soft labels of a row without any share, or with one below 0"
+    assert Int8().bad(nothing, Int8().asked(asked)) == told
 
 
 # -- settings ------------------------------------------------------------------------------------
@@ -452,7 +515,7 @@ def test_settings_name_a_codec_by_its_kind_or_with_its_settings(given, expected)
     [
         (
             "flot16",
-            "unknown codec 'flot16'; known: float32, float16, top_k, cfd, cfd_delta; or "
+            "unknown codec 'flot16'; known: float32, float16, int8, top_k, cfd, cfd_delta; or "
             "package.module:Class",
         ),
         ("flot16", "did you mean 'float16'?"),
