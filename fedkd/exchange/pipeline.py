@@ -556,7 +556,7 @@ class ServerTurn:
         codec = self._stages.up
         wanted = self.asked(asked)
         if type(sent) is not wanted.kind:
-            raise BadPayloadError(f"{sent.kind}, expected {_shown(wanted)}")
+            raise BadPayloadError(f"expected {_shown(wanted)}, got {sent.kind}")
         reason = sent.problem(wanted)
         memory: Mapping[str, np.ndarray] = {}
         if reason is None and isinstance(sent, Encoded):

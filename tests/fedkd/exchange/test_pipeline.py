@@ -335,7 +335,7 @@ def test_what_a_codec_that_remembers_sends_is_made_and_released_once_as_well():
     ("codec", "change", "told"),
     [
         (Float32(), lambda sent: None, "expected predictions, got nothing"),
-        (Float32(), lambda sent: Weights(arrays={}), "weights, expected predictions"),
+        (Float32(), lambda sent: Weights(arrays={}), "expected predictions, got weights"),
         (Float16(), lambda sent: predictions(*[0] * 6), "expected predictions encoded"),
         (Float16(), lambda sent: replace(sent, codec="top_k"), "coded by 'top_k'"),
         (Float16(), lambda sent: replace(sent, since=3), "coded on from round 3, expected 0 or 0"),
