@@ -132,8 +132,7 @@ class Float16(_Coding):
         """The same shapes and bounds, in half precision."""
         coded = {
             place: {"": replace(limit, dtype=np.dtype(np.float16))}
-            for place, limit in asked.limits.items()
-            if limit.dtype == FLOAT32 and limit.constant is None
+            for place, limit in _float_limits(asked)
         }
         return Encoded.asked(self.kind, asked, coded)
 
@@ -144,8 +143,7 @@ class Float16(_Coding):
         coded = {
             # Of an array without dimensions NumPy makes a scalar.
             place: {"": np.asarray(array.clip(-LARGEST_HALF, LARGEST_HALF), np.float16)}
-            for place, array in flatten(payload).arrays.items()
-            if array.dtype == FLOAT32 and np.isfinite(array).all()
+            for place, array in _float_arrays(payload)
         }
         return Encoded.of(self.kind, payload, coded), memory
 
@@ -154,6 +152,20 @@ class Float16(_Coding):
         sent = self._encoded(encoded)
         arrays = {place: np.asarray(array, np.float32) for place, array in sent.coded.items()}
         return sent.payload(arrays), memory
+
+
+def _float_limits(asked: Asked) -> Iterator[tuple[str, Limit]]:
+    """Find the arrays of numbers that may be rounded; what has to be there bit for bit may not."""
+    for place, limit in asked.limits.items():
+        if limit.dtype == FLOAT32 and limit.constant is None:
+            yield place, limit
+
+
+def _float_arrays(payload: Payload) -> Iterator[tuple[str, np.ndarray]]:
+    """Find the arrays of numbers that can be rounded."""
+    for place, array in flatten(payload).arrays.items():
+        if array.dtype == FLOAT32 and np.isfinite(array).all():
+            yield place, array
 
 
 class Int8(_Coding):
@@ -176,20 +188,20 @@ class Int8(_Coding):
                 ),
                 "scale": replace(limit, shape=_scale_shape(limit.shape), smallest=0.0),
             }
-            for place, limit in asked.limits.items()
-            if limit.dtype == FLOAT32 and limit.constant is None
+            for place, limit in _float_limits(asked)
         }
         return Encoded.asked(self.kind, asked, coded)
 
     def bad(self, encoded: Encoded, asked: Asked) -> str | None:
         """Every row has a scale, and every row of soft labels a share."""
-        for place in _places_in_units(encoded):
+        places = _places_in_units(encoded)
+        for place in places:
             units, scale = encoded.array(place, "units"), encoded.array(place, "scale")
             if scale.shape != _scale_shape(units.shape):
                 return f"scales {list(scale.shape)} of whole numbers {list(units.shape)}"
         for prefix, part in _predictions(encoded.inner, ""):
             place = f"{prefix}values"
-            if part.scale == "probabilities" and place in _places_in_units(encoded):
+            if part.scale == "probabilities" and place in places:
                 units, scale = encoded.array(place, "units"), encoded.array(place, "scale")
                 if (units < 0).any() or not ((units.max(-1, initial=0) > 0) & (scale > 0)).all():
                     return "soft labels of a row without any share, or with one below 0"
@@ -206,9 +218,7 @@ class Int8(_Coding):
             if part.scale == "probabilities" and not _holds_soft_labels(part)
         }
         coded = {
-            place: _in_units(array)
-            for place, array in flatten(payload).arrays.items()
-            if array.dtype == FLOAT32 and np.isfinite(array).all() and place not in none
+            place: _in_units(array) for place, array in _float_arrays(payload) if place not in none
         }
         return Encoded.of(self.kind, payload, coded), memory
 
@@ -239,15 +249,19 @@ def _scale_shape(shape: tuple[int | AtMost, ...]) -> tuple[int | AtMost, ...]:
 def _in_units(array: np.ndarray) -> dict[str, np.ndarray]:
     axes = tuple(range(1, array.ndim)) or None
     scale = np.asarray(np.abs(array).max(axis=axes, initial=0.0), np.float32)
-    aligned = scale.reshape(scale.shape + (1,) * (array.ndim - scale.ndim)).astype(np.float64)
-    units = np.rint(127 * array / np.where(aligned > 0, aligned, 1.0))
+    beside = _beside(scale, array)
+    units = np.rint(127 * array / np.where(beside > 0, beside, 1.0))
     return {"units": np.asarray(units, np.int8), "scale": scale}
 
 
 def _in_floats(units: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    aligned = scale.reshape(scale.shape + (1,) * (units.ndim - scale.ndim)).astype(np.float64)
     # 127 units are the scale itself, to the bit.
-    return np.asarray(units / 127.0 * aligned, np.float32)
+    return np.asarray(units / 127.0 * _beside(scale, units), np.float32)
+
+
+def _beside(scale: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """Return scales in float64, one beside each row of an array."""
+    return scale.reshape(scale.shape + (1,) * (array.ndim - scale.ndim)).astype(np.float64)
 
 
 class TopK(_Coding):

@@ -42,6 +42,7 @@ from fedkd.training import (
     supervised,
 )
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Federation,
@@ -193,8 +194,8 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         needs=("data.public.labelled=true",),
     )
     directions: ClassVar[Mapping[str, str]] = {
-        "clients": "from the server",
-        "server": "from the clients",
+        CLIENTS: "from the server",
+        SERVER: "from the clients",
     }
     Settings: ClassVar[type[StrategySettings]] = FedGEMSSettings
     State: ClassVar[type[Value]] = Fusion
@@ -214,7 +215,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
     @property
     def learns_alone(self) -> bool:
         """Whether clients learn nothing from the server."""
-        return not self.learns("clients")
+        return not self.learns(CLIENTS)
 
     # -- client half ---------------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
             lesson = call.lesson(received, epochs=self.settings.public_epochs)
             cohort.fit(self._learn, public=lesson)
         cohort.fit(supervised, private=call.local)
-        if not self.learns("server"):
+        if not self.learns(SERVER):
             return ()
         rows = call.rows_of(0)
         return [Predictions(rows=rows, values=values) for values in cohort.predict_public(rows)]
@@ -268,7 +269,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
 
     def receives(self, state: Fusion, client: int, round: Round) -> str | None:
         """What the server says about the round's rows, once it has learnt."""
-        return "lesson" if state.taught and self.learns("clients") else None
+        return "lesson" if state.taught and self.learns(CLIENTS) else None
 
     def payload(self, state: Fusion, key: str) -> Predictions:
         """The server's logits."""
@@ -276,13 +277,13 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
 
     def orders(self, state: Fusion, client: int, round: Round) -> Orders | None:
         """Which rows to predict."""
-        if not self.learns("server"):
+        if not self.learns(SERVER):
             return None
         return Orders(rows=state.asked, planned=len(state.rows))
 
     def asks(self, state: Fusion, client: int, round: Round, server: ServerTools) -> Asked | None:
         """Logits of these rows; of none, an answer says that the client was heard."""
-        if not self.learns("server"):
+        if not self.learns(SERVER):
             return None
         return Predictions.asked(state.asked, self.federation.num_classes)
 
@@ -299,7 +300,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         for _, sent in payloads_of(uploads, Predictions):
             mean.add(sent.values)
             heard = True
-        if self.learns("server") and not heard:
+        if self.learns(SERVER) and not heard:
             return state
         teachers, known = state.pool[state.rows], state.pooled[state.rows] & ~state.right
         places = np.searchsorted(state.rows, asked)
