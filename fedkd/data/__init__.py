@@ -2,6 +2,7 @@
 
 from fedkd.data.federated import FederatedData, build_federated_data
 from fedkd.data.overview import plot_split, split_table
+from fedkd.data.public_source import public_source_files
 from fedkd.data.settings import DataSettings, PartitionSettings, PublicSettings
 from fedkd.data.sources import source_files
 
@@ -12,6 +13,7 @@ __all__ = [
     "PublicSettings",
     "build_federated_data",
     "plot_split",
+    "public_source_files",
     "source_files",
     "split_table",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64
 
 from fedkd.data.images import match_channels
 from fedkd.data.partitions import partition_rows
+from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source
 from fedkd.data.splits import RowSplit, split_rows
@@ -43,6 +44,8 @@ class FederatedData:
     validation_labels: Int64[np.ndarray, "validation_rows"]
     test_inputs: Float32[np.ndarray, "test_rows channels height width"]
     test_labels: Int64[np.ndarray, "test_rows"]
+    other_classes: int = 0
+    """How many of the classes, the last ones, only labelled public rows have."""
     notes: tuple[str, ...] = ()
     """Sentences on what a reader of results should know: what was left aside, which rows repeat."""
 
@@ -109,7 +112,8 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     partition nor the number of clients, so arms that differ in those share their test set.
 
     Inputs are standardised with the mean and standard deviation of the training rows in use
-    (private, public and validation together). These two numbers per channel count as known to
+    (private, public and validation together; without public rows that come from another source,
+    which are standardised like all others). These two numbers per channel count as known to
     everybody, like the published constants of well-known datasets; no privacy budget is spent on
     them.
 
@@ -125,7 +129,15 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     seed = settings.seed if settings.seed is not None else seed
     source = open_source(settings)
     test_labels = None if source.test is None else source.test.labels
-    split = split_rows(source.train.labels, test_labels, settings, seed=seed)
+    public = (
+        None if settings.public.source is None else draw_public_rows(settings, source, seed=seed)
+    )
+    split = split_rows(
+        source.train.labels,
+        test_labels,
+        settings if public is None else _without_public(settings),
+        seed=seed,
+    )
     private_labels = source.train.labels[split.private]
     # Before the images: a partition that does not work should fail at once.
     client_rows = partition_rows(
@@ -135,32 +147,49 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         rng=generator_for(seed, Purpose.PARTITION),
     )
     inputs, test_inputs = _read_pixels(source, split, settings)
-    notes = (*source.notes, *_repetitions(inputs, test_inputs, split, settings))
-    for note in notes:
-        _tell(note)
-    mean, std = _channel_statistics(inputs)
-    for pixels in (inputs, test_inputs):  # in place: they may fill much of the memory
-        pixels -= mean[:, None, None]
-        pixels /= std[:, None, None]
     public_end = len(split.public)
     validation_end = public_end + len(split.validation)
+    notes = (*source.notes, *_repetitions(inputs, test_inputs, split, settings))
+    mean, std = _channel_statistics(inputs)
+    # Copies, so that none of the three keeps the memory of the others alive.
+    public_inputs, public_labels = inputs[:public_end].copy(), source.train.labels[split.public]
+    if public is not None:
+        public_inputs, public_labels = public.pixels(inputs), public.labels
+        for others in (inputs, test_inputs):
+            check_apart(public_inputs, others, settings)
+        notes = (*notes, *public.notes)
+    for note in notes:
+        _tell(note)
+    for pixels in (
+        inputs,
+        test_inputs,
+        public_inputs,
+    ):  # in place: they may fill much of the memory
+        pixels -= mean[:, None, None]
+        pixels /= std[:, None, None]
+    class_names = source.class_names if public is None else public.class_names
     return FederatedData(
         name=source.name,
-        class_names=source.class_names,
+        class_names=class_names,
         channel_mean=mean,
         channel_std=std,
-        # Copies, so that none of the three keeps the memory of the others alive.
-        public_inputs=inputs[:public_end].copy(),
+        public_inputs=public_inputs,
         validation_inputs=inputs[public_end:validation_end].copy(),
         train_inputs=inputs[validation_end:].copy(),
-        public_labels=source.train.labels[split.public] if settings.public.labelled else None,
+        public_labels=public_labels if settings.public.labelled else None,
         validation_labels=source.train.labels[split.validation],
         train_labels=private_labels,
         client_rows=client_rows,
         test_inputs=test_inputs,
         test_labels=(source.train.labels if test_labels is None else test_labels)[split.test],
+        other_classes=len(class_names) - len(source.class_names),
         notes=notes,
     )
+
+
+def _without_public(settings: DataSettings) -> DataSettings:
+    """Return settings under which the source has no public rows: they come from another."""
+    return settings.model_copy(update={"public": settings.public.model_copy(update={"size": 0})})
 
 
 def _read_pixels(

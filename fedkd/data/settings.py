@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedkd.bounds import Count, Real, Rows, RowsOrZero, Seed, Text, Whole, Width, shown
 
@@ -41,6 +41,35 @@ class PublicSettings(BaseModel):
         default=False,
         description="whether anybody may see the public labels; false leaves them out of the data",
     )
+    source: Text | None = Field(
+        default=None,
+        description="where public rows come from instead of data.source, and named like it: its "
+        "training rows, brought to the size and channels of private rows",
+    )
+    config: Text | None = Field(default=None, description="as data.config, of the public source")
+    image_column: Text | None = Field(
+        default=None, description="as data.image_column, of the public source"
+    )
+    label_column: Text | None = Field(
+        default=None, description="as data.label_column, of the public source"
+    )
+    classes: Literal["by_name", "apart"] = Field(
+        default="by_name",
+        description="by_name: a class of the public source is the private class of its name; "
+        "apart: all its classes are others; counts where public rows are labelled",
+    )
+
+    @model_validator(mode="after")
+    def _only_with_a_source(self) -> "PublicSettings":
+        for name in ("config", "image_column", "label_column"):
+            if self.source is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"data.public.{name} belongs to data.public.source, which is not set, got "
+                    f"{getattr(self, name)!r}"
+                )
+        if self.source is None and self.classes == "apart":
+            raise ValueError("data.public.classes: apart needs a data.public.source")
+        return self
 
 
 class PartitionSettings(BaseModel):

@@ -78,6 +78,7 @@ def federation_of(settings: Settings, data: FederatedData) -> Federation:
         num_classes=data.num_classes,
         input_shape=data.input_shape,
         num_examples=tuple(len(rows) for rows in data.client_rows),
+        other_classes=data.other_classes,
     )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import fedkd
 import sim
 import strategies
-from fedkd.data import source_files
+from fedkd.data import public_source_files, source_files
 from fedkd.own_code import is_own_code, package_of
 from sim.keeping.records import IDENTITY_FILE, git_commit, write_text
 from sim.settings import Settings, SettingsError
@@ -190,7 +190,7 @@ def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
     """
     names = _callables(settings)
     versions = {name: version(name) for name in _BY_VERSION}
-    if settings.data.source == "digits":
+    if "digits" in (settings.data.source, settings.data.public.source):
         versions["scikit-learn"] = version("scikit-learn")
     if any(name.startswith(_TIMM) for name in names):
         with suppress(ImportError):
@@ -337,11 +337,16 @@ def _digest(path: Path) -> str:
 
 def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
     try:
-        files, weights = source_files(settings.data), _weight_files(settings)
+        files, public = source_files(settings.data), public_source_files(settings.data)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    digests = file_digests([*files, *weights], settings.output / CACHE_FILE)
-    names = [*_names_apart(files), *(f"{path.parent.name}/{path.name}" for path in weights)]
+    weights = _weight_files(settings)
+    digests = file_digests([*files, *public, *weights], settings.output / CACHE_FILE)
+    names = [
+        *_names_apart(files),
+        *(f"public: {name}" for name in _names_apart(public)),
+        *(f"{path.parent.name}/{path.name}" for path in weights),
+    ]
     return dict(zip(names, digests, strict=True))
 
 

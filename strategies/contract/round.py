@@ -30,6 +30,7 @@ class Federation:
         public_labelled: whether the public set has labels.
         input_shape: channels, height and width of one image.
         num_examples: private rows of each client.
+        other_classes: how many of the classes, the last ones, only labelled public rows have.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class Federation:
     num_classes: int
     input_shape: ImageShape
     num_examples: tuple[int, ...]
+    other_classes: int = 0
 
     @property
     def num_clients(self) -> int:
@@ -61,6 +63,27 @@ class Federation:
         for client, architecture in enumerate(self.architectures):
             first.setdefault(architecture, client)
         return first
+
+    def check_public_labels(self, setting: str, remedy: str) -> None:
+        """Refuse a setting that needs public rows with the classes of private rows.
+
+        Args:
+            setting: what needs them, such as ``strategy.rule: linear``.
+            remedy: what works without.
+
+        Raises:
+            ValueError: where public rows have no labels, or classes of their own.
+        """
+        if not self.public_labelled:
+            raise ValueError(
+                f"{setting} needs the labels of public rows: set data.public.labelled: true, or use "
+                f"{remedy}"
+            )
+        if self.other_classes:
+            raise ValueError(
+                f"{setting} needs public rows of the classes of private rows, and data.public.source "
+                f"has {self.other_classes} that are none of these: name another, or use {remedy}"
+            )
 
     def never(self, weight: NonNegativeSchedule) -> bool:
         """Return whether a weight is 0 in every round."""

@@ -87,10 +87,9 @@ class KDCL(TaughtByPeers[KDCLSettings, Peers]):
 
     def __init__(self, settings: KDCLSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
-        if settings.rule != "mean" and not federation.public_labelled:
-            raise ValueError(
-                f"strategy.rule: {settings.rule} needs the labels of public rows: set "
-                "data.public.labelled: true, or strategy.rule: mean, which does without"
+        if settings.rule != "mean":
+            federation.check_public_labels(
+                f"strategy.rule: {settings.rule}", "strategy.rule: mean, which does without"
             )
 
     def aggregate(

@@ -99,10 +99,9 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
 
     def __init__(self, settings: ONESettings, federation: Federation) -> None:
         super().__init__(settings, federation)
-        if settings.gate == "learned" and not federation.public_labelled:
-            raise ValueError(
-                "strategy.gate: learned needs the labels of public rows: set "
-                "data.public.labelled: true, or strategy.gate: confidence, which does without"
+        if settings.gate == "learned":
+            federation.check_public_labels(
+                "strategy.gate: learned", "strategy.gate: confidence, which does without"
             )
         if settings.gate == "learned" and federation.rows_per_round < 2:
             raise ValueError(

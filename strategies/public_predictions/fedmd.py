@@ -1,6 +1,9 @@
 """FedMD: clients agree on class scores for public samples and never share weights.
 
 Source: Li and Wang, 2019, Algorithm 1. https://arxiv.org/abs/1910.03581
+Transfer learning on public rows of classes that no client holds (the paper's public MNIST beside
+private letters, and CIFAR-10 beside subsets of CIFAR-100) takes a ``data.public.source``: models have
+outputs for its classes too, as in the published code.
 Differs from the paper: transfer learning runs for a set number of epochs instead of to
 convergence, in whichever round a client is first; its public half is left out where the public set
 has no labels, and its private half unless ``private_transfer_epochs`` asks for it, since the first
@@ -54,7 +57,7 @@ class FedMDSettings(StrategySettings):
         digest_epochs: passes over the round's public rows towards the consensus.
         digest_loss: ``l1`` or ``mse`` on logits, or ``kl`` between their softmaxes.
         transfer_epochs: passes over the labelled public set before a client's first round, rows
-            of classes included that the client does not have.
+            of classes included that the client, or no client, has.
         private_transfer_epochs: passes over private rows between these and the first round.
         weighting: ``equal`` as in the paper; ``examples`` weights clients by private rows.
         aggregation: ``mean`` of the logits as in the paper; ``median`` and ``trimmed_mean`` are

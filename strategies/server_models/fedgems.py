@@ -206,11 +206,10 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
 
     def __init__(self, settings: FedGEMSSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
-        if not federation.public_labelled:
-            raise ValueError(
-                "strategy.name: fedgems needs data.public.labelled: true, for the server has to "
-                "know who is right; feddf and dsfl do without labels"
-            )
+        federation.check_public_labels(
+            "strategy.name: fedgems (its server has to know who is right)",
+            "feddf or dsfl, which do without",
+        )
 
     @property
     def learns_alone(self) -> bool:

@@ -119,10 +119,9 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
 
     def __init__(self, settings: OneWaySettings, federation: Federation) -> None:
         super().__init__(settings, federation)
-        if settings.teacher_data == "public" and not federation.public_labelled:
-            raise ValueError(
-                "strategy.teacher_data: public needs data.public.labelled: true; "
-                "largest_client or pooled do without"
+        if settings.teacher_data == "public":
+            federation.check_public_labels(
+                "strategy.teacher_data: public", "largest_client or pooled, which do without"
             )
         check_public_labels(settings, federation)
 
@@ -168,7 +167,9 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
     def _teacher_source(self) -> str:
         source = self.settings.teacher_data
         if source == "auto":
-            return "public" if self.federation.public_labelled else "largest_client"
+            federation = self.federation
+            usable = federation.public_labelled and not federation.other_classes
+            return "public" if usable else "largest_client"
         return source
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:

@@ -106,10 +106,9 @@ def check_public_labels(settings: TaughtSettings, federation: Federation) -> Non
         ValueError: naming the term and the setting.
     """
     needing = settings.terms.needs("transfer_labels")
-    if needing and not federation.public_labelled:
-        raise ValueError(
-            f"strategy.objective.{needing[0]} needs the labels of public rows: set "
-            "data.public.labelled: true, or use a term that does without, such as kd"
+    if needing:
+        federation.check_public_labels(
+            f"strategy.objective.{needing[0]}", "a term that does without, such as kd"
         )
 
 

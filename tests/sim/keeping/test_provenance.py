@@ -183,6 +183,17 @@ def test_every_picture_of_a_folder_counts_although_they_are_called_alike(tmp_pat
         picture.write_bytes(kept)
 
 
+def test_files_of_public_rows_are_data(tmp_path: Path, small: Small) -> None:
+    for folder in ("private", "public"):
+        write(tmp_path / folder / "train.parquet", folder)
+    words = [f"data.source={tmp_path}/private", f"data.public.source={tmp_path}/public"]
+    data = provenance_of(load_settings(None, [*words, f"output={tmp_path}/runs"])).data
+    assert data.keys() == {"private/train.parquet", "public: public/train.parquet"}
+    write(tmp_path / "public" / "train.parquet", "other")
+    after = provenance_of(load_settings(None, [*words, f"output={tmp_path}/runs"])).data
+    assert [name for name in data if data[name] != after[name]] == ["public: public/train.parquet"]
+
+
 def test_weights_that_a_distillation_begins_with_are_data(tmp_path: Path) -> None:
     path = tmp_path / "teacher.safetensors"
     path.write_bytes(b"one")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.exchange.payloads import Predictions
+from fedkd.models import build_model
 from fedkd.targets import Targets, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Outputs, Passes, supervised, supervised_public
 from strategies.public_predictions.fedmd import TRANSFERRED, FedMDSettings
@@ -135,6 +136,46 @@ def test_public_rows_teach_classes_that_a_client_does_not_have(tiny_settings, ti
         return simulate(settings, data).history.clients[0]["accuracy"]
 
     assert named(60) > named(0) + 0.2
+
+
+def test_public_rows_may_be_of_classes_that_nobody_holds(tiny_settings, tiny_data, simulate):
+    # The paper's setting: what is learnt there has outputs of its own, behind the private classes.
+    data = tiny_data(labelled=True)
+    private = data.num_classes
+    data = replace(
+        data,
+        class_names=(*data.class_names, *(f"public {name}" for name in data.class_names)),
+        public_labels=data.public_labels + private,
+        other_classes=private,
+    )
+    settings = tiny_settings(
+        "fedmd",
+        options={"transfer_epochs": 60, "digest_epochs": 0},
+        data={"public": {"size": 20, "labelled": True, "source": "digits"}},
+        clients={"models": ["mlp"], "local": {"epochs": 0}},
+        rounds=1,
+    )
+    run = simulate(settings, data)
+    (model,) = settings.clients.models
+    network = build_model(model, input_shape=data.input_shape, num_classes=data.num_classes, seed=0)
+    weights = run.states[0].models["model"].weights
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    named = network(torch.from_numpy(data.public_inputs)).argmax(-1).numpy()
+    assert (named == data.public_labels).mean() > 0.9
+
+
+def test_algorithms_that_need_public_labels_refuse_other_classes(tiny_settings, tiny_data, parts):
+    data = tiny_data(labelled=True)
+    data = replace(data, class_names=(*data.class_names, "x"), other_classes=1)
+    message = "has 1 that are none of these: name another, or use"
+    for name, options in (
+        ("fedgems", {}),
+        ("kdcl", {"rule": "linear"}),
+        ("one", {"gate": "learned"}),
+    ):
+        with pytest.raises(ValueError, match=f"strategy.*{message}"):
+            parts(tiny_settings(name, options=options), data)
+    parts(tiny_settings("fedmd"), data)
 
 
 def test_a_direction_that_is_off_leaves_labels_alone(spy, fedmd, learn):

@@ -224,7 +224,7 @@ def test_a_server_that_learns_from_nobody_asks_for_nothing(made):
 
 
 def test_needs_labelled_public_rows(tiny_settings, tiny_data, parts):
-    message = r"strategy\.name: fedgems needs data\.public\.labelled: true"
+    message = r"strategy\.name: fedgems .* needs the labels of public rows"
     with pytest.raises(ValueError, match=message):
         parts(tiny_settings("fedgems"), tiny_data())
 
