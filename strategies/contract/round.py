@@ -76,13 +76,14 @@ class Federation:
         """
         if not self.public_labelled:
             raise ValueError(
-                f"{setting} needs the labels of public rows: set data.public.labelled: true, or use "
-                f"{remedy}"
+                f"{setting} needs the labels of public rows: set data.public.labelled: true, or "
+                f"use {remedy}"
             )
         if self.other_classes:
             raise ValueError(
-                f"{setting} needs public rows of the classes of private rows, and data.public.source "
-                f"has {self.other_classes} that are none of these: name another, or use {remedy}"
+                f"{setting} needs public rows of the classes of private rows, and "
+                f"data.public.source has {self.other_classes} that are none of these: name "
+                f"another, or use {remedy}"
             )
 
     def never(self, weight: NonNegativeSchedule) -> bool:

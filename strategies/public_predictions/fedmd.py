@@ -2,8 +2,8 @@
 
 Source: Li and Wang, 2019, Algorithm 1. https://arxiv.org/abs/1910.03581
 Transfer learning on public rows of classes that no client holds (the paper's public MNIST beside
-private letters, and CIFAR-10 beside subsets of CIFAR-100) takes a ``data.public.source``: models have
-outputs for its classes too, as in the published code.
+private letters, and CIFAR-10 beside subsets of CIFAR-100) takes a ``data.public.source``: models
+have outputs for its classes too, as in the published code.
 Differs from the paper: transfer learning runs for a set number of epochs instead of to
 convergence, in whichever round a client is first; its public half is left out where the public set
 has no labels, and its private half unless ``private_transfer_epochs`` asks for it, since the first

@@ -83,7 +83,7 @@ def test_what_the_teacher_learns_from(one_way, teacher_data, labelled, expected)
 
 
 def test_public_without_labels_is_refused(one_way):
-    with pytest.raises(ValueError, match=r"teacher_data: public needs data\.public\.labelled"):
+    with pytest.raises(ValueError, match=r"teacher_data: public needs the labels of public rows"):
         one_way(teacher_data="public")
 
 
