@@ -85,6 +85,7 @@ class Nodes:
         self._partitions_said: set[int] = set()
         self._trained: dict[int, int] = {}
         self._mistaken: dict[Phase, set[int]] = {}
+        self._lost: set[int] = set()
         self._round = 0
 
     def begin(self, round: int, clients: Sequence[int]) -> None:
@@ -174,6 +175,11 @@ class Nodes:
                 pause = min(1.5 * pause, _LONGEST_PAUSE_S)
             yield client, answers.pop(client)
 
+    def take_lost(self) -> tuple[int, ...]:
+        """Return who has said since the last call that it no longer had its state, in order."""
+        lost, self._lost = tuple(sorted(self._lost)), set()
+        return lost
+
     def _send(
         self,
         phase: Phase,
@@ -227,6 +233,7 @@ class Nodes:
             return _error(ErrorCode.MESSAGE_UNAVAILABLE, reason)
         self._mistaken.setdefault(phase, set()).discard(client)
         if take_word_of_lost_state(reply.content):
+            self._lost.add(client)
             before = self._trained.get(client, 0)
             self._tell(
                 "state lost",

@@ -223,6 +223,7 @@ class RoundLoop:
             self._skip(round, str(error))
         finally:
             self._pass_events_on()
+        state = self._forgotten(state, where)
         exchange = turn.skipped() if skipped else turn.committed()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
@@ -233,6 +234,7 @@ class RoundLoop:
             judging = self._turn(exchange, round.next())
             evaluated, federation = self._evaluate(round, self._judged(clients), state, judging)
             exchange = judging.skipped()
+            state = self._forgotten(state, where)
             servers = self._evaluate_server(round, state)
             if servers:
                 federation["server_accuracy"] = servers[0]["accuracy"]
@@ -259,6 +261,14 @@ class RoundLoop:
         with uninterrupted():
             charged = len(before.exchange.ledger.charges)
             self._complete(after, rows, replies.exchanged, charged)
+
+    def _forgotten(self, state: Value, where: str) -> Value:
+        """Let the algorithm know whose nodes have lost what they kept."""
+        lost = () if self._nodes is None else self._nodes.take_lost()
+        if not lost:
+            return state
+        with authors_code(where):
+            return self._checked(self._strategy.forget(state, lost), "forget")
 
     def _turn(self, before: ExchangeState, round: Round) -> ServerTurn:
         return ServerTurn(

@@ -278,6 +278,15 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         ``uploads`` is a stream: it is read once, while clients still train.
         """
 
+    def forget(self, state: StateT, clients: Sequence[int]) -> StateT:
+        """Return the state once clients are known to have lost all that they kept.
+
+        In Flower's own runtimes a node may be restarted; it says so with its next answer. Called
+        after `aggregate`, also where that answer was no use, and after clients were judged. By
+        default nothing changes: only who remembers what its clients have needs to forget it.
+        """
+        return state
+
     def judged_models(self, state: StateT) -> Mapping[str, ServerModel]:
         """Return the server's own models that are judged, by name; the first one leads."""
         return {}

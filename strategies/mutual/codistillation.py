@@ -140,6 +140,10 @@ class Codistillation(TaughtByPeers[CodistillationSettings, StalePeers]):
         """What the others taught at the last exchange, until the client is known to have it."""
         return None if client in state.told else super().receives(state, client, round)
 
+    def forget(self, state: StalePeers, clients: Sequence[int]) -> StalePeers:
+        """Whoever lost what its peers taught is sent it again."""
+        return replace(state, told=tuple(who for who in state.told if who not in clients))
+
     def aggregate(
         self, state: StalePeers, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> StalePeers:

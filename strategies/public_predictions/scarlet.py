@@ -199,6 +199,12 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
         target = _labels_of(labels, rows)
         return replace(after, model=self.settings.taught(state.model, target, round, server))
 
+    def forget(self, state: Cache, clients: Sequence[int]) -> Cache:
+        """Whoever lost its cache lacks every label."""
+        held = state.held.copy()
+        held[list(clients)] = False
+        return replace(state, held=held)
+
     def smallest_steps(self) -> Iterator[Step]:
         """Public rows have steps of their own."""
         yield from super().smallest_steps()

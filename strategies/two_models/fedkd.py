@@ -15,7 +15,7 @@ travels whole. Who has not got the last mentee gets all of it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -312,6 +312,11 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
         )
         model = server.with_weights(state.model, news.added_to(weights))
         return Mentee(model, state.number + 1, news, dict(sorted(held.items())))
+
+    def forget(self, state: Mentee, clients: Sequence[int]) -> Mentee:
+        """Whoever lost its mentee is sent all of it next."""
+        held = {client: own for client, own in state.held.items() if client not in clients}
+        return replace(state, held=held)
 
     def judged_models(self, state: Mentee) -> Mapping[str, ServerModel]:
         """The mentee that all share."""

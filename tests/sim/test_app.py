@@ -421,6 +421,40 @@ def test_a_client_knows_whether_it_has_lost_its_state(
     assert len(fresh) == 12
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("fedkd", []), ("scarlet", []), ("codistillation", ["strategy.interval=4"])],
+)
+def test_who_lost_its_state_is_sent_in_the_next_round_what_it_lacks(
+    words: Any, serve: Any, strategy: str, options: list[str]
+) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, round, partition: (
+        "restarts" if (phase, round, partition) == ("train", 3, 1) else ""
+    )
+    left = serve(grid, words(f"strategy.name={strategy}", "rounds=4", *options))
+    assert (3, 1, "state lost") in kinds(left["events"])
+    down = dict.fromkeys(range(4), 0)
+    for row in left["exchange"]:
+        if (row["round"], row["direction"]) == (4, "down"):
+            down[row["client"]] += row["bytes"]
+    # The others lack only what is new, or nothing.
+    assert down.pop(1) > max(down.values())
+    (last,) = [r for r in left["metrics"] if (r["round"], r["scope"]) == (4, "federation")]
+    assert last["replies"] == 4
+
+
+def test_a_node_that_was_restarted_before_it_is_judged_is_heard_too(words: Any, serve: Any) -> None:
+    grid = Runtime(range(4), 4)
+    grid.happens = lambda phase, round, partition: (
+        "restarts" if (phase, round, partition) == ("evaluate", 2, 1) else ""
+    )
+    left = serve(grid, words("strategy.name=fedkd", "rounds=3"))
+    assert (2, 1, "state lost") in kinds(left["events"])
+    (last,) = [r for r in left["metrics"] if (r["round"], r["scope"]) == (3, "federation")]
+    assert last["replies"] == 4
+
+
 def test_a_restarted_node_is_refused_where_the_settings_say_so(words: Any, serve: Any) -> None:
     grid = Runtime(range(4), 4)
     grid.happens = restarting
