@@ -174,7 +174,7 @@ class COMET(Strategy[COMETSettings, Centroids]):
 
     def receives(self, state: Centroids, client: int, round: Round) -> str | None:
         """All groups' means, for everybody."""
-        return None if state.means is None or not self.learns(CLIENTS) else "means"
+        return None if state.means is None or self.learns_alone else "means"
 
     def payload(self, state: Centroids, key: str) -> Bundle:
         """All groups' means."""

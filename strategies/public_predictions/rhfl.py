@@ -61,7 +61,8 @@ class RHFLSettings(StrategySettings):
         beta: how much confidence decides, beside equal weights; 0 weights all clients the same.
         ce_weight: weight of cross-entropy on private rows.
         reverse_weight: weight of the reverse cross-entropy there, which forgives wrong labels; 0
-            beside a ``ce_weight`` of 1 is plain cross-entropy.
+            beside a ``ce_weight`` of 1 is plain cross-entropy. Where these two are schedules, the
+            losses that clients send are measured with their last values.
     """
 
     name: Literal["rhfl"] = "rhfl"
@@ -180,10 +181,14 @@ class RHFL(Strategy[RHFLSettings, Trust]):
                 public=call.lesson(taught, epochs=settings.public_epochs),
                 tables={TRUST: Table(trust)},
             )
-        symmetric = partial(
-            symmetric_rows,
-            ce_weight=settings.ce_weight.at(call.progress),
-            reverse_weight=settings.reverse_weight.at(call.progress),
+        symmetric, measured = (
+            partial(
+                symmetric_rows,
+                ce_weight=settings.ce_weight.at(progress),
+                reverse_weight=settings.reverse_weight.at(progress),
+            )
+            # Losses of two rounds are compared: what they are measured with must not move.
+            for progress in (call.progress, 1.0)
         )
         at_home = partial(private_losses, rows_of=symmetric) if self.learns(CLIENTS) else supervised
         cohort.fit(at_home, private=call.local)
@@ -191,7 +196,7 @@ class RHFL(Strategy[RHFLSettings, Trust]):
         scores = cohort.predict_public(call.public_rows)
         for own, seen in zip(scores, cohort.outputs(on="private"), strict=True):
             assert seen.labels is not None  # noqa: S101
-            rows = symmetric(as_tensor(seen.logits), as_tensor(seen.labels))
+            rows = measured(as_tensor(seen.logits), as_tensor(seen.labels))
             answers.append(
                 Bundle(
                     parts={

@@ -9,8 +9,8 @@ over those who claim it, and drops rows that nobody claims or whose mean is ambi
 Differs from the authors' code: the estimate's system is solved, where theirs multiplies by its
 matrix; known rows are drawn, and are half of a client's at most; the kernel's width follows the
 client's rows unless it is given (theirs is 5). The server's selector is the paper's, which their
-code lacks, with a threshold that can leave something out. Soft labels travel; the paper's hard
-ones do not.
+code lacks, with a threshold that can leave something out. Soft labels travel unless ``labels:
+hard`` is set; the codec ``cfd`` with ``bits: 1`` sends hard ones without loss.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,6 +63,8 @@ class SelectiveFDSettings(StrategySettings):
         ambiguous: what an L1 distance between a mean and its own one-hot label, 2 (1 - largest
             probability), has to stay below; null: no row is too ambiguous.
         distil_epochs: passes over the kept public rows before a client trains at home.
+        labels: ``soft``: clients send probabilities; ``hard``: 1 for the most probable class, so
+            that a row's mean holds the shares of its claimants' votes.
     """
 
     name: Literal["selective_fd"] = "selective_fd"
@@ -72,6 +74,7 @@ class SelectiveFDSettings(StrategySettings):
     quantile: ShareBelowOne = 0.25
     ambiguous: Annotated[Real, Field(ge=1e-6, le=2)] | None = 0.9
     distil_epochs: Count = 1
+    labels: Literal["soft", "hard"] = "soft"
 
 
 def claimed_rows(
@@ -100,6 +103,12 @@ def _width(known: torch.Tensor, blind: torch.Tensor) -> float:
     if not len(distances) or not distances.median():
         distances = torch.cdist(known.double(), blind).flatten()
     return max(float(distances.median()) / NARROWER, 1e-6)
+
+
+def hardened(values: np.ndarray) -> np.ndarray:
+    """Return 1 for the largest of each row of ``[rows, classes]``, the first of equals, else 0."""
+    hard: np.ndarray = np.eye(values.shape[1], dtype=np.float32)[values.argmax(-1)]
+    return hard
 
 
 def consensus(
@@ -155,10 +164,11 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
             cohort.fit(towards_targets, public=lesson)
         cohort.fit(supervised, private=call.local)
         rows = call.public_rows
+        hard = self.settings.labels == "hard"
         return [
             Predictions(
                 rows=rows[claimed[rows]],
-                values=sent.values[claimed[rows]],
+                values=(hardened(sent.values) if hard else sent.values)[claimed[rows]],
                 scale="probabilities",
                 ids="subset",
                 planned=len(rows),

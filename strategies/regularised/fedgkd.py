@@ -120,7 +120,7 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
     card = Card(
         learns="each client from the mean of the last global models",
         up="P",
-        down="2 P from round 3 on, P before; with votes up to M x P",
+        down="P, and 1 number in round 2; 2 P from round 3 on; with votes up to M x P, M numbers",
         equation="CE + g T^2 KL(mean of the last M global models || own), none in round 1",
     )
     Settings: ClassVar[type[StrategySettings]] = FedGKDSettings

@@ -11,8 +11,8 @@ from strategies.contract import Call
 
 Collect = Literal["round", "last_epoch", "evaluation"]
 """When a client looks at its own rows. ``round``: in every step of the round's training, before the
-step changes the model; ``last_epoch``: in the last pass of it; ``evaluation``: once, after it, in
-evaluation mode. The first two cost no forward pass."""
+step changes the model; ``last_epoch``: in its last whole pass, or in all of a round that is none;
+``evaluation``: once, after it, in evaluation mode. The first two cost no forward pass."""
 
 
 def fit_and_collect(
@@ -31,18 +31,24 @@ def fit_and_collect(
     )
     if collect == "last_epoch":
         sizes = (call.federation.num_examples[client] for client in cohort.clients)
-        return [_last(own, rows) for own, rows in zip(kept, sizes, strict=True)]
+        return [last_pass(own, rows) for own, rows in zip(kept, sizes, strict=True)]
     return kept if training else cohort.outputs(on="private", layers=layers)
 
 
-def _last(outputs: RowOutputs, rows: int) -> RowOutputs:
-    """Return the last so many rows: a pass, or all there are of a round of fewer steps."""
+def last_pass(outputs: RowOutputs, rows: int) -> RowOutputs:
+    """Return what was put out in the last whole pass over so many rows; all, where there is none.
+
+    A number of steps (``clients.local.steps``) may end in the middle of a pass, which then shows
+    some rows as they are in it and others not at all.
+    """
+    end = len(outputs.rows) // rows * rows
+    part = slice(end - rows, end) if end else slice(None)
     return replace(
         outputs,
-        rows=outputs.rows[-rows:],
-        labels=None if outputs.labels is None else outputs.labels[-rows:],
-        logits=outputs.logits[-rows:],
-        features={name: each[-rows:] for name, each in outputs.features.items()},
+        rows=outputs.rows[part],
+        labels=None if outputs.labels is None else outputs.labels[part],
+        logits=outputs.logits[part],
+        features={name: each[part] for name, each in outputs.features.items()},
     )
 
 

@@ -118,6 +118,17 @@ class Scaled(Plain):
         return self.scale * super().forward(x)
 
 
+class Tempered(Plain):
+    """A parameter without dimensions, and nothing that a forward pass changes."""
+
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
 class Tied(nn.Module):
     def __init__(self, shape, classes):
         super().__init__()

@@ -154,6 +154,20 @@ def test_the_backends_agree_on_the_proximal_rule(options):
     assert difference(*cohorts) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [Proximal(mu=0.5), Clipped(norm=0.8, expected_batch=6.0, method="vmap")],
+    ids=["proximal", "clipped"],
+)
+def test_a_parameter_that_is_one_number_is_held_and_clipped_like_others(rule):
+    scaled = ModelSettings(name="odd_models:make", options={"kind": "Tempered"})
+    cohorts = [cohort_of(kind, model=scaled) for kind in (LoopCohort, VmapCohort)]
+    for cohort in cohorts:
+        cohort.fit(supervised, private=PASSES, gradient=rule)
+    assert difference(*cohorts) < 1e-6
+    assert cohorts[0].weights()[0]["scale"].shape == ()
+
+
 @BACKENDS
 def test_without_weight_the_rule_is_plain_bit_for_bit_and_with_one_it_holds(kind, same_bits):
     weights = []

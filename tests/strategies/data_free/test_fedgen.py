@@ -282,3 +282,12 @@ def test_last_layers_with_and_without_a_bias_have_no_common_mean(home):
     home(clients=clients)[0].check((1, 8, 8))
     with pytest.raises(ValueError, match=r"share: head .* mlp.* has one, .*odd_models.* has none"):
         home(clients=clients, share="head")[0].check((1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"decay": {"kind": "cosine", "start": 1.0, "end": 0.0}}, {"warm_up": 0.1}]
+)
+def test_the_generator_s_rate_is_constant_in_a_round(tiny_settings, optimizer):
+    message = r"strategy\.generator_optimizer must have a constant rate"
+    with pytest.raises(ValueError, match=message):
+        tiny_settings("fedgen", options={"generator_optimizer": optimizer})

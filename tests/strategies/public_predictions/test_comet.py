@@ -222,3 +222,4 @@ def test_without_a_weight_nothing_is_learnt_from_others():
         cohort, Received([strategy.payload(state, "means")]), Call(strategy.federation, 2)
     )
     assert [objective for objective, _, _ in cohort.fits] == [supervised]
+    assert strategy.receives(state, 0, strategy.federation.round(2)) is None

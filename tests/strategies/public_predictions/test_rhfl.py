@@ -236,3 +236,25 @@ def test_a_lie_about_a_loss_is_refused_where_it_cannot_be_one(rhfl):
     asked = strategy.asks(Trust(), 0, round, server)
     assert upload(round, 0, [2, 0, 0], 0.3).payload.problem(asked) is None
     assert "a loss is negative" in upload(round, 0, [2, 0, 0], -1.0).payload.problem(asked)
+
+
+def test_losses_are_measured_alike_whatever_the_weights_are_scheduled_to(spy, rhfl, learn):
+    # Otherwise a client would seem to get worse because a weight rises.
+    seen = RowOutputs(
+        rows=np.arange(1), labels=np.zeros(1, int), logits=np.array([[0.0, 1.0, 0.0]], np.float32)
+    )
+    ramp = {"kind": "linear", "start": 0.0, "end": 1.0}
+    strategy, _ = rhfl(ce_weight=ramp, reverse_weight=ramp)
+    sent = []
+    for number in (1, 2):
+        cohort = spy()
+        cohort.outputs = lambda on: [seen]
+        (answer,) = learn(strategy, cohort, None, number)
+        sent.append(answer[LOSS][0])
+    assert sent[0] == sent[1] > 0
+
+
+@pytest.mark.parametrize("beta", [-0.1, 20.5, {"kind": "linear", "start": 0.5, "end": 21}])
+def test_confidence_counts_within_bounds(rhfl, beta):
+    with pytest.raises(ValueError, match="beta"):
+        rhfl(beta=beta)

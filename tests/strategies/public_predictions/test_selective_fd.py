@@ -16,6 +16,7 @@ from strategies.public_predictions.selective_fd import (
     SelectiveFDSettings,
     claimed_rows,
     consensus,
+    hardened,
 )
 from strategies.shared.lessons import Lesson
 
@@ -230,3 +231,20 @@ def test_a_server_that_sees_only_sums_teaches_the_same(tiny_settings, tiny_data,
     for one, other in zip(runs[0].states, runs[1].states, strict=True):
         for name, weights in one.models["model"].weights.items():
             assert np.allclose(weights, other.models["model"].weights[name], atol=1e-4)
+
+
+def test_hard_labels_are_votes_and_cost_a_byte_a_row(tiny_settings, tiny_data, simulate):
+    hard = hardened(np.array([[0.2, 0.5, 0.3], [0.4, 0.4, 0.2]]))
+    np.testing.assert_array_equal(hard, [[0, 1, 0], [1, 0, 0]])
+    run = simulate(
+        tiny_settings(
+            "selective_fd",
+            options={"labels": "hard"},
+            exchange={"up": {"kind": "cfd", "bits": 1}},
+            rounds=2,
+        ),
+        tiny_data(),
+    )
+    soft = simulate(tiny_settings("selective_fd", rounds=2), tiny_data())
+    assert run.history.federation[0]["bytes_up"] < soft.history.federation[0]["bytes_up"] / 4
+    assert run.history.federation[1]["bytes_down"] > 0

@@ -13,12 +13,13 @@ from fedkd.training import (
     ModelPool,
     OptimizerSettings,
     Passes,
+    RowOutputs,
     Streams,
     TrainingData,
     supervised,
 )
 from strategies.contract import Call, Federation
-from strategies.shared.class_means import class_means, fit_and_collect
+from strategies.shared.class_means import class_means, fit_and_collect, last_pass
 
 MLP = ModelSettings(name="mlp", options={"hidden": [8]})
 
@@ -127,3 +128,17 @@ def test_a_round_is_all_its_passes(trained):
 def test_the_last_pass_of_a_short_round_is_all_there_is_of_it(trained):
     first, second = trained("last_epoch", steps=1)
     assert (len(first.logits), len(second.logits)) == (12, 8)
+
+
+@pytest.mark.parametrize(("seen", "expected"), [(7, [3, 4, 5]), (9, [6, 7, 8]), (2, [0, 1])])
+def test_the_last_pass_is_the_last_whole_one(seen, expected):
+    # Passes over three rows; the round ends after so many, perhaps in the middle of a pass.
+    outputs = RowOutputs(
+        rows=np.arange(seen),
+        labels=np.arange(seen),
+        logits=np.arange(seen, dtype=np.float32)[:, None],
+        features={"penultimate": np.arange(seen, dtype=np.float32)[:, None]},
+    )
+    last = last_pass(outputs, 3)
+    for found in (last.rows, last.labels, last.logits[:, 0], last.features["penultimate"][:, 0]):
+        assert found.tolist() == expected

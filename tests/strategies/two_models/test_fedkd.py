@@ -10,7 +10,7 @@ from fedkd.exchange.payloads import LowRank
 from fedkd.objectives import Parts
 from fedkd.training import Batch, Outputs, WholeStep
 from strategies.contract import Upload
-from strategies.two_models.fedkd import MENTEE, MENTOR, FedKDSettings, mutual
+from strategies.two_models.fedkd import MENTEE, MENTOR, FedKDSettings, adaptive, mutual
 
 # The mentor says t, the mentee s.
 S = [[1.0, 2, 3, 0], [0.5, -1, 0, 2]]
@@ -302,3 +302,9 @@ def test_models_without_features_are_refused_where_features_are_compared(home, m
     with pytest.raises(ValueError, match=r"clients\.models: mlp.* has no linear layer"):
         strategy.check((1, 8, 8))
     home(hidden_weight=0)[0].check((1, 8, 8))
+
+
+def test_what_divides_may_be_zero():
+    # Where both models know every row by heart the sum of their cross-entropies rounds to 0.
+    whole = adaptive(torch.tensor([0.0, 1e-9]), torch.zeros(()), detach_denominator=True)
+    assert torch.isfinite(whole.value)
