@@ -46,7 +46,7 @@ from fedkd.exchange.ledger import Ledger, OpenLedger
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads.encoded import Encoded
 from fedkd.exchange.release import NoRelease, Occasion, ReleaseRule, Where
-from fedkd.exchange.values import Arrays, Value
+from fedkd.exchange.values import Arrays, Value, flatten
 from fedkd.exchange.views import All, Upload, View, Weighting
 from fedkd.randomness import Purpose, generator_for
 
@@ -140,6 +140,11 @@ class Stages:
                 "would part them from the server more and more; use float32, or another codec for "
                 "exchange.up alone"
             )
+        if self.down.follows:
+            return (
+                "it codes what changed since what came down, and nothing came before that; use "
+                "float32, float16 or int8, and this codec for exchange.up"
+            )
         return self.down.refuses(kind)
 
     def _kind_of(self, setting: str) -> str:
@@ -227,6 +232,10 @@ def _arrays_of(snapshots: Mapping[int, _Snapshot]) -> Arrays:
     return arrays
 
 
+def _arrays_in(payload: Payload | None) -> Arrays:
+    return {} if payload is None else flatten(payload).arrays
+
+
 # -- the client's side ---------------------------------------------------------------------------
 
 
@@ -262,6 +271,7 @@ class ClientTurn:
         if stages.remember:
             self._before = {c: _snapshots_in(standing.arrays) for c, standing in clients.items()}
         self._after = {client: self._snapshot(client) or _Snapshot() for client in self._before}
+        self._received: dict[int, Payload | None] = {}
 
     def open(self, received: Mapping[int, Payload | None]) -> dict[int, Payload | None]:
         """Decode what came down.
@@ -283,6 +293,7 @@ class ClientTurn:
                 if id(sent) not in shared:
                     shared[id(sent)] = codec.decode(sent, {})[0]
                 opened[client] = shared[id(sent)]
+        self._received |= opened
         return opened
 
     def send(
@@ -366,6 +377,8 @@ class ClientTurn:
         if isinstance(codec, Float32):
             return payload
         rng = self._rng(Purpose.CODEC, client)
+        if codec.follows:
+            return codec.encode(payload, _arrays_in(self._received.get(client)), rng)[0]
         if not codec.remembers:
             return codec.encode(payload, {}, rng)[0]
         held = self._snapshot(client)
@@ -421,6 +434,8 @@ class ServerTurn:
         self._released: dict[Hashable, Payload] = {}
         self._shared: dict[Hashable, Payload] = {}
         self._down: dict[int, Arrays] = {}
+        self._told: dict[int, tuple[Payload, Arrays]] = {}
+        self._received: dict[int, tuple[Payload, Arrays]] = {}
         self._answers = 0
 
     def send(
@@ -443,6 +458,11 @@ class ServerTurn:
             attempt: the so many-th in this round.
         """
         payload = None if key is None else self._encoded(client, key, make)
+        if self._stages.up.follows:
+            self._told.pop(client, None)
+            if payload is not None:
+                held = self._clients.get(client, Remembered(0, {}, {}))
+                self._told[client] = payload, dict(held.down)
         if asked is not None and self._stages.where == "clients":
             occasion = Occasion(
                 where="clients", round=self._round, rounds=self._rounds, asked=asked
@@ -565,12 +585,27 @@ class ServerTurn:
                 memory = self._clients[client].up if reason is None else {}
         if reason is not None:
             raise BadPayloadError(reason)
+        if codec.follows:
+            memory = self._came_down(client)
         payload, memory = codec.decode(sent, dict(memory))
         if payload is not sent:
             reason = payload.problem(asked)
             if reason is not None:
                 raise BadPayloadError(reason)
         return payload, memory
+
+    def _came_down(self, client: int) -> Arrays:
+        """Return the arrays of what a client received, as it decoded them."""
+        if client not in self._told:
+            return {}
+        sent, memory = self._told[client]
+        codec = self._stages.down
+        if codec.remembers:
+            return _arrays_in(codec.decode(sent, memory)[0])
+        # What many receive is decoded once; it is held so that its id stays its own.
+        if id(sent) not in self._received:
+            self._received[id(sent)] = sent, _arrays_in(codec.decode(sent, {})[0])
+        return self._received[id(sent)][1]
 
     def _bad_memory(self, client: int, sent: Encoded) -> str | None:
         """A client goes on from what was named to it, or from nothing."""

@@ -111,7 +111,8 @@ class ExchangeSettings(_Section):
     )
     up: CodecField = Field(
         Float32(),
-        description="codec of what clients send: float32, float16, int8, top_k, cfd, cfd_delta",
+        description="codec of what clients send: float32, float16, int8, top_k, cfd, cfd_delta, "
+        "low_rank",
     )
     down: CodecField = Field(Float32(), description="codec of what the server sends")
     view: ViewField = Field(

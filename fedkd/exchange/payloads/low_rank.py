@@ -11,27 +11,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedkd.exchange.factors import Factors, as_matrix, factors_of
 from fedkd.exchange.payload import Asked, AtMost, Limit, Payload
 from fedkd.exchange.payloads.weights import LARGEST_PARAMETER
-
-
-def rank_of(values: np.ndarray, energy: float) -> int:
-    """Return the smallest rank whose share of all energy is above a threshold; all if none is.
-
-    Args:
-        values: singular values, falling; at least one.
-        energy: the threshold on the share of their squares, in [0, 1].
-    """
-    squares = np.square(values.astype(np.float64))
-    total = squares.sum()
-    above = np.flatnonzero(np.cumsum(squares) > energy * total)
-    # The last sum is the total but for rounding, so that nothing is above the whole of it.
-    return len(values) if energy >= 1 or not len(above) else int(above[0]) + 1
-
-
-def as_matrix(array: np.ndarray) -> np.ndarray:
-    """Return an array of two or more dimensions as a matrix: the first one against the others."""
-    return array.reshape(len(array), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +75,11 @@ class LowRank(Payload):
                 # Of a model that diverged there are no factors; who checks it names it.
                 whole[name] = change
                 continue
-            matrix = as_matrix(change)
-            u, s, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-            rank = rank_of(s, energy)
-            if rank * (sum(matrix.shape) + 1) >= matrix.size:
+            factors = factors_of(as_matrix(change), energy=energy)
+            if factors is None:
                 whole[name] = change
                 continue
-            left[name] = np.ascontiguousarray(u[:, :rank], change.dtype)
-            values[name] = s[:rank].astype(change.dtype)
-            right[name] = np.ascontiguousarray(v[:rank], change.dtype)
+            left[name], values[name], right[name] = factors
         return cls(base=base, made=made, whole=whole, left=left, values=values, right=right)
 
     @classmethod
@@ -123,9 +101,7 @@ class LowRank(Payload):
                 if name.endswith("running_var"):
                     changed[name] = np.maximum(changed[name], 0)
             else:
-                # Not a matrix product, whose last bit depends on threads.
-                scaled = self.left[name] * self.values[name]
-                change = np.einsum("mr,rn->mn", scaled, self.right[name])
+                change = Factors(self.left[name], self.values[name], self.right[name]).product()
                 changed[name] = array + change.reshape(array.shape)
         return changed
 

@@ -515,8 +515,8 @@ def test_settings_name_a_codec_by_its_kind_or_with_its_settings(given, expected)
     [
         (
             "flot16",
-            "unknown codec 'flot16'; known: float32, float16, int8, top_k, cfd, cfd_delta; or "
-            "package.module:Class",
+            "unknown codec 'flot16'; known: float32, float16, int8, top_k, cfd, cfd_delta, "
+            "low_rank; or package.module:Class",
         ),
         ("flot16", "did you mean 'float16'?"),
         ({"k": 3}, "must be a kind of codec or a table with a kind"),

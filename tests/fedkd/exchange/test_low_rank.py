@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedkd.exchange.factors import rank_of
 from fedkd.exchange.payloads import LowRank
-from fedkd.exchange.payloads.low_rank import rank_of
 
 VALUES = np.array([3.0, 2.0, 1.0])
 RNG = np.random.default_rng(0)

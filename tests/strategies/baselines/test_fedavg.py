@@ -162,3 +162,25 @@ def test_batch_norm_counters_travel_like_everything_else(
     # rounded to 2; so the third round starts from 2, then from 4.
     counters = [int(state.models["model"].weights["1.num_batches_tracked"]) for state in run.states]
     assert counters == [4 + 2, 4 + 2, 4 + 1, 4 + 2]
+
+
+def test_changes_travel_as_factors_also_of_clients_that_were_away(
+    tiny_settings, tiny_data, simulate
+):
+    def run(up):
+        exchange, clients = {"up": up}, {"participants": 3}
+        settings = tiny_settings("fedavg", exchange=exchange, clients=clients, rounds=3)
+        return simulate(settings, tiny_data())
+
+    plain, factored = run("float32"), run({"kind": "low_rank", "rank": 1})
+    assert not factored.events
+    # At all of the energy nothing is saved, and no bit differs.
+    assert run({"kind": "low_rank", "energy": 1.0}).digest == plain.digest
+    # Of the MLP's 64-8-3 one singular value each: 8 + 64 + 1 numbers of 512, 3 + 8 + 1 of 24.
+    up = {row["bytes"] for row in factored.exchange if row["direction"] == "up"}
+    assert 4 * (73 + 8 + 12 + 3) in up
+    down = [
+        [row["bytes"] for row in one.exchange if row["direction"] == "down"]
+        for one in (plain, factored)
+    ]
+    assert down[0] == down[1]
