@@ -1,0 +1,23 @@
+"""What private data cost to speak of: events, their composition, and noise for a wanted epsilon."""
+
+from fedkd.privacy.accounting import Spent, spent
+from fedkd.privacy.calibration import noise_for_gaussian, noise_for_sampled_gaussian
+from fedkd.privacy.events import (
+    Event,
+    Gaussian,
+    Laplace,
+    RandomizedResponse,
+    SampledGaussian,
+)
+
+__all__ = [
+    "Event",
+    "Gaussian",
+    "Laplace",
+    "RandomizedResponse",
+    "SampledGaussian",
+    "Spent",
+    "noise_for_gaussian",
+    "noise_for_sampled_gaussian",
+    "spent",
+]

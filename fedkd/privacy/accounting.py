@@ -1,0 +1,245 @@
+"""What events cost together: by privacy loss distributions, by Renyi divergences, and as a sum.
+
+The distributions are those of ``dp-accounting``; they are composed here, since its accountant
+counts many uses of randomised response as one (0.6.0: 20 uses of 0.5 come to 0.49994; they cost
+4.99270).
+"""
+
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedkd.privacy.events import (
+    ORDERS,
+    Event,
+    Gaussian,
+    Laplace,
+    RandomizedResponse,
+    SampledGaussian,
+)
+
+GRID = 1e-4
+"""Width of the bins that privacy losses are rounded up to."""
+
+
+class Spent(NamedTuple):
+    """What was spent; each number is an upper bound on epsilon by itself.
+
+    Attributes:
+        epsilon: by privacy loss distributions, and no more than the others: what is reported.
+        renyi: by Renyi divergences.
+        pure: with delta 0, the sum of all; infinite where an event has none.
+    """
+
+    epsilon: int | float
+    renyi: float
+    pure: float
+
+
+def spent(events: Iterable[Event], *, delta: int | float) -> Spent:
+    """Add events up.
+
+    Args:
+        events: what was released of one row or client, by the relation that the releases state.
+        delta: in (0, 1).
+
+    Raises:
+        ValueError: if ``delta`` is out of range, or ``dp-accounting`` is not there.
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}")
+    together = merged(events)
+    if not together:
+        return Spent(0.0, 0.0, 0.0)
+    pure = sum((event.pure for event in together), start=0.0)
+    renyi = renyi_epsilon(together, delta=delta)
+    return Spent(min(_by_loss(together, delta), renyi, pure), min(renyi, pure), pure)
+
+
+def merged(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Count events of one kind and noise as one, and Gaussians of any noise as one Gaussian.
+
+    ``n`` Gaussians of noise ``s_i`` are exactly one of noise ``1 / sqrt(sum 1 / s_i^2)``.
+    """
+    counts: dict[Event, int] = {}
+    precision = 0.0
+    for event in events:
+        if isinstance(event, SampledGaussian) and event.sample_rate == 1:
+            event = Gaussian(event.count, event.noise_multiplier)
+        if isinstance(event, Gaussian):
+            precision += event.count / event.noise_multiplier**2
+            continue
+        one = replace(event, count=1)
+        counts[one] = counts.get(one, 0) + event.count
+    rest = (replace(one, count=count) for one, count in counts.items())
+    gaussian = (Gaussian(1, 1 / math.sqrt(precision)),) if precision else ()
+    return (*gaussian, *rest)
+
+
+# -- Renyi -------------------------------------------------------------------------------------
+
+
+def renyi_epsilon(events: Sequence[Event], *, delta: int | float) -> float:
+    """Return the smallest bound that Renyi divergences give.
+
+    ``min over a of R(a) + log1p(-1 / a) - log(delta a) / (a - 1)``.
+
+    Source:
+        Canonne, Kamath, Steinke, 2020, proposition 12. https://arxiv.org/abs/2004.00010
+    """
+    return max(
+        0.0,
+        min(
+            sum(event.renyi(order) for event in events)
+            + math.log1p(-1 / order)
+            - math.log(delta * order) / (order - 1)
+            for order in ORDERS
+        ),
+    )
+
+
+# -- privacy loss distributions ----------------------------------------------------------------
+
+
+def _by_loss(events: Sequence[Event], delta: int | float) -> float:
+    """Return epsilon by the distribution of the loss of all events; exactly where that is known."""
+    if len(events) == 1:
+        (event,) = events
+        if isinstance(event, Gaussian):
+            return gaussian_epsilon(math.sqrt(event.count) / event.noise_multiplier, delta=delta)
+        if isinstance(event, RandomizedResponse):
+            return randomized_epsilon(event, delta=delta)
+    made, *others = map(_distribution, events)
+    for other in others:
+        made = made.compose(other)
+    return float(made.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=64)
+def _distribution(event: Event) -> Any:
+    """Return the loss of all its releases, rounded up."""
+    pld = _library("dp_accounting.pld.privacy_loss_distribution")
+    match event:
+        case Gaussian(count, noise):
+            # Exact: so many releases are one with less noise.
+            return pld.from_gaussian_mechanism(
+                noise / math.sqrt(count), value_discretization_interval=GRID
+            )
+        case SampledGaussian(count, noise, rate):
+            one = pld.from_gaussian_mechanism(
+                noise, value_discretization_interval=GRID, sampling_prob=rate
+            )
+            return one.self_compose(count)
+        case Laplace(count, scale):
+            one = pld.from_laplace_mechanism(scale, value_discretization_interval=GRID)
+            return one.self_compose(count)
+        case RandomizedResponse():
+            return _randomized_distribution(event)
+    raise TypeError(f"nothing is known of {type(event).__name__}")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"privacy is accounted for with dp-accounting (pip install dp-accounting): {error}"
+        ) from error
+
+
+# -- Gaussian, exactly -------------------------------------------------------------------------
+
+
+def gaussian_delta(mu: int | float, epsilon: int | float) -> float:
+    """Return ``Phi(mu / 2 - eps / mu) - e^eps Phi(-mu / 2 - eps / mu)``.
+
+    Args:
+        mu: L2 sensitivity over standard deviation; ``sqrt(n)`` times that for n releases.
+        epsilon: >= 0.
+
+    Source:
+        Balle and Wang, 2018, theorem 8. https://arxiv.org/abs/1805.06530
+    """
+    from scipy.special import log_ndtr
+
+    first, second = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+    # The difference of two close numbers: of their logarithms, so that no digit is lost.
+    return float(math.exp(first) * -math.expm1(min(second - first, 0.0)))
+
+
+def gaussian_epsilon(mu: int | float, *, delta: int | float) -> float:
+    """Return the smallest epsilon of Gaussian releases: see `gaussian_delta`."""
+    from scipy.optimize import brentq
+
+    if gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    high = 1.0
+    while gaussian_delta(mu, high) > delta:
+        high *= 2
+    return float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0, high, xtol=1e-13))
+
+
+# -- randomised response, exactly --------------------------------------------------------------
+
+
+def _randomized_losses(event: RandomizedResponse) -> np.ndarray:
+    """Return the probability that the losses of all answers sum to ``-n .. n`` times epsilon.
+
+    One answer's loss is epsilon with p, minus epsilon with q, else 0.
+    """
+    from scipy.signal import fftconvolve
+
+    one = np.array([event.other, max(1 - event.keep - event.other, 0.0), event.keep])
+    made, power, left = np.ones(1), one, event.count
+    while left:
+        if left & 1:
+            made = _convolved(made, power, fftconvolve)
+        left >>= 1
+        if left:
+            power = _convolved(power, power, fftconvolve)
+    return made
+
+
+def _convolved(one: np.ndarray, other: np.ndarray, fast: Any) -> np.ndarray:
+    # Small ones exactly; of large ones rounding leaves some 1e-16, which no delta comes near.
+    small = min(len(one), len(other)) <= 2048
+    made: np.ndarray = np.convolve(one, other) if small else np.maximum(fast(one, other), 0.0)
+    return made
+
+
+def randomized_epsilon(event: RandomizedResponse, *, delta: int | float) -> float:
+    """Return the smallest epsilon of n answers.
+
+    ``delta(eps) = sum over losses L > eps of P(L) (1 - e^(eps - L))`` falls with eps.
+    """
+    from scipy.optimize import brentq
+
+    chances = _randomized_losses(event)
+    losses = np.arange(-event.count, event.count + 1) * event.epsilon
+    use = losses > 0
+    chances, losses = chances[use], losses[use]
+
+    def over(epsilon: int | float) -> float:
+        return float(-(chances * np.expm1(np.minimum(epsilon - losses, 0))).sum()) - delta
+
+    if over(0.0) <= 0:
+        return 0.0
+    return float(brentq(over, 0, event.pure, xtol=1e-13))
+
+
+def _randomized_distribution(event: RandomizedResponse) -> Any:
+    """Return the losses of all answers, each sum rounded up once."""
+    module = _library("dp_accounting.pld.pld_pmf")
+    pld = _library("dp_accounting.pld.privacy_loss_distribution")
+    rounded: dict[int, float] = {}
+    for step, chance in enumerate(_randomized_losses(event)):
+        place = math.ceil((step - event.count) * event.epsilon / GRID - 1e-9)
+        rounded[place] = rounded.get(place, 0.0) + float(chance)
+    return pld.PrivacyLossDistribution(
+        module.create_pmf(rounded, GRID, infinity_mass=0.0, pessimistic_estimate=True)
+    )

@@ -1,0 +1,64 @@
+"""Noise for a wanted epsilon: exact values, and that it buys what was wanted."""
+
+import math
+
+import pytest
+
+from fedkd.privacy import (
+    Gaussian,
+    SampledGaussian,
+    noise_for_gaussian,
+    noise_for_sampled_gaussian,
+    spent,
+)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "count", "noise"),
+    [
+        (1, 1e-5, 1, 3.7306316348),
+        (1, 1e-5, 10, 11.7972930771),
+        (2, 1e-5, 10, 6.3049885554),
+        (4, 1e-5, 50, 7.6449687536),
+        (8, 1e-5, 50, 4.2442604722),
+        (0.5, 1e-6, 100, 80.5761848073),
+    ],
+)
+def test_gaussian_noise_is_exact(epsilon, delta, count, noise):
+    found = noise_for_gaussian(epsilon, delta, count=count)
+    assert found == pytest.approx(noise, abs=1e-9)
+    assert spent([Gaussian(count, found)], delta=delta).epsilon == pytest.approx(epsilon, abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps", "delta", "noise"),
+    [
+        (1, 0.05, 200, 1e-5, 2.838598),
+        (8, 0.05, 200, 1e-5, 0.786894),
+        (1, 0.1, 300, 1e-4, 5.632090),
+        (8, 0.1, 300, 1e-4, 1.181977),
+    ],
+)
+def test_noise_of_dp_sgd(epsilon, rate, steps, delta, noise):
+    found = noise_for_sampled_gaussian(epsilon, delta, sample_rate=rate, steps=steps)
+    assert found == pytest.approx(noise, abs=5e-6)
+    bought = spent([SampledGaussian(steps, found, rate)], delta=delta).epsilon
+    assert epsilon * (1 - 1e-4) < bought <= epsilon
+
+
+def test_the_classic_formula_would_give_more_away_than_it_says():
+    """Published fault: sqrt(2 log(1.25 / delta)) / epsilon is no bound for epsilon above 1."""
+    classic = math.sqrt(2 * math.log(1.25e5)) / 10
+    assert spent([Gaussian(1, classic)], delta=1e-5).epsilon == pytest.approx(10.39, abs=0.005)
+    assert noise_for_gaussian(10, 1e-5) > classic
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "count"), [(0, 1e-5, 1), (math.inf, 1e-5, 1), (1, 0, 1), (1, 1e-5, 0)]
+)
+def test_what_is_out_of_range_is_refused(epsilon, delta, count):
+    with pytest.raises(ValueError, match=r"must be"):
+        noise_for_gaussian(epsilon, delta, count=count)
+    with pytest.raises(ValueError, match=r"must be"):
+        noise_for_sampled_gaussian(epsilon, delta, sample_rate=0.1, steps=count)
