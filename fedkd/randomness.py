@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     ADVERSARY = 15
     CODEC = 16
     ALGORITHM = 17
+    DEVICES = 18
+    PRESENCE = 19
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

@@ -18,6 +18,7 @@ from fedkd.compression.quantisation import quantised_header
 from fedkd.compression.storage import plain_tensors
 from fedkd.models import ImageShape
 from fedkd.threads import computing_threads
+from fedkd.training.work import RowFlops
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,41 @@ def measure_cost(
         size_bytes=len(model_file(module)),
         latency_s=latency_s,
     )
+
+
+def row_flops(module: nn.Module, input_shape: ImageShape) -> RowFlops:
+    """Count what a row costs to learn from and to predict: a model's forward and backward pass.
+
+    The backward pass goes to every parameter that learns, and no further than it has to: the first
+    layer's gradient by its inputs is not computed. Losses and optimizers are not counted, nor what
+    `ModelCost.flops` leaves out; the same rows cost the same however they are cut into batches.
+
+    Args:
+        module: maps images to logits, on the CPU; its mode and its gradients are put back.
+        input_shape: of one row.
+    """
+    modes = {part: part.training for part in module.modules()}
+    gradients = {parameter: parameter.grad for parameter in module.parameters()}
+    # In evaluation mode: BatchNorm cannot train on one row, and its arithmetic is not counted.
+    module.eval()
+    row = torch.zeros(1, *input_shape)
+    try:
+        with torch.no_grad():
+            predicted = _count_flops(module, row)
+        with (
+            torch.enable_grad(),
+            _separate_products(),
+            FlopCounterMode(display=False) as counter,
+        ):
+            logits = module(row)
+            if logits.requires_grad:
+                logits.sum().backward()
+        return RowFlops(int(counter.get_total_flops()), predicted)
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for part, training in modes.items():
+            part.training = training
 
 
 def model_file(module: nn.Module) -> bytes:

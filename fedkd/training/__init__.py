@@ -43,6 +43,7 @@ from fedkd.training.stacking import VmapUnsupportedError
 from fedkd.training.state import Arrays, ClientState, ModelState, check_state, weights_digest
 from fedkd.training.tables import Table
 from fedkd.training.vmap import VmapCohort
+from fedkd.training.work import Network, RowFlops, Work
 
 __all__ = [
     "MODEL",
@@ -68,6 +69,7 @@ __all__ = [
     "Member",
     "ModelPool",
     "ModelState",
+    "Network",
     "ObjectiveFunction",
     "OptimizerSettings",
     "Outputs",
@@ -76,6 +78,7 @@ __all__ = [
     "Plain",
     "Proximal",
     "PublicLesson",
+    "RowFlops",
     "RowOutputs",
     "Stacking",
     "Streams",
@@ -84,6 +87,7 @@ __all__ = [
     "VmapCohort",
     "VmapUnsupportedError",
     "WholeStep",
+    "Work",
     "as_tensor",
     "check_state",
     "choose_backend",

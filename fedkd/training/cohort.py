@@ -29,6 +29,7 @@ from fedkd.training.parts import NewParts
 from fedkd.training.state import Arrays, ClientState
 from fedkd.training.steps import fraction_of_rounds
 from fedkd.training.tables import Table
+from fedkd.training.work import Work
 
 MODEL = "model"
 """The name of a client's model where it has only one."""
@@ -321,6 +322,8 @@ class Cohort(ABC):
     """
 
     clients: tuple[int, ...]
+    work: list[Work]
+    """What went through each member's models since the cohort was opened."""
 
     @property
     @abstractmethod

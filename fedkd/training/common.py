@@ -35,7 +35,7 @@ from fedkd.training.cohort import (
     named_models,
     public_inputs,
 )
-from fedkd.training.feeds import FitKey, FitKeys
+from fedkd.training.feeds import Feed, FitKey, FitKeys
 from fedkd.training.frozen import FrozenModel, KeptArrays, frozen_model
 from fedkd.training.gradients import Clipped, GradientRule, Rules, rules_of
 from fedkd.training.learners import ComposedObjective
@@ -44,6 +44,7 @@ from fedkd.training.parts import NewParts
 from fedkd.training.pool import PREDICT_ROWS, ModelPool
 from fedkd.training.state import Arrays, ClientState, copy_to_numpy
 from fedkd.training.tables import Table
+from fedkd.training.work import Network, Work
 
 Paths = Mapping[str, str]
 """Layers of one model: their module paths by the names they were asked for."""
@@ -128,6 +129,7 @@ class BackendCohort(Cohort):
         self._kept = KeptArrays(states)
         self._frozen: dict[str, FrozenModel] = {}
         self._trainings_seen = 0
+        self.work = [Work() for _ in members]
 
     @property
     def private_rows(self) -> list[np.ndarray]:  # noqa: D102
@@ -198,6 +200,24 @@ class BackendCohort(Cohort):
         first = fit.learning[0]
         paths = fit.paths.get(first, NO_PATHS)
         return self._row_outputs(rows, labels, parts, self._models[first], paths)
+
+    # -- work ------------------------------------------------------------------------------
+
+    def _network(self, model: str) -> Network:
+        return Network(self._models[model], self._data.input_shape)
+
+    def _count_fit(self, position: int, fit: Fit, feed: Feed) -> None:
+        """Note that a member takes these steps."""
+        rows = sum(len(batch) for batch in [*(feed.private or []), *(feed.public or [])])
+        work = self.work[position]
+        for name in fit.learning:
+            work.trained[self._network(name)] += rows
+        for like in fit.frozen.values():
+            work.predicted[self._network(like)] += rows
+
+    def _count_predicted(self, position: int, like: str, rows: int) -> None:
+        """Note that so many rows went through a member's model, or one built like it."""
+        self.work[position].predicted[self._network(like)] += rows
 
     # -- names -----------------------------------------------------------------------------
 

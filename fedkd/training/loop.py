@@ -199,6 +199,7 @@ class LoopCohort(BackendCohort):
         seed, feed = Feed.drawn(
             self._members[position], self._streams, fit.key, fit.passes(position), lesson
         )
+        self._count_fit(position, fit, feed)
         slots = {name: self._slots[name][position] for name in fit.learning}
         tables = {name: (table.of, table.own(position)) for name, table in fit.tables.items()}
         steps = _Steps(self._data, feed, lesson, tables)
@@ -339,6 +340,7 @@ class LoopCohort(BackendCohort):
         results = []
         for position, member in enumerate(self._members):
             rows, inputs, labels = self._asked(on, position)
+            self._count_predicted(position, like, len(inputs))
             slot = self._slots[like][position]
             if name in self._models:
                 module, dropout = slot.module, slot.dropout
@@ -381,6 +383,7 @@ class LoopCohort(BackendCohort):
         slots = self._slots[model or self._first]
         out = np.empty((len(slots), len(inputs), self._data.num_classes), np.float32)
         for position, slot in enumerate(slots):
+            self._count_predicted(position, model or self._first, len(inputs))
             slot.module.eval()
             with predicting(
                 self._streams, self._members[position], own_code=slot.outside is not None

@@ -203,6 +203,8 @@ class VmapCohort(BackendCohort):
             Feed.drawn(member, self._streams, fit.key, fit.passes(position), fit.lesson(position))
             for member, position in zip(self._members, self._order, strict=True)
         ]
+        for position, (_, feed) in zip(self._order, drawn, strict=True):
+            self._count_fit(position, fit, feed)
         ranks = sorted(
             range(len(drawn)), key=lambda at: (drawn[at][1].public is None, -drawn[at][1].steps)
         )
@@ -430,6 +432,7 @@ class VmapCohort(BackendCohort):
         results = []
         for position, member in enumerate(self._given):
             rows, inputs, labels = self._asked(on, position)
+            self._count_predicted(position, like, len(inputs))
             if name in self._models:
                 place = self._places[position]
                 tensors = {key: each[place] for key, each in self._stacks[like].tensors.items()}
@@ -474,6 +477,8 @@ class VmapCohort(BackendCohort):
         # Every row counts here, whatever the last step of a fit was padded with.
         stack.skeleton.counted.weights = None
         members = len(self._members)
+        for position in range(members):
+            self._count_predicted(position, model or self._first, len(inputs))
         out = np.empty((members, len(inputs), self._data.num_classes), np.float32)
         own_code = self._models[model or self._first].is_own
         if self._device.type == "cpu" and len(inputs) > FEW_ROWS:

@@ -74,11 +74,18 @@ class FaultRule(BaseModel):
 
 
 class FaultPlan:
-    """Which faults strike whom: a pure function of the seed, the same on driver and workers."""
+    """Which faults strike whom: a pure function of the seed, the same on driver and workers.
 
-    def __init__(self, rules: Sequence[FaultRule], seed: int) -> None:
+    Args:
+        rules: of the settings.
+        seed: of the run.
+        simulated: whether there is a simulated clock, by which clients are late: nobody waits then.
+    """
+
+    def __init__(self, rules: Sequence[FaultRule], seed: int, *, simulated: bool = False) -> None:
         self._rules = tuple(rules)
         self._seed = seed
+        self._simulated = simulated
 
     def __bool__(self) -> bool:
         """Tell whether anything is planned at all."""
@@ -127,7 +134,13 @@ class FaultPlan:
     def strike(self, phase: Phase, round: int, client: int, attempt: int, deaths: int = 0) -> None:
         """Let happen to this process what is planned before the client answers."""
         for rule, _ in self.striking(phase, round, client, attempt, deaths):
-            _strike(rule)
+            if not (self._simulated and rule.kind == "delay"):
+                _strike(rule)
+
+    def delay_s(self, phase: Phase, round: int, client: int, attempt: int) -> float:
+        """Return by how much a client starts late, by a simulated clock."""
+        struck = self.striking(phase, round, client, attempt)
+        return sum((rule.seconds for rule, _ in struck if rule.kind == "delay"), 0.0)
 
     def spoilers(
         self, phase: Phase, round: int, client: int, attempt: int

@@ -687,6 +687,10 @@ def _run_table(result: "RunResult") -> "FittedTable":
     clients = max(len(row["clients"]), 1)
     sent = f"{sum(row['bytes_up']) / clients / 1e3:,.1f}"
     received = f"{sum(row['bytes_down']) / clients / 1e3:,.1f}"
+    clock = (
+        number(result.history.federation[-1], "simulated_s") if result.history.federation else None
+    )
+    simulated = "" if clock is None else f", {clock:,.4g} s by the simulated clock"
     return FittedTable(
         label="test split",
         labels=[names[key] for key in shown],
@@ -695,7 +699,8 @@ def _run_table(result: "RunResult") -> "FittedTable":
             column("best by validation", selected, 2),
         ],
         title=f"{row['name']}: {row['strategy']}, seed {row['seed']}",
-        caption=f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s",
+        caption=f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s"
+        + simulated,
     )
 
 

@@ -31,11 +31,13 @@ from fedkd.training import (
     ModelPool,
     Streams,
     TrainingData,
+    Work,
     as_tensor,
 )
 from fedkd.training.backends import measure_backends, open_cohort
 from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
+from sim.devices.clock import Clock
 from sim.engine.deadline import DeadlineError, deadline
 from sim.engine.mistakes import NotFiniteError, author_traceback, is_misfortune
 from sim.settings import Settings
@@ -79,6 +81,18 @@ def federation_of(settings: Settings, data: FederatedData) -> Federation:
         input_shape=data.input_shape,
         num_examples=tuple(len(rows) for rows in data.client_rows),
         other_classes=data.other_classes,
+    )
+
+
+def clock_of(settings: Settings, data: FederatedData) -> Clock | None:
+    """Return the run's simulated clock; None where it has none."""
+    if not settings.clock.on:
+        return None
+    return Clock(
+        settings.clock,
+        clients=settings.clients.count,
+        seed=settings.seed,
+        num_classes=data.num_classes,
     )
 
 
@@ -134,7 +148,8 @@ class ClientRuntime:
         self._test_inputs = as_tensor(data.test_inputs).to(self._device)
         self._validation_inputs = as_tensor(data.validation_inputs).to(self._device)
         self._label_counts = data.label_counts()
-        self._faults = FaultPlan(settings.faults, settings.seed)
+        self._clock = clock_of(settings, data)
+        self._faults = FaultPlan(settings.faults, settings.seed, simulated=self._clock is not None)
 
     def serve(
         self,
@@ -181,6 +196,11 @@ class ClientRuntime:
                 continue
             new_states.update(zip(clients, trained, strict=False))
             for client, reply in zip(clients, replies, strict=True):
+                late = self._too_late(reply)
+                if late is not None:
+                    answers[client] = late
+                    new_states.pop(client, None)
+                    continue
                 answers[client] = self._sent(call, client, reply)
         in_order = [answers[client] for client in call.clients]
         return Served(in_order, new_states, time.perf_counter() - started, split)
@@ -197,6 +217,12 @@ class ClientRuntime:
             else:
                 standing.append(position)
         return standing
+
+    def _too_late(self, reply: ClientReply) -> str | None:
+        """Return why an answer comes too late by the simulated clock, or None."""
+        if self._clock is None or "simulated_s" not in reply.metrics:
+            return None
+        return self._clock.too_late(reply.metrics["simulated_s"])
 
     def _sent(self, call: CohortCall, client: int, reply: ClientReply) -> ClientReply:
         """Return the reply as it leaves the client, spoilt where that is planned."""
@@ -296,6 +322,7 @@ class ClientRuntime:
     ) -> tuple[list[ClientReply], list[ClientState]]:
         started = time.perf_counter()
         turn = self._turn(call, states)
+        came = received
         received = _opened(turn, call, received)
         cohort = self._cohort(call, states)
         answers = self._strategy.client(cohort, received, self._call(call, states))
@@ -319,12 +346,48 @@ class ClientRuntime:
         replies = [
             ClientReply(
                 payload=sent.get(client),
-                metrics={**terms, "seconds": seconds},
+                metrics={
+                    **terms,
+                    "seconds": seconds,
+                    **self._clocked(call, position, came, cohort.work[position], sent.get(client)),
+                },
                 round=call.round,
             )
-            for client, terms in zip(call.clients, cohort.metrics(), strict=True)
+            for position, (client, terms) in enumerate(
+                zip(call.clients, cohort.metrics(), strict=True)
+            )
         ]
         return replies, new_states
+
+    def _clocked(
+        self,
+        call: CohortCall,
+        position: int,
+        came: Received,
+        work: Work,
+        sent: Payload | None,
+    ) -> dict[str, float]:
+        """Return what a client's round took by the simulated clock; nothing where there is none.
+
+        Args:
+            call: of the round.
+            position: of the client in it.
+            came: what the members received, encoded.
+            work: what the client's models did.
+            sent: what it sends, encoded.
+        """
+        if self._clock is None:
+            return {}
+        client = call.clients[position]
+        down = (came[position], call.orders[position] if call.orders else None)
+        spent = self._clock.spent(
+            client,
+            work,
+            bytes_down=sum(piece.payload_bytes for piece in down if piece is not None),
+            bytes_up=0 if sent is None else sent.payload_bytes,
+            delay_s=self._faults.delay_s(call.phase, call.round, client, call.attempt),
+        )
+        return spent.metrics
 
     def _evaluate(
         self, call: CohortCall, received: Received, states: Sequence[ClientState | None]

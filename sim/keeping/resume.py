@@ -67,6 +67,7 @@ class _Values(BaseModel):
     )
     grid: GridMemory
     clients: int = Field(ge=0)
+    simulated_s: float = Field(ge=0, allow_inf_nan=False)
     state: dict[str, Any]
     exchange: dict[str, Any]
 
@@ -152,6 +153,7 @@ class Persistence:
             "marks": self._folder.marks,
             "grid": self._grid.memory(),
             "clients": len(self._grid.trained_clients()),
+            "simulated_s": boundary.simulated_s,
             _STATE: flatten(boundary.state).plain,
             _EXCHANGE: flatten(boundary.exchange).plain,
         }
@@ -302,7 +304,7 @@ class Persistence:
         state: Value = unflatten(server.get(_STATE, {}), values[_STATE])
         exchange: ExchangeState = unflatten(server.get(_EXCHANGE, {}), values[_EXCHANGE])
         self._loop.go_back(
-            Boundary(checkpoint.round, read_only(state), exchange),
+            Boundary(checkpoint.round, read_only(state), exchange, values["simulated_s"]),
             read_history(self._folder.folder),
         )
 

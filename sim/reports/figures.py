@@ -209,6 +209,60 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
     return figure
 
 
+def accuracy_by_time(runs: Runs) -> Figure | None:
+    """Draw mean client accuracy against what the simulated clock showed, where there is one."""
+    curves = _curves(runs, "accuracy")
+    clocked = {
+        arm: times
+        for arm, curve in curves.items()
+        if (times := _clock_by_round(runs[arm], curve.rounds)) is not None
+    }
+    if not clocked:
+        return None
+    figure, (axes,) = new_figure(1, height=4.4)
+    looks = _looks(runs)
+    for arm, seconds in clocked.items():
+        look, curve = looks[arm], curves[arm]
+        axes.plot(
+            seconds,
+            100 * curve.mean,
+            color=look.color,
+            linestyle=look.dash,
+            marker=look.marker,
+            markersize=_marker_size(len(seconds)),
+            lw=1.8,
+        )
+        low, high = (100 * np.clip(edge, 0, 1) for edge in (curve.low, curve.high))
+        _draw_band(axes, seconds, low, high, curve.seeds, look)
+    totals = [float(seconds[-1]) for seconds in clocked.values() if seconds[-1] > 0]
+    logarithmic = bool(totals) and max(totals) / min(totals) >= 5
+    if logarithmic:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    title_axes(
+        axes,
+        "Mean client accuracy (%) against simulated seconds",
+        band_note([curves[arm] for arm in clocked]),
+    )
+    axes.set_xlabel("simulated seconds" + (" (logarithmic)" if logarithmic else ""))
+    axes.set_ylabel("mean client accuracy (%)")
+    _legend(figure, runs, list(clocked))
+    return figure
+
+
+def _clock_by_round(runs: Sequence[RunRecord], rounds: np.ndarray) -> np.ndarray | None:
+    """Return what the clock showed after each of these rounds: mean over runs; None without one."""
+    of_runs = []
+    for run in counted(runs):
+        shown = {row["round"]: number(row, "simulated_s") for row in run.federation}
+        times = [shown.get(round) for round in rounds.tolist()]
+        if None in times:
+            return None
+        of_runs.append(times)
+    return np.asarray(np.mean(np.array(of_runs, np.float64), axis=0))
+
+
 def accuracy_by_client(runs: Runs) -> Figure | None:
     """Draw each client's accuracy in the last judged round, in a lane for each architecture."""
     points = {
@@ -313,6 +367,7 @@ FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
     {
         "accuracy_by_round": accuracy_by_round,
         "accuracy_by_exchange": accuracy_by_exchange,
+        "accuracy_by_time": accuracy_by_time,
         "accuracy_by_client": accuracy_by_client,
         "targets_by_round": targets_by_round,
     }

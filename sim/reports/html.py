@@ -31,7 +31,16 @@ from sim.reports.statistics import (
     counted,
     summarize,
 )
-from sim.reports.tables import FEW, kilobytes, p_text, percent, points
+from sim.reports.tables import (
+    FEW,
+    kilobytes,
+    p_text,
+    percent,
+    points,
+    seconds_to_target,
+    simulated_seconds,
+    target_title,
+)
 from sim.reports.terminal import NOTHING
 from sim.reports.verdicts import verdicts
 from sim.settings import SettingsError
@@ -43,6 +52,7 @@ TEMPLATES = Path(__file__).parent
 ALT_TEXTS: Mapping[str, str] = {
     "accuracy_by_round": "Mean client accuracy by round for each arm",
     "accuracy_by_exchange": "Mean client accuracy against kilobytes exchanged for each arm",
+    "accuracy_by_time": "Mean client accuracy against simulated seconds for each arm",
     "accuracy_by_client": "Accuracy of every client in the last round for each arm",
     "targets_by_round": "Entropy of shared targets and peer disagreement by round",
 }
@@ -340,6 +350,9 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
     header += ["same, at selected round (%)", "selected round"]
     header += [f"{ACCURACIES[key]} (%)" for key in shown[1:]]
     header += ["kB up", "kB down", "seconds"]
+    clocked = any(summary.simulated_s is not None for summary in summaries)
+    aimed = any(summary.targets for summary in summaries)
+    header += ["simulated s"] * clocked + [target_title(summaries)] * aimed
     rows = []
     for summary in summaries:
         row = [
@@ -354,6 +367,8 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
             kilobytes(summary.bytes_up),
             kilobytes(summary.bytes_down),
             NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}",
+            *[simulated_seconds(summary.simulated_s)] * clocked,
+            *[seconds_to_target(summary)] * aimed,
         ]
         rows.append(row)
     return Table(header, rows)

@@ -122,6 +122,32 @@ class RunRecord:
         return sum(spent) if spent else None
 
     @property
+    def simulated_s(self) -> float | None:
+        """What the simulated clock showed at the end; None without one."""
+        return number(self.federation[-1], "simulated_s") if self.federation else None
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """What ``clock.target_accuracy`` is."""
+        clock = self.settings.get("clock")
+        return number(clock, "target_accuracy") if isinstance(clock, dict) else None
+
+    @property
+    def simulated_s_to_target(self) -> float | None:
+        """What the clock showed when the mean client first had the target accuracy.
+
+        At the end of the round, on the test split; None where it never had it.
+        """
+        target = self.target_accuracy
+        if target is None:
+            return None
+        for row in self.federation:
+            accuracy = number(row, "accuracy")
+            if accuracy is not None and accuracy >= target:
+                return number(row, "simulated_s")
+        return None
+
+    @property
     def model_labels(self) -> tuple[str, ...]:
         """A short text for the architecture of each client."""
         labels = [model_label(model) for model in self.settings["clients"]["models"]]

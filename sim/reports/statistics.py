@@ -136,6 +136,10 @@ class ArmSummary:
             the keys that no run measured.
         bytes_up, bytes_down: totals over the run, averaged over clients.
         seconds: wall time of the rounds.
+        simulated_s: what the simulated clock showed at the end.
+        to_target: what it showed when the mean client first had the target accuracy, of the runs
+            that had it.
+        targets: the target accuracies of the runs that have a clock and a target.
     """
 
     arm: str
@@ -149,6 +153,9 @@ class ArmSummary:
     bytes_up: Estimate | None
     bytes_down: Estimate | None
     seconds: Estimate | None
+    simulated_s: Estimate | None = None
+    to_target: Estimate | None = None
+    targets: tuple[float, ...] = ()
 
 
 def estimate(values: Sequence[float], bounds: Bounds = ANYTHING) -> Estimate | None:
@@ -402,4 +409,9 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
         bytes_up=estimate([sum(run.bytes_up.values()) / run.num_clients for run in chosen]),
         bytes_down=estimate([sum(run.bytes_down.values()) / run.num_clients for run in chosen]),
         seconds=estimate([run.seconds for run in chosen if run.seconds is not None]),
+        simulated_s=estimate([run.simulated_s for run in chosen if run.simulated_s is not None]),
+        to_target=estimate(
+            [run.simulated_s_to_target for run in chosen if run.simulated_s_to_target is not None]
+        ),
+        targets=tuple(run.target_accuracy for run in chosen if run.target_accuracy is not None),
     )

@@ -57,6 +57,31 @@ def kilobytes(value: Estimate | None) -> str:
     return NOTHING if value is None else f"{value.mean / 1e3:,.1f}"
 
 
+def simulated_seconds(value: Estimate | None) -> str:
+    """Write simulated seconds, of which there may be very few."""
+    if value is None:
+        return NOTHING
+    return f"{value.mean:,.1f}" if value.mean >= 10 else f"{value.mean:.3g}"
+
+
+def seconds_to_target(summary: ArmSummary) -> str:
+    """Write when the mean client first had the target accuracy, and how many runs had it."""
+    asked = len(summary.targets)
+    if not asked:
+        return NOTHING
+    if summary.to_target is None:
+        return "never"
+    reached = summary.to_target.n
+    some = "" if reached == asked else f" ({reached} of {asked})"
+    return simulated_seconds(summary.to_target) + some
+
+
+def target_title(summaries: Sequence[ArmSummary]) -> str:
+    """Name the column of `seconds_to_target`."""
+    targets = {target for summary in summaries for target in summary.targets}
+    return f"s to {100 * targets.pop():g} %" if len(targets) == 1 else "s to target"
+
+
 def p_text(p_value: float | None, *, few: bool = False) -> str:
     """Write a p-value as reports do, marked where it rests on few seeds."""
     if p_value is None:
@@ -107,6 +132,8 @@ def summary_table(
             for key, title in ACCURACIES.items()
             if key != "accuracy"
         ),
+        column(target_title(summaries), 5, [seconds_to_target(summary) for summary in summaries]),
+        column("sim. s", 6, [simulated_seconds(summary.simulated_s) for summary in summaries]),
         column("kB up", 6, [kilobytes(summary.bytes_up) for summary in summaries]),
         column("kB down", 6, [kilobytes(summary.bytes_down) for summary in summaries]),
         column(
@@ -169,6 +196,8 @@ def _caption(summaries: Sequence[ArmSummary], *, several: bool) -> str:
         + (f", {FEW} few: see docs/runs.md" if _marked(summaries) else ""),
         "kB per client over the run; s: seconds of the rounds, without start-up",
     ]
+    if any(summary.simulated_s is not None for summary in summaries):
+        parts.append("sim. s: by the simulated clock, as is the time to a target accuracy")
     if len(summaries) > 1:
         parts.append(
             "differences are paired by seed, p of the paired t-test"
@@ -198,7 +227,9 @@ def summary_rows(
     the round with the best validation accuracy; ``difference...`` is mean client accuracy at the
     last round minus the baseline's (by default the first arm), paired by seed.
     ``difference_p_holm`` is corrected for all rows, ``difference_p_sign_flip`` that of the exact
-    sign-flip test.
+    sign-flip test. ``simulated_s`` is what the simulated clock showed at the end,
+    ``simulated_s_to_target`` when the mean client first had ``clock.target_accuracy``, which
+    ``reached_target`` runs had.
     """
     differences = compare_arms(runs, "accuracy", "last", baseline)
     p_holm = corrected(differences)
@@ -218,6 +249,10 @@ def summary_rows(
         row.update(_flat("bytes_up_per_client", summary.bytes_up))
         row.update(_flat("bytes_down_per_client", summary.bytes_down))
         row.update(_flat("seconds", summary.seconds))
+        row.update(_flat("simulated_s", summary.simulated_s))
+        row.update(_flat("simulated_s_to_target", summary.to_target))
+        reached = 0 if summary.to_target is None else summary.to_target.n
+        row["reached_target"] = reached if summary.targets else None
         difference = differences.get(summary.arm)
         row.update(_difference_row("difference", difference, p_holm.get(summary.arm)))
         rows.append(row)

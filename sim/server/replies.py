@@ -86,10 +86,14 @@ class Replies:
         ask: asks them.
         num_examples: private rows of each client.
         engine: says what to do below the quorum.
+        deadline_s: ``clock.deadline_s``.
         event: is told of each reply that is left out.
 
     Attributes:
         failure: what ended the stream before its time.
+        simulated_s: how long clients took by the simulated clock, if there is one. An attempt
+            lasts as long as the slowest client that counts; as long as ``clock.deadline_s`` where
+            somebody who was asked has not answered by then.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Replies:
         ask: Ask,
         num_examples: Sequence[int],
         engine: EngineSettings,
+        deadline_s: float | None,
         event: Callable[[Row], None],
     ) -> None:
         self._round = round
@@ -110,6 +115,7 @@ class Replies:
         self._turn = turn
         self._num_examples = num_examples
         self._quorum = Quorum(round.number, len(clients), "gave a usable answer", engine)
+        self._deadline_s = deadline_s
         self._event = event
         self._votes: VoteCounter | None = None
         self._uploads = self._watched(self._all_uploads(ask))
@@ -117,6 +123,7 @@ class Replies:
         self.metrics: dict[int, dict[str, float]] = {}
         self.exchanged: list[Row] = []
         self.failure: BaseException | None = None
+        self.simulated_s = 0.0
 
     def __iter__(self) -> Iterator[Upload]:
         return self._uploads
@@ -160,8 +167,10 @@ class Replies:
         raise self._quorum.error(self.valid, self.rejected)
 
     def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[Upload]:
+        slowest, waits = 0.0, False
         for client, message in messages:
             unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
+            waits = waits or (message.has_error() and not unreached)
             if not unreached:
                 told = self._outbox.told[client]
                 for piece in (told.payload, told.orders):
@@ -177,12 +186,14 @@ class Replies:
                 self._reject(client, error.told)
                 continue
             self.metrics[client] = reply.metrics
+            slowest = max(slowest, reply.metrics.get("simulated_s", 0.0))
             self.rejected.pop(client, None)
             if reply.payload is not None:
                 self._count(client, "up", reply.payload)
             if payload is not None:
                 self._vote(payload)
                 yield Upload(client, payload, self._num_examples[client])
+        self.simulated_s += self._deadline_s if waits and self._deadline_s else slowest
 
     def _opened(self, client: int, message: Message) -> tuple[ClientReply, Payload | None]:
         """Return a reply, and what it carries, decoded.

@@ -27,7 +27,7 @@ from fedkd.training import as_tensor
 from sim.commands.interruption import uninterrupted
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
-from sim.engine.runtime import build_strategy, federation_of, fix_numerics, judge
+from sim.engine.runtime import build_strategy, clock_of, federation_of, fix_numerics, judge
 from sim.server.history import History
 from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
@@ -47,11 +47,13 @@ class Boundary:
         round: the last complete round; 0 before the first.
         state: what the algorithm's server half remembers; nobody writes into it.
         exchange: what codecs remember of clients, and what was released so far.
+        simulated_s: what the simulated clock shows, if there is one.
     """
 
     round: int
     state: Value
     exchange: ExchangeState = field(default_factory=ExchangeState)
+    simulated_s: float = 0.0
 
 
 class RoundLoop:
@@ -84,6 +86,7 @@ class RoundLoop:
             models=self._strategy.server_models(),
         )
         self._stages = settings.stages
+        self._clock = clock_of(settings, data)
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
@@ -94,7 +97,12 @@ class RoundLoop:
             state = self._checked(self._strategy.begin(self._server), "begin")
         self._check_asked(state)
         self.history = History()
-        self.boundary = Boundary(0, state)
+        self.boundary = Boundary(0, state, simulated_s=self._server_seconds())
+
+    def _server_seconds(self) -> float:
+        """Return how long the server took by the simulated clock since this was asked last."""
+        work = self._server.take_work()
+        return 0.0 if self._clock is None else self._clock.server_seconds(work)
 
     def _check_asked(self, state: Value) -> None:
         """Refuse stages that cannot take what clients are to answer: its parts are known by now.
@@ -194,6 +202,8 @@ class RoundLoop:
         if self._nodes is not None:
             self._nodes.begin(round.number, clients)
         started = time.perf_counter()
+        # What was done to judge the last round takes no time.
+        self._server.take_work()
         turn = self._turn(before.exchange, round)
         outbox = Outbox(strategy, before.state, round, turn, server=self._server)
         replies = Replies(
@@ -204,6 +214,7 @@ class RoundLoop:
             ask=lambda asked, attempt: self._ask("train", round, asked, outbox, attempt),
             num_examples=self._federation.num_examples,
             engine=self._settings.engine,
+            deadline_s=self._settings.clock.deadline_s,
             event=self.tell,
         )
         skipped = False
@@ -225,6 +236,7 @@ class RoundLoop:
             self._pass_events_on()
         state = self._forgotten(state, where)
         exchange = turn.skipped() if skipped else turn.committed()
+        simulated_s = before.simulated_s + replies.simulated_s + self._server_seconds()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
         federation: Row = {}
@@ -251,13 +263,14 @@ class RoundLoop:
             "bytes_down": sum(
                 row["bytes"] for row in replies.exchanged if row["direction"] == "down"
             ),
+            **({} if self._clock is None else {"simulated_s": simulated_s}),
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
         if round.number == self._settings.rounds:
             self._check_that_anybody_was_judged(federation)
         rows = [federation, *_client_rows(round, replies.metrics, evaluated), *servers]
-        after = Boundary(round.number, state, exchange)
+        after = Boundary(round.number, state, exchange, simulated_s)
         with uninterrupted():
             charged = len(before.exchange.ledger.charges)
             self._complete(after, rows, replies.exchanged, charged)

@@ -39,6 +39,7 @@ MEANT: Mapping[str, str] = MappingProxyType(
         "clients": "count",
         "clients.local": "epochs",
         "clients.optimizer": "name",
+        "clock": "profiles",
         "data": "source",
         "data.partition": "kind",
         "data.public": "size",

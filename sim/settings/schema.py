@@ -42,6 +42,7 @@ from fedkd.models import ModelSettings
 from fedkd.names import check_name
 from fedkd.training import OptimizerSettings, Passes
 from sim.adversity.faults import PROCESS_FAULTS, FaultRule
+from sim.devices.clock import ClockSettings
 from sim.settings.tables import yaml_text
 from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
@@ -274,6 +275,7 @@ class Settings(_Section):
     exchange: ExchangeSettings = ExchangeSettings()
     privacy: PrivacySettings = PrivacySettings()
     adversary: AdversaryField = Field(NoAdversary(), description="who sends what else: none")
+    clock: ClockSettings = ClockSettings()
     engine: EngineSettings = EngineSettings()
     nodes: NodesSettings = NodesSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

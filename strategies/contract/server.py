@@ -32,6 +32,7 @@ from fedkd.training import (
     Streams,
     Table,
     TrainingData,
+    Work,
     as_tensor,
     check_state,
     initial_model_seed,
@@ -126,6 +127,12 @@ class ServerTools:
         self._pool = ModelPool(self._tensors, optimizer)
         self._pools: dict[str, ModelPool] = {}
         self._asked: dict[str, Asked] = {}
+        self._work = Work()
+
+    def take_work(self) -> Work:
+        """Return what went through models on the server since this was asked last."""
+        work, self._work = self._work, Work()
+        return work
 
     # -- models ----------------------------------------------------------------------------
 
@@ -364,7 +371,7 @@ class ServerTools:
         round: Round | None,
     ) -> LoopCohort:
         federation = self.federation
-        return LoopCohort(
+        cohort = LoopCohort(
             [member],
             model=model,
             optimizer=optimizer,
@@ -377,6 +384,8 @@ class ServerTools:
                 rounds=1 if round is None else federation.rounds,
             ),
         )
+        cohort.work = [self._work]
+        return cohort
 
     def _after(self, model: ServerModel, cohort: LoopCohort) -> ServerModel:
         return ServerModel(model.name, cohort.states()[0].to_arrays())

@@ -12,6 +12,7 @@ from fedkd.compression import (
     quantise,
     stored_bytes,
 )
+from fedkd.compression.cost import row_flops
 from fedkd.models import ModelSettings, build_model, count_parameters
 
 
@@ -20,6 +21,23 @@ def test_a_linear_layer_costs_two_operations_per_weight():
     cost = measure_cost(model, (2, 3, 5), batch_sizes=(), repeats=1)
     assert cost.flops == 2 * (30 * 7 + 7 * 4)
     assert cost.parameters == 30 * 7 + 7 + 7 * 4 + 4
+
+
+def test_a_row_to_learn_from_costs_the_backward_pass_too():
+    first, last = nn.Linear(30, 7), nn.Linear(7, 4)
+    model = nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(7), nn.ReLU(), last)
+    first.weight.grad = torch.ones(7, 30)
+    forwards = 2 * (30 * 7 + 7 * 4)
+    # Weights of both layers once more, and the gradient by what the second one read.
+    assert row_flops(model, (2, 3, 5)) == (2 * forwards + 2 * 7 * 4, forwards)
+    assert model.training
+    assert first.weight.grad is not None
+    assert torch.equal(first.weight.grad, torch.ones(7, 30))
+    assert last.weight.grad is None
+    last.requires_grad_(requires_grad=False)
+    assert row_flops(model, (2, 3, 5)).trained == 2 * forwards + 2 * 7 * 4 - 2 * 7 * 4
+    model.requires_grad_(requires_grad=False)
+    assert row_flops(model, (2, 3, 5)) == (forwards, forwards)
 
 
 def test_a_convolution_costs_two_operations_per_weight_and_position():

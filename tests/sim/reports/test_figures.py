@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sim.reports.figures import (
     accuracy_by_client,
     accuracy_by_exchange,
     accuracy_by_round,
+    accuracy_by_time,
     band_note,
     curve_of,
     draw_figures,
@@ -124,7 +126,8 @@ def test_titles_name_the_units(make_run):
 
 
 def test_one_run_draws_every_figure_and_twice_the_same(make_run):
-    runs = {"dml": [make_run(accuracies=(0.5,), federation=EXCHANGED)]}
+    measured = {**EXCHANGED, "simulated_s": 12.5}
+    runs = {"dml": [make_run(accuracies=(0.5,), federation=measured)]}
     first = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
     assert list(first) == list(FIGURES)
     assert all(is_png(content) for content in first.values())
@@ -170,3 +173,19 @@ def test_any_measured_values_can_be_drawn(make_run, coarse_figures, accuracies, 
     runs = {f"arm-{i}": [run] for i in range(count)}
     for figure in draw_figures(runs).values():
         assert is_png(to_png(figure))
+
+
+def test_accuracy_over_simulated_time_stands_where_there_is_a_clock(make_run):
+    def clocked(run, pace):
+        rows = tuple({**row, "simulated_s": pace * row["round"]} for row in run.federation)
+        return replace(run, federation=rows)
+
+    plain = seeds(make_run, 2)
+    quick, slow = ([clocked(run, pace) for run in seeds(make_run, 2)] for pace in (1.0, 2.0))
+    figure = accuracy_by_time({"plain": plain, "quick": quick, "slow": slow})
+    assert legend(figure) == ["quick", "slow"]
+    lines = [line.get_xdata().tolist() for line in figure.axes[0].lines]
+    assert [1.0, 2.0] in lines
+    assert [2.0, 4.0] in lines
+    assert figure.axes[0].get_xlabel() == "simulated seconds"
+    assert accuracy_by_time({"plain": plain}) is None

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -120,3 +121,49 @@ def test_texts_of_numbers():
     assert p_text(0.0004) == "<0.001"
     assert p_text(0.0123, few=True) == "0.012*"
     assert p_text(None, few=True) == "–"  # noqa: RUF001
+
+
+# -- the simulated clock -----------------------------------------------------------------------
+
+
+def clocked(make_run, accuracies, *, seed=0, pace=1.0):
+    """A run whose rounds take ``pace`` simulated seconds each, with a target of 80 %."""
+    run = make_run(
+        seed=seed,
+        accuracies=accuracies,
+        settings={"clock": {"speed": 1.0, "target_accuracy": 0.8}},
+    )
+    rows = tuple({**row, "simulated_s": pace * row["round"]} for row in run.federation)
+    return replace(run, federation=rows)
+
+
+def test_the_time_to_a_target_is_that_of_the_first_round_that_has_it(make_run):
+    runs = {
+        "slow": [clocked(make_run, (0.7, 0.85, 0.79), pace=10.0)],
+        "some": [
+            clocked(make_run, (0.81, 0.7), seed=0),
+            clocked(make_run, (0.5, 0.7), seed=1),
+            clocked(make_run, (0.5, 0.6, 0.8), seed=2),
+        ],
+        "none": [clocked(make_run, (0.79, 0.79), pace=0.25)],
+    }
+    rows = summary_rows(runs)
+    assert [row["simulated_s_to_target"] for row in rows] == [20.0, 2.0, None]
+    assert [row["reached_target"] for row in rows] == [1, 2, 0]
+    assert [row["simulated_s"] for row in rows] == [30.0, pytest.approx(7 / 3), 0.5]
+    text = printed(runs, 100)
+    assert "s to 80 %" in " ".join(text.split())
+    for cells in ("20.0", "2 (2 of 3)", "never", "30.0", "0.5"):
+        assert cells in text
+
+
+def test_time_to_target_fits_80_columns_and_is_not_there_without_a_clock(make_run):
+    runs = {
+        arm: [clocked(make_run, (0.7, 0.85), seed=seed, pace=1234.5) for seed in range(3)]
+        for arm in ("local", "dml", "fedmd")
+    }
+    text = printed(runs, 80)
+    assert "2,469.0" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "s to" not in printed({"plain": [make_run(seed=0)]}, 200)
+    assert "sim. s" not in printed({"plain": [make_run(seed=0)]}, 200)

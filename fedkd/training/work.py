@@ -1,0 +1,45 @@
+"""How many rows went through which models: what the arithmetic of a call follows from."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fedkd.models import ModelSettings
+from fedkd.models.options import ImageShape
+
+
+class Network(NamedTuple):
+    """A model on rows of one shape; its arithmetic follows from both."""
+
+    model: ModelSettings
+    input_shape: ImageShape
+
+
+@dataclass(slots=True)
+class Work:
+    """Rows that went through models, each as often as it did.
+
+    Attributes:
+        trained: rows of steps, private and public ones, of each model that learnt in them.
+        predicted: rows that went through a model forwards only, frozen ones beside those that learn
+            included.
+    """
+
+    trained: Counter[Network] = field(default_factory=Counter)
+    predicted: Counter[Network] = field(default_factory=Counter)
+
+    def flops(self, costs: "Mapping[Network, RowFlops]") -> int:
+        """Return the floating-point operations of all rows."""
+        return sum(
+            rows * getattr(costs[network], kind)
+            for kind in ("trained", "predicted")
+            for network, rows in getattr(self, kind).items()
+        )
+
+
+class RowFlops(NamedTuple):
+    """Floating-point operations of a row: forwards and backwards, and forwards alone."""
+
+    trained: int
+    predicted: int

@@ -1,0 +1,1 @@
+"""What clients are beside their data: how fast, how well connected, when they are there."""
