@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         compare,
         distill,
         load_distill_settings,
+        load_model,
         load_settings,
         report,
         run,
@@ -36,6 +37,7 @@ OFFERED = {
     # `fedkd.data` is the package of data sets.
     "data_overview": "data",
     "report": "report",
+    "load_model": "load_model",
     "check_strategy": "check_strategy",
     "Settings": "Settings",
     "load_settings": "load_settings",
@@ -54,6 +56,7 @@ __all__ = [
     "data_overview",
     "distill",
     "load_distill_settings",
+    "load_model",
     "load_settings",
     "report",
     "run",

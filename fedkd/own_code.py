@@ -65,6 +65,18 @@ def _anything(_name: str) -> bool:
     return True
 
 
+def refuse(name: str) -> bool:
+    """Permit no code of others at all.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{name!r} is code that only a file names, and does not run unasked: allow its package "
+        f"{package_of(name)!r}"
+    )
+
+
 _permit: ContextVar[Permit] = ContextVar("fedkd_own_code", default=_anything)
 
 

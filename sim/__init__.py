@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
     from sim.commands.distilling.running import distill
+    from sim.commands.models import load_model
     from sim.commands.overview import data
     from sim.commands.running import run
     from sim.commands.study import compare
@@ -31,6 +32,7 @@ _FUNCTIONS = {
     "distill": "sim.commands.distilling.running",
     "data": "sim.commands.overview",
     "report": "sim.reports",
+    "load_model": "sim.commands.models",
     "check_strategy": "sim.contract",
     "Settings": "sim.settings",
     "SettingsError": "sim.settings",
@@ -49,6 +51,7 @@ __all__ = [
     "data",
     "distill",
     "load_distill_settings",
+    "load_model",
     "load_settings",
     "report",
     "run",

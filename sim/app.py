@@ -9,7 +9,7 @@ run folder, as everywhere.
 import json
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from fedkd.training import ClientState
 from sim.commands.running import load_data, run_result
 from sim.engine.nodes import NodesError, introduction
 from sim.engine.runtime import ClientRuntime
+from sim.keeping.models import ModelKeeper
 from sim.keeping.provenance import provenance_of
 from sim.keeping.records import FolderBusyError, RunFolder, StorageError, new_run_folder
 from sim.server.observers import Observer, Row
@@ -101,21 +102,25 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, context: Context) -> None:
     settings = read_settings(context)
-    data = load_data(settings)
+    data = load_data(settings, nodes=True)
     folder = new_run_folder(settings.output, settings.name, settings.to_yaml())
     status = "failed"
     with RunFolder(folder, settings, provenance_of(settings).to_row()) as recorder:
         _LOG.info("run folder: %s", folder.resolve())
         loop = RoundLoop(grid, settings, data, [recorder, _RoundLog(settings)])
+        keeper = ModelKeeper(folder, settings, data, loop, None)
+        models: Mapping[str, Row] = {}
         try:
-            loop.run()
+            loop.run(keeper.after_round)
+            models = keeper.finish()
             status = "finished"
         except (KeyboardInterrupt, SystemExit):
             # ``flwr stop``, or whoever ends the SuperLink.
             status = "interrupted"
             raise
         finally:
-            recorder.result(run_result(settings, folder, loop.history, status=status).to_row())
+            result = run_result(settings, folder, loop.history, status=status, models=models)
+            recorder.result(result.to_row())
 
 
 def read_settings(context: Context) -> Settings:

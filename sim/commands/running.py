@@ -17,6 +17,7 @@ from sim.engine.inline import InlineGrid
 from sim.engine.resources import check_engine
 from sim.engine.runtime import build_strategy, federation_of
 from sim.keeping.identity import check_same_run
+from sim.keeping.models import ModelKeeper, check_keep
 from sim.keeping.provenance import Changes, check_same_make, provenance_of
 from sim.keeping.records import (
     SETTINGS_FILE,
@@ -62,6 +63,7 @@ class RunResult:
         history: what each round measured.
         seconds: wall time of the rounds, without loading data and starting workers.
         backends: what trained the clients of each architecture: ``loop``, ``vmap`` or both.
+        models: what is kept in ``models/``, by name; see `sim.keeping.models.ModelKeeper.finish`.
     """
 
     settings: Settings
@@ -71,6 +73,7 @@ class RunResult:
     history: History
     seconds: float
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    models: Mapping[str, Row] = field(default_factory=dict)
 
     def to_row(self) -> Row:
         """Return the result as plain values: the content of ``result.json``."""
@@ -83,13 +86,18 @@ class RunResult:
             "weights_sha256": self.weights_sha256,
             "seconds": self.seconds,
             "backends": {model: list(names) for model, names in self.backends.items()},
+            "models": {name: dict(row) for name, row in self.models.items()},
             "folder": str(self.folder),
             **summary(self.history, self.settings.clients.count),
         }
 
 
-def load_data(settings: Settings) -> FederatedData:
+def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
     """Load the run's data and check everything that can be checked before a worker starts.
+
+    Args:
+        settings: of the run.
+        nodes: whether clients are nodes of Flower's own runtimes.
 
     Raises:
         SettingsError: names the setting that cannot work.
@@ -113,6 +121,7 @@ def load_data(settings: Settings) -> FederatedData:
             keeps_states=settings.engine.address is None,
         )
         strategy.check(data.input_shape)
+        check_keep(settings, strategy, nodes=nodes)
         settings.stages.check(up=strategy.up, down=strategy.down, sums=strategy.sums)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)
@@ -209,6 +218,7 @@ def run(
         settings = settings or own
         check_same_run(own, settings)
         if is_finished(resume):
+            _check_kept(own, settings)
             return _finished_result(resume, settings)
         made_of, accepted = check_same_make(
             resume, provenance_of(settings), accept_code=accept_code
@@ -226,11 +236,13 @@ def run(
     status, digest = "failed", None
     loop: RoundLoop | None = None
     backends: Mapping[str, Sequence[str]] = {}
+    models: Mapping[str, Row] = {}
     with RunFolder(place, settings, made_of.to_row()) as recorder:
         try:
             with interruptible(), open_grid(settings, data, session) as grid:
                 loop = RoundLoop(grid, settings, data, [recorder, *observers])
                 keeper = Persistence(recorder, settings, data, grid, loop)
+                shelf = ModelKeeper(place, settings, data, loop, grid)
                 try:
                     if resume is not None:
                         keeper.restore()
@@ -238,8 +250,9 @@ def run(
                         reached = 0 if loop.boundary is None else loop.boundary.round
                         row = {"round": reached, "event": "code changed", "reason": str(accepted)}
                         loop.tell(row)
-                    digest = _run_rounds(loop, keeper, grid, settings)
+                    digest = _run_rounds(loop, keeper, shelf, grid, settings)
                     backends = grid.backends()
+                    models = shelf.finish()
                 except BaseException:
                     # Whatever the last of it was, what is complete shall not be lost. Where even
                     # this fails, what happened first is what matters.
@@ -259,7 +272,13 @@ def run(
         finally:
             history = loop.history if loop is not None else History()
             result = run_result(
-                settings, place, history, status=status, digest=digest, backends=backends
+                settings,
+                place,
+                history,
+                status=status,
+                digest=digest,
+                backends=backends,
+                models=models,
             )
             with suppress(StorageError) if status != "finished" else nullcontext():
                 recorder.result(result.to_row())
@@ -267,13 +286,23 @@ def run(
 
 
 def _run_rounds(
-    loop: RoundLoop, keeper: Persistence, grid: CohortGrid[Any], settings: Settings
+    loop: RoundLoop,
+    keeper: Persistence,
+    shelf: ModelKeeper,
+    grid: CohortGrid[Any],
+    settings: Settings,
 ) -> str:
     """Run the rounds that are left, if need be several times over; return the weights' digest."""
+
+    def after_round() -> None:
+        # The models first: where there is a checkpoint of a round, its models are there as well.
+        shelf.after_round()
+        keeper.after_round()
+
     furthest = returns = 0
     while True:
         try:
-            loop.run(keeper.after_round)
+            loop.run(after_round)
             return _digest(grid, settings)
         except StatesLostError as error:
             reached = 0 if loop.boundary is None else loop.boundary.round
@@ -321,6 +350,17 @@ def _saved_settings(folder: Path, permit: Permit) -> Settings:
         raise SettingsError(f"{path}: {error}") from None
 
 
+def _check_kept(ours: Settings, wanted: Settings) -> None:
+    """Refuse to keep other models of a run that is finished: its clients are gone."""
+    for name in ("keep_models", "keep_round"):
+        old, new = getattr(ours, name), getattr(wanted, name)
+        if old != new:
+            raise SettingsError(
+                f"{name}: a finished run keeps what it kept (it has {old!r}, got {new!r}); a new "
+                "run of the same settings has the same models"
+            )
+
+
 def _finished_result(folder: Path, settings: Settings) -> RunResult:
     result = read_result(folder, rows=True)
     return run_result(
@@ -329,6 +369,7 @@ def _finished_result(folder: Path, settings: Settings) -> RunResult:
         read_history(folder),
         digest=result.get("weights_sha256"),
         backends=result.get("backends", {}),
+        models=result.get("models", {}),
     )
 
 
@@ -355,10 +396,11 @@ def run_result(
     status: str = "finished",
     digest: str | None = None,
     backends: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    models: Mapping[str, Row] = MappingProxyType({}),
 ) -> RunResult:
     """Gather what a run measured."""
     seconds = math.fsum(row["seconds"] for row in history.federation)
-    return RunResult(settings, folder, status, digest, history, seconds, backends)
+    return RunResult(settings, folder, status, digest, history, seconds, backends, models)
 
 
 def _digest(grid: CohortGrid[Any], settings: Settings) -> str:

@@ -13,7 +13,10 @@ from sim.settings import Settings, SettingsError
 if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
 
-HARMLESS = ("name", "output", "study", "checkpoints", "search", "nodes")
+HARMLESS = (
+    *("name", "output", "study", "checkpoints", "search", "nodes"),
+    *("keep_models", "keep_round"),
+)
 """Sections that say where results go and how they are kept, not what they are."""
 
 HARMLESS_ENGINE = (
@@ -66,7 +69,7 @@ def check_same_run(ours: Settings, wanted: Settings) -> None:
         why = (
             "schedules run over all rounds, so the rounds before would have been others"
             if name == "rounds"
-            else "only checkpoints.* and engine.* that changes no number may"
+            else "only checkpoints.*, keep_* and engine.* that changes no number may"
         )
         raise SettingsError(
             f"{name}: a resumed run cannot change it (it has {old!r}, got {new!r}): {why}"

@@ -23,7 +23,7 @@ from fedkd.metrics.classification import accuracy, confusion_counts
 from fedkd.models import ignores_seed
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
-from fedkd.training import as_tensor
+from fedkd.training import Architecture, as_tensor
 from sim.commands.interruption import uninterrupted
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
@@ -36,7 +36,7 @@ from sim.server.replies import Quorum, QuorumError, Replies
 from sim.server.validation import Expected, RejectedReplyError, authors_code, valid_answer
 from sim.settings import Settings, SettingsError
 from sim.wire.messages import Phase, instruction
-from strategies.contract import Round, ServerTools
+from strategies.contract import FinishedModel, Round, ServerTools
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +186,15 @@ class RoundLoop:
     def architectures(self) -> Sequence[str]:
         """Each client's, by partition id."""
         return self._federation.architectures
+
+    def architecture(self, client: int) -> Architecture:
+        """Return what a client trains."""
+        return self._strategy.architecture(client)
+
+    def finished_models(self) -> Mapping[str, FinishedModel]:
+        """Return the server's models at the last boundary that take the run's inputs, by name."""
+        with authors_code("after the rounds, the server's half"):
+            return self._strategy.finished_models(self._standing.state)
 
     @property
     def _standing(self) -> Boundary:

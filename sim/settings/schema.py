@@ -5,7 +5,7 @@ Below this line code takes typed objects or plain values, never a table of text.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -229,6 +229,10 @@ class CheckpointSettings(_Section):
     keep: Few = Field(2, description="checkpoints kept; an older one serves if one is bad")
 
 
+_Kept = Literal["auto", "none", "server", "clients", "best"]
+_Client = Annotated[Whole, Field(ge=0, le=99_999)]
+
+
 class StudySettings(_Section):
     """What ``fedkd compare`` runs (``study``)."""
 
@@ -280,6 +284,18 @@ class Settings(_Section):
     nodes: NodesSettings = NodesSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+    keep_models: _Kept | tuple[_Client, ...] = Field(
+        "auto",
+        max_length=100_000,
+        description="models written into the run's folder: server: the server's; clients: every "
+        "client's; a list: these clients'; best: that of the client with the best validation "
+        "accuracy; auto: the server's where the algorithm has any, else best",
+    )
+    keep_round: Literal["last", "selected"] = Field(
+        "last",
+        description="as they are after the last round, or after the judged round with the best "
+        "mean validation accuracy",
+    )
     faults: tuple[FaultRule, ...] = Field(
         (), max_length=1000, description="faults to inject, a list of rules"
     )
@@ -289,6 +305,16 @@ class Settings(_Section):
     @classmethod
     def _name_is_a_file_name(cls, name: str) -> str:
         return check_name(name, "name")
+
+    @field_validator("keep_models", mode="before")
+    @classmethod
+    def _whose_models(cls, value: object) -> object:
+        if isinstance(value, list | tuple) or value in get_args(_Kept):
+            return value
+        if type(value) is int:
+            return [value]
+        known = ", ".join(get_args(_Kept))
+        raise ValueError(f"must be {known} or a list of clients, got {shown(value)}")
 
     @field_validator("strategy", mode="before")
     @classmethod
@@ -313,6 +339,11 @@ class Settings(_Section):
         if isinstance(judged, int) and judged > count:
             raise ValueError(
                 f"evaluation.clients must be at most clients.count ({count}), got {judged}"
+            )
+        strangers = [c for c in self.keep_models if isinstance(c, int) and c >= count]
+        if strangers:
+            raise ValueError(
+                f"keep_models must name clients below clients.count ({count}), got {strangers[0]}"
             )
         kinds = [rule.kind for rule in self.faults if rule.kind in PROCESS_FAULTS]
         if kinds and self.engine.backend == "inline":

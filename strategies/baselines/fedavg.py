@@ -20,6 +20,8 @@ from fedkd.training import Cohort, supervised
 from strategies.contract import (
     Call,
     Card,
+    Federation,
+    FinishedModel,
     Received,
     Round,
     ServerTools,
@@ -62,6 +64,15 @@ class GlobalModels(Value):
 
 
 ModelsT = TypeVar("ModelsT", bound=GlobalModels)
+
+
+def finished_averages(state: GlobalModels, federation: Federation) -> dict[str, FinishedModel]:
+    """Return the global models, by their architectures, in the order of their first clients."""
+    return {
+        architecture: FinishedModel(federation.models[client], state.models[architecture].arrays)
+        for architecture, client in federation.first_clients.items()
+        if architecture in state.models
+    }
 
 
 class GlobalModelsServer(Strategy[AveragingT, ModelsT]):
@@ -110,6 +121,15 @@ class GlobalModelsServer(Strategy[AveragingT, ModelsT]):
         means = mean_weights(uploads, self.settings.weighting, architectures.__getitem__)
         models = {**state.models, **{str(key): mean for key, mean in means.items()}}
         return replace(state, models=models)
+
+    @property
+    def has_server_models(self) -> bool:
+        """The global ones."""
+        return True
+
+    def finished_models(self, state: ModelsT) -> Mapping[str, FinishedModel]:
+        """The server's own, if it has any, then the global ones."""
+        return {**super().finished_models(state), **finished_averages(state, self.federation)}
 
 
 class Averaging(GlobalModelsServer[AveragingT, ModelsT]):

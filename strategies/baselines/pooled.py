@@ -5,7 +5,7 @@ those of the models that the training clients send and receive, not of the rows 
 to move.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,10 +15,11 @@ from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.training import Cohort, supervised
-from strategies.baselines.fedavg import GlobalModels
+from strategies.baselines.fedavg import GlobalModels, finished_averages
 from strategies.contract import (
     Call,
     Card,
+    FinishedModel,
     Received,
     Round,
     ServerTools,
@@ -107,3 +108,12 @@ class Pooled(Strategy[PooledSettings, GlobalModels]):
             for upload, sent in payloads_of(uploads, Weights)
         }
         return GlobalModels({**state.models, **trained})
+
+    @property
+    def has_server_models(self) -> bool:
+        """Those of the pool."""
+        return True
+
+    def finished_models(self, state: GlobalModels) -> Mapping[str, FinishedModel]:
+        """The pooled ones."""
+        return finished_averages(state, self.federation)

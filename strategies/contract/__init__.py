@@ -4,6 +4,7 @@ from fedkd.exchange.views import Upload
 from strategies.contract.card import Card
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
+    FinishedModel,
     GivenRows,
     ServerModel,
     ServerModelSettings,
@@ -25,6 +26,7 @@ __all__ = [
     "Call",
     "Card",
     "Federation",
+    "FinishedModel",
     "GivenRows",
     "Nothing",
     "Received",

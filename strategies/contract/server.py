@@ -76,6 +76,18 @@ class ServerModel(Value):
         return ClientState.from_arrays(self.arrays).models[MODEL].weights
 
 
+class FinishedModel(NamedTuple):
+    """A model of the server's that a run may keep as a file.
+
+    Attributes:
+        model: its architecture; it takes the run's inputs.
+        weights: parameters and buffers by name.
+    """
+
+    model: ModelSettings
+    weights: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class GivenRows:
     """Rows that the server was given, and that are no images of the run.

@@ -27,7 +27,12 @@ from fedkd.training.binding import Stacking
 from fedkd.training.cohort import named_models
 from strategies.contract.card import NO_CARD, Card
 from strategies.contract.round import Call, Federation, Received, Round
-from strategies.contract.server import ServerModel, ServerModelSettings, ServerTools
+from strategies.contract.server import (
+    FinishedModel,
+    ServerModel,
+    ServerModelSettings,
+    ServerTools,
+)
 
 
 class StrategySettings(BaseModel):
@@ -290,6 +295,26 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
     def judged_models(self, state: StateT) -> Mapping[str, ServerModel]:
         """Return the server's own models that are judged, by name; the first one leads."""
         return {}
+
+    @property
+    def has_server_models(self) -> bool:
+        """Whether the server has models that take the run's inputs: what `finished_models` names.
+
+        Known before the first round.
+        """
+        return any(each.input_shape is None for each in self.server_models().values())
+
+    def finished_models(self, state: StateT) -> Mapping[str, FinishedModel]:
+        """Return the server's models that a run may keep, by name; by default those it judges.
+
+        Models that go on from a client's features are none of them.
+        """
+        known = self.server_models()
+        return {
+            name: FinishedModel(known[model.name].model, model.weights)
+            for name, model in self.judged_models(state).items()
+            if known[model.name].input_shape is None
+        }
 
     # -- client half ---------------------------------------------------------------------
 

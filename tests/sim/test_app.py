@@ -205,6 +205,15 @@ def test_flower_s_runtimes_compute_what_fedkd_run_computes(
     assert theirs["result"]["status"] == "finished"
 
 
+def test_the_server_s_models_are_kept_and_those_of_nodes_are_not(words: Any, serve: Any) -> None:
+    of_server = words("strategy.name=fedavg", "rounds=1", "keep_models=server")
+    left = serve(Runtime(range(4), 4), of_server)
+    assert set(left["result"]["models"]) == {"server-mlp", "server-cnn"}
+    assert (left["folder"] / "models" / "server-cnn.safetensors").is_file()
+    with pytest.raises(SettingsError, match="keep_models must be auto, server or none where"):
+        serve(Runtime(range(4), 4), words("keep_models=best"))
+
+
 @pytest.mark.parametrize("slip", ["client", "judging", "aggregate"])
 def test_an_author_s_exception_ends_the_run_with_the_author_s_traceback(
     words: Any, serve: Any, tmp_path: Path, slip: str

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from fedkd.compression import inherit
+from fedkd.trained.files import ModelFileError, fill, read_tensors
 
 
 def load_weights(model: nn.Module, path: Path, *, setting: str) -> None:
@@ -19,39 +17,10 @@ def load_weights(model: nn.Module, path: Path, *, setting: str) -> None:
         ValueError: naming the setting, the file and what does not fit.
     """
     try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{setting}: {str(path)!r} does not exist") from None
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{setting}: cannot read {str(path)!r}: {error}") from None
-    _check(weights, model, f"{setting}: {str(path)!r}")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{setting}: {str(path)!r} does not fit the model: {reason}") from None
-
-
-def _check(weights: Mapping[str, Tensor], model: nn.Module, file: str) -> None:
-    """Refuse tensors that loading would cast, and numbers that are none.
-
-    A buffer may hold what the fresh model's holds, such as the minus infinity of a mask.
-    """
-    for name, own in model.state_dict().items():
-        if name not in weights or not isinstance(own, Tensor):
-            continue
-        loaded = weights[name]
-        if loaded.dtype != own.dtype:
-            raise ValueError(
-                f"{file}: {name} holds {_type(loaded)}, the model's {_type(own)}: save the weights "
-                "as the model has them"
-            )
-        if not torch.isfinite(loaded).all() and not torch.equal(loaded, own.cpu()):
-            raise ValueError(f"{file}: {name} holds NaN or infinity")
-
-
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+        tensors = read_tensors(path)
+    except ModelFileError as error:
+        raise ValueError(f"{setting}: {error}") from None
+    fill(model, tensors, f"{setting}: {str(path)!r}")
 
 
 def inherit_weights(

@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from fedkd.compression.cost import model_file
+from fedkd.compression.pruning import dense_state
+from fedkd.compression.quantisation import quantised_header
 from fedkd.distillation.settings import DistillSettings
+from fedkd.trained.files import ModelInfo, model_content
 from sim.keeping.records import METRICS_FILE, RESULT_FILE, Recorder, storing, to_json, write_text
 from sim.reports.distillation import DIAGNOSTICS_FILE
 from sim.server.observers import Row
@@ -60,18 +63,26 @@ class DistillFolder(Recorder):
         plain = {key: value for key, value in row.items() if key != "epochs"}
         self.append(METRICS_FILE, [{"model": model, **plain}])
 
-    def models(self, models: Mapping[str, nn.Module]) -> dict[str, str]:
-        """Write the weights of all models as ``models/<name>.safetensors``; return SHA-256s.
+    def models(
+        self, models: Mapping[str, nn.Module], infos: Mapping[str, ModelInfo]
+    ) -> dict[str, str]:
+        """Write all models as ``models/<name>.safetensors``; return SHA-256s of their tensors.
 
         Names of tensors are those of the plain model, so that ``teacher.weights`` can load them.
+
+        Args:
+            models: by name.
+            infos: what they are, as far as it can be told.
         """
         digests = {}
         with storing(self.folder, goes_on=self._goes_on):
             target = self.folder / MODELS_FOLDER
             target.mkdir(exist_ok=True)
             for name, model in models.items():
-                content = model_file(model)
-                digests[name] = hashlib.sha256(content).hexdigest()
+                # Without what the file says of it, so that equal weights have equal digests.
+                digests[name] = hashlib.sha256(model_file(model)).hexdigest()
+                header = quantised_header(model)
+                content = model_content(dense_state(model), infos.get(name), header)
                 (target / f"{file_name(name)}.safetensors").write_bytes(content)
         return digests
 

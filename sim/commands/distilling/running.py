@@ -7,14 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from fedkd.compression.quantisation import quantised_header
 from fedkd.distillation.fit.workshop import EpochListener
 from fedkd.distillation.judging.diagnostics import diagnose
 from fedkd.distillation.judging.result import Distillation
 from fedkd.distillation.run import running as library
 from fedkd.distillation.run.checking import check
+from fedkd.distillation.run.finishing import QUANTISED_STUDENT
 from fedkd.distillation.settings import DistillSettings
+from fedkd.distillation.task.predicting import predict_logits
 from fedkd.distillation.task.rows import Rows, load_rows
+from fedkd.distillation.task.teachers import teacher_names
 from fedkd.threads import computing_threads
+from fedkd.trained.files import ModelInfo, describes, float_tuple
 from sim.commands.distilling.folder import DistillFolder
 from sim.commands.interruption import Interruption, interruptible
 from sim.keeping.provenance import provenance_of
@@ -134,7 +141,7 @@ def _measured(distillation: Distillation, recorder: DistillFolder) -> Row:
     """Write models and diagnostics, and return what every model is worth and costs."""
     rows = distillation.rows
     recorder.diagnostics(diagnose(distillation))
-    digests = recorder.models(distillation.models)
+    digests = recorder.models(distillation.models, infos_of(distillation))
     measured = {}
     for name, scores in distillation.scores.items():
         cost = asdict(distillation.costs[name])
@@ -151,6 +158,47 @@ def _measured(distillation: Distillation, recorder: DistillFolder) -> Row:
         "models": measured,
         "notes": distillation.notes,
     }
+
+
+def infos_of(distillation: Distillation) -> dict[str, ModelInfo]:
+    """Say of each model what it is, where the settings name its architecture.
+
+    A teacher with a head for each task, or a student that a method built around, is none of the
+    architectures by name.
+    """
+    settings, rows = distillation.settings, distillation.rows
+    teachers = settings.teacher.models
+    named = {"student": settings.student.model, "twin": settings.student.model}
+    named |= dict(zip(teacher_names(len(teachers)), teachers, strict=True))
+    named[QUANTISED_STUDENT] = settings.student.model
+    found = {}
+    for name, module in distillation.models.items():
+        if name not in named:
+            continue
+        header: Any = quantised_header(module) or {}
+        info = ModelInfo(
+            model=named[name],
+            input_shape=rows.input_shape,
+            class_names=rows.class_names,
+            channel_mean=float_tuple(rows.mean.flatten().tolist()),
+            channel_std=float_tuple(rows.std.flatten().tolist()),
+            activations=header.get("activations"),
+            trained={
+                "name": settings.name,
+                "method": settings.method.name,
+                "seed": settings.seed,
+                "whose": name,
+                "validation_accuracy": _validation_accuracy(module, rows),
+            },
+        )
+        if describes(info, module):
+            found[name] = info
+    return found
+
+
+def _validation_accuracy(module: nn.Module, rows: Rows) -> float:
+    classes = predict_logits(module, rows.validation_inputs).argmax(-1)
+    return float((classes == rows.validation_labels).float().mean())
 
 
 @contextmanager

@@ -24,6 +24,8 @@ def test_every_setting_of_the_engine_was_thought_about() -> None:
     [
         ("output=elsewhere", True),
         ("checkpoints.every=7", True),
+        ("keep_models=clients", True),
+        ("keep_round=selected", True),
         ("engine.backend=inline", True),
         ("engine.deadline_s=5", True),
         ("engine.vectorize=loop", False),
