@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedkd.data.partition_settings import PARTITIONS, OwnPartition, PartitionSettings
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.settings import DistillSettings
 from fedkd.exchange.adversaries import ADVERSARIES, Adversary
@@ -96,6 +97,8 @@ def _keys(model: type[BaseModel], defaults: BaseModel, prefix: str) -> Iterator[
         elif isinstance(value, Stage):
             kinds = next(known for base, known in STAGES.items() if isinstance(value, base))
             yield Key(key, f"`{value.kind}`", _choices(kinds), field.description or "")
+        elif isinstance(value, PartitionSettings):
+            yield from _partition_keys(value, f"{key}.")
         elif isinstance(value, BaseModel) and not _is_leaf(value):
             yield from _keys(type(value), value, f"{key}.")
         else:
@@ -104,6 +107,31 @@ def _keys(model: type[BaseModel], defaults: BaseModel, prefix: str) -> Iterator[
             if not meaning:
                 raise ValueError(f"{key} has no meaning: add a description to its field")
             yield Key(key, _default(field, value), _values(field), meaning)
+
+
+def _partition_keys(default: PartitionSettings, prefix: str) -> Iterator[Key]:
+    """The kinds of partition; then what all of them have, and what each has of its own."""
+    kinds = "; ".join(f"{name}: {_meaning(kind)}" for name, kind in PARTITIONS.items())
+    choices = f"{_choices(PARTITIONS)}, `package.module:callable`"
+    yield Key(f"{prefix}kind", f"`{default.kind}`", choices, kinds)
+    shared = PartitionSettings.model_fields
+    for name in (name for name in shared if name != "kind"):
+        field = shared[name]
+        yield Key(
+            f"{prefix}{name}", _default(field, field.default), _values(field), field.description
+        )
+    for kind, model in [*PARTITIONS.items(), ("package.module:callable", OwnPartition)]:
+        for name, field in model.model_fields.items():
+            if name not in shared:
+                value = field.get_default(call_default_factory=True)
+                meaning = f"of `{kind}`: {field.description}"
+                yield Key(f"{prefix}{name}", _default(field, value), _values(field), meaning)
+
+
+def _meaning(kind: type) -> str:
+    """Return the first sentence of a docstring as the meaning of a kind."""
+    sentence = (inspect.getdoc(kind) or "").partition("\n")[0].removesuffix(".")
+    return sentence[0].lower() + sentence[1:]
 
 
 def strategy_keys(name: str) -> list[Key]:

@@ -2,8 +2,9 @@
 
 from fedkd.data.federated import FederatedData, build_federated_data
 from fedkd.data.overview import plot_split, split_table
+from fedkd.data.partition_settings import PartitionSettings
 from fedkd.data.public_source import public_source_files
-from fedkd.data.settings import DataSettings, PartitionSettings, PublicSettings
+from fedkd.data.settings import DataSettings, PublicSettings
 from fedkd.data.sources import source_files
 
 __all__ = [

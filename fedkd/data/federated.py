@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from fedkd.data.images import match_channels
-from fedkd.data.partitions import partition_rows
+from fedkd.data.partitions import deal_rows
 from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source
@@ -44,6 +44,8 @@ class FederatedData:
     validation_labels: Int64[np.ndarray, "validation_rows"]
     test_inputs: Float32[np.ndarray, "test_rows channels height width"]
     test_labels: Int64[np.ndarray, "test_rows"]
+    client_names: tuple[str, ...] = ()
+    """What clients are called by their natural ids; empty where they have none."""
     other_classes: int = 0
     """How many of the classes, the last ones, only labelled public rows have."""
     notes: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ class FederatedData:
 
     @property
     def num_unassigned_rows(self) -> int:
-        """Rows of the pool that no client holds (pathological and shard partitions)."""
+        """Rows of the pool that no client holds (as in pathological and natural partitions)."""
         return len(self.train_labels) - sum(map(len, self.client_rows))
 
     def __reduce__(
@@ -140,16 +142,19 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     )
     private_labels = source.train.labels[split.private]
     # Before the images: a partition that does not work should fail at once.
-    client_rows = partition_rows(
+    dealt = deal_rows(
         private_labels,
         settings.partition,
         num_clients=num_clients,
         rng=generator_for(seed, Purpose.PARTITION),
+        private=split.private,
+        ids=source.ids,
     )
     inputs, test_inputs = _read_pixels(source, split, settings)
     public_end = len(split.public)
     validation_end = public_end + len(split.validation)
-    notes = (*source.notes, *_repetitions(inputs, test_inputs, split, settings))
+    repeated = _repetitions(inputs, test_inputs, split, settings)
+    notes = (*source.notes, *dealt.notes, *repeated)
     mean, std = _channel_statistics(inputs)
     # Copies, so that none of the three keeps the memory of the others alive.
     public_inputs, public_labels = inputs[:public_end].copy(), source.train.labels[split.public]
@@ -179,7 +184,8 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         public_labels=public_labels if settings.public.labelled else None,
         validation_labels=source.train.labels[split.validation],
         train_labels=private_labels,
-        client_rows=client_rows,
+        client_rows=dealt.rows,
+        client_names=dealt.names,
         test_inputs=test_inputs,
         test_labels=(source.train.labels if test_labels is None else test_labels)[split.test],
         other_classes=len(class_names) - len(source.class_names),

@@ -9,10 +9,14 @@ from jaxtyping import Int64
 
 from fedkd.data.images import Pixels, open_image, stack_images
 from fedkd.data.labels import LabelColumn
+from fedkd.data.natural_ids import NaturalIds, ids_from_names
 from fedkd.names import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+FOLDER = "folder"
+"""What ``data.partition.column`` calls the folder above that of a picture's class."""
 
 
 class PictureFolder:
@@ -34,6 +38,7 @@ class PictureFolder:
         """
         self._files = files
         self._root = root
+        self._depth = depth
         self._resize = resize
         deep = {len(path.relative_to(root).parts): path for path in reversed(files)}
         if len(deep) > 1:
@@ -54,6 +59,28 @@ class PictureFolder:
         return LabelColumn(
             self._name(self._files[0].parent), numbers.astype(np.int64), tuple(map(str, names))
         )
+
+    def ids(self, column: str) -> NaturalIds:
+        """Return whose each picture is: the folder above that of its class.
+
+        Args:
+            column: how settings call it, `FOLDER`.
+
+        Raises:
+            ValueError: if it is called anything else, or there is no such folder.
+        """
+        if column != FOLDER:
+            raise ValueError(
+                f"data.partition.column must be {FOLDER!r} for a folder of pictures, the one above "
+                f"those of the classes, got {column!r}"
+            )
+        above = [path.relative_to(self._root).parts[self._depth : -2] for path in self._files]
+        if not above[0]:
+            raise ValueError(
+                f"data.partition.column {FOLDER!r}: {self._name(self._files[0])} lies in a folder "
+                "of its class, and in none above that says whose it is (such as ann/cat/1.png)"
+            )
+        return ids_from_names([printable("/".join(parts)) for parts in above])
 
     def read(self, rows: Int64[np.ndarray, "rows"]) -> Pixels:
         """Decode the pictures of ``rows``.

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 MOST_NUMBERED_CELLS = 240
 
 LONGEST_NAME = 24
+MOST_NAMED_CLIENTS = 60
+"""More lines of text than this do not fit beside the heat map."""
 
 
-def split_table(data: FederatedData) -> list[dict[str, int | float]]:
+def split_table(data: FederatedData) -> list[dict[str, int | float | str]]:
     """One row per client, ready to print.
 
-    Keys, in this order: ``client``; ``rows`` (private rows held); ``classes`` (how many classes
-    they show); ``label_entropy`` (nats, of the class shares: 0 for one class, ln(classes) for
-    equal shares); then the rows of each class as ``class <name>``.
+    Keys, in this order: ``client``; ``id`` where clients have natural ids; ``rows`` (private rows
+    held); ``classes`` (how many classes they show); ``label_entropy`` (nats, of the class shares: 0
+    for one class, ln(classes) for equal shares); then the rows of each class as ``class <name>``.
     """
     counts = data.label_counts()
     return [
         {
             "client": client,
+            **({"id": data.client_names[client]} if data.client_names else {}),
             "rows": int(row.sum()),
             "classes": int(np.count_nonzero(row)),
             "label_entropy": float(entropy),
@@ -59,7 +62,7 @@ def plot_split(data: FederatedData) -> "Figure":
     width = float(np.clip(4.4 + 0.5 * data.num_classes, 6.5, 14.0))
     figure = Figure(figsize=(width, height), layout="constrained")
     cells, totals = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
-    _draw_cells(cells, counts, data.class_names)
+    _draw_cells(cells, counts, data.class_names, data.client_names)
     _draw_totals(totals, counts.sum(axis=1))
     figure.colorbar(cells.images[0], ax=totals, label="rows of this class", fraction=0.2)
     title = (
@@ -78,7 +81,10 @@ def shortened(name: str, longest: int) -> str:
 
 
 def _draw_cells(
-    axes: "Axes", counts: Int64[np.ndarray, "clients classes"], class_names: tuple[str, ...]
+    axes: "Axes",
+    counts: Int64[np.ndarray, "clients classes"],
+    class_names: tuple[str, ...],
+    client_names: tuple[str, ...],
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -99,8 +105,15 @@ def _draw_cells(
         )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if counts.size <= MOST_NUMBERED_CELLS:
+    if client_names and num_clients <= MOST_NAMED_CLIENTS:
+        axes.set_yticks(
+            range(num_clients),
+            [shortened(name, LONGEST_NAME) for name in client_names],
+            parse_math=False,
+        )
+    elif counts.size <= MOST_NUMBERED_CELLS:
         axes.set_yticks(range(num_clients))
+    if counts.size <= MOST_NUMBERED_CELLS:
         for (client, label), count in np.ndenumerate(counts):
             if count:
                 ink = "white" if count > 0.55 * counts.max() else "black"

@@ -4,10 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedkd.bounds import Count, Real, Rows, RowsOrZero, Seed, Text, Whole, Width, shown
-
-PartitionKind = Literal["iid", "dirichlet", "pathological", "shard"]
-
+from fedkd.bounds import Real, Rows, RowsOrZero, Seed, Text, Whole, shown
+from fedkd.data.partition_settings import DirichletPartition, PartitionField
 
 LONGEST_SIDE = 1024
 
@@ -72,34 +70,6 @@ class PublicSettings(BaseModel):
         return self
 
 
-class PartitionSettings(BaseModel):
-    """How the private rows are dealt to the clients (``data.partition``).
-
-    A client may end up with one class only. It still trains and still is evaluated: class
-    averages such as macro recall run over the classes of the test set, not over its own.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: PartitionKind = Field(
-        default="dirichlet",
-        description=(
-            "iid: equal random shares; dirichlet: each class is dealt in Dirichlet(alpha) shares; "
-            "pathological: each client holds classes_per_client classes; "
-            "shard: each client holds shards_per_client shards of the rows sorted by label"
-        ),
-    )
-    alpha: Real = Field(
-        default=0.3,
-        ge=1e-4,
-        le=1e6,
-        description="Dirichlet concentration: 0.1 is very uneven, 100 is close to iid",
-    )
-    classes_per_client: Width = Field(default=2, description="used by pathological")
-    shards_per_client: Count = Field(default=2, description="used by shard")
-    min_rows: Rows = Field(default=8, description="fewest private rows a client may hold")
-
-
 class DataSettings(BaseModel):
     """Everything that decides which rows a run sees (``data``)."""
 
@@ -145,7 +115,7 @@ class DataSettings(BaseModel):
         default=None, description="at most this many test rows; none: all"
     )
     public: PublicSettings = PublicSettings()
-    partition: PartitionSettings = PartitionSettings()
+    partition: PartitionField = DirichletPartition()
     seed: Seed | None = Field(
         default=None,
         description="seed of the split and the partition; none: the run's seed",

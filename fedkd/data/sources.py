@@ -6,7 +6,7 @@ Face dataset by name.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedkd.data.image_folders import PictureFolder
 from fedkd.data.images import Pixels, resize_pixels
 from fedkd.data.labels import LabelColumn, common_classes, has_labels
 from fedkd.data.layouts import Layout, find_layout
+from fedkd.data.natural_ids import ReadIds, no_ids, read_ids
 from fedkd.data.settings import DataSettings
 from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
 from fedkd.names import printable
@@ -39,7 +40,7 @@ class LabelledImages:
 class Source:
     """An opened ``data.source``; ``test`` is ``None`` where it has no test split.
 
-    ``notes`` are sentences on what was left aside.
+    ``notes`` are sentences on what was left aside; ``ids`` reads whose each training row is.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     train: LabelledImages
     test: LabelledImages | None
     notes: tuple[str, ...] = field(default=())
+    ids: ReadIds = no_ids
 
 
 def open_source(settings: DataSettings) -> Source:
@@ -160,7 +162,7 @@ def _resized(source: Source, settings: DataSettings) -> Source:
     if size is None:
         return source
     train = LabelledImages(source.train.labels, lambda rows: resize_pixels(read(rows), size))
-    return Source(source.name, source.class_names, train, source.test)
+    return replace(source, train=train)
 
 
 # --- files and folders ------------------------------------------------------------------------
@@ -168,12 +170,15 @@ def _resized(source: Source, settings: DataSettings) -> Source:
 
 def _picture_folder(layout: Layout, root: Path, name: str, settings: DataSettings) -> Source:
     splits, reads = {}, {}
+    ids: ReadIds = no_ids
     with _naming(settings):
         for split, files, depth in layout.splits():
             folder = PictureFolder(files, root, depth=depth, resize=settings.resize)
             splits[split], reads[split] = [folder.labels()], folder.read
+            ids = folder.ids if split == "train" else ids
         classes = f"the folders of data.source {settings.source!r}"
-        return _labelled(name, splits, reads, classes, layout.left_aside, settings)
+        source = _labelled(name, splits, reads, classes, layout.left_aside, settings)
+        return replace(source, ids=ids)
 
 
 def _local_tables(layout: Layout, name: str, settings: DataSettings) -> Source:
@@ -235,7 +240,8 @@ def _tables(
         split: partial(of_split.read, image_column) for split, of_split in splits.items()
     }
     classes = f"data.label_column {label_column!r} of data.source {settings.source!r}"
-    return _labelled(name, labels, reads, classes, left_aside, settings)
+    source = _labelled(name, labels, reads, classes, left_aside, settings)
+    return replace(source, ids=partial(read_ids, tables["train"]))
 
 
 def _labelled(

@@ -402,6 +402,7 @@ def data(
         Path | None, typer.Option(help="Where to draw it; by default OUTPUT/NAME/split.png.")
     ] = None,
     wide: Wide = False,
+    allow: Allow = None,
     json: AsJson = False,
 ) -> None:
     """Show how the rows are split: a table, and a figure.
@@ -409,13 +410,16 @@ def data(
     Examples:
     - `fedkd data`
     - `fedkd data conf/quickstart.yaml data.partition.alpha=0.1`
+    - `fedkd data data.partition.kind=natural data.partition.column=speaker data.source=speech`
     - `fedkd data data.source=path/to/mnist data.private_rows=4000 --figure split.png`
     """
     from sim.commands.overview import data as overview
     from sim.keeping.records import to_json
-    from sim.settings import read_settings
+    from sim.settings import check_code_of_data, read_settings
 
-    settings = read_settings(*_split(arguments))
+    config, words = _split(arguments)
+    settings = read_settings(config, words)
+    check_code_of_data(settings.data, words, allow or ())
 
     shown = overview(settings, figure=figure)
     if json:

@@ -19,7 +19,8 @@ class DataOverview:
     """The split of a run.
 
     Attributes:
-        rows: a row for each client: rows, classes held, label entropy in nats, rows per class.
+        rows: a row for each client: its natural id where it has one, rows, classes held, label
+            entropy in nats, rows per class.
         sizes: rows of the private, public, validation and test sets.
         figure: where the figure was written.
         notes: what was left aside, and which rows repeat.
@@ -44,10 +45,12 @@ class DataOverview:
     def table(self) -> FittedTable:
         """Return the table for a terminal: classes that find no room are named below it."""
         sizes = ", ".join(f"{count} {name}" for name, count in self.sizes.items())
-        label, *names = self.rows[0]
+        label, *names = (name for name in self.rows[0] if name != "id")
         return FittedTable(
             label=label,
-            labels=[str(row[label]) for row in self.rows],
+            labels=[
+                " ".join(str(row[key]) for key in (label, "id") if key in row) for row in self.rows
+            ],
             columns=[
                 Column(
                     title=shortened(name.removeprefix("class ").replace("_", " "), MOST_LETTERS),
@@ -64,7 +67,7 @@ MOST_LETTERS = 30
 """Of the name of a class in a terminal; a longer one would make the head of the table the table."""
 
 
-def _text(cell: int | float) -> str:
+def _text(cell: int | float | str) -> str:
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 
@@ -81,7 +84,7 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
     settings = settings or Settings()
     if figure is not None:
         _check_figure(figure)
-    # Rows are counted: no model is built and no algorithm made, so nobody's code runs.
+    # Rows are counted: no model is built and no algorithm made, so no code of these runs.
     try:
         loaded = build_federated_data(
             settings.data, num_clients=settings.clients.count, seed=settings.seed

@@ -2,6 +2,7 @@
 
 from sim.settings.reading import (
     asked,
+    check_code_of_data,
     load_distill_settings,
     load_settings,
     merge_tables,
@@ -25,6 +26,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "asked",
+    "check_code_of_data",
     "check_seeds",
     "load_distill_settings",
     "load_settings",

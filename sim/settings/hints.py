@@ -133,7 +133,12 @@ def _is_there(name: str, kind: type[BaseModel]) -> bool:
 
 
 def setting_hint(kind: type[BaseModel], path: Sequence[str], value: object = None) -> str:
-    """Return ``"; did you mean 'a.b'?"`` for an unknown setting, or nothing."""
+    """Return ``"; did you mean 'a.b'?"`` for an unknown setting, or nothing.
+
+    Nothing, too, for a setting that another kind of the same section has.
+    """
+    if ".".join(path) in setting_paths(kind):
+        return ""
     hint = colon_hint({path[-1]: value}) or _did_you_mean(
         [repr(name) for name in meant_settings(kind, path, value)]
     )

@@ -17,7 +17,7 @@ from fedkd.bounds import shown
 from fedkd.objectives import Objective
 from fedkd.own_code import Permit
 from sim.settings.hints import colon_hint, foreign_hint, section_hint, setting_hint, setting_paths
-from sim.settings.permission import looking, permit_of
+from sim.settings.permission import code_in, looking, permit_of
 from sim.settings.schema import Settings, SettingsError
 from sim.settings.tables import fill_in, read_word, read_yaml
 from strategies import strategy_class
@@ -79,6 +79,25 @@ def read_settings(
     """
     with own_code.asking(permit):
         return settings_from_table(_read_table(config, overrides, _objectives_of_strategy))
+
+
+def check_code_of_data(data: BaseModel, overrides: Sequence[str], allow: Sequence[str]) -> None:
+    """Refuse code that nobody but a file names, in settings of data that were only looked at.
+
+    Args:
+        data: their section ``data``: whoever looks at data runs the code that deals rows.
+        overrides: the words among the settings; what a word names is allowed.
+        allow: packages, or ``package.module:callable``; beside those of `ALLOW_VARIABLE`.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    with asked(overrides, allow):
+        for setting, name in code_in(data, "data"):
+            try:
+                own_code.may_load(name, setting)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
 
 
 def load_distill_settings(
@@ -417,9 +436,12 @@ def _place(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[s
 
 
 def _tag(section: type[BaseModel]) -> str | None:
-    field = section.model_fields.get("name")
-    names = get_args(field.annotation) if field is not None else ()
-    return names[0] if len(names) == 1 and isinstance(names[0], str) else None
+    for key in ("name", "kind"):
+        field = section.model_fields.get(key)
+        names = get_args(field.annotation) if field is not None else ()
+        if len(names) == 1 and isinstance(names[0], str):
+            return names[0]
+    return None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

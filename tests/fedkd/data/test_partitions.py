@@ -2,19 +2,35 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedkd.data import PartitionSettings
-from fedkd.data.partitions import MAX_DRAWS, partition_rows
+from fedkd import own_code
+from fedkd.data import DataSettings
+from fedkd.data.partition_settings import DirichletPartition
+from fedkd.data.partitions import partition_rows
 
 LABELS = np.random.default_rng(0).permutation(np.arange(600) % 10)
-KINDS = ("iid", "dirichlet", "pathological", "shard")
+PARAMETERS = {
+    "iid": (),
+    "dirichlet": ("alpha",),
+    "pathological": ("classes_per_client",),
+    "shard": ("shards_per_client",),
+    "quantity": ("alpha",),
+    "power_law": ("exponent",),
+    "inner_dirichlet": ("alpha", "sizes"),
+}
+KINDS = tuple(PARAMETERS)
+IN_FLWR = tuple(kind for kind in KINDS if kind != "quantity")
+
+
+def read(**table):
+    return DataSettings(partition=table).partition
 
 
 def deal(labels=LABELS, *, clients=6, seed=0, **table):
     return partition_rows(
-        labels, PartitionSettings(**table), num_clients=clients, rng=np.random.default_rng(seed)
+        labels, read(**table), num_clients=clients, rng=np.random.default_rng(seed)
     )
 
 
@@ -22,8 +38,9 @@ def class_counts(parts, labels=LABELS):
     return np.stack([np.bincount(labels[part], minlength=10) for part in parts])
 
 
-def partitioner_of_flwr(table, clients, seed):
+def partitioner_of_flwr(table, clients, seed, rows):
     from flwr_datasets import partitioner
+    from flwr_datasets.partitioner.id_to_size_fnc_partitioner import IdToSizeFncPartitioner
 
     match table.kind:
         case "iid":
@@ -46,6 +63,13 @@ def partitioner_of_flwr(table, clients, seed):
             return partitioner.ShardPartitioner(
                 clients, "label", table.shards_per_client, shuffle=False, seed=seed
             )
+        case "power_law":
+            return IdToSizeFncPartitioner(clients, lambda place: place**table.exponent)
+        case "inner_dirichlet":
+            even = [len(part) for part in np.array_split(range(rows), clients)]
+            return partitioner.InnerDirichletPartitioner(
+                list(table.sizes or even), "label", table.alpha, shuffle=False, seed=seed
+            )
 
 
 def deal_with_flwr(labels, table, *, clients, rng):
@@ -53,15 +77,19 @@ def deal_with_flwr(labels, table, *, clients, rng):
     from datasets import Dataset
 
     order = rng.permutation(len(labels))
-    draws = MAX_DRAWS if table.kind in ("dirichlet", "pathological") else 1
-    for _ in range(draws):
-        chosen = partitioner_of_flwr(table, clients, int(rng.integers(2**31)))
+    if table.kind == "inner_dirichlet":
+        # It takes classes to be numbered from 0 without gaps.
+        labels = np.unique(labels, return_inverse=True)[1]
+    for _ in range(table.most_draws):
+        chosen = partitioner_of_flwr(table, clients, int(rng.integers(2**31)), len(labels))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             chosen.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
             try:
                 parts = [list(chosen.load_partition(client)["row"]) for client in range(clients)]
-            except ValueError:
+            except ValueError as error:
+                # A client whose classes are all used up: it has no answer, and we have.
+                assume("NaN" not in str(error))
                 return None
         if min(map(len, parts)) >= table.min_rows:
             return [np.sort(part) for part in parts]
@@ -78,13 +106,19 @@ def asked(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     labels = np.append(names, rng.choice(names, rows, p=shares / shares.sum()))
     clients = draw(st.integers(1, 9))
-    table = PartitionSettings(
-        kind=draw(st.sampled_from(KINDS)),
-        alpha=draw(st.sampled_from((0.02, 0.1, 0.3, 1.0, 7.5, 1000.0))),
-        classes_per_client=draw(st.integers(1, num_classes)),
-        shards_per_client=draw(st.integers(1, 2)),
+    kind = draw(st.sampled_from(IN_FLWR))
+    parameters = {
+        "alpha": draw(st.sampled_from((0.02, 0.1, 0.3, 1.0, 7.5, 1000.0))),
+        "classes_per_client": draw(st.integers(1, num_classes)),
+        "shards_per_client": draw(st.integers(1, 2)),
+        "exponent": draw(st.sampled_from((0.0, 0.7, 1.0, 2.0))),
+        "sizes": draw(st.none() | st.just([len(labels) // (clients + 1)] * clients)),
+    }
+    table = read(
+        kind=kind,
         # Often more than a first draw gives, so that the draws that follow are compared too.
         min_rows=draw(st.integers(1, max(1, len(labels) // (2 * clients)))),
+        **{name: parameters[name] for name in PARAMETERS[kind]},
     )
     return labels, table, clients, draw(st.integers(0, 2**32))
 
@@ -123,12 +157,12 @@ def test_parts_are_sorted_disjoint_and_reproducible(kind):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    kind=st.sampled_from(("iid", "dirichlet")),
+    kind=st.sampled_from(("iid", "dirichlet", "quantity", "power_law", "inner_dirichlet")),
     rows=st.integers(80, 200),
     clients=st.integers(1, 8),
 )
-def test_iid_and_dirichlet_deal_every_row(kind, rows, clients):
-    parts = deal(LABELS[:rows], clients=clients, kind=kind, alpha=5.0, min_rows=1)
+def test_kinds_without_a_remainder_deal_every_row(kind, rows, clients):
+    parts = deal(LABELS[:rows], clients=clients, kind=kind, min_rows=1)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(rows))
 
 
@@ -206,7 +240,7 @@ def test_clients_too_small_are_named_with_their_sizes_and_the_way_out():
 def test_an_unlucky_draw_is_drawn_again(monkeypatch):
     hard = {"kind": "dirichlet", "alpha": 0.3, "clients": 15, "min_rows": 14}
     assert min(map(len, deal(**hard, seed=3))) >= 14
-    monkeypatch.setattr("fedkd.data.partitions.MAX_DRAWS", 1)
+    monkeypatch.setattr(DirichletPartition, "most_draws", 1)
     with pytest.raises(ValueError, match="min_rows=14"):
         deal(**hard, seed=3)
 
@@ -229,3 +263,128 @@ def test_a_class_with_fewer_rows_than_clients_to_hold_it_is_refused():
 def test_more_shards_than_rows_are_refused():
     with pytest.raises(ValueError, match=r"shards_per_client must be at most 100 .*got 101"):
         deal(kind="shard", shards_per_client=101, min_rows=1)
+
+
+def test_quantity_shares_differ_in_size_and_not_in_classes():
+    labels = np.arange(20_000) % 10
+    parts = deal(labels, kind="quantity", alpha=0.5, clients=5)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) > 3 * min(sizes)
+    largest = class_counts([max(parts, key=len)], labels)[0]
+    np.testing.assert_allclose(largest / largest.sum(), 0.1, atol=0.02)
+    even = [len(part) for part in deal(labels, kind="quantity", alpha=10_000.0, clients=5)]
+    np.testing.assert_allclose(even, 4000, rtol=0.05)
+
+
+def test_power_law_sizes_are_those_computed_by_hand():
+    # 600 rows, (1, 2, 3) of 6 parts; squares (1, 4, 9) of 14 parts: 42.9, 171.4 and the rest.
+    assert [len(p) for p in deal(kind="power_law", clients=3)] == [100, 200, 300]
+    squares = deal(kind="power_law", clients=3, exponent=2.0)
+    assert [len(p) for p in squares] == [42, 171, 387]
+
+
+def test_inner_dirichlet_keeps_the_sizes_that_are_given():
+    parts = deal(kind="inner_dirichlet", clients=3, sizes=[50, 10, 300], alpha=0.1)
+    assert [len(part) for part in parts] == [50, 10, 300]
+    counts = class_counts(parts)
+    assert (np.sort(counts[0])[::-1][:2].sum()) > 25  # of ten classes, two hold most
+
+
+def test_inner_dirichlet_fills_clients_whose_own_classes_are_used_up():
+    # Shares so extreme that a client wants one class only, which soon has no rows left.
+    parts = deal(kind="inner_dirichlet", clients=3, alpha=0.0001)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(600))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "refusal"),
+    [
+        ([10, 10], r"sizes must have one size for each of the 3 clients .*got 2"),
+        ([300, 300, 1], r"sizes must add up to at most the 600 private rows, got 601"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        deal(kind="inner_dirichlet", clients=3, sizes=sizes, min_rows=1)
+
+
+@pytest.mark.parametrize(
+    ("table", "remedy"),
+    [
+        ({"kind": "power_law", "exponent": 9.0}, r"smaller data\.partition\.exponent \(now 9\.0\)"),
+        ({"kind": "quantity", "alpha": 0.001}, r"larger data\.partition\.alpha \(now 0\.001\)"),
+    ],
+)
+def test_sizes_that_are_too_skewed_are_refused_with_the_way_out(table, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        deal(**table)
+
+
+# --- a function of one's own ------------------------------------------------------------------
+
+GOOD = "own_partitions:in_turn"
+
+
+def test_a_function_of_ones_own_deals_the_rows_and_gets_its_options():
+    parts = deal(kind=GOOD, clients=4, options={"first": 100})
+    for client, part in enumerate(parts):
+        np.testing.assert_array_equal(part, np.sort(part))
+        assert len(part) == (100 if client == 0 else 167 if client < 3 else 166)
+    held = np.concatenate(parts)
+    np.testing.assert_array_equal(np.sort(held), np.arange(600))
+    # It was handed shuffled labels, and answered with places among them.
+    assert {len(np.unique(LABELS[part])) for part in parts} == {10}
+
+
+def test_what_it_draws_from_anywhere_follows_from_the_seed():
+    first, again, other = (
+        deal(kind="own_partitions:by_global_lot", clients=3, seed=seed) for seed in (1, 1, 2)
+    )
+    for part, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(part, same)
+    assert any(set(a) != set(b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("too_few", r"rows for each of the 6 clients \(clients\.count\), got 5 parts"),
+        ("twice", r"each row at most once, got row 0 for clients \[0, 1\]"),
+        ("outside", r"rows from 0 to 599, got 600 for client 2"),
+        ("before", r"rows from 0 to 599, got -1 for client 0"),
+        ("fractions", r"a list of whole numbers for each client, got .* for client 0"),
+        ("nothing", r"a list of rows for each client, got None"),
+        (
+            "small",
+            r"gives 1 of 6 clients fewer rows than data\.partition\.min_rows=8: client 5 \(3\)",
+        ),
+        ("complains", r"data\.partition\.kind 'own_partitions:complains': 7 is no day"),
+        ("NO_FUNCTION", r"must name a function, got a int"),
+        ("missing", r"has no attribute 'missing'"),
+    ],
+)
+def test_what_it_returns_is_checked(name, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        deal(kind=f"own_partitions:{name}")
+
+
+def test_its_name_is_refused_where_it_may_not_run():
+    def nobody(name):
+        raise ValueError(f"{name!r} is not allowed")
+
+    with own_code.asking(nobody), pytest.raises(ValueError, match="not allowed"):
+        read(kind=GOOD)
+
+
+@pytest.mark.parametrize("kind", ["random", "", "os.path", 3, None, ["iid"]])
+def test_an_unknown_kind_is_refused(kind):
+    with pytest.raises(ValueError, match="kind"):
+        read(kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_of_another_kind_is_refused(kind):
+    others = {name for names in PARAMETERS.values() for name in names} - {*PARAMETERS[kind]}
+    for name in others:
+        with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+            read(**{"kind": kind, name: 1})

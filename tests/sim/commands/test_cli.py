@@ -230,6 +230,37 @@ def test_code_that_only_a_file_names_runs_when_it_is_allowed(
     assert fedkd("run", "--resume", folder, "--allow", "their_models", "--json")[0] == 0
 
 
+def test_a_function_that_only_a_file_names_deals_rows_when_it_is_allowed(
+    fedkd: Fedkd, tmp_path: Path, small_words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_parts.py").write_text(
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "Path(__file__).with_name('was-here').touch()\n"
+        "def in_turn(labels, *, num_clients, rng):\n"
+        "    return [np.arange(k, len(labels), num_clients) for k in range(num_clients)]\n"
+    )
+    config = tmp_path / "theirs.yaml"
+    config.write_text("data: {partition: {kind: 'their_parts:in_turn'}}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    words = [str(config), *small_words, f"output={tmp_path / 'runs'}"]
+    for command in ("data", "run"):
+        code, _, err = fedkd(command, *words)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "data.partition.kind: 'their_parts:in_turn' is code that only a file names" in err
+    assert not (tmp_path / "was-here").exists()
+    code, out, _ = fedkd("data", *words, "--allow", "their_parts", "--json")
+    assert code == 0
+    sizes = [row["rows"] for row in json.loads(out)["clients"]]
+    assert max(sizes) - min(sizes) <= 1
+    code, out, _ = fedkd("run", *words, "--allow", "their_parts", "--json")
+    assert code == 0
+    folder = json.loads(out)["folder"]
+    assert "add --allow their_parts" in fedkd("run", "--resume", folder)[2]
+    assert fedkd("run", "--resume", folder, "--allow", "their_parts", "--json")[0] == 0
+
+
 def test_a_finished_run_says_so_and_shows_its_result(
     fedkd: Fedkd, tmp_path: Path, small_words: Words
 ) -> None:

@@ -100,6 +100,14 @@ def test_a_model_of_the_server_counts_too(small: Small, own: Path) -> None:
     assert "lone_models.py" in provenance_of(student).code
 
 
+def test_a_function_that_deals_the_rows_counts_too(small: Small, own: Path) -> None:
+    write(own / "lone_models.py", "def deal(labels, *, num_clients, rng):\n    return None\n")
+    settings = small("data.partition={kind: 'lone_models:deal'}")
+    before = provenance_of(settings)
+    write(own / "lone_models.py", "def deal(labels, *, num_clients, rng):\n    return 1\n")
+    assert changes(before, provenance_of(settings)).code == ("lone_models.py changed",)
+
+
 def test_code_that_cannot_be_found_is_never_the_same(small: Small) -> None:
     settings = small("clients.models=['nowhere_at_all:make']")
     before = provenance_of(settings)

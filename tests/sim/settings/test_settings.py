@@ -17,6 +17,11 @@ from strategies import STRATEGIES
 BAD = {
     "rouns=3": "unknown setting 'rouns'; did you mean 'rounds'?",
     "data.partition.alpa=1": "'data.partition.alpa'; did you mean 'data.partition.alpha'?",
+    "data.partition={kind: iid, alpha: 1}": (
+        "unknown setting 'data.partition.alpha'; known there: kind, min_rows"
+    ),
+    "data.partition.kind=shards": "unknown partition 'shards'; known: iid, dirichlet, ",
+    "data.partition.kind=natural": "data.partition.column: field required",
     "strategy.temperatur=1": "'strategy.temperatur'; did you mean 'strategy.temperature'?",
     "rounds=abc": "rounds: must be a valid integer",
     "rounds=-1": "rounds: must be greater than or equal to 1, got -1",
