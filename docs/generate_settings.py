@@ -110,22 +110,26 @@ def _keys(model: type[BaseModel], defaults: BaseModel, prefix: str) -> Iterator[
 
 
 def _partition_keys(default: PartitionSettings, prefix: str) -> Iterator[Key]:
-    """The kinds of partition; then what all of them have, and what each has of its own."""
+    """The kinds of partition, then what the default one has."""
     kinds = "; ".join(f"{name}: {_meaning(kind)}" for name, kind in PARTITIONS.items())
     choices = f"{_choices(PARTITIONS)}, `package.module:callable`"
     yield Key(f"{prefix}kind", f"`{default.kind}`", choices, kinds)
-    shared = PartitionSettings.model_fields
-    for name in (name for name in shared if name != "kind"):
-        field = shared[name]
-        yield Key(
-            f"{prefix}{name}", _default(field, field.default), _values(field), field.description
-        )
+    for name, field in type(default).model_fields.items():
+        if name != "kind":
+            meaning = field.description or ""
+            if name not in PartitionSettings.model_fields:
+                meaning = f"of `{default.kind}`: {meaning}; others have others, see below"
+            yield Key(f"{prefix}{name}", _default(field, field.default), _values(field), meaning)
+
+
+def partition_keys() -> Iterator[Key]:
+    """What each kind of partition has besides ``kind`` and ``min_rows``."""
     for kind, model in [*PARTITIONS.items(), ("package.module:callable", OwnPartition)]:
         for name, field in model.model_fields.items():
-            if name not in shared:
+            if name not in PartitionSettings.model_fields:
                 value = field.get_default(call_default_factory=True)
-                meaning = f"of `{kind}`: {field.description}"
-                yield Key(f"{prefix}{name}", _default(field, value), _values(field), meaning)
+                default = _default(field, value)
+                yield Key(f"{kind}: {name}", default, _values(field), field.description or "")
 
 
 def _meaning(kind: type) -> str:
@@ -335,6 +339,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "settings": lambda: table(settings_keys()),
     "distill settings": lambda: table(distill_keys()),
     "schedules": lambda: table(schedule_keys()),
+    "partitions": lambda: table(partition_keys()),
     "models": model_table,
     "algorithms": algorithm_table,
     "algorithm cards": algorithm_cards,
