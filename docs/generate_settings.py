@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedkd.data.feature_shift import SHIFTS
 from fedkd.data.partition_settings import PARTITIONS, OwnPartition, PartitionSettings
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.settings import DistillSettings
@@ -132,6 +133,15 @@ def partition_keys() -> Iterator[Key]:
                 yield Key(f"{kind}: {name}", default, _values(field), field.description or "")
 
 
+def shift_keys() -> Iterator[Key]:
+    """What each kind of feature shift has besides ``kind``."""
+    for kind, model in SHIFTS.items():
+        for name, field in model.model_fields.items():
+            if name != "kind":
+                default = _default(field, field.default)
+                yield Key(f"{kind}: {name}", default, _values(field), field.description or "")
+
+
 def _meaning(kind: type) -> str:
     """Return the first sentence of a docstring as the meaning of a kind."""
     sentence = (inspect.getdoc(kind) or "").partition("\n")[0].removesuffix(".")
@@ -228,7 +238,7 @@ def _name(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         kind, *bounds = _name(get_args(annotation)[0]).split(" from ")
         return " from ".join([f"list of {kind}s", *bounds])
-    if get_origin(annotation) is dict:
+    if get_origin(annotation) in (dict, Union, UnionType):
         return "table"
     if hasattr(annotation, "__metadata__"):
         metadata = [
@@ -340,6 +350,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "distill settings": lambda: table(distill_keys()),
     "schedules": lambda: table(schedule_keys()),
     "partitions": lambda: table(partition_keys()),
+    "feature shifts": lambda: table(shift_keys()),
     "models": model_table,
     "algorithms": algorithm_table,
     "algorithm cards": algorithm_cards,

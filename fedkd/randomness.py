@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     ALGORITHM = 17
     DEVICES = 18
     PRESENCE = 19
+    LABEL_NOISE = 20
+    FEATURE_SHIFT = 21
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

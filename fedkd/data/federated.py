@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from fedkd.data.feature_shift import ClientShifts, check_shifts, shift_inputs
 from fedkd.data.images import match_channels
+from fedkd.data.label_noise import WrongLabels, with_wrong_labels
 from fedkd.data.partitions import deal_rows
 from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.settings import DataSettings
@@ -35,6 +37,7 @@ class FederatedData:
     train_inputs: Float32[np.ndarray, "train_rows channels height width"]
     """The private pool: what the clients hold together."""
     train_labels: Int64[np.ndarray, "train_rows"]
+    """As clients see them: with ``data.label_noise`` some are wrong."""
     client_rows: tuple[Int64[np.ndarray, "_"], ...]
     """Per client the rows of the pool it holds: sorted, disjoint, possibly not all of them."""
     public_inputs: Float32[np.ndarray, "public_rows channels height width"]
@@ -46,6 +49,10 @@ class FederatedData:
     test_labels: Int64[np.ndarray, "test_rows"]
     client_names: tuple[str, ...] = ()
     """What clients are called by their natural ids; empty where they have none."""
+    wrong_labels: WrongLabels | None = None
+    """Which private labels are wrong, for measurements only; ``None``: all are the source's."""
+    client_shifts: ClientShifts | None = None
+    """Who sees inputs in which way; ``None``: all see them as they are."""
     other_classes: int = 0
     """How many of the classes, the last ones, only labelled public rows have."""
     notes: tuple[str, ...] = ()
@@ -97,14 +104,26 @@ class FederatedData:
         rows = self.client_rows[client]
         return self.train_inputs[rows], self.train_labels[rows]
 
-    def label_counts(self) -> Int64[np.ndarray, "clients classes"]:
-        """Count each client's private rows per class."""
+    def label_counts(self, *, true: bool = False) -> Int64[np.ndarray, "clients classes"]:
+        """Count each client's private rows per class.
+
+        Args:
+            true: count the classes that rows have, not those that wrong labels say.
+        """
+        labels = self.train_labels
+        if true and self.wrong_labels is not None:
+            labels = labels.copy()
+            labels[self.wrong_labels.rows] = self.wrong_labels.true_labels
         return np.stack(
-            [
-                np.bincount(self.train_labels[rows], minlength=self.num_classes)
-                for rows in self.client_rows
-            ]
+            [np.bincount(labels[rows], minlength=self.num_classes) for rows in self.client_rows]
         ).astype(np.int64)
+
+    def wrong_counts(self) -> Int64[np.ndarray, "clients"]:
+        """Count each client's private rows whose label is wrong."""
+        is_wrong = np.zeros(len(self.train_labels), dtype=np.int64)
+        if self.wrong_labels is not None:
+            is_wrong[self.wrong_labels.rows] = 1
+        return np.array([is_wrong[rows].sum() for rows in self.client_rows], dtype=np.int64)
 
 
 def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int) -> FederatedData:
@@ -141,7 +160,8 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         seed=seed,
     )
     private_labels = source.train.labels[split.private]
-    # Before the images: a partition that does not work should fail at once.
+    # Before the images: what does not work should fail at once.
+    check_shifts(settings.feature_shift, "pictures")
     dealt = deal_rows(
         private_labels,
         settings.partition,
@@ -150,11 +170,23 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         private=split.private,
         ids=source.ids,
     )
+    labels, wrong = with_wrong_labels(
+        private_labels,
+        dealt.rows,
+        settings.label_noise,
+        num_classes=len(source.class_names),
+        seed=seed,
+    )
     inputs, test_inputs = _read_pixels(source, split, settings)
     public_end = len(split.public)
     validation_end = public_end + len(split.validation)
     repeated = _repetitions(inputs, test_inputs, split, settings)
     notes = (*source.notes, *dealt.notes, *repeated)
+    if wrong is not None:
+        notes = (
+            *notes,
+            f"data.label_noise: {len(wrong.rows)} of {len(labels)} private labels are wrong",
+        )
     mean, std = _channel_statistics(inputs)
     # Copies, so that none of the three keeps the memory of the others alive.
     public_inputs, public_labels = inputs[:public_end].copy(), source.train.labels[split.public]
@@ -165,11 +197,14 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         notes = (*notes, *public.notes)
     for note in notes:
         _tell(note)
-    for pixels in (
-        inputs,
-        test_inputs,
-        public_inputs,
-    ):  # in place: they may fill much of the memory
+    # After all that compares rows, and with the mean and std of rows as they are: arms that differ
+    # in their shifts share the other sets bit for bit.
+    shifts = shift_inputs(
+        inputs[validation_end:], test_inputs, dealt.rows, settings.feature_shift, seed=seed
+    )
+    copies = () if shifts is None else [own for own in shifts.test_inputs if own is not None]
+    # In place: they may fill much of the memory.
+    for pixels in (inputs, test_inputs, public_inputs, *copies):
         pixels -= mean[:, None, None]
         pixels /= std[:, None, None]
     class_names = source.class_names if public is None else public.class_names
@@ -183,7 +218,9 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         train_inputs=inputs[validation_end:].copy(),
         public_labels=public_labels if settings.public.labelled else None,
         validation_labels=source.train.labels[split.validation],
-        train_labels=private_labels,
+        train_labels=labels,
+        wrong_labels=wrong,
+        client_shifts=shifts,
         client_rows=dealt.rows,
         client_names=dealt.names,
         test_inputs=test_inputs,

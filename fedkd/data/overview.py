@@ -23,15 +23,20 @@ def split_table(data: FederatedData) -> list[dict[str, int | float | str]]:
     """One row per client, ready to print.
 
     Keys, in this order: ``client``; ``id`` where clients have natural ids; ``rows`` (private rows
-    held); ``classes`` (how many classes they show); ``label_entropy`` (nats, of the class shares: 0
-    for one class, ln(classes) for equal shares); then the rows of each class as ``class <name>``.
+    held); ``wrong_labels`` (how many of their labels are wrong) with ``data.label_noise``;
+    ``shift`` (how the client sees inputs) with ``data.feature_shift``;
+    ``classes`` (how many classes they show); ``label_entropy`` (nats, of the class shares: 0 for
+    one class, ln(classes) for equal shares); then the rows of each class, as they are labelled, as
+    ``class <name>``.
     """
-    counts = data.label_counts()
+    counts, wrong, shifts = data.label_counts(), data.wrong_counts(), data.client_shifts
     return [
         {
             "client": client,
             **({"id": data.client_names[client]} if data.client_names else {}),
             "rows": int(row.sum()),
+            **({"wrong_labels": int(wrong[client])} if data.wrong_labels is not None else {}),
+            **({"shift": shifts.labels[shifts.of_client[client]]} if shifts is not None else {}),
             "classes": int(np.count_nonzero(row)),
             "label_entropy": float(entropy),
             **{f"class {name}": int(n) for name, n in zip(data.class_names, row, strict=True)},

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from fedkd.data.feature_shift import LUMA
 from fedkd.data.images import Pixels, resize_pixels
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Read, Source, open_source, source_files
@@ -21,9 +22,6 @@ from fedkd.randomness import Purpose, generator_for
 
 MOST_REPEATED = 0.1
 """Share of the public rows that may show the very picture of a private or test row."""
-
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-"""Shares of red, green and blue in grey: ITU-R BT.601, which Pillow's conversion uses too."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

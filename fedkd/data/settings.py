@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedkd.bounds import Real, Rows, RowsOrZero, Seed, Text, Whole, shown
+from fedkd.data.feature_shift import FeatureShift
+from fedkd.data.label_noise import LabelNoise
 from fedkd.data.partition_settings import DirichletPartition, PartitionField
 
 LONGEST_SIDE = 1024
@@ -116,6 +118,8 @@ class DataSettings(BaseModel):
     )
     public: PublicSettings = PublicSettings()
     partition: PartitionField = DirichletPartition()
+    label_noise: LabelNoise = LabelNoise()
+    feature_shift: FeatureShift = FeatureShift()
     seed: Seed | None = Field(
         default=None,
         description="seed of the split and the partition; none: the run's seed",

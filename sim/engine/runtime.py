@@ -147,7 +147,7 @@ class ClientRuntime:
         self._pool = ModelPool(self._tensors, settings.clients.optimizer)
         self._test_inputs = as_tensor(data.test_inputs).to(self._device)
         self._validation_inputs = as_tensor(data.validation_inputs).to(self._device)
-        self._label_counts = data.label_counts()
+        self._label_counts = data.label_counts(true=True)
         self._clock = clock_of(settings, data)
         self._faults = FaultPlan(settings.faults, settings.seed, simulated=self._clock is not None)
 
@@ -398,15 +398,39 @@ class ClientRuntime:
         strategy.before_evaluation(cohort, received, self._call(call, states))
         test_scores = strategy.scores(cohort, received, self._test_inputs)
         validation_scores = strategy.scores(cohort, received, self._validation_inputs)
+        own_scores = self._own_scores(cohort, received, call.clients)
         replies = []
         for position, client in enumerate(call.clients):
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
-            metrics = judge(self._data, test_scores[position], validation_scores[position], mix)
+            metrics = judge(
+                self._data,
+                test_scores[position],
+                validation_scores[position],
+                mix,
+                own_scores.get(position),
+            )
             probabilities = None
             if strategy.has_ensemble:
                 probabilities = F.softmax(torch.from_numpy(test_scores[position]), -1).numpy()
             replies.append(ClientReply(None, metrics, probabilities, call.round))
         return replies
+
+    def _own_scores(
+        self, cohort: Cohort, received: Received, clients: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """Return the scores of members, by position, on test rows under their own shift."""
+        shifts = self._data.client_shifts
+        if shifts is None:
+            return {}
+        found: dict[int, np.ndarray] = {}
+        places = shifts.of_client[list(clients)]
+        for place in np.unique(places):
+            inputs = shifts.test_inputs[place]
+            if inputs is None:
+                continue
+            scores = self._strategy.scores(cohort, received, as_tensor(inputs).to(self._device))
+            found |= {int(at): scores[at] for at in np.flatnonzero(places == place)}
+        return found
 
 
 def _opened(turn: ClientTurn, call: CohortCall, received: Received) -> Received:
@@ -428,6 +452,7 @@ def judge(
     test_scores: np.ndarray,
     validation_scores: np.ndarray,
     label_mix: np.ndarray | None = None,
+    own_scores: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Return accuracy and recall on the test split, and accuracy on the validation split.
 
@@ -436,12 +461,18 @@ def judge(
         test_scores: logits or probabilities ``[test_rows, classes]``.
         validation_scores: the same ``[validation_rows, classes]``.
         label_mix: a client's share of each class, for its accuracy under that mix.
+        own_scores: scores on the test rows as that client sees them, for the same; ``None``: as
+            everybody does.
 
     Raises:
         NotFiniteError: if a score is NaN: the largest of a row would be the first that is none.
     """
-    for split, scores in (("test", test_scores), ("validation", validation_scores)):
-        if np.isnan(scores).any():
+    for split, scores in (
+        ("test", test_scores),
+        ("validation", validation_scores),
+        ("test", own_scores),
+    ):
+        if scores is not None and np.isnan(scores).any():
             raise NotFiniteError(f"the model predicts NaN for rows of the {split} split")
     counts = confusion_counts(data.test_labels, test_scores.argmax(-1), data.num_classes)
     metrics = {
@@ -453,5 +484,7 @@ def judge(
         ),
     }
     if label_mix is not None:
+        if own_scores is not None:
+            counts = confusion_counts(data.test_labels, own_scores.argmax(-1), data.num_classes)
         metrics["personal_accuracy"] = personal_accuracy(counts, label_mix)
     return metrics
