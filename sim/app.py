@@ -198,6 +198,7 @@ def _answer(phase: Phase, message: Message, context: Context) -> Message:
         attempt=told.attempt,
         orders=(told.orders,),
         since=(told.since,),
+        levels=(told.levels,),
     )
     served = runtime.serve(call, [told.payload], [state])
     (answer,) = served.answers

@@ -14,10 +14,12 @@ import numpy as np
 from pydantic import Field, PlainValidator, SerializeAsAny
 
 from fedkd.bounds import Few, PositiveShare
+from fedkd.exchange.entropy import changes_read, changes_written, most_bytes
 from fedkd.exchange.factors import Factors, as_matrix, factors_of, saves
 from fedkd.exchange.kinds import Kinds, Stage
 from fedkd.exchange.payload import FLOAT32, Asked, AtMost, Limit, Payload
 from fedkd.exchange.payloads.bundle import Bundle
+from fedkd.exchange.payloads.class_table import ClassTable
 from fedkd.exchange.payloads.encoded import Encoded
 from fedkd.exchange.payloads.predictions import Predictions, Scale
 from fedkd.exchange.payloads.weights import LARGEST_PARAMETER, Weights
@@ -93,6 +95,19 @@ class Codec(Stage, ABC):
         """Return what is wrong with coded arrays beyond their layout and numbers, or None."""
         return None
 
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays | None:
+        """Return how far at most what is decoded is from what was encoded.
+
+        Args:
+            payload: a good one.
+            memory: of the sender.
+
+        Returns:
+            By place, absolute and in the shape of the array, or one that spreads to it; arrays
+            that are not named come back bit for bit. None: nothing is said.
+        """
+        return None
+
 
 class Float32(Codec):
     """Everything as it is: no wrapper, no cost."""
@@ -113,6 +128,14 @@ class Float32(Codec):
     def decode(self, encoded: Payload, memory: Arrays) -> tuple[Payload, Arrays]:
         """Hand on the same object."""
         return encoded, memory
+
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays:
+        """None at all."""
+        return {}
+
+
+_ROUNDING = float(np.finfo(np.float32).eps)
+"""What float32 itself rounds by, as a share."""
 
 
 class _Coding(Codec):
@@ -158,6 +181,14 @@ class Float16(_Coding):
         sent = self._encoded(encoded)
         arrays = {place: np.asarray(array, np.float32) for place, array in sent.coded.items()}
         return sent.payload(arrays), memory
+
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays:
+        """1/2048 of a number or 3e-8; all that is beyond the largest half."""
+        sizes = {place: np.abs(array.astype(np.float64)) for place, array in _float_arrays(payload)}
+        return {
+            place: np.maximum(np.maximum(size / 2048, 3e-8), size - LARGEST_HALF)
+            for place, size in sizes.items()
+        }
 
 
 def _float_limits(asked: Asked) -> Iterator[tuple[str, Limit]]:
@@ -205,11 +236,13 @@ class Int8(_Coding):
             units, scale = encoded.array(place, "units"), encoded.array(place, "scale")
             if scale.shape != _scale_shape(units.shape):
                 return f"scales {list(scale.shape)} of whole numbers {list(units.shape)}"
-        for prefix, part in _predictions(encoded.inner, ""):
-            place = f"{prefix}values"
-            if part.scale == "probabilities" and place in places:
+        for place, part in _soft_labels(encoded.inner, ""):
+            if place in places:
                 units, scale = encoded.array(place, "units"), encoded.array(place, "scale")
-                if (units < 0).any() or not ((units.max(-1, initial=0) > 0) & (scale > 0)).all():
+                share = (units.max(-1, initial=0) > 0) & (scale > 0)
+                # Of a class that nobody holds a table has no soft label.
+                nothing = (units == 0).all(-1) if isinstance(part, ClassTable) else False
+                if (units < 0).any() or not (share | nothing).all():
                     return "soft labels of a row without any share, or with one below 0"
         return None
 
@@ -218,11 +251,7 @@ class Int8(_Coding):
     ) -> tuple[Payload, Arrays]:
         """Divide by the scale, and round."""
         # What are no soft labels must not become some by being divided by their sum.
-        none = {
-            f"{prefix}values"
-            for prefix, part in _predictions(payload, "")
-            if part.scale == "probabilities" and not _holds_soft_labels(part)
-        }
+        none = {place for place, part in _soft_labels(payload, "") if not _holds_soft_labels(part)}
         coded = {
             place: _in_units(array) for place, array in _float_arrays(payload) if place not in none
         }
@@ -235,12 +264,26 @@ class Int8(_Coding):
             place: _in_floats(sent.array(place, "units"), sent.array(place, "scale"))
             for place in _places_in_units(sent)
         }
-        for prefix, part in _predictions(sent.inner, ""):
-            place = f"{prefix}values"
-            if part.scale == "probabilities" and place in arrays:
+        for place, _ in _soft_labels(sent.inner, ""):
+            if place in arrays:
                 shares = arrays[place].astype(np.float64)
-                arrays[place] = (shares / shares.sum(-1, keepdims=True)).astype(np.float32)
+                sums = shares.sum(-1, keepdims=True)
+                arrays[place] = (shares / np.where(sums > 0, sums, 1)).astype(np.float32)
         return sent.payload(arrays), memory
+
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays:
+        """Half a unit, 1/254 of the largest size in a row; of soft labels their sum moves, too."""
+        errors = {}
+        for place, array in _float_arrays(payload):
+            scale = np.abs(array).max(axis=tuple(range(1, array.ndim)) or None, initial=0.0)
+            half = _beside(np.asarray(scale), array) / 254
+            errors[place] = half + _ROUNDING * np.abs(array)
+        for place, part in _soft_labels(payload, ""):
+            if place in errors:
+                shift = part.values.shape[1] * errors[place].max(-1, keepdims=True, initial=0.0)
+                moved = (errors[place] + shift * part.values) / np.maximum(1 - shift, 1e-9)
+                errors[place] = np.minimum(moved + _ROUNDING, 1.0)
+        return errors
 
 
 def _places_in_units(encoded: Encoded) -> list[str]:
@@ -382,6 +425,21 @@ class TopK(_Coding):
         }
         return sent.payload(arrays), memory
 
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays:
+        """What travels is exact. Others get a mean of theirs, which lies between them."""
+        errors = {}
+        for prefix, part in _predictions(payload, ""):
+            wide = part.values.astype(np.float64)
+            falling = np.argsort(-part.values, axis=-1, kind="stable")
+            others = np.sort(np.take_along_axis(wide, falling[:, self.k :], -1), -1)
+            error = np.zeros_like(wide)
+            if others.shape[1]:
+                spread = others[:, -1:] - others[:, :1]
+                slack = 8 * _ROUNDING * (1 + np.abs(others).max(-1, keepdims=True))
+                np.put_along_axis(error, falling[:, self.k :], spread + slack, axis=-1)
+            errors[f"{prefix}values"] = error
+        return errors
+
 
 class SoftLabelBits(_Coding):
     """Soft labels in few bits: shares in units of ``1 / (2**bits - 1)`` that still sum to 1.
@@ -396,7 +454,7 @@ class SoftLabelBits(_Coding):
         Sattler et al., 2022, equations 10 and 11. https://arxiv.org/abs/2012.00632
     """
 
-    kind: Literal["cfd", "cfd_delta"] = "cfd"
+    kind: Literal["cfd", "cfd_delta", "one_bit", "hard_label"] = "cfd"
     bits: int = Field(1, ge=1, le=8, description="of each class's share; 1: the class alone")
 
     def refuses(self, kind: type[Payload]) -> str | None:
@@ -442,27 +500,28 @@ class SoftLabelBits(_Coding):
         """Every row that came has a class that there is, or shares that sum to 1."""
         for prefix, part in _predictions(encoded.inner, ""):
             rows, classes = len(part.rows), part.values.shape[1]
-            came = self._came(encoded, f"{prefix}values", rows)
-            if came is None:
+            written = encoded.array(f"{prefix}values", "packed")
+            found = self._read(written, rows, classes)
+            if found is None:
+                return f"{len(written)} bytes that are not those of {rows} rows"
+            came, numbers = found
+            if not encoded.since and not came.all():
                 return "rows are missing that did not travel before"
-            written, count = encoded.array(f"{prefix}values", "packed"), int(came.sum())
-            if len(written) != self._bytes_of(count, classes):
-                return f"{len(written)} bytes, expected those of {count} rows"
-            numbers = self._read(written, count, classes)
             if self.bits == 1 and bool((numbers >= classes).any()):
                 return f"a class beyond the {classes} that there are"
             if self.bits > 1 and bool((numbers.sum(-1) != 2**self.bits - 1).any()):
                 return "shares of a row that do not sum to 1"
         return None
 
-    def _came(self, encoded: Encoded, place: str, rows: int) -> np.ndarray | None:
-        """Tell which rows travelled; None where others would have to be known already."""
-        return np.ones(rows, bool)
-
-    def _read(self, written: np.ndarray, rows: int, classes: int) -> np.ndarray:
+    def _read(
+        self, written: np.ndarray, rows: int, classes: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return which rows came and their numbers; None: nobody can have written this."""
         width, numbers = self._width(classes)
+        if len(written) != bytes_of(rows * numbers, width):
+            return None
         read = unpacked(written, rows * numbers, bits=width)
-        return read if self.bits == 1 else read.reshape(rows, classes)
+        return np.ones(rows, bool), read if self.bits == 1 else read.reshape(rows, classes)
 
     def encode(
         self, payload: Payload, memory: Arrays, rng: np.random.Generator
@@ -498,47 +557,72 @@ class SoftLabelBits(_Coding):
             if f"{place}/packed" not in sent.coded:
                 continue
             rows, classes = len(part.rows), part.values.shape[1]
-            came = self._came(sent, place, rows)
-            came = np.ones(rows, bool) if came is None else came
+            found = self._read(sent.array(place, "packed"), rows, classes)
+            if found is None:
+                raise ValueError(f"{place}: nobody can have written this")
+            came, read = found
             shape = (rows,) if self.bits == 1 else (rows, classes)
             numbers = np.zeros(shape, np.int64)
             if np.array_equal(memory.get(f"{prefix}rows", np.zeros(0)), part.rows):
                 numbers = memory[f"{prefix}numbers"].copy()
-            numbers[came] = self._read(sent.array(place, "packed"), int(came.sum()), classes)
+            numbers[came] = read
             levels = np.eye(classes)[numbers] if self.bits == 1 else numbers
             arrays[place] = restored(levels.astype(np.uint8), bits=self.bits)
             after |= {f"{prefix}rows": part.rows, f"{prefix}numbers": numbers}
         return sent.payload(arrays), after if self.remembers else memory
 
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays:
+        """A unit: a share is rounded up or down."""
+        unit = np.float64(1 / (2**self.bits - 1) + 2 * _ROUNDING)
+        return {
+            f"{prefix}values": np.full(part.values.shape, unit)
+            for prefix, part in _predictions(payload, "")
+            if _holds_soft_labels(part)
+        }
+
+
+class OneBit(SoftLabelBits):
+    """`cfd` with one bit by its name: a row's one unit goes to its largest share."""
+
+    kind: Literal["cfd", "cfd_delta", "one_bit", "hard_label"] = "one_bit"
+    bits: int = Field(1, ge=1, le=1, description="always 1")
+
+
+class HardLabels(SoftLabelBits):
+    """The most likely class of each row: another name of `one_bit`, without any difference."""
+
+    kind: Literal["cfd", "cfd_delta", "one_bit", "hard_label"] = "hard_label"
+    bits: int = Field(1, ge=1, le=1, description="always 1")
+
 
 class SoftLabelDeltas(SoftLabelBits):
     """Soft labels in few bits, of those rows alone whose labels have changed since they travelled.
 
-    Which rows those are costs a bit each. It saves bytes where the rows are the same in every
-    round; where they are not, all of them travel.
+    Which rows those are, and what they hold now, is written by an adaptive arithmetic coder
+    (`fedkd.exchange.entropy`): a row that has not changed costs a fraction of a bit where most have
+    not, a class that comes often less than one that is rare. It saves bytes where the rows are the
+    same in every round; where they are not, all of them travel.
 
     Source:
-        Sattler et al., 2022, equation 13. https://arxiv.org/abs/2012.00632. The paper leaves an
-        entropy coder to write the symbols; here unchanged rows are left out.
+        Sattler et al., 2022, equation 13. https://arxiv.org/abs/2012.00632. The paper writes the
+        symbols with CABAC; the coder here is of that family.
     """
 
-    kind: Literal["cfd", "cfd_delta"] = "cfd_delta"
+    kind: Literal["cfd", "cfd_delta", "one_bit", "hard_label"] = "cfd_delta"
     remembers: ClassVar[bool] = True
 
-    def _limits(self, limit: Limit) -> dict[str, Limit]:
-        rows = limit.shape[0]
-        most = rows.size if isinstance(rows, AtMost) else rows
-        size = bytes_of(most, 1)
-        changed: int | AtMost = AtMost(size) if isinstance(rows, AtMost) else size
-        flags = Limit(shape=(changed,), dtype=np.dtype(np.uint8))
-        return {**super()._limits(limit), "changed": flags}
+    def _bytes_of(self, rows: int, classes: int) -> int:
+        return most_bytes(rows, *self._width(classes))
 
-    def _came(self, encoded: Encoded, place: str, rows: int) -> np.ndarray | None:
-        flags = encoded.array(place, "changed")
-        if len(flags) != bytes_of(rows, 1):
-            return None
-        came = np.unpackbits(flags, count=rows).astype(bool)
-        return came if encoded.since or bool(came.all()) else None
+    @property
+    def _units(self) -> int | None:
+        return None if self.bits == 1 else 2**self.bits - 1
+
+    def _read(
+        self, written: np.ndarray, rows: int, classes: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        width, _ = self._width(classes)
+        return changes_read(written, rows, width=width, classes=classes, units=self._units)
 
     def _written(
         self, numbers: np.ndarray, part: Predictions, known: Arrays
@@ -546,14 +630,13 @@ class SoftLabelDeltas(SoftLabelBits):
         same_rows = np.array_equal(known.get("rows", np.zeros(0)), part.rows)
         before = known["numbers"] if same_rows else None
         if self.bits == 1:
-            symbols = delta_symbols(before, numbers)
-            changed = symbols > 0
-            numbers = symbols - 1
+            changed = delta_symbols(before, numbers) > 0
         elif before is None:
             changed = np.ones(len(numbers), bool)
         else:
             changed = (before != numbers).any(-1)
-        return {"changed": np.packbits(changed), **super()._written(numbers[changed], part, known)}
+        width, _ = self._width(part.values.shape[1])
+        return {"packed": changes_written(changed, numbers, width=width, units=self._units)}
 
 
 class LowRankChanges(_Coding):
@@ -663,6 +746,22 @@ class LowRankChanges(_Coding):
             arrays[place] = np.asarray(given + change.reshape(rows, *rest), np.float32)
         return sent.payload(arrays), memory
 
+    def largest_error(self, payload: Payload, memory: Arrays) -> Arrays:
+        """Of a matrix's change the root of what share of its squares may be left out."""
+        errors = {}
+        share = 1.0 if self.rank is not None else math.sqrt(1 - self.energy)
+        for prefix, part in _weights(payload, ""):
+            for name, array in part.arrays.items():
+                place = f"{prefix}arrays/{name}"
+                before = None if array.ndim < 2 else _followed(memory, place, array.shape)
+                if before is not None and array.dtype == FLOAT32:
+                    change = float(np.linalg.norm(array.astype(np.float64) - before))
+                    # Factors are rounded as well.
+                    size = float(np.abs(before).max(initial=0.0))
+                    rounded = 8 * _ROUNDING * (size + change * len(array))
+                    errors[place] = np.full(array.shape, share * change + rounded)
+        return errors
+
 
 def _matrix_shape(limit: Limit) -> tuple[int, int]:
     sizes = [size.size if isinstance(size, AtMost) else size for size in limit.shape]
@@ -701,7 +800,7 @@ _KNOWN = ("rows", "numbers")
 """What is remembered of predictions: which rows travelled, and what was last said of them."""
 
 
-def _holds_soft_labels(sent: Predictions) -> bool:
+def _holds_soft_labels(sent: Predictions | ClassTable) -> bool:
     values = sent.values
     return (
         sent.scale == "probabilities"
@@ -709,8 +808,18 @@ def _holds_soft_labels(sent: Predictions) -> bool:
         and values.ndim == 2
         and values.shape[1] > 0
         and bool(np.isfinite(values).all())
-        and are_distributions(values)
+        and are_distributions(values[sent.held] if isinstance(sent, ClassTable) else values)
     )
+
+
+def _soft_labels(payload: Payload, prefix: str) -> Iterator[tuple[str, Predictions | ClassTable]]:
+    """Find tables of soft labels, alone or in a bundle, each with the place of its values."""
+    if isinstance(payload, Predictions | ClassTable):
+        if payload.scale == "probabilities":
+            yield f"{prefix}values", payload
+    elif isinstance(payload, Bundle):
+        for name, part in payload.parts.items():
+            yield from _soft_labels(part, f"{prefix}parts/{name}/")
 
 
 def _spread(
@@ -764,6 +873,8 @@ CODECS: Kinds[Codec] = Kinds(
         "float16": Float16,
         "int8": Int8,
         "top_k": TopK,
+        "one_bit": OneBit,
+        "hard_label": HardLabels,
         "cfd": SoftLabelBits,
         "cfd_delta": SoftLabelDeltas,
         "low_rank": LowRankChanges,

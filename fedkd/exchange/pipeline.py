@@ -41,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedkd.exchange.adversaries import Adversary, NoAdversary
+from fedkd.exchange.budget import EXACT, LADDER, NO_BUDGET, BudgetError, Levels, Share, best_within
 from fedkd.exchange.codecs import Codec, Float32
 from fedkd.exchange.ledger import Ledger, OpenLedger
 from fedkd.exchange.payload import Asked, Payload
@@ -184,12 +185,14 @@ class ExchangeState(Value):
         answers: how many answers were good in it.
         clients: what codecs remember, of those of whom they do.
         ledger: what was released so far.
+        spent: bytes that were exchanged so far, both ways.
     """
 
     changed: int = 0
     answers: int = 0
     clients: Mapping[int, Remembered] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    spent: int = 0
 
 
 class Standing(NamedTuple):
@@ -198,10 +201,12 @@ class Standing(NamedTuple):
     Attributes:
         arrays: that it keeps, by name; others than ours are passed over.
         since: the round that the server names.
+        levels: that the server has chosen under a budget.
     """
 
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
     since: int = 0
+    levels: Levels = NO_BUDGET
 
 
 @dataclass(frozen=True)
@@ -267,6 +272,7 @@ class ClientTurn:
         self._round = round
         self._attempt = attempt
         self._since = {client: standing.since for client, standing in clients.items()}
+        self._levels = {client: standing.levels for client, standing in clients.items()}
         self._before: dict[int, dict[int, _Snapshot]] = {}
         if stages.remember:
             self._before = {c: _snapshots_in(standing.arrays) for c, standing in clients.items()}
@@ -281,10 +287,11 @@ class ClientTurn:
         Raises:
             MemoryLostError: a client has lost what it needs for that.
         """
-        codec = self._stages.down
         opened: dict[int, Payload | None] = {}
         shared: dict[int, Payload] = {}
         for client, sent in received.items():
+            level = self._levels.get(client, NO_BUDGET).down
+            codec = self._stages.down if level is None else LADDER[level]
             if sent is None:
                 opened[client] = None
             elif codec.remembers:
@@ -372,7 +379,12 @@ class ClientTurn:
         occasion = Occasion(where="clients", round=self._round, rounds=self._rounds, asked=asked)
         return rule.release(payload, occasion, self._rng(Purpose.RELEASE, client))
 
-    def _encoded(self, client: int, payload: Payload) -> Payload:
+    def _encoded(self, client: int, payload: Payload) -> Payload | None:
+        levels = self._levels.get(client, NO_BUDGET)
+        if levels.up is not None:
+            rng = self._rng(Purpose.CODEC, client)
+            written = LADDER[levels.up].encode(payload, {}, rng)[0]
+            return written if written.payload_bytes <= levels.most_bytes else None
         codec = self._stages.up
         if isinstance(codec, Float32):
             return payload
@@ -402,10 +414,12 @@ class Outgoing(NamedTuple):
     Attributes:
         payload: as it travels; None: nothing.
         since: the round that the client is to go on from; travels with the round's number.
+        levels: that were chosen under a budget; travel with it.
     """
 
     payload: Payload | None
     since: int
+    levels: Levels = NO_BUDGET
 
 
 class ServerTurn:
@@ -417,10 +431,21 @@ class ServerTurn:
         seed: of the run.
         rounds: of the run.
         round: 1-based.
+        shares: of each client under a budget; it may change between attempts. None: there is none.
+
+    Attributes:
+        levels: under a budget what each client was told last.
     """
 
     def __init__(
-        self, stages: Stages, before: ExchangeState, *, seed: int, rounds: int, round: int
+        self,
+        stages: Stages,
+        before: ExchangeState,
+        *,
+        seed: int,
+        rounds: int,
+        round: int,
+        shares: Mapping[int, Share] | None = None,
     ) -> None:
         self._stages = stages
         self._before = before
@@ -430,7 +455,9 @@ class ServerTurn:
         self._ledger = OpenLedger(before.ledger)
         self._clients = dict(before.clients)
         self._forgotten: set[int] = set()
-        self._wanted: dict[int, tuple[Asked, Asked]] = {}
+        self._wanted: dict[tuple[int, int | None], tuple[Asked, Asked]] = {}
+        self._shares = shares
+        self.levels: dict[int, Levels] = {}
         self._released: dict[Hashable, Payload] = {}
         self._shared: dict[Hashable, Payload] = {}
         self._down: dict[int, Arrays] = {}
@@ -446,6 +473,7 @@ class ServerTurn:
         *,
         asked: Asked | None,
         attempt: int = 1,
+        beside: int = 0,
     ) -> Outgoing:
         """Return what goes to a client, and charge what its answer will cost.
 
@@ -456,8 +484,16 @@ class ServerTurn:
             make: returns what a key names.
             asked: what the client has to answer; None: nothing.
             attempt: the so many-th in this round.
+            beside: bytes of what travels with it.
+
+        Raises:
+            BudgetError: a client's share of a budget does not hold it.
         """
-        payload = None if key is None else self._encoded(client, key, make)
+        level = None
+        if self._shares is None:
+            payload = None if key is None else self._encoded(client, key, make)
+        else:
+            level, payload = self._fitted(self._shares[client].down_bytes - beside, key, make)
         if self._stages.up.follows:
             self._told.pop(client, None)
             if payload is not None:
@@ -470,14 +506,23 @@ class ServerTurn:
             cost = self._stages.release.cost(occasion)
             if cost is not None:
                 self._ledger.charge_client(self._round, client, attempt, cost)
-        return Outgoing(payload, self._since(client))
+        if self._shares is None or level is None:
+            return Outgoing(payload, self._since(client))
+        share = self._shares[client]
+        self.levels[client] = Levels(level, share.up, share.up_bytes)
+        return Outgoing(payload, 0, self.levels[client])
 
-    def asked(self, asked: Asked) -> Asked:
-        """Return what an answer looks like while it travels: for the wire, before `receive`."""
+    def asked(self, asked: Asked, client: int) -> Asked:
+        """Return what a client's answer looks like while it travels, before `receive`."""
         # Many clients are asked for one thing; the pair keeps the id from being another's.
-        if id(asked) not in self._wanted:
-            self._wanted[id(asked)] = asked, self._stages.up.asked(asked)
-        return self._wanted[id(asked)][1]
+        key = id(asked), self.levels.get(client, NO_BUDGET).up
+        if key not in self._wanted:
+            self._wanted[key] = asked, self._codec_up(client).asked(asked)
+        return self._wanted[key][1]
+
+    def _codec_up(self, client: int) -> Codec:
+        level = self.levels.get(client, NO_BUDGET).up
+        return self._stages.up if level is None else LADDER[level]
 
     def receive(self, client: int, sent: Payload | None, asked: Asked | None) -> Payload | None:
         """Check and decode a client's answer; what codecs remember of it moves on.
@@ -526,7 +571,13 @@ class ServerTurn:
 
     def committed(self) -> ExchangeState:
         """Return what is remembered once the round is complete."""
-        return ExchangeState(self._round, self._answers, self._clients, self._ledger.closed())
+        return ExchangeState(
+            self._round,
+            self._answers,
+            self._clients,
+            self._ledger.closed(),
+            self._before.spent,
+        )
 
     def skipped(self) -> ExchangeState:
         """Return what is remembered of a round that is left out: what it cost.
@@ -552,6 +603,28 @@ class ServerTurn:
         self._down[client] = memory
         return replace(sent, since=held.round) if isinstance(sent, Encoded) else sent
 
+    def _fitted(
+        self, most_bytes: int, key: Hashable | None, make: Callable[[Hashable], Payload]
+    ) -> tuple[int, Payload | None]:
+        """Return the highest level at which a payload fits, and the payload as it travels."""
+        if key is None:
+            if most_bytes < 0:
+                raise BudgetError(
+                    f"exchange.budget_kb: orders for a client have {-most_bytes} "
+                    "bytes more than are left for them"
+                )
+            return EXACT, None
+        payload = self._to_release(key, make)
+
+        def encoded(level: int) -> Payload:
+            place = (key, level)
+            if place not in self._shared:
+                rng = self._rng(Purpose.CODEC, key)
+                self._shared[place] = LADDER[level].encode(payload, {}, rng)[0]
+            return self._shared[place]
+
+        return best_within(payload, most_bytes, encoded)
+
     def _to_release(self, key: Hashable, make: Callable[[Hashable], Payload]) -> Payload:
         if key not in self._released:
             self._released[key] = self._protected(key, make(key))
@@ -573,8 +646,8 @@ class ServerTurn:
     def _decoded(
         self, client: int, sent: Payload, asked: Asked
     ) -> tuple[Payload, Mapping[str, np.ndarray]]:
-        codec = self._stages.up
-        wanted = self.asked(asked)
+        codec = self._codec_up(client)
+        wanted = self.asked(asked, client)
         if type(sent) is not wanted.kind:
             raise BadPayloadError(f"expected {_shown(wanted)}, got {sent.kind}")
         reason = sent.problem(wanted)

@@ -695,6 +695,11 @@ def _run_table(result: "RunResult") -> "FittedTable":
         number(result.history.federation[-1], "simulated_s") if result.history.federation else None
     )
     simulated = "" if clock is None else f", {clock:,.4g} s by the simulated clock"
+    budget = result.settings.exchange.budget_kb
+    spent = ""
+    if budget is not None:
+        used = (sum(row["bytes_up"]) + sum(row["bytes_down"])) / 1e3
+        spent = f"; {used:,.1f} of a budget of {budget:,.10g} kB{_bits_text(row.get('bits', {}))}"
     return FittedTable(
         label="test split",
         labels=[names[key] for key in shown],
@@ -704,7 +709,19 @@ def _run_table(result: "RunResult") -> "FittedTable":
         ],
         title=f"{row['name']}: {row['strategy']}, seed {row['seed']}",
         caption=f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s"
+        + spent
         + simulated,
+    )
+
+
+def _bits_text(bits: Mapping[str, Mapping[int, int]]) -> str:
+    """Say how many bits a number had in each direction."""
+    spans = {way: sorted(map(int, counts)) for way, counts in bits.items() if counts}
+    return "".join(
+        f", {way} {low if low == high else f'{low} to {high}'} bit{'s' * (high > 1)}"
+        for way in ("up", "down")
+        if way in spans
+        for low, high in [(spans[way][0], spans[way][-1])]
     )
 
 

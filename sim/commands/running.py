@@ -15,7 +15,7 @@ from sim.commands.interruption import Interruption, interruptible
 from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.engine.resources import check_engine
-from sim.engine.runtime import build_strategy, federation_of
+from sim.engine.runtime import build_strategy, federation_of, server_tools
 from sim.keeping.identity import check_same_run
 from sim.keeping.models import ModelKeeper, check_keep
 from sim.keeping.provenance import Changes, check_same_make, provenance_of
@@ -28,6 +28,7 @@ from sim.keeping.records import (
     read_result,
 )
 from sim.keeping.resume import Persistence, read_history
+from sim.server.budgets import plan_of
 from sim.server.history import History, summary
 from sim.server.observers import Observer, Row
 from sim.server.replies import QuorumError
@@ -125,6 +126,8 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
         settings.stages.check(up=strategy.up, down=strategy.down, sums=strategy.sums)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)
+        if settings.exchange.budget_kb is not None:
+            plan_of(settings, strategy, server_tools(settings, strategy, data))
     except ValueError as error:
         raise SettingsError(str(error)) from error
     return data

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Error, Message, RecordDict
 
 from fedkd.data import FederatedData
@@ -14,7 +13,7 @@ from fedkd.exchange.values import flatten
 from fedkd.training import ClientState, weights_digest
 from sim.engine.grid import FIRST_NODE_ID
 from sim.engine.inline import InlineGrid
-from sim.engine.runtime import ClientRuntime, build_strategy, federation_of
+from sim.engine.runtime import ClientRuntime, build_strategy, federation_of, server_tools
 from sim.server.history import History
 from sim.server.observers import Observer, Row
 from sim.server.rounds import RoundLoop
@@ -130,14 +129,7 @@ def toy_parts(settings: Settings, data: FederatedData) -> tuple[Strategy[Any, An
     """Return an algorithm and what its server half may use."""
     federation = federation_of(settings, data)
     strategy = build_strategy(settings, federation)
-    server = ServerTools(
-        federation=federation,
-        data=data,
-        optimizer=settings.clients.optimizer,
-        device=torch.device("cpu"),
-        models=strategy.server_models(),
-    )
-    return strategy, server
+    return strategy, server_tools(settings, strategy, data)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict
 
 from fedkd.data import FederatedData
+from fedkd.exchange.budget import NO_BUDGET, Levels
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Orders
 from fedkd.training import ClientState
@@ -303,6 +304,7 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
         received: dict[int, Payload | None] = {}
         orders: dict[int, Orders] = {}
         since: dict[int, int] = {}
+        levels: dict[int, Levels] = {}
         for client, message in messages.items():
             content = message.content
             if id(content) not in decoded:
@@ -315,6 +317,8 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
                     orders[client] = told.orders
                 if told.since:
                     since[client] = told.since
+                if told.levels != NO_BUDGET:
+                    levels[client] = told.levels
             else:
                 ready[client] = reason
         if not received:
@@ -338,6 +342,9 @@ class CohortGrid(Grid, ABC, Generic[Handle]):
                     told.attempt,
                     orders=tuple(map(orders.get, cohort)) if orders else (),
                     since=tuple(since.get(client, 0) for client in cohort) if since else (),
+                    levels=tuple(levels.get(client, NO_BUDGET) for client in cohort)
+                    if levels
+                    else (),
                 )
                 calls.append(PackedCall(call, tuple(received[client] for client in cohort)))
         return calls

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.data import FederatedData
+from fedkd.exchange.budget import NO_BUDGET
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.pipeline import PREFIX, ClientTurn, MemoryLostError, Standing
 from fedkd.metrics.classification import (
@@ -44,7 +45,7 @@ from sim.settings import Settings
 from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
 from strategies import strategy_class
-from strategies.contract import Call, Federation, Received, Strategy
+from strategies.contract import Call, Federation, Received, ServerTools, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,19 @@ def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, 
             "load_settings(..., allow=[...]) reads those of a run"
         )
     return kind(settings.strategy, federation)
+
+
+def server_tools(
+    settings: Settings, strategy: Strategy[Any, Any], data: FederatedData
+) -> ServerTools:
+    """Return what an algorithm's server half may use."""
+    return ServerTools(
+        federation=strategy.federation,
+        data=data,
+        optimizer=settings.clients.optimizer,
+        device=torch.device("cpu"),
+        models=strategy.server_models(),
+    )
 
 
 def fix_numerics(device: torch.device) -> None:
@@ -305,6 +319,7 @@ class ClientRuntime:
     def _turn(self, call: CohortCall, states: Sequence[ClientState | None]) -> ClientTurn:
         """Return the exchange of a call."""
         since = call.since or (0,) * len(call.clients)
+        levels = call.levels or (NO_BUDGET,) * len(call.clients)
         return ClientTurn(
             self._stages,
             seed=self._settings.seed,
@@ -312,8 +327,10 @@ class ClientRuntime:
             round=call.round,
             attempt=call.attempt,
             clients={
-                client: Standing({} if state is None else state.arrays, own)
-                for client, state, own in zip(call.clients, states, since, strict=True)
+                client: Standing({} if state is None else state.arrays, own, chosen)
+                for client, state, own, chosen in zip(
+                    call.clients, states, since, levels, strict=True
+                )
             },
         )
 

@@ -33,6 +33,7 @@ from sim.reports.statistics import (
 )
 from sim.reports.tables import (
     FEW,
+    bits,
     kilobytes,
     p_text,
     percent,
@@ -349,7 +350,8 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
     header = ["arm", "seeds", "last round", f"{ACCURACIES['accuracy']} (%)"]
     header += ["same, at selected round (%)", "selected round"]
     header += [f"{ACCURACIES[key]} (%)" for key in shown[1:]]
-    header += ["kB up", "kB down", "seconds"]
+    budgeted = any(summary.bits_up or summary.bits_down for summary in summaries)
+    header += ["kB up", "kB down", *(["bits up", "bits down"] if budgeted else []), "seconds"]
     clocked = any(summary.simulated_s is not None for summary in summaries)
     aimed = any(summary.targets for summary in summaries)
     header += ["simulated s"] * clocked + [target_title(summaries)] * aimed
@@ -366,6 +368,7 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
             *(percent(summary.last.get(key)) for key in shown[1:]),
             kilobytes(summary.bytes_up),
             kilobytes(summary.bytes_down),
+            *([bits(summary.bits_up), bits(summary.bits_down)] if budgeted else []),
             NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}",
             *[simulated_seconds(summary.simulated_s)] * clocked,
             *[seconds_to_target(summary)] * aimed,

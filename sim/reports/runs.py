@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import ValidationError
@@ -46,6 +47,7 @@ class RunRecord:
         server: rows of the server's model, where there is one.
         bytes_up, bytes_down: totals over the run for each client; 0 for a client that took no
             part.
+        bits: under a budget the mean bits of a number, by direction.
         environment: content of ``environment.json``; empty if there is none.
     """
 
@@ -61,6 +63,7 @@ class RunRecord:
     bytes_up: Mapping[int, int]
     bytes_down: Mapping[int, int]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    bits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def backends(self) -> dict[str, list[str]]:
@@ -206,6 +209,10 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
             raise _damaged(folder, EXCHANGE_FILE, f"direction {row['direction']!r}")
         of_clients = totals[row["direction"]]
         of_clients[row["client"]] = of_clients.get(row["client"], 0) + row["bytes"]
+    bits: dict[str, list[float]] = {}
+    for row in exchanged:
+        if (found := number(row, "bits")) is not None:
+            bits.setdefault(row["direction"], []).append(found)
     scopes = {
         scope: tuple(row for row in metrics if row["scope"] == scope)
         for scope in ("federation", "client", "server")
@@ -223,6 +230,7 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
         bytes_up=totals["up"],
         bytes_down=totals["down"],
         environment=_read_json(folder, ENVIRONMENT_FILE),
+        bits={direction: fmean(found) for direction, found in bits.items()},
     )
 
 

@@ -140,6 +140,7 @@ class ArmSummary:
         to_target: what it showed when the mean client first had the target accuracy, of the runs
             that had it.
         targets: the target accuracies of the runs that have a clock and a target.
+        bits_up, bits_down: under a budget the mean bits of a number.
     """
 
     arm: str
@@ -156,6 +157,8 @@ class ArmSummary:
     simulated_s: Estimate | None = None
     to_target: Estimate | None = None
     targets: tuple[float, ...] = ()
+    bits_up: Estimate | None = None
+    bits_down: Estimate | None = None
 
 
 def estimate(values: Sequence[float], bounds: Bounds = ANYTHING) -> Estimate | None:
@@ -414,4 +417,6 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
             [run.simulated_s_to_target for run in chosen if run.simulated_s_to_target is not None]
         ),
         targets=tuple(run.target_accuracy for run in chosen if run.target_accuracy is not None),
+        bits_up=estimate([run.bits["up"] for run in chosen if "up" in run.bits]),
+        bits_down=estimate([run.bits["down"] for run in chosen if "down" in run.bits]),
     )

@@ -82,6 +82,11 @@ def target_title(summaries: Sequence[ArmSummary]) -> str:
     return f"s to {100 * targets.pop():g} %" if len(targets) == 1 else "s to target"
 
 
+def bits(value: Estimate | None) -> str:
+    """Write the mean bits of a number."""
+    return NOTHING if value is None else f"{value.mean:.1f}"
+
+
 def p_text(p_value: float | None, *, few: bool = False) -> str:
     """Write a p-value as reports do, marked where it rests on few seeds."""
     if p_value is None:
@@ -136,6 +141,9 @@ def summary_table(
         column("sim. s", 6, [simulated_seconds(summary.simulated_s) for summary in summaries]),
         column("kB up", 6, [kilobytes(summary.bytes_up) for summary in summaries]),
         column("kB down", 6, [kilobytes(summary.bytes_down) for summary in summaries]),
+        # Of runs under a budget alone; without any number a column is left out.
+        column("bits up", 13, [bits(summary.bits_up) for summary in summaries]),
+        column("bits down", 13, [bits(summary.bits_down) for summary in summaries]),
         column(
             "s",
             11,
@@ -248,6 +256,8 @@ def summary_rows(
             row.update(_flat(f"{key}_selected", summary.selected.get(key)))
         row.update(_flat("bytes_up_per_client", summary.bytes_up))
         row.update(_flat("bytes_down_per_client", summary.bytes_down))
+        row.update(_flat("bits_up", summary.bits_up))
+        row.update(_flat("bits_down", summary.bits_down))
         row.update(_flat("seconds", summary.seconds))
         row.update(_flat("simulated_s", summary.simulated_s))
         row.update(_flat("simulated_s_to_target", summary.to_target))

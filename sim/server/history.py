@@ -20,6 +20,7 @@ class History:
         clients: each client's row of the last round in which it was judged.
         server: the last row of the server's model, the first where it has several.
         bytes_up, bytes_down: totals by client.
+        bits: under a budget how many payloads had so many bits a number, by direction.
     """
 
     federation: list[Row] = field(default_factory=list)
@@ -27,6 +28,7 @@ class History:
     server: Row | None = None
     bytes_up: dict[int, int] = field(default_factory=dict)
     bytes_down: dict[int, int] = field(default_factory=dict)
+    bits: dict[str, dict[int, int]] = field(default_factory=dict)
 
     def add_metrics(self, rows: Iterable[Row]) -> None:
         """Take in rows of ``metrics.jsonl``."""
@@ -45,6 +47,9 @@ class History:
         for row in rows:
             totals = self.bytes_up if row["direction"] == "up" else self.bytes_down
             totals[row["client"]] = totals.get(row["client"], 0) + row["bytes"]
+            if "bits" in row:
+                counts = self.bits.setdefault(row["direction"], {})
+                counts[row["bits"]] = counts.get(row["bits"], 0) + 1
 
 
 def selected_round(history: History) -> Row:
@@ -69,4 +74,5 @@ def summary(history: History, num_clients: int) -> dict[str, Any]:
         "server": history.server,
         "bytes_up": [history.bytes_up.get(client, 0) for client in range(num_clients)],
         "bytes_down": [history.bytes_down.get(client, 0) for client in range(num_clients)],
+        **({"bits": history.bits} if history.bits else {}),
     }

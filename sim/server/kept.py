@@ -91,6 +91,8 @@ def check_exchange(state: ExchangeState, num_clients: int) -> None:
         ValueError: naming the client.
     """
     check_clients(state, num_clients)
+    if state.spent < 0:
+        raise ValueError(f"{state.spent} bytes that were exchanged so far")
     for charge in state.ledger.charges:
         clients = charge.clients
         if clients.ndim != 1 or clients.dtype.kind != "i" or charge.attempts.shape != clients.shape:

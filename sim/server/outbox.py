@@ -4,10 +4,12 @@ from collections.abc import Hashable, Iterator
 from statistics import fmean
 from typing import Any
 
+from fedkd.exchange.budget import BudgetError
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.pipeline import ServerTurn
 from fedkd.exchange.values import Value
 from sim.server.validation import authors_code
+from sim.settings import SettingsError
 from sim.wire.messages import Told
 from strategies.contract import Round, ServerTools, Strategy
 
@@ -45,7 +47,11 @@ class Outbox:
         self.told: dict[int, Told] = {}
 
     def tell(self, client: int, attempt: int) -> Told:
-        """Return what a client is told now; clients that receive the same share one object."""
+        """Return what a client is told now; clients that receive the same share one object.
+
+        Raises:
+            SettingsError: its share of a budget does not hold it.
+        """
         if self._silent:
             return Told()
         strategy, state = self._strategy, self._state
@@ -58,8 +64,18 @@ class Outbox:
                     "key such as a word, a number or a tuple"
                 )
             orders = strategy.orders(state, client, self._round)
-        sent = self._turn.send(client, key, self._make, asked=asked, attempt=attempt)
-        told = Told(sent.payload, orders, sent.since)
+        try:
+            sent = self._turn.send(
+                client,
+                key,
+                self._make,
+                asked=asked,
+                attempt=attempt,
+                beside=0 if orders is None else orders.payload_bytes,
+            )
+        except BudgetError as error:
+            raise SettingsError(f"round {self._round.number}, client {client}: {error}") from error
+        told = Told(sent.payload, orders, sent.since, sent.levels)
         self.told[client] = told
         return told
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
+from fedkd.exchange.budget import BITS, NO_BUDGET, Purse
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Orders
 from fedkd.exchange.pipeline import BadPayloadError, ServerTurn
 from fedkd.exchange.views import Upload
 from fedkd.metrics.diversity import VoteCounter
@@ -88,6 +90,7 @@ class Replies:
         engine: says what to do below the quorum.
         deadline_s: ``clock.deadline_s``.
         event: is told of each reply that is left out.
+        purse: what may be spent under a budget; None: there is none.
 
     Attributes:
         failure: what ended the stream before its time.
@@ -108,7 +111,9 @@ class Replies:
         engine: EngineSettings,
         deadline_s: float | None,
         event: Callable[[Row], None],
+        purse: Purse | None = None,
     ) -> None:
+        self._purse = purse
         self._round = round
         self._clients = clients
         self._outbox = outbox
@@ -164,6 +169,8 @@ class Replies:
             if self._quorum.is_reached(self.valid):
                 return
             clients = [client for client in clients if client not in self.metrics]
+            if self._purse is not None:
+                clients = self._purse.again(clients)
         raise self._quorum.error(self.valid, self.rejected)
 
     def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[Upload]:
@@ -204,7 +211,7 @@ class Replies:
         asked = self._outbox.asked(client)
         expected = Expected(
             round=self._round.number,
-            asked=None if asked is None else self._turn.asked(asked),
+            asked=None if asked is None else self._turn.asked(asked, client),
             checks_payload=False,
         )
         reply = valid_answer(message, expected, again=client in self.metrics)
@@ -242,8 +249,15 @@ class Replies:
                 "direction": direction,
                 "kind": payload.label,
                 "bytes": payload.payload_bytes,
+                **self._bits(client, direction, payload),
             }
         )
+
+    def _bits(self, client: int, direction: str, payload: Payload) -> Row:
+        """Return the bits of a number under a budget; orders have none."""
+        levels = self._turn.levels.get(client, NO_BUDGET)
+        level = levels.up if direction == "up" else levels.down
+        return {} if level is None or isinstance(payload, Orders) else {"bits": BITS[level]}
 
 
 def _last_line(text: str) -> str:

@@ -6,7 +6,7 @@ algorithm adds. Runs over any Flower `Grid`.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
+from fedkd.exchange.budget import BudgetError, Levels, Plan, Purse
 from fedkd.exchange.codecs import Float32
 from fedkd.exchange.pipeline import ExchangeState, ServerTurn
 from fedkd.exchange.values import Value, read_only
@@ -27,7 +28,15 @@ from fedkd.training import Architecture, as_tensor
 from sim.commands.interruption import uninterrupted
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
-from sim.engine.runtime import build_strategy, clock_of, federation_of, fix_numerics, judge
+from sim.engine.runtime import (
+    build_strategy,
+    clock_of,
+    federation_of,
+    fix_numerics,
+    judge,
+    server_tools,
+)
+from sim.server.budgets import plan_of
 from sim.server.history import History
 from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
@@ -36,7 +45,7 @@ from sim.server.replies import Quorum, QuorumError, Replies
 from sim.server.validation import Expected, RejectedReplyError, authors_code, valid_answer
 from sim.settings import Settings, SettingsError
 from sim.wire.messages import Phase, instruction
-from strategies.contract import FinishedModel, Round, ServerTools
+from strategies.contract import FinishedModel, Round
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +87,7 @@ class RoundLoop:
         )
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
-        self._server = ServerTools(
-            federation=self._federation,
-            data=data,
-            optimizer=settings.clients.optimizer,
-            device=torch.device("cpu"),
-            models=self._strategy.server_models(),
-        )
+        self._server = server_tools(settings, self._strategy, data)
         self._stages = settings.stages
         self._clock = clock_of(settings, data)
         self._observers_know = False
@@ -213,7 +216,8 @@ class RoundLoop:
         started = time.perf_counter()
         # What was done to judge the last round takes no time.
         self._server.take_work()
-        turn = self._turn(before.exchange, round)
+        purse = self._purse(round, clients, before.exchange)
+        turn = self._turn(before.exchange, round, purse)
         outbox = Outbox(strategy, before.state, round, turn, server=self._server)
         replies = Replies(
             round=round,
@@ -225,6 +229,7 @@ class RoundLoop:
             engine=self._settings.engine,
             deadline_s=self._settings.clock.deadline_s,
             event=self.tell,
+            purse=purse,
         )
         skipped = False
         try:
@@ -245,6 +250,8 @@ class RoundLoop:
             self._pass_events_on()
         state = self._forgotten(state, where)
         exchange = turn.skipped() if skipped else turn.committed()
+        spent = sum(row["bytes"] for row in replies.exchanged)
+        exchange = replace(exchange, spent=exchange.spent + spent)
         simulated_s = before.simulated_s + replies.simulated_s + self._server_seconds()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
@@ -292,14 +299,28 @@ class RoundLoop:
         with authors_code(where):
             return self._checked(self._strategy.forget(state, lost), "forget")
 
-    def _turn(self, before: ExchangeState, round: Round) -> ServerTurn:
+    def _turn(self, before: ExchangeState, round: Round, purse: Purse | None = None) -> ServerTurn:
         return ServerTurn(
             self._stages,
             before,
             seed=self._settings.seed,
             rounds=self._settings.rounds,
             round=round.number,
+            shares=None if purse is None else purse.shares,
         )
+
+    def _purse(self, round: Round, clients: Sequence[int], before: ExchangeState) -> Purse | None:
+        """Return what the round may spend; None without a budget."""
+        if self._plan is None:
+            return None
+        try:
+            return self._plan.purse(round.number, clients, before.spent)
+        except BudgetError as error:
+            raise SettingsError(f"round {round.number}: exchange.budget_kb: {error}") from error
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        return plan_of(self._settings, self._strategy, self._server)
 
     def _complete(
         self, after: Boundary, rows: Sequence[Row], exchanged: Sequence[Row], charged: int
@@ -337,16 +358,16 @@ class RoundLoop:
         if self._nodes is not None:
             yield from self._nodes.ask(phase, round.number, attempt, told)
             return
-        contents: dict[int, RecordDict] = {}
+        contents: dict[tuple[int, Levels], RecordDict] = {}
         messages = []
         for client, own in told:
             # Clients that receive one object share one record: it is encoded and sent once.
             alone = own.orders is not None or own.since > 0
-            content = None if alone else contents.get(id(own.payload))
+            content = None if alone else contents.get((id(own.payload), own.levels))
             if content is None:
                 content = instruction(round.number, own, attempt)
                 if not alone:
-                    contents[id(own.payload)] = content
+                    contents[id(own.payload), own.levels] = content
             node = FIRST_NODE_ID + client
             messages.append(Message(content, node, phase, group_id=str(round.number)))
         for reply in self._grid.send_and_receive(messages):

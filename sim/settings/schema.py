@@ -34,6 +34,7 @@ from fedkd.bounds import (
 )
 from fedkd.data import DataSettings
 from fedkd.exchange.adversaries import AdversaryField, NoAdversary
+from fedkd.exchange.budget import Allocation
 from fedkd.exchange.codecs import CodecField, Float32
 from fedkd.exchange.pipeline import Stages
 from fedkd.exchange.release import NoRelease, ReleaseField, Where
@@ -112,13 +113,40 @@ class ExchangeSettings(_Section):
     )
     up: CodecField = Field(
         Float32(),
-        description="codec of what clients send: float32, float16, int8, top_k, cfd, cfd_delta, "
-        "low_rank",
+        description="codec of what clients send: float32, float16, int8, top_k, one_bit or "
+        "hard_label, cfd, cfd_delta, low_rank",
     )
     down: CodecField = Field(Float32(), description="codec of what the server sends")
     view: ViewField = Field(
         All(), description="what the server sees of the answers: all of them, or a sum"
     )
+    budget_kb: Real | None = Field(
+        None,
+        ge=0.001,
+        le=1e12,
+        description="bytes for the whole run, both ways, all clients, in 1000; chooses the bits of "
+        "every transfer",
+    )
+    allocation: Allocation = Field(
+        "greedy",
+        description="how a budget is shared out: greedy, by expected error; uniform, alike",
+    )
+
+    @model_validator(mode="after")
+    def _a_budget_chooses_codecs(self) -> "ExchangeSettings":
+        if self.budget_kb is not None:
+            for way, codec in (("up", self.up), ("down", self.down)):
+                if not isinstance(codec, Float32):
+                    raise ValueError(
+                        f"exchange.{way} must be left out under exchange.budget_kb, which chooses "
+                        f"the codec of every transfer, got {codec.kind}"
+                    )
+        elif self.allocation != "greedy":
+            raise ValueError(
+                f"exchange.allocation shares out exchange.budget_kb, which is not set, got "
+                f"{self.allocation}"
+            )
+        return self
 
 
 class PrivacySettings(_Section):

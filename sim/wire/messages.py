@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from fedkd.exchange.budget import NO_BUDGET, Levels
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Orders
 from fedkd.training.backends import Backend
@@ -35,6 +36,7 @@ class CohortCall:
         deaths: workers that died over this call before.
         orders: what the server decided for each client; empty where it decided nothing.
         since: the round that each client's codecs go on from; empty where they remember nothing.
+        levels: that were chosen for each client; empty where there is no budget.
     """
 
     phase: Phase
@@ -45,6 +47,7 @@ class CohortCall:
     deaths: int = 0
     orders: tuple[Orders | None, ...] = ()
     since: tuple[int, ...] = ()
+    levels: tuple[Levels, ...] = ()
 
     def of(self, positions: Sequence[int]) -> "CohortCall":
         """Return the call for some of its clients."""
@@ -53,6 +56,7 @@ class CohortCall:
             clients=tuple(self.clients[position] for position in positions),
             orders=tuple(self.orders[position] for position in positions) if self.orders else (),
             since=tuple(self.since[position] for position in positions) if self.since else (),
+            levels=tuple(self.levels[position] for position in positions) if self.levels else (),
         )
 
 
@@ -62,6 +66,7 @@ class Told(NamedTuple):
     payload: Payload | None = None
     orders: Orders | None = None
     since: int = 0
+    levels: Levels = NO_BUDGET
 
 
 MISTAKE = 1001
@@ -111,6 +116,7 @@ class Instruction:
         attempt: how often the same was asked in this round, this time included.
         orders: what the server decided for it alone.
         since: the round that its codecs go on from; 0: from nothing.
+        levels: that were chosen for it under a budget.
     """
 
     round: int
@@ -118,6 +124,7 @@ class Instruction:
     attempt: int = 1
     orders: Orders | None = None
     since: int = 0
+    levels: Levels = NO_BUDGET
 
 
 _PAYLOAD, _ORDERS, _PLAN = "payload", "orders", "plan"
@@ -125,16 +132,22 @@ _PAYLOAD, _ORDERS, _PLAN = "payload", "orders", "plan"
 
 def instruction(round: int, told: Told, attempt: int = 1) -> RecordDict:
     """Return the content of a message to a client; clients that are told the same may share it."""
-    instruction = Instruction(round, told.payload, attempt, told.orders, told.since)
+    instruction = Instruction(round, told.payload, attempt, told.orders, told.since, told.levels)
     return LazyRecords(instruction, partial(_write_instruction, instruction))
 
 
 def _write_instruction(told: Instruction) -> RecordDict:
-    plan = {"round": told.round, "attempt": told.attempt, "since": told.since}
-    content = RecordDict({_PLAN: ConfigRecord(plan)})  # type: ignore[arg-type]
+    content = RecordDict({_PLAN: _plan(told.round, told.attempt, told.since, told.levels)})
     write_payload(content, _PAYLOAD, told.payload)
     write_payload(content, _ORDERS, told.orders)
     return content
+
+
+def _plan(round: int, attempt: int, since: int, levels: Levels) -> ConfigRecord:
+    plan: dict[str, Any] = {"round": round, "attempt": attempt, "since": since}
+    if levels.down is not None and levels.up is not None:
+        plan["levels"] = [levels.down, levels.up, levels.most_bytes]
+    return ConfigRecord(plan)
 
 
 def read_instruction(content: RecordDict) -> Instruction:
@@ -152,6 +165,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         int(plan.get("attempt", 1)),  # type: ignore[arg-type]
         orders,
         int(plan.get("since", 0)),  # type: ignore[arg-type]
+        Levels(*map(int, plan["levels"])) if "levels" in plan else NO_BUDGET,  # type: ignore[arg-type]
     )
 
 
@@ -215,7 +229,7 @@ def node_instruction(
         told: all else.
         assignment: see there.
     """
-    plan = ConfigRecord({"round": round, "attempt": attempt, "since": told.since})
+    plan = _plan(round, attempt, told.since, told.levels)
     records = RecordDict({_PLAN: plan, _NODE: ConfigRecord(asdict(assignment)), **received})
     write_payload(records, _ORDERS, told.orders)
     return records

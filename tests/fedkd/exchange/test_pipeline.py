@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fedkd.bounds import PositiveWeight
 from fedkd.exchange.adversaries import Adversary
-from fedkd.exchange.codecs import Codec, Float16, Float32, TopK
+from fedkd.exchange.budget import NO_BUDGET
+from fedkd.exchange.codecs import Codec, Float16, Float32, SoftLabelDeltas, TopK
 from fedkd.exchange.ledger import Cost
 from fedkd.exchange.payload import FLOAT32, Asked
 from fedkd.exchange.payloads import ClassTable, Encoded, LowRank, Predictions, Weights
@@ -139,7 +140,7 @@ def test_by_default_the_same_objects_pass_and_nothing_is_kept():
     server = server_turn(stages)
     sent_down = predictions(1, 2, 3, 4, 5, 6)
     outgoing = server.send(3, "mean", lambda key: sent_down, asked=ASKED)
-    assert outgoing == (sent_down, 0)
+    assert outgoing == (sent_down, 0, NO_BUDGET)
     client = client_turn(stages, clients=(3,))
     assert client.open({3: outgoing.payload, 4: None}) == {3: sent_down, 4: None}
     answer = predictions(6, 5, 4, 3, 2, 1)
@@ -422,6 +423,17 @@ def test_the_aggregator_sees_what_the_view_shows():
 # -- what codecs remember ------------------------------------------------------------------------
 
 
+SOFT = Predictions.asked(ROWS, 2, scale="probabilities")
+DELTAS = Stages(up=SoftLabelDeltas(bits=2), down=SoftLabelDeltas())
+
+
+def soft_labels(number: int) -> Predictions:
+    """Return labels that no quantiser rounds, of which one row differs from the number before."""
+    sure = np.array([[(number + 2 - row) // 3 % 2] for row in range(3)], np.float32)
+    values = np.concatenate([sure, 1 - sure], axis=1)
+    return Predictions(rows=ROWS, values=values, scale="probabilities")
+
+
 @dataclass
 class Federation:
     """Server and clients around the pipeline, with all that can go wrong between them.
@@ -430,10 +442,12 @@ class Federation:
         takes_back: whether clients' states are those of the round's end, as on a grid: another
             attempt and the round after one that is left out go on from those of the round before.
             If not, what a client has after a call it has, as on a node.
+        soft: whether soft labels are exchanged, of which some rows change from round to round.
     """
 
     stages: Stages
     takes_back: bool = False
+    soft: bool = False
     state: ExchangeState = field(default_factory=ExchangeState)
     kept: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     round: int = 0
@@ -458,8 +472,12 @@ class Federation:
 
     def call(self, turn: ServerTurn, client: int, fate: str, attempt: int) -> bool:
         """Ask one client; tell whether its answer came."""
+        asked = SOFT if self.soft else ASKED
         down = predictions(*(self.round * 7.5 + number for number in range(6)))
-        told = turn.send(client, "mean", lambda key: down, asked=ASKED, attempt=attempt)
+        answer = predictions(*(self.round * 3 + client + number / 2 for number in range(6)))
+        if self.soft:
+            down, answer = soft_labels(self.round // 2), soft_labels(self.round + client)
+        told = turn.send(client, "mean", lambda key: down, asked=asked, attempt=attempt)
         if fate in ("unreached", "dead"):
             return False
         if fate == "restarted":
@@ -476,7 +494,6 @@ class Federation:
             return False
         # Halves are what `Delta` does not round.
         assert received.values.tolist() == down.values.tolist()
-        answer = predictions(*(self.round * 3 + client + number / 2 for number in range(6)))
         sent = called.send({client: answer})[client]
         self.kept[client] = called.kept().get(client, {})
         if fate == "lost":
@@ -484,10 +501,11 @@ class Federation:
         if fate == "damaged":
             tables = flatten(sent).arrays
             spoilt = {p: np.full_like(a, np.nan) for p, a in tables.items() if a.dtype == FLOAT32}
+            spoilt |= {p: np.append(a, a[:1]) for p, a in tables.items() if a.dtype == np.uint8}
             with pytest.raises(BadPayloadError):
-                turn.receive(client, sent.with_arrays(spoilt), ASKED)
+                turn.receive(client, sent.with_arrays(spoilt), asked)
             return False
-        assert turn.receive(client, sent, ASKED).values.tolist() == answer.values.tolist()
+        assert turn.receive(client, sent, asked).values.tolist() == answer.values.tolist()
         return True
 
 
@@ -514,14 +532,18 @@ def test_what_changed_is_sent_and_both_sides_remember_it():
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize("takes_back", [False, True])
-def test_no_misfortune_brings_the_two_sides_apart(fate, skip, first, takes_back):
-    federation = Federation(BOTH, takes_back)
+@pytest.mark.parametrize("stages", [BOTH, DELTAS])
+def test_no_misfortune_brings_the_two_sides_apart(fate, skip, first, takes_back, stages):
+    federation = Federation(stages, takes_back, soft=stages is DELTAS)
     for _ in range(first - 1):
         federation.play({0: "good", 1: "good"})
     federation.play({0: fate, 1: "good"}, skip=skip)
     for _ in range(2):
         federation.play({0: "good", 1: "good"})
-    assert federation.state.clients[0].up["times"] >= 2
+    if stages is BOTH:
+        assert federation.state.clients[0].up["times"] >= 2
+    else:
+        assert federation.state.clients[0].up["numbers"].shape == (3, 2)
 
 
 FATES = st.sampled_from(["good", "away", "unreached", "lost", "damaged", "restarted"])
@@ -530,11 +552,19 @@ FATES = st.sampled_from(["good", "away", "unreached", "lost", "damaged", "restar
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(FATES, FATES, st.booleans()), min_size=1, max_size=8),
-    st.sampled_from([BOTH, Stages(up=DELTA), Stages(down=DELTA), Stages(up=DELTA, down=Float16())]),
+    st.sampled_from(
+        [
+            BOTH,
+            Stages(up=DELTA),
+            Stages(down=DELTA),
+            Stages(up=DELTA, down=Float16()),
+            DELTAS,
+        ]
+    ),
     st.booleans(),
 )
 def test_no_run_of_misfortunes_brings_the_two_sides_apart(rounds, stages, takes_back):
-    federation = Federation(stages, takes_back)
+    federation = Federation(stages, takes_back, soft=stages is DELTAS)
     for first, second, skip in rounds:
         federation.play({0: first, 1: second}, skip=skip)
     federation.play({0: "good", 1: "good"})
@@ -606,7 +636,7 @@ def test_each_codec_draws_from_a_stream_of_its_own():
 
 
 def test_limits_say_what_travels():
-    limits = server_turn(Stages(up=Float16())).asked(ASKED).limits
+    limits = server_turn(Stages(up=Float16())).asked(ASKED, 0).limits
     assert limits["coded/values"].dtype == np.float16
     assert limits["inner/values"].dtype == FLOAT32
-    assert server_turn(Stages()).asked(ASKED) is ASKED
+    assert server_turn(Stages()).asked(ASKED, 0) is ASKED

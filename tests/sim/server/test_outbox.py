@@ -10,6 +10,7 @@ from fedkd.exchange.pipeline import ExchangeState, ServerTurn, Stages
 from fedkd.metrics.diversity import target_entropy
 from sim.server.outbox import Outbox
 from sim.server.validation import AuthorError
+from sim.wire.messages import Told
 
 
 def lesson(sharp):
@@ -79,7 +80,7 @@ def test_orders_are_a_client_s_own(outbox):
 
 def test_a_silent_one_tells_nobody_anything(outbox):
     names = Names({0: "a"}, {"a": lesson(0.5)}, {0: Orders(peers=(1,))})
-    assert outbox(names, silent=True).tell(0, 1) == (None, None, 0)
+    assert outbox(names, silent=True).tell(0, 1) == Told()
     assert names.made == []
 
 

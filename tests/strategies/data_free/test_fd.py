@@ -5,9 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from fedkd.data import build_federated_data
 from fedkd.exchange.payloads import ClassTable, Weights
 from fedkd.training import Batch, Outputs
+from sim.settings import Settings
 from strategies.contract import Upload
 from strategies.data_free.fd import (
     TAUGHT,
@@ -228,3 +231,45 @@ def test_stacked_clients_learn_what_clients_learn_one_by_one(
 def test_the_weight_is_a_schedule():
     settings = FDSettings.model_validate({"kd_weight": {"kind": "linear", "start": 0, "end": 2}})
     assert settings.kd_weight.at(0.5) == 1
+
+
+# -- Table 1 of the paper, "total communication" -------------------------------------------------
+
+
+def test_the_bits_of_table_1_come_out_exactly_for_fd(simulate):
+    """102,400: 10 x 10 soft labels of 32 bits, up and down, in 16 rounds of one device.
+
+    What the paper sends down after its 16th round is here received in the 17th, by who learns then.
+    """
+    made = Settings.model_validate(
+        {
+            "rounds": 17,
+            "data": {"public": {"size": 0}, "private_rows": 40, "test_rows": 20},
+            "clients": {"count": 2, "models": ["mlp"], "local": {"steps": 1}},
+            "strategy": {"name": "fd"},
+            "engine": {"backend": "inline"},
+            "evaluation": {"every": 17},
+        }
+    )
+    data = build_federated_data(made.data, num_clients=2, seed=0)
+    rows = [row for row in simulate(made, data).exchange if row["client"] == 0]
+    up = [row for row in rows if row["direction"] == "up" and row["round"] <= 16]
+    down = [row for row in rows if row["direction"] == "down"]
+    assert (len(up), len(down)) == (16, 16)
+    assert 8 * sum(row["bytes"] for row in up + down) == 102_400
+
+
+def test_the_bits_of_table_1_come_out_exactly_for_fl():
+    """1,228,439,552: weights of the 32-64-128-10 network without biases, the same way."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 32, 3, bias=False),
+        nn.Conv2d(32, 64, 3, bias=False),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 12 * 12, 128, bias=False),
+        nn.Linear(128, 10, bias=False),
+    )
+    arrays = {name: array.numpy() for name, array in network.state_dict().items()}
+    assert sum(array.size for array in arrays.values()) == 1_199_648
+    assert network(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+    assert 8 * Weights(arrays=arrays).payload_bytes * 16 * 2 == 1_228_439_552
