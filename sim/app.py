@@ -23,7 +23,7 @@ from fedkd.data import build_federated_data
 from fedkd.training import ClientState
 from sim.commands.running import load_data, run_result
 from sim.engine.nodes import NodesError, introduction
-from sim.engine.runtime import ClientRuntime
+from sim.engine.runtime import ClientRuntime, presence_of
 from sim.keeping.models import ModelKeeper
 from sim.keeping.provenance import provenance_of
 from sim.keeping.records import FolderBusyError, RunFolder, StorageError, new_run_folder
@@ -102,6 +102,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, context: Context) -> None:
     settings = read_settings(context)
+    presence_of(settings)
     data = load_data(settings, nodes=True)
     folder = new_run_folder(settings.output, settings.name, settings.to_yaml())
     status = "failed"

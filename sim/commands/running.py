@@ -15,7 +15,7 @@ from sim.commands.interruption import Interruption, interruptible
 from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.engine.resources import check_engine
-from sim.engine.runtime import build_strategy, federation_of, server_tools
+from sim.engine.runtime import build_strategy, federation_of, presence_of, server_tools
 from sim.keeping.identity import check_same_run
 from sim.keeping.models import ModelKeeper, check_keep
 from sim.keeping.provenance import Changes, check_same_make, provenance_of
@@ -232,6 +232,7 @@ def run(
         check_engine(settings.engine)
         folder = folder or new_run_folder(settings.output, settings.name, settings.to_yaml())
         with _removed_if_empty(folder):
+            presence_of(settings)
             made_of = provenance_of(settings)
             data = load_data(settings)
             accepted = Changes()

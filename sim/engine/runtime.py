@@ -39,9 +39,10 @@ from fedkd.training.backends import measure_backends, open_cohort
 from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
 from sim.devices.clock import Clock
+from sim.devices.presence import Presence
 from sim.engine.deadline import DeadlineError, deadline
 from sim.engine.mistakes import NotFiniteError, author_traceback, is_misfortune
-from sim.settings import Settings
+from sim.settings import Settings, SettingsError
 from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
 from strategies import strategy_class
@@ -95,6 +96,20 @@ def clock_of(settings: Settings, data: FederatedData) -> Clock | None:
         seed=settings.seed,
         num_classes=data.num_classes,
     )
+
+
+def presence_of(settings: Settings) -> Presence | None:
+    """Return who is there when; None where everybody always is.
+
+    Raises:
+        SettingsError: the trace cannot be read.
+    """
+    if not settings.presence.on:
+        return None
+    try:
+        return Presence(settings.presence, clients=settings.clients.count, seed=settings.seed)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, Any]:

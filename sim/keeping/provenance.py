@@ -340,12 +340,12 @@ def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
         files, public = source_files(settings.data), public_source_files(settings.data)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    weights = _weight_files(settings)
-    digests = file_digests([*files, *public, *weights], settings.output / CACHE_FILE)
+    others = _other_files(settings)
+    digests = file_digests([*files, *public, *others], settings.output / CACHE_FILE)
     names = [
         *_names_apart(files),
         *(f"public: {name}" for name in _names_apart(public)),
-        *(f"{path.parent.name}/{path.name}" for path in weights),
+        *(f"{path.parent.name}/{path.name}" for path in others),
     ]
     return dict(zip(names, digests, strict=True))
 
@@ -359,10 +359,11 @@ def _names_apart(files: Sequence[Path]) -> list[str]:
     return [os.path.join(above, os.path.relpath(path, common)) for path in files]
 
 
-def _weight_files(settings: "Settings | DistillSettings") -> list[Path]:
-    """Return the files of weights that a distillation begins with."""
+def _other_files(settings: "Settings | DistillSettings") -> list[Path]:
+    """Return a run's trace of presence, or the files of weights that a distillation begins with."""
     if isinstance(settings, Settings):
-        return []
+        trace = settings.presence.trace
+        return [] if trace is None else [trace]
     student = settings.student.weights
     return [*settings.teacher.weights, *([] if student is None else [student])]
 

@@ -34,6 +34,7 @@ from sim.engine.runtime import (
     federation_of,
     fix_numerics,
     judge,
+    presence_of,
     server_tools,
 )
 from sim.server.budgets import plan_of
@@ -56,13 +57,17 @@ class Boundary:
         round: the last complete round; 0 before the first.
         state: what the algorithm's server half remembers; nobody writes into it.
         exchange: what codecs remember of clients, and what was released so far.
-        simulated_s: what the simulated clock shows, if there is one.
+        simulated_s: what the simulated clock shows; it goes on only where there is one.
     """
 
     round: int
     state: Value
     exchange: ExchangeState = field(default_factory=ExchangeState)
     simulated_s: float = 0.0
+
+
+class NobodyThereError(Exception):
+    """A round has nobody who could be asked."""
 
 
 class RoundLoop:
@@ -90,6 +95,7 @@ class RoundLoop:
         self._server = server_tools(settings, self._strategy, data)
         self._stages = settings.stages
         self._clock = clock_of(settings, data)
+        self._presence = presence_of(settings)
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
@@ -206,11 +212,14 @@ class RoundLoop:
         return self.boundary
 
     def _round(self, before: Boundary) -> None:
-        round = self._federation.round(before.round + 1)
+        round = self._begun(before)
         strategy = self._strategy
         where = f"round {round.number}, the server's half"
         with authors_code(where):
             clients = strategy.participants(before.state, round)
+        if round.present is not None:
+            there = set(round.present)
+            clients = tuple(client for client in clients if client in there)
         if self._nodes is not None:
             self._nodes.begin(round.number, clients)
         started = time.perf_counter()
@@ -233,6 +242,8 @@ class RoundLoop:
         )
         skipped = False
         try:
+            if not clients:
+                raise NobodyThereError
             uploads = turn.view(
                 replies, sums=strategy.sums, group=self._federation.architectures.__getitem__
             )
@@ -246,13 +257,19 @@ class RoundLoop:
                 raise
             state, skipped = before.state, True
             self._skip(round, str(error))
+        except NobodyThereError:
+            state, skipped = before.state, True
+            self._skip(round, "nobody is there (presence)")
         finally:
             self._pass_events_on()
         state = self._forgotten(state, where)
         exchange = turn.skipped() if skipped else turn.committed()
         spent = sum(row["bytes"] for row in replies.exchanged)
         exchange = replace(exchange, spent=exchange.spent + spent)
-        simulated_s = before.simulated_s + replies.simulated_s + self._server_seconds()
+        simulated_s = before.simulated_s
+        if self._clock is not None:
+            taken = replies.simulated_s if clients else self._settings.presence.round_s
+            simulated_s += taken + self._server_seconds()
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
         federation: Row = {}
@@ -269,6 +286,7 @@ class RoundLoop:
         federation = {
             "round": round.number,
             "scope": "federation",
+            **({} if round.present is None else {"present": len(round.present)}),
             "participants": len(clients),
             "replies": replies.valid,
             **({"skipped": True} if skipped else {}),
@@ -298,6 +316,16 @@ class RoundLoop:
             return state
         with authors_code(where):
             return self._checked(self._strategy.forget(state, lost), "forget")
+
+    def _begun(self, before: Boundary) -> Round:
+        """Return the next round, with those who are there when it begins."""
+        round = self._federation.round(before.round + 1)
+        if self._presence is None:
+            return round
+        clock = before.simulated_s
+        if self._clock is None:
+            clock = before.round * self._settings.presence.round_s
+        return replace(round, present=self._presence.there(round.number, clock))
 
     def _turn(self, before: ExchangeState, round: Round, purse: Purse | None = None) -> ServerTurn:
         return ServerTurn(

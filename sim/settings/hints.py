@@ -46,6 +46,7 @@ MEANT: Mapping[str, str] = MappingProxyType(
         "engine": "backend",
         "evaluation": "every",
         "exchange": "rows_per_round",
+        "presence": "trace",
         "search": "temperatures",
         "student": "model",
         "study": "seeds",

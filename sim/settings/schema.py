@@ -44,6 +44,7 @@ from fedkd.names import check_name
 from fedkd.training import OptimizerSettings, Passes
 from sim.adversity.faults import PROCESS_FAULTS, FaultRule
 from sim.devices.clock import ClockSettings
+from sim.devices.presence import PresenceSettings
 from sim.settings.tables import yaml_text
 from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
@@ -308,6 +309,7 @@ class Settings(_Section):
     privacy: PrivacySettings = PrivacySettings()
     adversary: AdversaryField = Field(NoAdversary(), description="who sends what else: none")
     clock: ClockSettings = ClockSettings()
+    presence: PresenceSettings = PresenceSettings()
     engine: EngineSettings = EngineSettings()
     nodes: NodesSettings = NodesSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -1,7 +1,7 @@
 """What a round is: pure functions of the settings, and what the server decides as it goes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TypeVar, overload
 
@@ -115,10 +115,16 @@ def progress_of(round: int, rounds: int) -> float:
 
 @dataclass(frozen=True)
 class Round:
-    """One round as both halves see it."""
+    """One round as both halves see it.
+
+    Attributes:
+        present: on the server, who can be reached at its beginning: sorted partition ids; None:
+            everybody. Clients do not know.
+    """
 
     federation: Federation
     number: int
+    present: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @property
     def progress(self) -> float:
@@ -177,13 +183,18 @@ class Round:
         return PublicLesson(rows=rows, targets=None, passes=self.passes(epochs))
 
     def drawn(self) -> tuple[int, ...]:
-        """Draw the round's clients by partition id: sorted, at least one."""
+        """Draw the round's clients by partition id: sorted; none only where nobody is there.
+
+        As many as ever, or everybody who is there where these are fewer.
+        """
         total = self.federation.num_clients
         take = max(1, round(self.federation.participation * total))
-        if take == total:
-            return tuple(range(total))
+        there = range(total) if self.present is None else self.present
+        if take >= len(there):
+            return tuple(there)
         rng = generator_for(self.federation.seed, Purpose.PARTICIPANTS, self.number)
-        return tuple(int(client) for client in np.sort(rng.choice(total, take, replace=False)))
+        drawn = np.sort(rng.choice(len(there), take, replace=False))
+        return tuple(there[int(place)] for place in drawn)
 
     def random(self, *key: int) -> np.random.Generator:
         """Return a stream of the algorithm's own: of the run's seed, this round and a key.

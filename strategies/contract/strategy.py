@@ -248,7 +248,10 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         return state  # type: ignore[no-any-return]
 
     def participants(self, state: StateT, round: Round) -> tuple[int, ...]:
-        """Choose who takes part in a round: sorted partition ids, at least one."""
+        """Choose who takes part in a round: sorted partition ids, none only where nobody is there.
+
+        Who is not among `Round.present` is not asked, whoever is chosen.
+        """
         return round.drawn()
 
     def receives(self, state: StateT, client: int, round: Round) -> Hashable | None:

@@ -1,5 +1,7 @@
 """Rounds: what both sides derive from the settings, so that they agree without a message."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,18 @@ def test_participants_are_drawn_anew_each_round_by_the_seed_alone(federation):
         assert len(set(clients)) == 5
         assert list(clients) == sorted(clients)
         assert all(0 <= client < 20 for client in clients)
+
+
+def test_as_many_as_ever_are_drawn_among_those_who_are_there(federation):
+    round = federation(clients=20, participants=5).round(3)
+    there = tuple(range(1, 20, 2))
+    drawn = replace(round, present=there).drawn()
+    assert len(drawn) == 5
+    assert set(drawn) < set(there)
+    assert list(drawn) == sorted(drawn)
+    assert replace(round, present=(4, 9)).drawn() == (4, 9)
+    assert replace(round, present=()).drawn() == ()
+    assert replace(round, present=tuple(range(20))).drawn() == round.drawn()
 
 
 @pytest.mark.parametrize(
