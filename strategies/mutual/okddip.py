@@ -41,6 +41,7 @@ from fedkd.schedules import (
     PositiveSchedule,
     RampUpSchedule,
 )
+from fedkd.targets.softening import soften
 from fedkd.training import Arrays, Cohort, as_tensor
 from fedkd.training.state import to_arrays
 from fedkd.training.steps import FixedRate, Steps
@@ -227,6 +228,11 @@ class OKDDip(TaughtByPeers[OKDDipSettings, Attending]):
             client: lesson(rows, mixture, "probabilities", temperature)
             for client, mixture in zip(sent, mixtures, strict=True)
         }
+        if scale == "logits":
+            # In the mixtures' scale: clients that were absent are stacked with those that were not.
+            shared = lesson(
+                rows, soften(mean, temperature=temperature), "probabilities", temperature
+            )
         return Attending(shared, others, arrays, leader)
 
     @property
