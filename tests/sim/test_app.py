@@ -269,6 +269,29 @@ def test_planned_faults_strike_nodes_as_they_strike_workers(
     assert kinds(theirs["events"]) == kinds(ours["events"])
 
 
+def test_the_clock_shows_nodes_the_same_time_and_asks_the_same_ones(
+    small: Callable[..., Settings], words: Any, serve: Any
+) -> None:
+    slow = (
+        "clock.speed=[1e9,1e9,1]",
+        "clock.up=1e5",
+        "clock.deadline_s=30",
+        "presence.join_rounds=[1,1,1,2]",
+    )
+    ours = of_run(small(*slow))
+    theirs = serve(Runtime(range(4), 4), words(*slow))
+    assert theirs["metrics"] == ours["metrics"]
+    assert theirs["exchange"] == ours["exchange"]
+    assert (
+        kinds(theirs["events"])
+        == kinds(ours["events"])
+        == [
+            (1, 2, "rejected"),
+            (2, 2, "rejected"),
+        ]
+    )
+
+
 # -- nodes that are not there ------------------------------------------------------------------
 
 
