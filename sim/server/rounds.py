@@ -225,7 +225,7 @@ class RoundLoop:
         started = time.perf_counter()
         # What was done to judge the last round takes no time.
         self._server.take_work()
-        purse = self._purse(round, clients, before.exchange)
+        purse = self._purse(round, clients, before.exchange) if clients else None
         turn = self._turn(before.exchange, round, purse)
         outbox = Outbox(strategy, before.state, round, turn, server=self._server)
         replies = Replies(

@@ -289,3 +289,24 @@ def test_a_run_does_not_go_on_with_another_trace(tiny_settings, tiny_data, tmp_p
     trace.write_text("client,from,to\n*,0,1e7\n")
     with pytest.raises(SettingsError, match=r"trace\.csv changed"):
         run(settings, resume=stop.value.folder)
+
+
+def test_a_byte_budget_holds_where_clients_are_absent(tiny_settings, tiny_data, simulate, tmp_path):
+    trace = written(tmp_path, "client,from,to\n0,0,90\n1,0,250\n*,150,1e6\n")
+    settings = tiny_settings(
+        rounds=4,
+        exchange={"budget_kb": 6.0},
+        presence={"trace": str(trace), "round_s": 100.0},
+    )
+    done = simulate(settings, tiny_data())
+    assert [row["participants"] for row in done.history.federation] == [2, 1, 3, 2]
+    night = written(tmp_path, "client,from,to\n*,0,190\n", "night.csv")
+    settings = tiny_settings(
+        rounds=3,
+        exchange={"budget_kb": 6.0},
+        presence={"trace": str(night), "round_s": 100.0},
+    )
+    ended = simulate(settings, tiny_data())
+    assert [row["participants"] for row in ended.history.federation] == [4, 4, 0]
+    for each in (done, ended):
+        assert 0 < sum(row["bytes"] for row in each.exchange) <= 6000
