@@ -67,8 +67,8 @@ def plot_split(data: FederatedData) -> "Figure":
     width = float(np.clip(4.4 + 0.5 * data.num_classes, 6.5, 14.0))
     figure = Figure(figsize=(width, height), layout="constrained")
     cells, totals = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
-    _draw_cells(cells, counts, data.class_names, data.client_names)
-    _draw_totals(totals, counts.sum(axis=1))
+    _draw_cells(cells, counts, data.class_names, _lines(data))
+    _draw_totals(totals, counts.sum(axis=1), data.wrong_counts())
     figure.colorbar(cells.images[0], ax=totals, label="rows of this class", fraction=0.2)
     title = (
         f"{shortened(data.name, 60)}: {counts.sum():,} private rows on {data.num_clients} clients"
@@ -80,6 +80,16 @@ def plot_split(data: FederatedData) -> "Figure":
     return figure
 
 
+def _lines(data: FederatedData) -> list[str]:
+    """Name clients by their ids and how they see inputs; nothing where they have neither."""
+    named, shifts = data.client_names, data.client_shifts
+    if shifts is None:
+        return [shortened(name, LONGEST_NAME) for name in named]
+    seen = [shortened(shifts.labels[place], LONGEST_NAME) for place in shifts.of_client]
+    first = [shortened(name, LONGEST_NAME) for name in named] or list(map(str, range(len(seen))))
+    return [f"{name}: {label}" for name, label in zip(first, seen, strict=True)]
+
+
 def shortened(name: str, longest: int) -> str:
     """Return a name, or its beginning where it is longer."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
@@ -89,7 +99,7 @@ def _draw_cells(
     axes: "Axes",
     counts: Int64[np.ndarray, "clients classes"],
     class_names: tuple[str, ...],
-    client_names: tuple[str, ...],
+    client_names: list[str],
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -111,11 +121,7 @@ def _draw_cells(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if client_names and num_clients <= MOST_NAMED_CLIENTS:
-        axes.set_yticks(
-            range(num_clients),
-            [shortened(name, LONGEST_NAME) for name in client_names],
-            parse_math=False,
-        )
+        axes.set_yticks(range(num_clients), client_names, parse_math=False)
     elif counts.size <= MOST_NUMBERED_CELLS:
         axes.set_yticks(range(num_clients))
     if counts.size <= MOST_NUMBERED_CELLS:
@@ -127,14 +133,18 @@ def _draw_cells(
                 )
 
 
-def _draw_totals(axes: "Axes", totals: Int64[np.ndarray, "clients"]) -> None:
+def _draw_totals(
+    axes: "Axes", totals: Int64[np.ndarray, "clients"], wrong: Int64[np.ndarray, "clients"]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     bars = axes.barh(np.arange(len(totals)), totals, color="#2c7fb8", height=0.7)
     if len(totals) <= 30:
         axes.bar_label(bars, padding=3, fontsize="small")
         axes.margins(x=0.3)
-    axes.set(xlabel="rows in total")
+    if wrong.any():
+        axes.barh(np.arange(len(wrong)), wrong, color="#d95f0e", height=0.7)
+    axes.set(xlabel="rows; orange: wrong labels" if wrong.any() else "rows in total")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     axes.tick_params(left=False)
     axes.spines[["top", "right", "left"]].set_visible(False)

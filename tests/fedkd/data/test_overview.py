@@ -58,3 +58,22 @@ def test_many_clients_are_drawn_without_numbers():
     figure = plot_split(build_federated_data(settings, num_clients=60, seed=0))
     assert not figure.axes[0].texts
     figure.savefig(io.BytesIO(), format="png")
+
+
+def test_picture_shows_whose_labels_are_wrong_and_who_sees_what():
+    settings = DataSettings(
+        partition={"kind": "iid"},
+        label_noise={"rate": [0.0, 0.5]},
+        feature_shift={"shifts": [{"kind": "none"}, {"kind": "blur"}]},
+    )
+    data = build_federated_data(settings, num_clients=4, seed=0)
+    cells, totals, _ = plot_split(data).axes
+    assert [tick.get_text() for tick in cells.get_yticklabels()] == [
+        "0: none",
+        "1: blur std=1",
+        "2: none",
+        "3: blur std=1",
+    ]
+    widths = [bar.get_width() for bar in totals.patches]
+    assert widths == [*map(len, data.client_rows), *data.wrong_counts()]
+    assert widths[4] == widths[6] == 0 < widths[5]
