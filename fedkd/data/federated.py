@@ -12,11 +12,12 @@ from jaxtyping import Float32, Int64
 from fedkd.data.feature_shift import ClientShifts, check_shifts, shift_inputs
 from fedkd.data.images import match_channels
 from fedkd.data.label_noise import WrongLabels, with_wrong_labels
+from fedkd.data.partition_settings import NaturalPartition
 from fedkd.data.partitions import deal_rows
 from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source
-from fedkd.data.splits import RowSplit, split_rows
+from fedkd.data.splits import RowSplit, split_rows, split_rows_by_id
 from fedkd.randomness import Purpose, generator_for
 
 log = logging.getLogger(__name__)
@@ -153,12 +154,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     public = (
         None if settings.public.source is None else draw_public_rows(settings, source, seed=seed)
     )
-    split = split_rows(
-        source.train.labels,
-        test_labels,
-        settings if public is None else _without_public(settings),
-        seed=seed,
-    )
+    split = _split(source, settings if public is None else _without_public(settings), seed=seed)
     private_labels = source.train.labels[split.private]
     # Before the images: what does not work should fail at once.
     check_shifts(settings.feature_shift, "pictures")
@@ -181,7 +177,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     public_end = len(split.public)
     validation_end = public_end + len(split.validation)
     repeated = _repetitions(inputs, test_inputs, split, settings)
-    notes = (*source.notes, *dealt.notes, *repeated)
+    notes = (*source.notes, *split.notes, *dealt.notes, *repeated)
     if wrong is not None:
         notes = (
             *notes,
@@ -228,6 +224,15 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         other_classes=len(class_names) - len(source.class_names),
         notes=notes,
     )
+
+
+def _split(source: Source, settings: DataSettings, *, seed: int) -> RowSplit:
+    test_labels = None if source.test is None else source.test.labels
+    partition = settings.partition
+    if isinstance(partition, NaturalPartition) and partition.apart:
+        ids = source.ids(partition.column)
+        return split_rows_by_id(source.train.labels, test_labels, ids, settings, seed=seed)
+    return split_rows(source.train.labels, test_labels, settings, seed=seed)
 
 
 def _without_public(settings: DataSettings) -> DataSettings:

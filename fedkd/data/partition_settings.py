@@ -119,6 +119,11 @@ class NaturalPartition(PartitionSettings):
         description="whether several clients may share the rows of one id, where there are more "
         "clients than ids",
     )
+    apart: bool = Field(
+        default=False,
+        description="whether public and validation rows, and test rows of a source without a test "
+        "split, are of ids that are no clients; else rows are drawn whosever they are",
+    )
 
 
 class OwnPartition(PartitionSettings):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
+from fedkd.data.natural_ids import NOBODY, NaturalIds
 from fedkd.data.settings import DataSettings
 from fedkd.randomness import Purpose, generator_for
 
@@ -25,6 +26,8 @@ class RowSplit:
     validation: Int64[np.ndarray, "validation_rows"]
     private: Int64[np.ndarray, "private_rows"]
     test_is_separate: bool
+    notes: tuple[str, ...] = ()
+    """Sentences on what stays unused."""
 
 
 def stratified_rows(
@@ -126,6 +129,81 @@ def split_rows(
         private_size = min(private_size, settings.private_rows)
     private = free[stratified_rows(train_labels[free], private_size, private_rng)]
     return RowSplit(test, public, validation, private, test_is_separate=test_labels is not None)
+
+
+def split_rows_by_id(
+    train_labels: Int64[np.ndarray, "train_rows"],
+    test_labels: Int64[np.ndarray, "source_test_rows"] | None,
+    ids: NaturalIds,
+    settings: DataSettings,
+    *,
+    seed: int,
+) -> RowSplit:
+    """Divide a source's rows like `split_rows`, with no id on both sides of the clients' door.
+
+    Public and validation rows, and test rows where the source has no test split, are of ids that
+    the seed draws until they have enough rows; private rows are of all other ids. Rows that the
+    drawn ids have beyond that, and rows of nobody, stay unused.
+
+    Args:
+        train_labels: labels of the source's training split (or of all its rows).
+        test_labels: labels of the source's test split, ``None`` where it has none.
+        ids: whose each training row is.
+        settings: sizes and fractions.
+        seed: of the run, or ``settings.seed``.
+
+    Raises:
+        ValueError: if no id would be left for a client.
+    """
+    test_rng, public_rng, validation_rng, private_rng, id_rng = (
+        generator_for(seed, Purpose.SPLIT, stage) for stage in range(5)
+    )
+    rows, share = int((ids.numbers != NOBODY).sum()), settings.validation_fraction
+    test_size = 0 if test_labels is not None else max(1, round(settings.test_fraction * rows))
+    usable = rows - test_size - settings.public.size
+    if settings.private_rows is not None:
+        usable = min(usable, round(settings.private_rows / (1 - share)))
+    validation_size = max(1, round(share * usable))
+    needed = test_size + settings.public.size + validation_size
+
+    counts = np.bincount(ids.numbers[ids.numbers != NOBODY], minlength=len(ids.names))
+    order = id_rng.permutation(np.flatnonzero(counts))
+    taken = int(np.searchsorted(np.cumsum(counts[order]), needed)) + 1
+    if taken >= len(order):
+        raise ValueError(
+            f"data.partition.apart leaves no id for a client: public and validation rows"
+            f"{' and those for testing' if test_size else ''} need {needed} rows of ids of their "
+            f"own, and data.source {settings.source!r} has {rows} rows of {len(order)} ids: use a "
+            "smaller data.public.size or data.validation_fraction"
+        )
+    held = np.flatnonzero(np.isin(ids.numbers, order[:taken]))
+    total = len(held)
+    sets = []
+    for size, rng in (
+        (test_size, test_rng),
+        (settings.public.size, public_rng),
+        (validation_size, validation_rng),
+    ):
+        chosen = held[stratified_rows(train_labels[held], size, rng)]
+        sets.append(chosen)
+        held = _without(held, chosen)
+    test, public, validation = sets
+    labels_of_test = train_labels[test]
+    if test_labels is not None:
+        test, labels_of_test = np.arange(len(test_labels)), test_labels
+    if settings.test_rows is not None and settings.test_rows < len(test):
+        test = test[stratified_rows(labels_of_test, settings.test_rows, test_rng)]
+    free = np.flatnonzero(np.isin(ids.numbers, order[taken:]))
+    size = len(free) if settings.private_rows is None else min(len(free), settings.private_rows)
+    private = free[stratified_rows(train_labels[free], size, private_rng)]
+    kept = "public and validation" if test_labels is not None else "public, validation and test"
+    note = (
+        f"data.partition.apart: {taken} of {len(order)} ids are no clients; {needed} of their "
+        f"{total} rows are the {kept} ones"
+    )
+    return RowSplit(
+        test, public, validation, private, test_is_separate=test_labels is not None, notes=(note,)
+    )
 
 
 def _without(rows: Int64[np.ndarray, "_"], taken: Int64[np.ndarray, "_"]) -> np.ndarray:

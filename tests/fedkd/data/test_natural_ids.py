@@ -4,6 +4,7 @@ import pytest
 
 from fedkd.data import DataSettings, build_federated_data, plot_split, split_table
 from fedkd.data.natural_ids import NaturalIds, deal_by_id, read_ids
+from fedkd.data.splits import split_rows_by_id
 from fedkd.data.tables import ArrowTable
 
 SPEAKERS = ("ann", "bob", "cy")
@@ -199,6 +200,60 @@ def test_what_belongs_to_no_client_is_among_the_notes(speech):
     data = build(speech, clients=2, column="speaker")
     assert any("2 of 3 ids are clients" in note for note in data.notes)
     assert data.num_unassigned_rows > 0
+
+
+def test_public_validation_and_test_rows_may_be_of_ids_that_are_no_clients():
+    rng = np.random.default_rng(0)
+    labels, ids = rng.integers(0, 3, 1000), rng.integers(0, 20, 1000)
+    ids[:7] = -1
+    given = NaturalIds(tuple(map(str, range(20))), ids)
+    settings = DataSettings(public={"size": 100}, test_rows=150)
+    split = split_rows_by_id(labels, None, given, settings, seed=0)
+    of = {
+        name: set(ids[getattr(split, name)]) for name in ("test", "public", "validation", "private")
+    }
+    assert len(split.public) == 100
+    assert len(split.test) == 150
+    # 993 rows of somebody: 199 for testing, 100 public ones, and a tenth of the other 694.
+    assert len(split.validation) == 69
+    assert not of["private"] & (of["test"] | of["public"] | of["validation"])
+    assert -1 not in set().union(*of.values())
+    rows = np.concatenate([split.test, split.public, split.validation, split.private])
+    assert len(np.unique(rows)) == len(rows)
+    assert set(ids[split.private]) | of["test"] | of["public"] | of["validation"] == set(range(20))
+    (note,) = split.notes
+    apart = 20 - len(of["private"])
+    assert note.startswith(f"data.partition.apart: {apart} of 20 ids are no clients; 368 of their ")
+    again, other = (split_rows_by_id(labels, None, given, settings, seed=s) for s in (0, 1))
+    np.testing.assert_array_equal(split.private, again.private)
+    assert of["private"] != set(ids[other.private])
+
+
+def test_a_test_split_of_the_source_stays_the_test_set():
+    ids = NaturalIds(("a", "b", "c"), np.arange(90) % 3)
+    settings = DataSettings(public={"size": 10}, private_rows=20)
+    split = split_rows_by_id(np.arange(90) % 2, np.arange(8) % 2, ids, settings, seed=0)
+    np.testing.assert_array_equal(split.test, np.arange(8))
+    assert (len(split.validation), len(split.private)) == (2, 20)
+    assert len(set(split.private % 3)) == 2
+    assert len({*(split.public % 3), *(split.validation % 3)}) == 1
+
+
+def test_ids_apart_that_leave_no_client_are_refused(speech):
+    # 18 rows for testing, 12 public and 6 validation ones take two of three speakers of 30 rows.
+    data = build(speech, clients=1, column="speaker", apart=True)
+    assert len(data.client_rows[0]) == 30
+    assert any(note.startswith("data.partition.apart: 2 of 3 ids") for note in data.notes)
+    with pytest.raises(ValueError, match=r"leaves no id for a client: .* need 70 rows .* of 3 ids"):
+        build_federated_data(
+            DataSettings(
+                source=str(speech),
+                public={"size": 50},
+                partition={"kind": "natural", "column": "speaker", "apart": True},
+            ),
+            num_clients=1,
+            seed=0,
+        )
 
 
 def test_what_save_to_disk_wrote_has_ids(speech, tmp_path):
