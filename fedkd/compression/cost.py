@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedkd.compression.pruning import dense_state
 from fedkd.compression.quantisation import quantised_header
 from fedkd.compression.storage import plain_tensors
-from fedkd.models import ImageShape
+from fedkd.inputs import Shape
 from fedkd.threads import computing_threads
 from fedkd.training.work import RowFlops
 
@@ -27,7 +27,7 @@ class ModelCost:
 
     Attributes:
         parameters: weights and biases, trainable or not, int8 or float; shared ones count once.
-        flops: floating-point operations of one image's forward pass: matrix products,
+        flops: floating-point operations of one input's forward pass: matrix products,
             convolutions and attention, one multiply-add = 2; additions of biases, activations and
             normalisation are not counted. Zeros of a pruned layer are: dense kernels multiply
             them too.
@@ -43,7 +43,7 @@ class ModelCost:
 
 def measure_cost(
     module: nn.Module,
-    input_shape: ImageShape,
+    input_shape: Shape,
     *,
     batch_sizes: Sequence[int] = (1, 64),
     warm_up: int = 3,
@@ -55,8 +55,8 @@ def measure_cost(
     what else ran on it.
 
     Args:
-        module: maps images to logits, on the CPU.
-        input_shape: channels, height and width of one image.
+        module: maps inputs to logits, on the CPU.
+        input_shape: of one input.
         batch_sizes: for the latency, each >= 1.
         warm_up: forward passes before the watch starts, >= 0.
         repeats: forward passes timed, >= 1.
@@ -90,7 +90,7 @@ def measure_cost(
     )
 
 
-def row_flops(module: nn.Module, input_shape: ImageShape) -> RowFlops:
+def row_flops(module: nn.Module, input_shape: Shape) -> RowFlops:
     """Count what a row costs to learn from and to predict: a model's forward and backward pass.
 
     The backward pass goes to every parameter that learns, and no further than it has to: the first

@@ -166,7 +166,7 @@ def quantised_layers(module: nn.Module) -> tuple[str, ...]:
 def compare_quantised(
     module: nn.Module,
     quantised: nn.Module,
-    inputs: Float[Tensor, "batch channels height width"],
+    inputs: Float[Tensor, "batch *shape"],
 ) -> QuantisationComparison:
     """Compare a float model with its quantised copy on images, both in evaluation mode.
 

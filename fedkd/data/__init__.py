@@ -1,11 +1,11 @@
-"""Images for a federation: sources, disjoint splits, partitions and a picture of them."""
+"""Rows for a federation: sources, disjoint splits, partitions and a picture of them."""
 
 from fedkd.data.federated import FederatedData, build_federated_data
 from fedkd.data.overview import plot_split, split_table
 from fedkd.data.partition_settings import PartitionSettings
-from fedkd.data.public_source import public_source_files
+from fedkd.data.public_source import public_source_digests, public_source_files
 from fedkd.data.settings import DataSettings, PublicSettings
-from fedkd.data.sources import source_files
+from fedkd.data.sources import source_digests, source_files
 
 __all__ = [
     "DataSettings",
@@ -14,7 +14,9 @@ __all__ = [
     "PublicSettings",
     "build_federated_data",
     "plot_split",
+    "public_source_digests",
     "public_source_files",
+    "source_digests",
     "source_files",
     "split_table",
 ]

@@ -1,7 +1,7 @@
 """The data of one run: private rows per client, a public set, validation and test sets."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -18,6 +18,7 @@ from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source
 from fedkd.data.splits import RowSplit, split_rows, split_rows_by_id
+from fedkd.inputs import InputShape
 from fedkd.randomness import Purpose, generator_for
 
 log = logging.getLogger(__name__)
@@ -27,26 +28,29 @@ log = logging.getLogger(__name__)
 class FederatedData:
     """Everything that clients and server learn from and are measured on.
 
-    Inputs are standardised per channel: ``(pixel - channel_mean) / channel_std`` with pixels in
-    [0, 1]. Arrays are C-contiguous, so that workers can read them from shared memory.
+    Inputs are standardised per channel, or per feature: ``(pixel - channel_mean) / channel_std``
+    with pixels in [0, 1]. Texts are numbers of tokens and stay so. Arrays are C-contiguous, so
+    that workers can read them from shared memory.
     """
 
     name: str
     class_names: tuple[str, ...]
     channel_mean: Float32[np.ndarray, "channels"]
+    """Of each channel of pictures, or of each feature; a single 0 for texts."""
     channel_std: Float32[np.ndarray, "channels"]
-    train_inputs: Float32[np.ndarray, "train_rows channels height width"]
+    """The same; a single 1 for texts."""
+    train_inputs: Float32[np.ndarray, "train_rows *shape"]
     """The private pool: what the clients hold together."""
     train_labels: Int64[np.ndarray, "train_rows"]
     """As clients see them: with ``data.label_noise`` some are wrong."""
     client_rows: tuple[Int64[np.ndarray, "_"], ...]
     """Per client the rows of the pool it holds: sorted, disjoint, possibly not all of them."""
-    public_inputs: Float32[np.ndarray, "public_rows channels height width"]
+    public_inputs: Float32[np.ndarray, "public_rows *shape"]
     public_labels: Int64[np.ndarray, "public_rows"] | None
     """``None`` unless ``data.public.labelled``: then nobody can look at them by mistake."""
-    validation_inputs: Float32[np.ndarray, "validation_rows channels height width"]
+    validation_inputs: Float32[np.ndarray, "validation_rows *shape"]
     validation_labels: Int64[np.ndarray, "validation_rows"]
-    test_inputs: Float32[np.ndarray, "test_rows channels height width"]
+    test_inputs: Float32[np.ndarray, "test_rows *shape"]
     test_labels: Int64[np.ndarray, "test_rows"]
     client_names: tuple[str, ...] = ()
     """What clients are called by their natural ids; empty where they have none."""
@@ -54,6 +58,8 @@ class FederatedData:
     """Which private labels are wrong, for measurements only; ``None``: all are the source's."""
     client_shifts: ClientShifts | None = None
     """Who sees inputs in which way; ``None``: all see them as they are."""
+    vocabulary: int | None = None
+    """How many tokens texts are made of; ``None`` where inputs are no texts."""
     other_classes: int = 0
     """How many of the classes, the last ones, only labelled public rows have."""
     notes: tuple[str, ...] = ()
@@ -70,10 +76,9 @@ class FederatedData:
         return len(self.client_rows)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one input."""
-        _, channels, height, width = self.train_inputs.shape
-        return channels, height, width
+    def input_shape(self) -> InputShape:
+        """What one input is."""
+        return InputShape(self.train_inputs.shape[1:], self.vocabulary)
 
     @property
     def num_unassigned_rows(self) -> int:
@@ -92,7 +97,7 @@ class FederatedData:
     def private(
         self, client: int
     ) -> tuple[
-        Float32[np.ndarray, "rows channels height width"],
+        Float32[np.ndarray, "rows *shape"],
         Int64[np.ndarray, "rows"],
     ]:
         """Return a copy of the inputs and labels that one client holds.
@@ -135,9 +140,9 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
 
     Inputs are standardised with the mean and standard deviation of the training rows in use
     (private, public and validation together; without public rows that come from another source,
-    which are standardised like all others). These two numbers per channel count as known to
-    everybody, like the published constants of well-known datasets; no privacy budget is spent on
-    them.
+    which are standardised like all others). These two numbers per channel or feature count as
+    known to everybody, like the published constants of well-known datasets; no privacy budget is
+    spent on them.
 
     Args:
         settings: the table ``data``.
@@ -157,7 +162,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     split = _split(source, settings if public is None else _without_public(settings), seed=seed)
     private_labels = source.train.labels[split.private]
     # Before the images: what does not work should fail at once.
-    check_shifts(settings.feature_shift, "pictures")
+    check_shifts(settings.feature_shift, source.kind)
     dealt = deal_rows(
         private_labels,
         settings.partition,
@@ -173,36 +178,41 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         num_classes=len(source.class_names),
         seed=seed,
     )
-    inputs, test_inputs = _read_pixels(source, split, settings)
+    inputs, test_inputs = _read_inputs(source, split, settings)
     public_end = len(split.public)
     validation_end = public_end + len(split.validation)
-    repeated = _repetitions(inputs, test_inputs, split, settings)
+    repeated = _repetitions(inputs, test_inputs, split, source, settings)
     notes = (*source.notes, *split.notes, *dealt.notes, *repeated)
     if wrong is not None:
         notes = (
             *notes,
             f"data.label_noise: {len(wrong.rows)} of {len(labels)} private labels are wrong",
         )
-    mean, std = _channel_statistics(inputs)
+    shape = InputShape(inputs.shape[1:], source.vocabulary)
+    if shape.kind == "text":  # numbers of tokens, which have no mean
+        mean, std = np.zeros(1, np.float32), np.ones(1, np.float32)
+    else:
+        mean, std = _channel_statistics(inputs)
     # Copies, so that none of the three keeps the memory of the others alive.
     public_inputs, public_labels = inputs[:public_end].copy(), source.train.labels[split.public]
     if public is not None:
-        public_inputs, public_labels = public.pixels(inputs), public.labels
+        public_inputs, public_labels = public.inputs(inputs, source.kind), public.labels
         for others in (inputs, test_inputs):
             check_apart(public_inputs, others, settings)
         notes = (*notes, *public.notes)
     for note in notes:
         _tell(note)
+    everything = [inputs, test_inputs, public_inputs]
+    if shape.kind == "features":
+        _standardise(everything, mean, std)
     # After all that compares rows, and with the mean and std of rows as they are: arms that differ
-    # in their shifts share the other sets bit for bit.
+    # in their shifts share the other sets bit for bit. Pixels are shifted as pixels.
     shifts = shift_inputs(
         inputs[validation_end:], test_inputs, dealt.rows, settings.feature_shift, seed=seed
     )
-    copies = () if shifts is None else [own for own in shifts.test_inputs if own is not None]
-    # In place: they may fill much of the memory.
-    for pixels in (inputs, test_inputs, public_inputs, *copies):
-        pixels -= mean[:, None, None]
-        pixels /= std[:, None, None]
+    if shape.kind == "pictures":
+        copies = () if shifts is None else [own for own in shifts.test_inputs if own is not None]
+        _standardise([*everything, *copies], mean, std)
     class_names = source.class_names if public is None else public.class_names
     return FederatedData(
         name=source.name,
@@ -221,6 +231,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         client_names=dealt.names,
         test_inputs=test_inputs,
         test_labels=(source.train.labels if test_labels is None else test_labels)[split.test],
+        vocabulary=source.vocabulary,
         other_classes=len(class_names) - len(source.class_names),
         notes=notes,
     )
@@ -235,35 +246,49 @@ def _split(source: Source, settings: DataSettings, *, seed: int) -> RowSplit:
     return split_rows(source.train.labels, test_labels, settings, seed=seed)
 
 
+def _standardise(
+    sets: Sequence[Float32[np.ndarray, "_rows channels *_sides"]],
+    mean: Float32[np.ndarray, "channels"],
+    std: Float32[np.ndarray, "channels"],
+) -> None:
+    """Standardise rows in place: they may fill much of the memory."""
+    for values in sets:
+        across = (slice(None), *(None for _ in range(values.ndim - 2)))
+        values -= mean[across]
+        values /= std[across]
+
+
 def _without_public(settings: DataSettings) -> DataSettings:
     """Return settings under which the source has no public rows: they come from another."""
     return settings.model_copy(update={"public": settings.public.model_copy(update={"size": 0})})
 
 
-def _read_pixels(
+def _read_inputs(
     source: Source, split: RowSplit, settings: DataSettings
 ) -> tuple[
-    Float32[np.ndarray, "train_rows channels height width"],
-    Float32[np.ndarray, "test_rows channels height width"],
+    Float32[np.ndarray, "train_rows *shape"],
+    Float32[np.ndarray, "test_rows *shape"],
 ]:
-    """Return the pixels of (public, validation, private) rows in this order, and of test rows."""
+    """Return the inputs of (public, validation, private) rows in this order, and of test rows."""
     train_rows = np.concatenate([split.public, split.validation, split.private])
     try:
-        train_pixels = source.train.read(train_rows)
-        test_pixels = (source.test or source.train).read(split.test)
+        train = source.train.read(train_rows)
+        test = (source.test or source.train).read(split.test)
     except ValueError as error:
         if str(error).startswith("data."):
             raise
         raise ValueError(f"data.source {settings.source!r}: {error}") from error
-    train_pixels, test_pixels = match_channels(train_pixels, test_pixels)
-    if train_pixels.shape[1:] != test_pixels.shape[1:]:
+    if source.kind != "pictures":
+        return train, test
+    train, test = match_channels(train, test)
+    if train.shape[1:] != test.shape[1:]:
         raise ValueError(
             f"data.source {settings.source!r}: training and test images must have one height x "
-            f"width, got {'x'.join(map(str, train_pixels.shape[2:]))} and "
-            f"{'x'.join(map(str, test_pixels.shape[2:]))}: give one with data.resize, such as "
-            f"data.resize={min(train_pixels.shape[2], test_pixels.shape[2])}"
+            f"width, got {'x'.join(map(str, train.shape[2:]))} and "
+            f"{'x'.join(map(str, test.shape[2:]))}: give one with data.resize, such as "
+            f"data.resize={min(train.shape[2], test.shape[2])}"
         )
-    return train_pixels, test_pixels
+    return train, test
 
 
 @cache
@@ -273,13 +298,15 @@ def _tell(note: str) -> None:
 
 
 def _repetitions(
-    inputs: Float32[np.ndarray, "train_rows channels height width"],
-    test_inputs: Float32[np.ndarray, "test_rows channels height width"],
+    inputs: Float32[np.ndarray, "train_rows *shape"],
+    test_inputs: Float32[np.ndarray, "test_rows *shape"],
     split: RowSplit,
+    source: Source,
     settings: DataSettings,
 ) -> list[str]:
-    """Say which rows to learn or choose from show the very picture of a row they are judged on."""
-    # Hashes of the pixels, so that no second copy of them is in memory.
+    """Say which rows to learn or choose from show the very input of a row they are judged on."""
+    same = "show the same picture" if source.kind == "pictures" else f"have the same {source.kind}"
+    # Hashes of the inputs, so that no second copy of them is in memory.
     public, validation, private = np.split(
         np.array([hash(row.tobytes()) for row in inputs], dtype=np.int64),
         np.cumsum([len(split.public), len(split.validation)]),
@@ -295,18 +322,19 @@ def _repetitions(
         count = int(np.isin(rows, held_out).sum())
         if count:
             notes.append(
-                f"data.source {settings.source!r}: {count} of {len(rows)} {name} rows show the "
-                f"same picture as a {other} row"
+                f"data.source {settings.source!r}: {count} of {len(rows)} {name} rows {same} "
+                f"as a {other} row"
             )
     return notes
 
 
 def _channel_statistics(
-    pixels: Float32[np.ndarray, "rows channels height width"],
+    inputs: Float32[np.ndarray, "rows channels *sides"],
 ) -> tuple[Float32[np.ndarray, "channels"], Float32[np.ndarray, "channels"]]:
     # Double precision: single loses digits over many millions of pixels.
-    mean = pixels.mean(axis=(0, 2, 3), dtype=np.float64)
-    std = pixels.std(axis=(0, 2, 3), dtype=np.float64)
+    axes = (0, *range(2, inputs.ndim))
+    mean = inputs.mean(axis=axes, dtype=np.float64)
+    std = inputs.std(axis=axes, dtype=np.float64)
     std[std == 0] = 1.0  # a channel without any contrast stays at 0
     return mean.astype(np.float32), std.astype(np.float32)
 

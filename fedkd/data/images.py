@@ -1,6 +1,5 @@
 """Pictures as they are stored -> one array of floats."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
+
+from fedkd.data.memory import check_room
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -233,24 +234,8 @@ def _room_for(rows: int, first: np.ndarray) -> Float32[np.ndarray, "rows channel
 
 
 def _check_memory(shape: Sequence[int]) -> None:
-    # They are copied once, when rows are dealt to their sets.
-    needed, there = 2 * 4 * int(np.prod([int(side) for side in shape])), _memory_bytes()
-    if needed > there:
-        rows, _, *size = shape
-        raise ValueError(
-            f"{rows:,} pictures of {_size(size)} need {needed / 2**30:.1f} GiB of memory, and "
-            f"there are {there / 2**30:.1f}: use data.resize, or fewer rows (data.private_rows, "
-            "data.public.size, data.test_rows)"
-        )
-
-
-def _memory_bytes() -> int:
-    """How much memory this process may have: the machine's, or its container's."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no such control group, or "max"
-        return memory
+    rows, _, *size = shape
+    check_room(shape, f"{rows:,} pictures of {_size(size)}", remedy="data.resize, or ")
 
 
 def _size(shape: Sequence[int]) -> str:

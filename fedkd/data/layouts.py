@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from fedkd.names import printable
 
-Kind = Literal["parquet", "arrow", "pictures"]
+Kind = Literal["parquet", "arrow", "pictures", "csv", "npz"]
 
 SPLIT_WORDS: Mapping[str, frozenset[str]] = {
     "train": frozenset({"train", "training"}),
@@ -34,14 +34,20 @@ PICTURE_ENDINGS = frozenset(
 NOT_READ = {
     f".{ending}": what
     for endings, what in (
-        ("csv tsv xlsx xls arff", "tabular data"),
+        ("xlsx xls arff", "spreadsheets, which have to be saved as CSV"),
         ("txt json jsonl ndjson xml", "text"),
         ("wav mp3 flac ogg", "sound"),
         ("zip tar tgz gz xz bz2 zst 7z rar", "archives, which have to be unpacked"),
-        ("npy npz h5 hdf5 mat pkl pickle pt pth", "arrays"),
+        ("npy h5 hdf5 mat pkl pickle pt pth", "arrays, which have to be saved as NPZ"),
         ("arrow feather", "Arrow files without the state.json of save_to_disk"),
     )
     for ending in endings.split()
+}
+SINGLE_FILES: Mapping[str, Kind] = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".npz": "npz",
 }
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -59,7 +65,7 @@ class Layout:
 
     Attributes:
         kind: ``parquet``; ``arrow``: written by ``save_to_disk``; ``pictures``: picture files in
-            folders that are named after their class.
+            folders that are named after their class; ``csv``; ``npz``: arrays.
         train: the files of the training split, in the order of their rows.
         test: those of the test split; none where there is no such split.
         notes: files that describe the others.
@@ -96,7 +102,7 @@ class Family(NamedTuple):
 
 
 def find_layout(path: Path, source: str) -> Layout:
-    """Look at a folder or a single Parquet file.
+    """Look at a folder or a single file.
 
     Args:
         path: where it is.
@@ -116,9 +122,10 @@ def find_layout(path: Path, source: str) -> Layout:
 
 def _find_layout(path: Path, source: str) -> Layout:
     if path.is_file():
-        if path.suffix.lower() == ".parquet":
-            return Layout("parquet", (path,))
-        what = NOT_READ.get(path.suffix.lower(), "neither a folder nor a Parquet file")
+        kind = SINGLE_FILES.get(path.suffix.lower())
+        if kind is not None:
+            return Layout(kind, (path,))
+        what = NOT_READ.get(path.suffix.lower(), "neither a folder nor a Parquet, CSV or NPZ file")
         raise ValueError(f"data.source {source!r} is {what}: {what_works()}")
     if not path.is_dir():
         there = "neither a folder nor a regular file"
@@ -145,14 +152,25 @@ def _find_layout(path: Path, source: str) -> Layout:
                 "out"
             )
         return _by_split("pictures", pictures, files)
+    cells = [name for name in files.names if SINGLE_FILES.get(name.suffix.lower()) == "csv"]
+    if cells:
+        return _by_split("csv", cells, files)
+    arrays = [name for name in files.names if name.suffix.lower() == ".npz"]
+    if len(arrays) == 1:
+        return Layout("npz", files.paths(arrays))
+    if arrays:
+        raise ValueError(
+            f"data.source {source!r} holds several NPZ files ({_listed(arrays)}): name one of them"
+        )
     raise ValueError(f"data.source {source!r} {_nothing_read(files.names)}: {what_works()}")
 
 
 def what_works() -> str:
     """Name all that ``data.source`` may be."""
     return (
-        "known: 'digits'; a folder with train-*.parquet, with pictures in folders of their class "
-        "(train/cat/1.png) or from save_to_disk; a Parquet file; the name of a Hugging Face dataset"
+        "known: 'digits'; a folder with train-*.parquet or train.csv, with pictures in folders of "
+        "their class (train/cat/1.png) or from save_to_disk; a Parquet, CSV or NPZ file; "
+        "package.module:callable; the name of a Hugging Face dataset"
     )
 
 
@@ -197,7 +215,7 @@ class _Files:
                     yield from self._walk(folder / entry.name, name, (*above, here))
                 elif entry.is_file():
                     yield name
-                elif name.suffix.lower() in (".parquet", *PICTURE_ENDINGS):
+                elif name.suffix.lower() in (*SINGLE_FILES, *PICTURE_ENDINGS):
                     what = "a link to nothing" if entry.is_symlink() else "not a regular file"
                     raise self.refused(f"{printable(str(name))} is {what}")
 

@@ -16,8 +16,9 @@ from jaxtyping import Float32, Int64
 from fedkd.data.feature_shift import LUMA
 from fedkd.data.images import Pixels, resize_pixels
 from fedkd.data.settings import DataSettings
-from fedkd.data.sources import Read, Source, open_source, source_files
+from fedkd.data.sources import Read, Source, open_source, source_digests, source_files
 from fedkd.data.splits import stratified_rows
+from fedkd.inputs import Kind
 from fedkd.randomness import Purpose, generator_for
 
 MOST_REPEATED = 0.1
@@ -33,7 +34,8 @@ class PublicRows:
         labels: their classes, as numbers into ``class_names``.
         class_names: of the run: those of the private source first, then those that only public
             rows have.
-        read: row ids -> pixels in [0, 1].
+        read: row ids -> inputs.
+        kind: what these are.
         notes: on what was left aside.
     """
 
@@ -41,13 +43,35 @@ class PublicRows:
     labels: Int64[np.ndarray, "public_rows"]
     class_names: tuple[str, ...]
     read: Read
+    kind: Kind
     notes: tuple[str, ...] = ()
 
-    def pixels(
-        self, like: Float32[np.ndarray, "_rows channels height width"]
-    ) -> Float32[np.ndarray, "public_rows channels height width"]:
-        """Decode the rows, and bring them to the size and the channels of other pictures."""
-        return matched(self.read(self.rows), channels=like.shape[1], size=like.shape[2:])
+    def inputs(
+        self, like: Float32[np.ndarray, "_rows *shape"], kind: Kind
+    ) -> Float32[np.ndarray, "public_rows *shape"]:
+        """Read the rows; pictures are brought to the size and the channels of private ones.
+
+        Args:
+            like: private rows.
+            kind: what these are.
+
+        Raises:
+            ValueError: if public rows are of another kind, or have another number of features.
+        """
+        if self.kind != kind:
+            raise ValueError(
+                f"data.public.source must hold {kind} as data.source does, got {self.kind}"
+            )
+        found = self.read(self.rows)
+        if kind == "pictures":
+            return matched(found, channels=like.shape[1], size=like.shape[2:])
+        if found.shape[1:] != like.shape[1:]:
+            raise ValueError(
+                f"data.public.source must have the {like.shape[1]} "
+                f"{'tokens a text' if kind == 'text' else 'features'} of data.source, in the same "
+                f"order, got {found.shape[1]}"
+            )
+        return found
 
 
 def source_settings(settings: DataSettings) -> DataSettings:
@@ -59,6 +83,9 @@ def source_settings(settings: DataSettings) -> DataSettings:
             "config": public.config,
             "image_column": public.image_column,
             "label_column": public.label_column,
+            "options": {},
+            "feature_columns": None,
+            "text_column": None,
         }
     )
 
@@ -77,6 +104,20 @@ def public_source_files(settings: DataSettings) -> tuple[Path, ...]:
         raise ValueError(_renamed(str(error))) from error
 
 
+def public_source_digests(settings: DataSettings) -> dict[str, str]:
+    """Do as `fedkd.data.source_digests` does, for ``data.public.source``.
+
+    Raises:
+        ValueError: if the function fails.
+    """
+    if settings.public.source is None:
+        return {}
+    try:
+        return source_digests(source_settings(settings))
+    except ValueError as error:
+        raise ValueError(_renamed(str(error))) from error
+
+
 def draw_public_rows(settings: DataSettings, private: Source, *, seed: int) -> PublicRows:
     """Draw ``data.public.size`` training rows of ``data.public.source``, stratified by its classes.
 
@@ -90,7 +131,7 @@ def draw_public_rows(settings: DataSettings, private: Source, *, seed: int) -> P
     """
     public = settings.public
     try:
-        source = open_source(source_settings(settings))
+        source = open_source(source_settings(settings), private.encoder)
     except ValueError as error:
         raise ValueError(_renamed(str(error))) from error
     if public.size > len(source.train.labels):
@@ -99,6 +140,11 @@ def draw_public_rows(settings: DataSettings, private: Source, *, seed: int) -> P
             f"data.public.source {public.source!r}, got {public.size}"
         )
     rows = stratified_rows(source.train.labels, public.size, generator_for(seed, Purpose.SPLIT, 1))
+    if source.vocabulary != private.vocabulary and source.kind == private.kind:
+        raise ValueError(
+            f"data.public.source must have texts of the {private.vocabulary} tokens of "
+            f"data.source, got {source.vocabulary}"
+        )
     labels, class_names = source.train.labels[rows], private.class_names
     if public.labelled:
         numbers, class_names = numbered(
@@ -106,10 +152,10 @@ def draw_public_rows(settings: DataSettings, private: Source, *, seed: int) -> P
         )
         labels = numbers[labels]
     notes = tuple(_renamed(note) for note in source.notes)
-    return PublicRows(rows, labels, class_names, partial(_read, source), notes)
+    return PublicRows(rows, labels, class_names, partial(_read, source), source.kind, notes)
 
 
-def _read(source: Source, rows: np.ndarray) -> Pixels:
+def _read(source: Source, rows: np.ndarray) -> Float32[np.ndarray, "rows *shape"]:
     try:
         return source.train.read(rows)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Where images come from: labels are read at once, pixels only for the rows that are used.
+"""Where rows come from: labels are read at once, inputs only for the rows that are used.
 
-scikit-learn's digits; Parquet files, folders of pictures and what ``save_to_disk`` wrote; a Hugging
-Face dataset by name.
+scikit-learn's digits; Parquet, CSV and NPZ files, folders of pictures and what ``save_to_disk``
+wrote; a function of one's own; a Hugging Face dataset by name.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,69 +12,103 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
+from fedkd import own_code
+from fedkd.data.arrays import find_arrays, npz_arrays, own_arrays, own_digest
+from fedkd.data.csv_tables import csv_tables
+from fedkd.data.features import plan_features, read_features
 from fedkd.data.hugging_face import hugging_face_files, hugging_face_tables
 from fedkd.data.image_folders import PictureFolder
 from fedkd.data.images import Pixels, resize_pixels
 from fedkd.data.labels import LabelColumn, common_classes, has_labels
-from fedkd.data.layouts import Layout, find_layout
+from fedkd.data.layouts import SINGLE_FILES, Layout, find_layout
 from fedkd.data.natural_ids import ReadIds, no_ids, read_ids
 from fedkd.data.settings import DataSettings
 from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
+from fedkd.data.texts import TextEncoder, plan_texts, read_texts
+from fedkd.inputs import Kind
 from fedkd.names import printable
 
-Read = Callable[[np.ndarray], Pixels]
+COLUMNS = ("image_column", "feature_columns", "text_column", "label_column")
+
+Read = Callable[[np.ndarray], Float32[np.ndarray, "_rows *_shape"]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class LabelledImages:
+class LabelledRows:
     """One split of a source."""
 
     labels: Int64[np.ndarray, "rows"]
     read: Read
-    """Row ids -> their pixels in [0, 1], in the order of the ids."""
+    """Row ids -> their inputs, in the order of the ids: pixels in [0, 1], features as they are."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """An opened ``data.source``; ``test`` is ``None`` where it has no test split.
+    """An opened ``data.source``.
 
-    ``notes`` are sentences on what was left aside; ``ids`` reads whose each training row is.
+    Attributes:
+        name: what it is called.
+        class_names: of the labels.
+        train: its training split.
+        test: its test split; ``None`` where it has none.
+        notes: sentences on what was left aside.
+        kind: what its inputs are.
+        encoder: what turned texts into these; ``None`` where they were none.
+        ids: reads whose each training row is.
+        vocabulary: how many tokens texts are made of; ``None`` where inputs are no texts.
     """
 
     name: str
     class_names: tuple[str, ...]
-    train: LabelledImages
-    test: LabelledImages | None
+    train: LabelledRows
+    test: LabelledRows | None
     notes: tuple[str, ...] = field(default=())
     ids: ReadIds = no_ids
+    kind: Kind = "pictures"
+    encoder: TextEncoder | None = None
+    vocabulary: int | None = None
 
 
-def open_source(settings: DataSettings) -> Source:
+def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> Source:
     """Find ``settings.source`` and read its labels.
 
-    ``digits`` is scikit-learn's; what exists as a folder or file, or text that can only be a path
-    (it starts with ``.``, ``~`` or a separator, ends with ``.parquet``, or has more than one
-    ``/``), is read from there; anything else is the name of a Hugging Face dataset, such as
-    ``ylecun/mnist``.
+    ``digits`` is scikit-learn's; ``package.module:callable`` is called; what exists as a folder or
+    file, or text that can only be a path (it starts with ``.``, ``~`` or a separator, ends like a
+    Parquet, CSV or NPZ file, or has more than one ``/``), is read from there; anything else is the
+    name of a Hugging Face dataset, such as ``ylecun/mnist``.
+
+    Args:
+        settings: the table ``data``.
+        encoder: of texts; None: one that fits them.
 
     Raises:
         ValueError: if the source, its columns or its labels cannot be used; says what would work.
     """
     if settings.source == "digits":
-        _reject(settings, "config", "image_column", "label_column")
+        _reject(
+            settings, "config", "image_column", "feature_columns", "text_column", "label_column"
+        )
         return _resized(digits(), settings)
+    if own_code.is_own_code(settings.source):
+        _reject(settings, "config", *COLUMNS)
+        with _naming(settings):
+            return _arrays(own_arrays(settings), settings.source, settings, encoder)
     path = _local_path(settings)
     if path is None:
-        return hugging_face_dataset(settings)
+        return hugging_face_dataset(settings, encoder=encoder)
     _reject(settings, "config")
     layout = find_layout(path, settings.source)
     name = printable(path.resolve().name)
     if layout.kind == "pictures":
-        _reject(settings, "image_column", "label_column")
+        _reject(settings, *COLUMNS)
         return _picture_folder(layout, path, name, settings)
-    return _local_tables(layout, name, settings)
+    if layout.kind == "npz":
+        _reject(settings, *COLUMNS)
+        with _naming(settings):
+            return _arrays(npz_arrays(layout.train[0]), name, settings, encoder)
+    return _local_tables(layout, name, settings, encoder)
 
 
 def source_files(settings: DataSettings) -> tuple[Path, ...]:
@@ -83,17 +117,29 @@ def source_files(settings: DataSettings) -> tuple[Path, ...]:
     Returns:
         Files that describe the others, then training files, then test files, each in the order in
         which they are read; for the name of a Hugging Face dataset the files in the cache of
-        ``datasets``; none for ``digits``, which is part of scikit-learn.
+        ``datasets``; none for ``digits``, which is part of scikit-learn, and none for a function of
+        one's own: which files it reads, nobody knows.
 
     Raises:
         ValueError: if the source cannot be found; says what would work.
     """
-    if settings.source == "digits":
+    if settings.source == "digits" or own_code.is_own_code(settings.source):
         return ()
     path = _local_path(settings)
     return (
         hugging_face_files(settings) if path is None else find_layout(path, settings.source).files
     )
+
+
+def source_digests(settings: DataSettings) -> dict[str, str]:
+    """Return SHA-256 digests of what no file holds: the arrays that a function of one's own gives.
+
+    Raises:
+        ValueError: if the function fails.
+    """
+    if not own_code.is_own_code(settings.source):
+        return {}
+    return {settings.source: own_digest(settings)}
 
 
 def _local_path(settings: DataSettings) -> Path | None:
@@ -108,7 +154,7 @@ def _local_path(settings: DataSettings) -> Path | None:
         raise ValueError(f"data.source {source!r} cannot be looked up: {error}") from error
     only_a_path = (
         source.startswith((".", "~", "/"))
-        or source.lower().endswith(".parquet")
+        or source.lower().endswith(tuple(SINGLE_FILES))
         or "\\" in source
         or source.count("/") > 1
     )
@@ -143,7 +189,7 @@ def digits() -> Source:
         return chosen
 
     labels = table[:, -1].astype(np.int64)
-    return Source("digits", tuple(map(str, range(10))), LabelledImages(labels, read), test=None)
+    return Source("digits", tuple(map(str, range(10))), LabelledRows(labels, read), test=None)
 
 
 def _digits_file() -> Path:
@@ -161,7 +207,7 @@ def _resized(source: Source, settings: DataSettings) -> Source:
     size, read = settings.resize, source.train.read
     if size is None:
         return source
-    train = LabelledImages(source.train.labels, lambda rows: resize_pixels(read(rows), size))
+    train = LabelledRows(source.train.labels, lambda rows: resize_pixels(read(rows), size))
     return replace(source, train=train)
 
 
@@ -181,13 +227,19 @@ def _picture_folder(layout: Layout, root: Path, name: str, settings: DataSetting
         return replace(source, ids=ids)
 
 
-def _local_tables(layout: Layout, name: str, settings: DataSettings) -> Source:
+def _local_tables(
+    layout: Layout, name: str, settings: DataSettings, encoder: TextEncoder | None
+) -> Source:
     with _naming(settings):
-        tables = {
-            split: [_open_table(path, layout) for path in files]
-            for split, files, _ in layout.splits()
-        }
-        return _tables(tables, name, settings, left_aside=layout.left_aside)
+        tables: Mapping[str, Sequence[Table]]
+        if layout.kind == "csv":
+            tables = csv_tables({split: files for split, files, _ in layout.splits()}, settings)
+        else:
+            tables = {
+                split: [_open_table(path, layout) for path in files]
+                for split, files, _ in layout.splits()
+            }
+        return _tables(tables, name, settings, left_aside=layout.left_aside, encoder=encoder)
 
 
 def _open_table(path: Path, layout: Layout) -> Table:
@@ -196,15 +248,51 @@ def _open_table(path: Path, layout: Layout) -> Table:
     return ArrowTable.from_file(path, saved_features(path.parent / "dataset_info.json"))
 
 
+def _arrays(
+    arrays: Mapping[str, np.ndarray],
+    name: str,
+    settings: DataSettings,
+    encoder: TextEncoder | None,
+) -> Source:
+    found = find_arrays(arrays, settings, encoder)
+    if found.kind != "pictures":
+        _reject_resize(settings, found.kind)
+    labels = {split: [column] for split, column in found.labels.items()}
+    classes = f"labels of data.source {settings.source!r}"
+    source = _labelled(name, labels, found.reads, classes, found.left_aside, settings)
+    vocabulary = found.vocabulary if found.encoder is None else found.encoder.vocabulary
+    return replace(
+        source,
+        kind=found.kind,
+        encoder=found.encoder,
+        vocabulary=vocabulary,
+        ids=found.ids,
+    )
+
+
+def _reject_resize(settings: DataSettings, kind: Kind) -> None:
+    if settings.resize is not None:
+        raise ValueError(
+            f"data.resize is for pictures, and data.source {settings.source!r} holds {kind}: "
+            "leave it out"
+        )
+
+
 # --- a Hugging Face dataset by name -----------------------------------------------------------
 
 
-def hugging_face_dataset(settings: DataSettings, cache_folder: Path | None = None) -> Source:
+def hugging_face_dataset(
+    settings: DataSettings,
+    cache_folder: Path | None = None,
+    *,
+    encoder: TextEncoder | None = None,
+) -> Source:
     """Load ``settings.source`` with ``datasets``; the first time this needs a network.
 
     Args:
         settings: ``source`` and ``config`` as ``datasets.load_dataset`` takes them.
         cache_folder: where the dataset is kept; ``None``: where ``datasets`` keeps all of them.
+        encoder: of texts; ``None``: one that fits them.
     """
     splits = hugging_face_tables(settings, cache_folder)
     if "train" not in splits:
@@ -216,7 +304,14 @@ def hugging_face_dataset(settings: DataSettings, cache_folder: Path | None = Non
     left_aside = tuple(sorted(set(splits) - set(used)))
     with _naming(settings):
         # `datasets` keeps pictures that it downloaded as files where they are.
-        return _tables(used, name, settings, left_aside=left_aside, paths_are_pictures=True)
+        return _tables(
+            used,
+            name,
+            settings,
+            left_aside=left_aside,
+            paths_are_pictures=True,
+            encoder=encoder,
+        )
 
 
 # --- for all ----------------------------------------------------------------------------------
@@ -229,19 +324,41 @@ def _tables(
     *,
     left_aside: Sequence[str],
     paths_are_pictures: bool = False,
+    encoder: TextEncoder | None = None,
 ) -> Source:
     splits = {
         split: TableSplit(of_split, settings, paths_are_pictures=paths_are_pictures)
         for split, of_split in tables.items()
     }
-    image_column, label_column = splits["train"].choose_columns()
+    label_column = splits["train"].label_column()
     labels = {split: of_split.labels(label_column) for split, of_split in splits.items()}
-    reads: dict[str, Read] = {
-        split: partial(of_split.read, image_column) for split, of_split in splits.items()
-    }
+    inputs = splits["train"].input_columns(label_column)
+    if inputs.kind != "pictures":
+        _reject_resize(settings, inputs.kind)
+    # A test split without labels is left aside, and need not have what is learnt from.
+    used = [split for split in splits if split == "train" or has_labels(labels[split])]
+    reads: dict[str, Read]
+    kind = inputs.kind
+    if kind == "pictures":
+        (column,) = inputs.columns
+        reads = {split: partial(splits[split].read, column) for split in used}
+    elif kind == "text":
+        (column,) = inputs.columns
+        encoder = encoder or plan_texts(splits["train"].tables, column, settings.text)
+        reads = {
+            split: partial(read_texts, splits[split].tables, column, encoder) for split in used
+        }
+        kind = "features" if encoder.vocabulary is None else "text"
+    else:
+        plan = plan_features([t for split in used for t in splits[split].tables], inputs.columns)
+        reads = {split: partial(read_features, splits[split].tables, plan) for split in used}
     classes = f"data.label_column {label_column!r} of data.source {settings.source!r}"
+    left_aside = (*left_aside, *(f"column {printable(name)!r}" for name in inputs.left_aside))
     source = _labelled(name, labels, reads, classes, left_aside, settings)
-    return replace(source, ids=partial(read_ids, tables["train"]))
+    source = replace(source, kind=kind, ids=partial(read_ids, tables["train"]))
+    if inputs.kind != "text" or encoder is None:
+        return source
+    return replace(source, encoder=encoder, vocabulary=encoder.vocabulary)
 
 
 def _labelled(
@@ -269,7 +386,7 @@ def _labelled(
         )
     found = common_classes(labels, classes)
     splits = {
-        split: LabelledImages(numbers, reads[split]) for split, numbers in found.numbers.items()
+        split: LabelledRows(numbers, reads[split]) for split, numbers in found.numbers.items()
     }
     return Source(name, found.names, splits["train"], splits.get("test"), tuple(notes))
 
@@ -280,6 +397,6 @@ def _naming(settings: DataSettings) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if str(error).startswith(("data.", "the folders of data.")):
+        if str(error).startswith(("data.", "the folders of data.", "labels of data.")):
             raise
         raise ValueError(f"data.source {settings.source!r}: {error}") from error

@@ -1,22 +1,27 @@
-"""Columns of labels and pictures in Parquet and Arrow files.
+"""Columns of labels and inputs in Parquet and Arrow files.
 
 They are read with pyarrow itself: ``datasets`` would copy Parquet files into a cache and report
 their use to a server, even for a local folder.
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from fedkd.data.features import FEATURE_COLUMNS
 from fedkd.data.images import Pixels, open_image, stack_images
+from fedkd.data.kinds import depth, holds_numbers, holds_text, is_list
 from fedkd.data.labels import UNLABELLED, LabelColumn, read_label_column, to_numpy
+from fedkd.data.partition_settings import NaturalPartition
 from fedkd.data.settings import DataSettings
+from fedkd.inputs import Kind
 from fedkd.names import printable
 
 if TYPE_CHECKING:
@@ -24,7 +29,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+OTHER_LABEL_COLUMNS = ("target", "targets", "class", "y")
+"""What labels are called where no file notes which column has the classes."""
 IMAGE_COLUMNS = ("image", "img")
+ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+"""What pandas calls the numbers of rows when it writes them down, too."""
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "review", "question")
 NO_PICTURES = ("Audio", "Video", "Pdf", "Nifti")  # what `datasets` keeps as bytes, too
 
@@ -66,7 +75,7 @@ class ParquetTable(Table):
 
         name = printable(path.name)
         _check_fetched(path, name)
-        with _readable(name):
+        with readable(name):
             # A small buffer: by default all of a column in a row group would be in memory.
             self._file = pq.ParquetFile(
                 path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
@@ -76,7 +85,7 @@ class ParquetTable(Table):
 
     def column(self, name: str) -> "pa.ChunkedArray":
         """Read a whole column; see `Table`."""
-        with _readable(self.name, name):
+        with readable(self.name, name):
             return self._file.read(columns=[name]).column(0)
 
     def pieces(
@@ -95,7 +104,7 @@ class ParquetTable(Table):
                 )
                 first = start
                 while True:
-                    with _readable(self.name, name):
+                    with readable(self.name, name):
                         batch = next(batches, None)
                     if batch is None:
                         break
@@ -106,7 +115,7 @@ class ParquetTable(Table):
 
 def _check_fetched(path: Path, name: str) -> None:
     """Refuse what a clone without Git LFS leaves in the place of each large file."""
-    with _readable(name), path.open("rb") as file:
+    with readable(name), path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{name} only says where the file is: `git lfs pull` fetches it")
 
@@ -124,13 +133,13 @@ class ArrowTable(Table):
         import pyarrow as pa
 
         name = printable(path.name)
-        with _readable(name):
+        with readable(name):
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         return cls(table, name, features or noted_features(table.schema, name))
 
     def column(self, name: str) -> "pa.ChunkedArray":
         """Read a whole column; see `Table`."""
-        with _readable(self.name, name):
+        with readable(self.name, name):
             column = self._table.column(name)
             column.validate(full=True)  # what is mapped was checked by nobody
             return column
@@ -142,7 +151,7 @@ class ArrowTable(Table):
         start = 0
         for chunk in self._table.column(name).chunks:
             if _holds_some(sorted_rows, start, start + len(chunk)):
-                with _readable(self.name, name):
+                with readable(self.name, name):
                     chunk.validate(full=True)
                 yield start, chunk
             start += len(chunk)
@@ -154,7 +163,7 @@ def _holds_some(sorted_rows: np.ndarray, start: int, stop: int) -> bool:
 
 
 @contextmanager
-def _readable(file: str, column: str | None = None) -> Iterator[None]:
+def readable(file: str, column: str | None = None) -> Iterator[None]:
     """Name the file, and the column, whose reading fails inside the block."""
     import pyarrow as pa
 
@@ -234,14 +243,26 @@ class TableSplit:
         if not 0 <= rows <= MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS:,} rows are read, got {rows:,}")
 
-    def choose_columns(self) -> tuple[str, str]:
-        """Return the columns of pictures and of labels.
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The files."""
+        return self._tables
+
+    def label_column(self) -> str:
+        """Return the column of labels.
+
+        Raises:
+            ValueError: if it cannot be told; names the setting, or says what the files hold.
+        """
+        return _label_column(self._tables[0], self._settings)
+
+    def input_columns(self, label_column: str) -> "InputColumns":
+        """Return the columns of inputs, and what they hold.
 
         Raises:
             ValueError: if they cannot be told; names the setting, or says what the files hold.
         """
-        table = self._tables[0]
-        return _image_column(table, self._settings), _label_column(table, self._settings)
+        return choose_inputs(self._tables[0], self._settings, label_column)
 
     def labels(self, column: str) -> list[LabelColumn]:
         """Read the labels of each file; a file without the column has none."""
@@ -350,10 +371,33 @@ def _class_names(feature: object, file: str) -> tuple[str, ...] | None:
     return tuple(map(str, names))
 
 
-# --- which column holds the pictures ----------------------------------------------------------
+# --- which columns hold the inputs ------------------------------------------------------------
 
 
-def _image_column(table: Table, settings: DataSettings) -> str:
+class InputColumns(NamedTuple):
+    """Which columns hold the inputs, and what these are.
+
+    Attributes:
+        kind: pictures and texts are in one column, features in one or several.
+        columns: their names, in the order of the features.
+        left_aside: columns that hold the numbers of rows.
+    """
+
+    kind: Kind
+    columns: tuple[str, ...]
+    left_aside: tuple[str, ...] = ()
+
+
+def choose_inputs(table: Table, settings: DataSettings, label_column: str) -> InputColumns:
+    """Tell which columns hold the inputs.
+
+    What a setting names, else pictures, else lists of numbers, else a column of text that is
+    called like one, else all columns of numbers and of text but that of the labels and that of
+    natural ids; a single column of text is text.
+
+    Raises:
+        ValueError: if they cannot be told; names the setting, or says what the file holds.
+    """
     names = table.schema.names
     if settings.image_column is not None:
         _check_known(settings, "image_column", settings.image_column, names)
@@ -362,18 +406,56 @@ def _image_column(table: Table, settings: DataSettings) -> str:
                 f"data.image_column {settings.image_column!r}: "
                 f"{_no_picture(table, settings.image_column)}"
             )
-        return settings.image_column
+        return InputColumns("pictures", (settings.image_column,))
+    if settings.feature_columns is not None:
+        for name in settings.feature_columns:
+            _check_known(settings, "feature_columns", name, names)
+        return InputColumns("features", settings.feature_columns)
+    if settings.text_column is not None:
+        _check_known(settings, "text_column", settings.text_column, names)
+        if not holds_text(_type(table, settings.text_column)):
+            raise ValueError(
+                f"data.text_column {settings.text_column!r}: holds "
+                f"{_what_is_in(table, settings.text_column)}, not text"
+            )
+        return InputColumns("text", (settings.text_column,))
     noted = [name for name in names if _noted(table, name) in ("Image", "Array2D", "Array3D")]
     found = [name for name in dict.fromkeys(names) if _kind(table, name) is not None]
     for candidates in ([n for n in IMAGE_COLUMNS if n in found][:1], noted, found):
-        if len(set(candidates)) > 1:
-            raise ValueError(
-                f"data.image_column must say which column holds the pictures: "
-                f"{printable(', '.join(candidates))}"
-            )
         if candidates:
-            return candidates[0]
-    raise ValueError(_nothing_to_see(table))
+            picture = _only(candidates, "image_column", "the pictures")
+            return InputColumns("pictures", (picture,))
+    others = {label_column}
+    if isinstance(settings.partition, NaturalPartition):
+        others.add(settings.partition.column)
+    rest = [name for name in names if name not in others and not ROW_NUMBERS.fullmatch(name)]
+    numbers = tuple(name for name in names if ROW_NUMBERS.fullmatch(name))
+    lists = [name for name in rest if depth(_type(table, name)) == 1]
+    for candidates in ([name for name in FEATURE_COLUMNS if name in lists][:1], lists):
+        if candidates:
+            of_lists = _only(candidates, "feature_columns", "the features")
+            return InputColumns("features", (of_lists,))
+    plain = [name for name in rest if _is_plain(table, name)]
+    texts = [name for name in plain if holds_text(_type(table, name))]
+    for candidates in ([name for name in TEXT_COLUMNS if name in texts][:1], plain):
+        if candidates and candidates == texts[:1]:
+            return InputColumns("text", (candidates[0],))
+    if not plain:
+        raise ValueError(_nothing_to_see(table))
+    return InputColumns("features", tuple(plain), numbers)
+
+
+def _only(candidates: Sequence[str], setting: str, what: str) -> str:
+    if len(set(candidates)) > 1:
+        raise ValueError(
+            f"data.{setting} must say which column holds {what}: {printable(', '.join(candidates))}"
+        )
+    return candidates[0]
+
+
+def _is_plain(table: Table, name: str) -> bool:
+    kind = _type(table, name)
+    return holds_numbers(kind) or holds_text(kind)
 
 
 def _label_column(table: Table, settings: DataSettings) -> str:
@@ -385,6 +467,9 @@ def _label_column(table: Table, settings: DataSettings) -> str:
     known = [name for name in LABEL_COLUMNS if name in names]
     if known or len(noted) == 1:
         return (known or noted)[0]
+    others = [name for name in OTHER_LABEL_COLUMNS if name in names]
+    if others:
+        return others[0]
     raise ValueError(
         f"data.label_column must name the column of classes of data.source {settings.source!r}; "
         f"known: {_columns(table)}"
@@ -418,7 +503,7 @@ def _kind(table: Table, column: str) -> str | None:
         return "encoded" if _is_bytes(kind) or pa.types.is_null(kind) else None
     if _is_bytes(kind):
         return "encoded"
-    return "array" if _depth(kind) in (2, 3) else None
+    return "array" if depth(kind) in (2, 3) else None
 
 
 def _type(table: Table, column: str) -> "pa.DataType":
@@ -436,33 +521,6 @@ def _is_bytes(kind: "pa.DataType") -> bool:
     )
 
 
-def _depth(kind: "pa.DataType") -> int:
-    """Return how deep lists of numbers are nested; -1 for anything else."""
-    import pyarrow as pa
-
-    depth = 0
-    kind = _storage(kind)
-    while _is_list(kind):
-        depth, kind = depth + 1, kind.value_type
-    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    return depth if numbers else -1
-
-
-def _storage(kind: "pa.DataType") -> "pa.DataType":
-    """Return the plain type behind Array2D and Array3D of ``datasets``."""
-    import pyarrow as pa
-
-    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-
-
-def _is_list(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-
-
 def _what_is_in(table: Table, column: str) -> str:
     """Say in words what a column holds that is no picture."""
     import pyarrow as pa
@@ -475,7 +533,7 @@ def _what_is_in(table: Table, column: str) -> str:
         return "text"
     if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
         return "paths of files instead of what is in them"
-    return "tabular data" if _depth(kind) in (0, 1) else str(kind)
+    return "numbers" if depth(kind) in (0, 1) else str(kind)
 
 
 def _no_picture(table: Table, column: str) -> str:
@@ -487,22 +545,15 @@ def _no_picture(table: Table, column: str) -> str:
 
 def _nothing_to_see(table: Table) -> str:
     rest = [name for name in table.schema.names if name not in LABEL_COLUMNS]
-    held = {_what_is_in(table, name): name for name in rest}
-    if "tabular data" in held and any(_depth(_type(table, name)) == 1 for name in rest):
-        what = "tabular data"
-    elif "text" in held and any(name in TEXT_COLUMNS for name in rest):
-        what = "text"
-    elif {"text", "tabular data"} <= set(held):
-        what = "tabular data or text"
-    else:
-        what = " and ".join(held) or "nothing but labels"
+    what = " and ".join({_what_is_in(table, name): name for name in rest}) or "nothing but labels"
     shown = ", ".join(
         f"{printable(name)}: {printable(str(table.schema.field(position).type))}"
         for position, name in enumerate(table.schema.names[:6])
     )
     return (
-        f"{table.name} holds {what} ({shown}), which is not read yet: pictures are, encoded ones "
-        "in a struct with 'bytes' or as binary, or lists of lists of numbers"
+        f"{table.name} holds {what} ({shown}), which is not read: pictures are, encoded ones in a "
+        "struct with 'bytes' or as binary, or lists of lists of numbers; numbers, lists of numbers "
+        "and text"
     )
 
 
@@ -549,7 +600,7 @@ def _array_of(cell: "pa.Scalar") -> "Image | np.ndarray":
     while True:
         if values.null_count:
             raise ValueError("the picture has empty cells")
-        if not _is_list(values.type):
+        if not is_list(values.type):
             break
         if not len(values):
             raise ValueError("the picture is empty")

@@ -1,9 +1,10 @@
 """Models by name: the table of built-in families, their settings, and one seeded builder.
 
-Every model maps images [batch, channels, height, width] to class logits [batch, classes], adapts
-to the image and to the number of classes, and runs under ``torch.func.vmap``. Besides the names
-in the table, ``package.module:callable`` builds a model of your own, and ``timm:resnet18`` one of
-the timm package (extra ``timm``), always with fresh weights.
+Every model maps inputs [batch, *shape] to class logits [batch, classes], adapts to the shape and
+to the number of classes, and runs under ``torch.func.vmap``. Inputs are pictures [channels, height,
+width], features [features], or texts [length] of numbers of tokens; each family says which of them
+it takes. Besides the names in the table, ``package.module:callable`` builds a model of your own,
+and ``timm:resnet18`` one of the timm package (extra ``timm``), always with fresh weights.
 """
 
 import importlib
@@ -29,10 +30,11 @@ from torch import nn
 
 from fedkd import own_code
 from fedkd.bounds import shown
+from fedkd.inputs import InputShape, Kind, Shape, blank, input_shape_of
 from fedkd.models.cnn import CNNOptions, LeNetOptions
 from fedkd.models.dropout import seed_dropout
 from fedkd.models.mlp import MLPOptions
-from fedkd.models.options import ImageShape, ModelOptions
+from fedkd.models.options import ModelOptions
 from fedkd.models.outside import copy_inputs
 from fedkd.models.recurrent import GRUOptions, LSTMOptions
 from fedkd.models.resnet import ResNet8Options, ResNet20Options
@@ -42,7 +44,6 @@ from fedkd.names import nearest
 from fedkd.randomness import seeded_for
 
 __all__ = [
-    "ImageShape",
     "ModelDescription",
     "ModelOptions",
     "ModelSettings",
@@ -91,6 +92,8 @@ class ModelDescription(NamedTuple):
     name: str
     source: str
     """Where the architecture comes from."""
+    takes: tuple[Kind, ...]
+    """The kinds of inputs that it is for."""
     options: dict[str, Any]
     """Each option with its default."""
 
@@ -196,27 +199,28 @@ def known_models() -> tuple[str, ...]:
 def describe_models() -> tuple[ModelDescription, ...]:
     """Return name, source and default options of every built-in model."""
     return tuple(
-        ModelDescription(name, family.source, family().model_dump(mode="json"))
+        ModelDescription(name, family.source, family.takes, family().model_dump(mode="json"))
         for name, family in _MODELS.items()
     )
 
 
 def build_model(
-    settings: ModelSettings, *, input_shape: ImageShape, num_classes: int, seed: int
+    settings: ModelSettings, *, input_shape: Shape, num_classes: int, seed: int
 ) -> nn.Module:
     """Build a freshly initialised network; the same arguments give the same bits.
 
     The global generators are left as they were: torch's, and for a model of your own Python's and
-    NumPy's too. A model of your own is run on two blank images in eval mode, so that lazy layers
+    NumPy's too. A model of your own is run on two blank inputs in eval mode, so that lazy layers
     know their shapes and a wrong output is found; `fedkd.training.trial` tries it in earnest. It
     gets a copy of its input in every forward pass. Every plain ``nn.Dropout`` becomes a
     `fedkd.models.dropout.SeededDropout`, whose masks belong to a client.
 
     Args:
         settings: the architecture.
-        input_shape: channels, height and width; sides of at least
-            `ModelOptions.smallest_side` for built-in models.
-        num_classes: logits per image, >= 2.
+        input_shape: of one input. A bare (channels, height, width) is that of pictures, with sides
+            of at least `ModelOptions.smallest_side` for built-in models; a bare (features,) that
+            of features.
+        num_classes: logits per input, >= 2.
         seed: of the initial weights, see `fedkd.randomness.torch_seed_for`.
 
     Returns:
@@ -228,12 +232,8 @@ def build_model(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes must be >= 2, got {num_classes}")
-    smallest = _MODELS[settings.name].smallest_side if settings.name in _MODELS else 1
-    if input_shape[0] < 1 or min(input_shape[1:]) < smallest:
-        raise ValueError(
-            f"input_shape of model {settings.name!r} must be (channels, height, width) with "
-            f"channels >= 1 and sides >= {smallest}, got {input_shape}"
-        )
+    input_shape = input_shape_of(input_shape)
+    _check_takes(settings, input_shape)
     with seeded_for(own_code=settings.is_own, seed=seed):
         if settings.is_own:
             model = _build_from_callable(settings, input_shape, num_classes)
@@ -247,7 +247,27 @@ def build_model(
     return model.train()
 
 
-def ignores_seed(settings: ModelSettings, *, input_shape: ImageShape, num_classes: int) -> bool:
+def _check_takes(settings: ModelSettings, shape: InputShape) -> None:
+    """Refuse inputs that a model is not for."""
+    family = _MODELS.get(settings.name)
+    takes: tuple[Kind, ...] = ("pictures",) if family is None else family.takes
+    if settings.is_callable or shape.kind in takes:
+        smallest = 1 if family is None else family.smallest_side
+        if shape.kind == "pictures" and min(shape.sides[1:]) < smallest:
+            raise ValueError(
+                f"input_shape of model {settings.name!r} must be (channels, height, width) with "
+                f"channels >= 1 and sides >= {smallest}, got {shape.sides}"
+            )
+        return
+    fitting = [name for name, other in _MODELS.items() if shape.kind in other.takes]
+    raise ValueError(
+        f"model {settings.name!r} takes {' and '.join(takes)}, and the data's inputs are {shape}: "
+        f"use {', '.join(fitting)}, as in clients.models=[{', '.join(fitting)}], or your own "
+        "package.module:callable"
+    )
+
+
+def ignores_seed(settings: ModelSettings, *, input_shape: Shape, num_classes: int) -> bool:
     """Tell whether a model has the same first weights whatever the seed.
 
     So it is where a factory seeds torch itself, reads weights or fills in constants.
@@ -321,7 +341,7 @@ def _timm_factory(settings: ModelSettings) -> Callable[..., object]:
             + nearest(name, timm.list_models())
         )
 
-    def build(*, input_shape: ImageShape, num_classes: int, **options: JsonValue) -> object:
+    def build(*, input_shape: tuple[int, ...], num_classes: int, **options: JsonValue) -> object:
         return timm.create_model(
             name, pretrained=False, in_chans=input_shape[0], num_classes=num_classes, **options
         )
@@ -330,18 +350,22 @@ def _timm_factory(settings: ModelSettings) -> Callable[..., object]:
 
 
 def _build_from_callable(
-    settings: ModelSettings, input_shape: ImageShape, num_classes: int
+    settings: ModelSettings, input_shape: InputShape, num_classes: int
 ) -> nn.Module:
     if settings.name.startswith(_TIMM):
         factory = _timm_factory(settings)
     else:
         factory = _load_callable(settings.name)
+    shape: dict[str, Any] = {"input_shape": input_shape.sides}
+    if input_shape.vocabulary is not None:
+        shape["vocabulary"] = input_shape.vocabulary
     try:
-        model = factory(input_shape=input_shape, num_classes=num_classes, **settings.options)
+        model = factory(**shape, num_classes=num_classes, **settings.options)
     # Somebody else's code may fail in any way; the message must still say which model it was.
     except Exception as error:
         raise ValueError(
-            f"model {settings.label!r} failed to build for input_shape={input_shape}, "
+            f"model {settings.label!r} failed to build for "
+            f"{', '.join(f'{name}={value}' for name, value in shape.items())}, "
             f"num_classes={num_classes}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
@@ -349,13 +373,13 @@ def _build_from_callable(
             f"model {settings.label!r} must return a torch.nn.Module, got {type(model).__name__}"
         )
     copy_inputs(model)
-    images = torch.zeros(2, *input_shape)
+    inputs = blank(input_shape, 2)
     try:
         with torch.no_grad():
-            logits: object = model.eval()(images)
+            logits: object = model.eval()(inputs)
     except Exception as error:
         raise ValueError(
-            f"model {settings.label!r} failed on images of shape {list(images.shape)}: "
+            f"model {settings.label!r} failed on inputs of shape {list(inputs.shape)}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(logits, torch.Tensor):
@@ -364,7 +388,7 @@ def _build_from_callable(
         )
     if logits.shape != (2, num_classes) or not logits.is_floating_point():
         raise ValueError(
-            f"model {settings.label!r} must map {list(images.shape)} to floating-point logits "
+            f"model {settings.label!r} must map {list(inputs.shape)} to floating-point logits "
             f"[2, {num_classes}], got {logits.dtype} of shape {list(logits.shape)}"
         )
     return model

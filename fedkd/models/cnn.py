@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fedkd.bounds import Width
-from fedkd.models.options import ImageShape, ModelOptions, Normalisation, normalisation_layer
+from fedkd.inputs import InputShape
+from fedkd.models.options import ModelOptions, Normalisation, normalisation_layer
 
 
 class CNNOptions(ModelOptions):
@@ -29,7 +30,7 @@ class CNNOptions(ModelOptions):
             )
         return self
 
-    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Convolution, normalisation, ReLU and 2x2 maximum per stage, then one linear layer."""
         channels, height, width = input_shape
         layers: list[nn.Module] = []
@@ -51,7 +52,7 @@ class LeNetOptions(ModelOptions):
 
     source: ClassVar[str] = "LeCun et al., 1998, LeNet-5, with ReLU and maximum pooling"
 
-    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Two 5x5 convolutions (6 and 16 filters), then linear layers of 120, 84 and the classes.
 
         28x28 and 32x32 both reach the paper's 5x5 maps: the smaller image is padded by two pixels

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 
 TRAINED_COPIES = 2
 """A model in training is there twice: its weights and their gradients."""
@@ -20,7 +20,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 @lru_cache(maxsize=256)
-def weight_bytes(model: ModelSettings, input_shape: ImageShape, num_classes: int) -> int:
+def weight_bytes(model: ModelSettings, input_shape: Shape, num_classes: int) -> int:
     """Return the bytes of a model's parameters and buffers without making them; 0 if unknown.
 
     A model of one's own may be built in a way that works with real numbers only.
@@ -69,7 +69,7 @@ def machine_bytes() -> int:
 def check_memory(
     model: ModelSettings,
     *,
-    input_shape: ImageShape,
+    input_shape: Shape,
     num_classes: int,
     slots: int,
     states: int = 0,
@@ -78,8 +78,8 @@ def check_memory(
 
     Args:
         model: what to train.
-        input_shape: channels, height and width of an image.
-        num_classes: logits an image.
+        input_shape: of an input.
+        num_classes: logits an input.
         slots: numbers that the optimizer keeps for each weight.
         states: how many clients' weights and slots are kept here beside it.
 

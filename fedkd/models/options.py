@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-ImageShape = tuple[int, int, int]
-"""Channels, height and width of one image."""
+from fedkd.inputs import InputShape, Kind
 
 Normalisation = Literal["none", "group", "batch"]
 
@@ -19,11 +18,13 @@ class ModelOptions(BaseModel):
 
     source: ClassVar[str]
     """Where the architecture comes from, one line for listings."""
+    takes: ClassVar[tuple[Kind, ...]] = ("pictures",)
+    """The kinds of inputs that it is for."""
     smallest_side: ClassVar[int] = 8
-    """Pixels that it needs at least in each direction."""
+    """Pixels that a picture needs at least in each direction."""
 
     @abstractmethod
-    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Return a fresh network that maps [batch, *input_shape] to [batch, num_classes] logits.
 
         Weights are drawn from torch's global generator, so the caller seeds it.

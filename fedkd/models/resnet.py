@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedkd.bounds import Width
-from fedkd.models.options import ImageShape, ModelOptions, normalisation_layer
+from fedkd.inputs import InputShape
+from fedkd.models.options import ModelOptions, normalisation_layer
 
 
 class _ResNetOptions(ModelOptions):
@@ -36,10 +37,11 @@ class _ResNetOptions(ModelOptions):
             )
         return self
 
-    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Three stages of residual blocks on the image, its half and its quarter, then a mean."""
+        channels, _, _ = input_shape
         return ResNet(
-            input_shape[0],
+            channels,
             num_classes,
             blocks_per_stage=self.blocks_per_stage,
             width=self.width,

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedkd.models.options import ImageShape, ModelOptions
+from fedkd.inputs import InputShape
+from fedkd.models.options import ModelOptions
 
 
 def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
@@ -26,7 +27,7 @@ class TutorialTeacherOptions(ModelOptions):
 
     source: ClassVar[str] = "PyTorch distillation tutorial, deep network (64-64-128-128, BatchNorm)"
 
-    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Two convolutions, halve, two convolutions, halve, then one linear layer."""
         channels, height, width = input_shape
         return nn.Sequential(
@@ -46,7 +47,7 @@ class TutorialStudentOptions(ModelOptions):
 
     source: ClassVar[str] = "PyTorch distillation tutorial, light network (one 3x3 convolution)"
 
-    def build(self, input_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """One convolution of 6 filters, halve, then one linear layer."""
         channels, height, width = input_shape
         return nn.Sequential(

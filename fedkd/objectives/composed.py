@@ -97,7 +97,7 @@ class Objective(RootModel[dict[str, SerializeAsAny[Term]]]):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        inputs: Float[Tensor, "rows channels height width"],
+        inputs: Float[Tensor, "rows *shape"],
         *,
         num_classes: int,
         rows: int,

@@ -23,6 +23,7 @@ from fedkd.compression import QuantisationSettings, quantise
 from fedkd.compression.pruning import dense_state
 from fedkd.compression.storage import plain_tensors
 from fedkd.data.settings import LONGEST_SIDE
+from fedkd.inputs import InputShape, per_channel
 from fedkd.models import ModelSettings, build_model
 from fedkd.names import printable
 
@@ -32,10 +33,13 @@ HEADER = "fedkd"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 """How files are called that hold code to be run on reading."""
 
+MOST_FEATURES = 10_000_000
+"""Numbers of a list of features, or tokens of a text; sides of pictures are far shorter."""
+
 PREDICT_ROWS = 256
 """Rows that a model predicts at once."""
 
-_Side = Annotated[Whole, Field(ge=1, le=LONGEST_SIDE)]
+_Side = Annotated[Whole, Field(ge=1, le=MOST_FEATURES)]
 _ClassName = Annotated[str, Field(max_length=LONGEST_TEXT)]
 
 
@@ -47,12 +51,15 @@ class ModelInfo(BaseModel):
     version: Literal[1] = Field(1, alias="format")
     model: ModelSettings
     """Architecture, with all options."""
-    input_shape: tuple[_Side, _Side, _Side]
-    """Channels, height and width of one input."""
+    input_shape: tuple[_Side, ...]
+    """Of one input: channels, height and width, or how many features or tokens."""
+    vocabulary: Whole | None = Field(None, ge=3, le=2**24)
+    """How many tokens texts are made of; None for other inputs."""
     class_names: tuple[_ClassName, ...] = Field(min_length=2, max_length=1_000_000)
     """In the order of the logits."""
     channel_mean: tuple[Real, ...]
-    """What an input is standardised with: ``(pixel - channel_mean) / channel_std``."""
+    """What an input is standardised with: ``(pixel - channel_mean) / channel_std``, for each
+    channel or feature; a single 0, and 1, for texts."""
     channel_std: tuple[Annotated[Real, Field(gt=0)], ...]
     activations: Literal["float", "int8"] | None = None
     """Of a model with int8 weights: how its inputs are rounded; None: weights are floats."""
@@ -62,12 +69,21 @@ class ModelInfo(BaseModel):
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "ModelInfo":
-        channels = self.input_shape[0]
+        shape = self.shape
+        longest = max(self.input_shape[1:], default=0)
+        if longest > LONGEST_SIDE:
+            raise ValueError(f"sides must be at most {LONGEST_SIDE}, got {longest}")
+        channels = 1 if shape.kind == "text" else self.input_shape[0]
         if not len(self.channel_mean) == len(self.channel_std) == channels:
             raise ValueError(
                 f"channel_mean and channel_std need one number for each of {channels} channels"
             )
         return self
+
+    @property
+    def shape(self) -> InputShape:
+        """What one input is."""
+        return InputShape(self.input_shape, self.vocabulary)
 
     def to_json(self) -> str:
         """Return it as the header holds it."""
@@ -212,20 +228,18 @@ class LoadedModel:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: channels, height and width."""
+        """Shape of one input: channels, height and width, or how many features or tokens."""
         return self.info.input_shape
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
         mean, std = (
-            torch.tensor(each, dtype=torch.float32)[:, None, None]
+            per_channel(torch.tensor(each, dtype=torch.float32), len(self.input_shape))
             for each in (self.info.channel_mean, self.info.channel_std)
         )
         return mean, std
 
-    def standardised(
-        self, pixels: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows channels height width"]:
+    def standardised(self, pixels: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows *shape"]:
         """Return what the module takes: ``(pixel - channel_mean) / channel_std``."""
         mean, std = self._scale
         return (pixels - mean) / std
@@ -233,7 +247,7 @@ class LoadedModel:
     def logits(self, inputs: Any) -> Float[np.ndarray, "rows classes"]:
         """Return the logits of inputs; see `predict`."""
         pixels = torch.as_tensor(np.asarray(inputs))
-        if not pixels.is_floating_point():
+        if not pixels.is_floating_point() and self.info.shape.kind == "pictures":
             raise ValueError(
                 f"inputs must be pixels as floats in [0, 1], got {_type(pixels)}: divide bytes "
                 "by 255"
@@ -255,14 +269,15 @@ class LoadedModel:
         """Return the probability of each class for each input.
 
         Args:
-            inputs: array or tensor ``[rows, channels, height, width]``, pixels as floats in [0, 1],
-                in the size that `input_shape` says; they are standardised here.
+            inputs: array or tensor ``[rows, *input_shape]``: pixels as floats in [0, 1], features
+                as they were before they were standardised, which is done here, or numbers of
+                tokens.
 
         Returns:
             float32 ``[rows, classes]``, in [0, 1]; each row sums to 1.
 
         Raises:
-            ValueError: for another shape, or whole numbers.
+            ValueError: for another shape, or whole numbers as pixels.
         """
         logits = torch.from_numpy(self.logits(inputs))
         probabilities: np.ndarray = F.softmax(logits, dim=-1).numpy()
@@ -272,7 +287,7 @@ class LoadedModel:
 def describes(info: ModelInfo, module: nn.Module) -> bool:
     """Tell whether a module has the tensors of what it is said to be: names, shapes and types."""
     plain = build_model(
-        info.model, input_shape=info.input_shape, num_classes=len(info.class_names), seed=0
+        info.model, input_shape=info.shape, num_classes=len(info.class_names), seed=0
     )
     if info.activations is not None:
         plain = quantise(plain, QuantisationSettings(activations=info.activations))
@@ -304,7 +319,7 @@ def load_model(path: Path, *, permit: own_code.Permit = own_code.refuse) -> Load
             )
         module = build_model(
             info.model,
-            input_shape=info.input_shape,
+            input_shape=info.shape,
             num_classes=len(info.class_names),
             seed=0,
         )

@@ -5,11 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings, build_model, count_parameters, known_models
 from fedkd.randomness import Purpose
 from fedkd.training.batches import Passes
@@ -85,7 +87,7 @@ stacks are worth while. Beyond, torch's grouped convolutions are slower than one
 def choose_backend(
     model: Architecture,
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: Shape,
     num_classes: int,
     members: int,
     batch_rows: int,
@@ -101,7 +103,7 @@ def choose_backend(
 
     Args:
         model: what each client trains: one model, or several by name.
-        input_shape: channels, height and width of a row.
+        input_shape: of a row.
         num_classes: logits a row.
         members: clients in the cohort, >= 1.
         batch_rows: rows of a step, >= 1.
@@ -139,12 +141,12 @@ class _Size(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _size_of(model: ModelSettings, input_shape: tuple[int, int, int], num_classes: int) -> _Size:
+def _size_of(model: ModelSettings, input_shape: Shape, num_classes: int) -> _Size:
     with torch.device("meta"):
         network = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=0)
     convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     filters = convolutions[0].out_channels if convolutions else 0
-    return _Size(count_parameters(network), filters * input_shape[1] * input_shape[2])
+    return _Size(count_parameters(network), filters * prod(tuple(input_shape)[1:]))
 
 
 # -- the stop-watch ----------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedkd.inputs import Shape
 from fedkd.losses.reduction import Loss, RowKind, StepRows, WholeStep
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 from fedkd.objectives import BoundObjective, Parts, layer_shapes
 from fedkd.randomness import Purpose, seeded_torch, torch_seed_for
 from fedkd.targets import Targets
@@ -64,7 +64,7 @@ class BoundLearners:
         self,
         composed: ComposedObjective,
         modules: Mapping[str, nn.Module],
-        inputs: Float[Tensor, "rows channels height width"],
+        inputs: Float[Tensor, "rows *shape"],
         *,
         num_classes: int,
         rows: int,
@@ -341,7 +341,7 @@ def stacking_of(
     composed: ComposedObjective,
     models: tuple[tuple[str, ModelSettings], ...],
     *,
-    input_shape: ImageShape,
+    input_shape: Shape,
     num_classes: int,
 ) -> Stacking:
     """Tell, from settings alone, whether stacked clients can learn by an objective.
@@ -349,7 +349,7 @@ def stacking_of(
     Args:
         composed: what they minimise.
         models: what each of them trains, by name.
-        input_shape: channels, height and width of a row.
+        input_shape: of a row.
         num_classes: logits a row.
 
     Raises:

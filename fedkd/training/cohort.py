@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedkd.data import FederatedData
+from fedkd.inputs import InputShape
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose, seeded_everything, torch_seed_for
 from fedkd.targets import Targets
@@ -77,13 +78,17 @@ def weights_of_each(weights: WeightsForMembers, members: int) -> list[Mapping[st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """The run's arrays as tensors on the device that trains."""
+    """The run's arrays as tensors on the device that trains.
 
-    train_inputs: Float[Tensor, "rows channels height width"]
+    Texts have a vocabulary, see `fedkd.inputs.InputShape`.
+    """
+
+    train_inputs: Float[Tensor, "rows *shape"]
     train_labels: Int[Tensor, " rows"]
-    public_inputs: Float[Tensor, "public channels height width"]
+    public_inputs: Float[Tensor, "public *shape"]
     public_labels: Int[Tensor, " public"] | None
     num_classes: int
+    vocabulary: int | None = None
 
     @classmethod
     def from_arrays(cls, data: FederatedData, device: torch.device) -> "TrainingData":
@@ -95,13 +100,13 @@ class TrainingData:
             public_inputs=as_tensor(data.public_inputs).to(device),
             public_labels=None if labels is None else as_tensor(labels).to(device),
             num_classes=data.num_classes,
+            vocabulary=data.vocabulary,
         )
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one row."""
-        channels, height, width = self.train_inputs.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> InputShape:
+        """Shape of one row."""
+        return InputShape(tuple(self.train_inputs.shape[1:]), self.vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +248,12 @@ class Examples:
 
     Attributes:
         rows: int64 ids, as in `RowOutputs`.
-        inputs: float32 ``[rows, channels, height, width]``; a copy.
+        inputs: float32 ``[rows, *shape]``; a copy.
         labels: int64 classes of the rows, None where they are not known.
     """
 
     rows: np.ndarray
-    inputs: Float[np.ndarray, "rows channels height width"]
+    inputs: Float[np.ndarray, "rows *shape"]
     labels: np.ndarray | None
 
 
@@ -262,7 +267,7 @@ the last linear layer reads) or ``last_map`` (the last feature maps)."""
 
 RowChoice = Literal["private"] | np.ndarray | Sequence[np.ndarray] | Tensor
 """Rows to put through a model: each member's private ones, int64 positions in the public set (the
-same for all, or one array for each member), or inputs ``[rows, channels, height, width]``."""
+same for all, or one array for each member), or inputs ``[rows, *shape]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -434,7 +439,7 @@ class Cohort(ABC):
     @abstractmethod
     def predict(
         self,
-        inputs: Float[Tensor, "rows channels height width"],
+        inputs: Float[Tensor, "rows *shape"],
         *,
         model: str | None = None,
     ) -> Float[np.ndarray, "members rows classes"]:
@@ -527,9 +532,7 @@ def predicting(streams: Streams, member: Member, *, own_code: bool) -> Iterator[
         yield
 
 
-def public_inputs(
-    data: TrainingData, rows: np.ndarray
-) -> Float[Tensor, "rows channels height width"]:
+def public_inputs(data: TrainingData, rows: np.ndarray) -> Float[Tensor, "rows *shape"]:
     """Return these positions of the public set; all of them in order are not copied."""
     inputs = data.public_inputs
     if len(rows) == len(inputs) and np.array_equal(rows, np.arange(len(inputs))):

@@ -403,7 +403,7 @@ class BackendCohort(Cohort):
 
     def _asked(
         self, on: RowChoice, position: int
-    ) -> tuple[np.ndarray, Float[Tensor, "rows channels height width"], Tensor | None]:
+    ) -> tuple[np.ndarray, Float[Tensor, "rows *shape"], Tensor | None]:
         """Return one member's row ids, inputs and labels.
 
         Raises:

@@ -575,6 +575,12 @@ def _layer_norm_squares(layer: nn.Module, read: Tensor, back: Tensor) -> Tensor:
     return _with_bias(layer, slopes.square().sum(1), back.reshape(by_feature).sum(1))
 
 
+def _embedding_squares(layer: nn.Module, read: Tensor, back: Tensor) -> Tensor:
+    """A token that stands several times in a text gets the sum of what comes back to each."""
+    same = (read[:, :, None] == read[:, None, :]).to(back.dtype)
+    return _with_bias(layer, ((back @ back.mT) * same).sum((1, 2)), back.sum(1))
+
+
 def _outer_squares(
     back: Float[Tensor, "rows positions outputs"], read: Float[Tensor, "rows positions inputs"]
 ) -> Float[Tensor, " rows"]:
@@ -602,6 +608,7 @@ MEASURES: dict[type[nn.Module], Measure] = {
     nn.Conv2d: _conv_squares,
     nn.GroupNorm: _group_norm_squares,
     nn.LayerNorm: _layer_norm_squares,
+    nn.Embedding: _embedding_squares,
 }
 """Squared norms of each row's gradient, from a layer, what it read and what came back to it.
 

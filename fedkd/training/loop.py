@@ -374,7 +374,7 @@ class LoopCohort(BackendCohort):
 
     def predict(  # noqa: D102
         self,
-        inputs: Float[Tensor, "rows channels height width"],
+        inputs: Float[Tensor, "rows *shape"],
         *,
         model: str | None = None,
     ) -> Float[np.ndarray, "members rows classes"]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedkd.inputs import Shape
 from fedkd.models.dropout import connect_dropout
 from fedkd.models.outside import Outside
 from fedkd.randomness import seeded_for
@@ -209,7 +210,7 @@ class Skeleton:
         """Names of the tensors of a stack: each shared parameter once."""
         return tuple(name for name in self.shapes if self.first_names.get(name, name) == name)
 
-    def try_out(self, label: str, shape: tuple[int, ...]) -> None:
+    def try_out(self, label: str, shape: Shape) -> None:
         """Run two members for one step, so that what cannot be stacked says so before any work.
 
         Args:

@@ -71,15 +71,21 @@ class TrialSettings(NamedTuple):
 
 
 def try_model(
-    model: ModelSettings, rows: tuple[Tensor, Tensor], *, num_classes: int, use: TrialSettings
+    model: ModelSettings,
+    rows: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+    use: TrialSettings,
+    vocabulary: int | None = None,
 ) -> None:
     """Try a model of one's own; built-in ones are known to pass and are not tried.
 
     Args:
         model: what to build.
-        rows: some images and their labels; a handful is enough.
+        rows: some inputs and their labels; a handful is enough.
         num_classes: logits a row.
         use: how it is going to be used.
+        vocabulary: tokens of texts; None for other inputs.
 
     Raises:
         ValueError: naming the model, what it does and what would work.
@@ -90,7 +96,7 @@ def try_model(
     with warnings.catch_warnings(), computing_threads(1), _unchanged_process(model.label):
         # Not a place to see the warnings of somebody else's code for the first time of many.
         warnings.simplefilter("ignore")
-        _Trial(model, rows, num_classes, use).run()
+        _Trial(model, rows, num_classes, use, vocabulary).run()
 
 
 class ModelTrialError(ValueError):
@@ -108,6 +114,7 @@ class _Trial:
         rows: tuple[Tensor, Tensor],
         num_classes: int,
         use: TrialSettings,
+        vocabulary: int | None,
     ) -> None:
         self._model, self._use, self._num_classes = model, use, num_classes
         self._small = max(2, min(use.fewest_rows, MOST_ROWS))
@@ -122,6 +129,7 @@ class _Trial:
             public_inputs=inputs[:0],
             public_labels=None,
             num_classes=num_classes,
+            vocabulary=vocabulary,
         )
 
     def _bad(self, what: str) -> ModelTrialError:
@@ -202,7 +210,7 @@ class _Trial:
         for rows in (self._small + 1, self._small):
             logits = self._logits(module, inputs[:rows], "in training mode")
             loss = F.cross_entropy(logits, labels[:rows])
-            self._doing(loss.backward, f"in a backward pass over {rows} images")
+            self._doing(loss.backward, f"in a backward pass over {rows} rows")
         self._check_gradients(module)
         if self._use.fewest_rows < 2:
             try:
@@ -231,7 +239,7 @@ class _Trial:
 
     def _logits(self, module: nn.Module, inputs: Tensor, mode: str) -> Tensor:
         shape = list(inputs.shape)
-        logits = self._doing(lambda: module(inputs), f"on images of shape {shape} {mode}")
+        logits = self._doing(lambda: module(inputs), f"on inputs of shape {shape} {mode}")
         if not isinstance(logits, Tensor):
             raise self._bad(
                 f"must return a tensor of logits, got {type(logits).__name__} {mode}: return the "
@@ -248,7 +256,7 @@ class _Trial:
                 f"{_type_name(logits)} of shape {list(logits.shape)} {mode}"
             )
         if not bool(logits.isfinite().all()):
-            raise self._bad(f"returns NaN or infinity for its first images {mode}")
+            raise self._bad(f"returns NaN or infinity for its first inputs {mode}")
         return logits
 
     def _check_gradients(self, module: nn.Module) -> None:

@@ -466,7 +466,7 @@ class VmapCohort(BackendCohort):
 
     def predict(  # noqa: D102
         self,
-        inputs: Float[Tensor, "rows channels height width"],
+        inputs: Float[Tensor, "rows *shape"],
         *,
         model: str | None = None,
     ) -> Float[np.ndarray, "members rows classes"]:

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings
-from fedkd.models.options import ImageShape
 
 
 class Network(NamedTuple):
     """A model on rows of one shape; its arithmetic follows from both."""
 
     model: ModelSettings
-    input_shape: ImageShape
+    input_shape: Shape
 
 
 @dataclass(slots=True)

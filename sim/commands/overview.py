@@ -21,12 +21,14 @@ class DataOverview:
     Attributes:
         rows: a row for each client: its natural id where it has one, rows, classes held, label
             entropy in nats, rows per class.
+        inputs: what one input is, in words.
         sizes: rows of the private, public, validation and test sets.
         figure: where the figure was written.
         notes: what was left aside, and which rows repeat.
     """
 
     source: str
+    inputs: str
     rows: list[dict[str, Any]]
     sizes: dict[str, int]
     figure: Path
@@ -36,6 +38,7 @@ class DataOverview:
         """Return the overview as plain values."""
         return {
             "source": self.source,
+            "inputs": self.inputs,
             "sizes": self.sizes,
             "clients": self.rows,
             "figure": str(self.figure),
@@ -59,7 +62,7 @@ class DataOverview:
                 )
                 for rank, name in enumerate(names)
             ],
-            title=f"{self.source}: {sizes}",
+            title=f"{self.source} ({self.inputs}): {sizes}",
         )
 
 
@@ -99,6 +102,7 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
         raise SettingsError(f"figure: cannot write {str(figure)!r}: {error}") from None
     return DataOverview(
         source=loaded.name,
+        inputs=str(loaded.input_shape),
         rows=split_table(loaded),
         sizes={
             "private": len(loaded.train_labels),

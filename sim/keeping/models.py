@@ -188,7 +188,8 @@ class ModelKeeper:
         module.load_state_dict({name: as_tensor(array) for name, array in kept.weights.items()})
         info = ModelInfo(
             model=kept.model,
-            input_shape=data.input_shape,
+            input_shape=data.input_shape.sides,
+            vocabulary=data.vocabulary,
             class_names=data.class_names,
             channel_mean=float_tuple(data.channel_mean),
             channel_std=float_tuple(data.channel_std),

@@ -23,10 +23,16 @@ from typing import TYPE_CHECKING, Any
 import fedkd
 import sim
 import strategies
-from fedkd.data import public_source_files, source_files
+from fedkd.data import (
+    public_source_digests,
+    public_source_files,
+    source_digests,
+    source_files,
+)
 from fedkd.own_code import is_own_code, package_of
 from sim.keeping.records import IDENTITY_FILE, git_commit, write_text
 from sim.settings import Settings, SettingsError
+from sim.settings.permission import NAMING
 
 if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
@@ -59,7 +65,8 @@ class Provenance:
     """What a run is made of.
 
     Attributes:
-        data: digests of the files that rows and first weights are read from, by name.
+        data: digests of the files that rows and first weights are read from, by name, and of the
+            arrays that a function of one's own gives.
         code: digests of the files of code, by path from the folder that holds the package.
         versions: of libraries whose version can change bits, and of packages of one's own that
             are installed.
@@ -190,7 +197,8 @@ def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
     """
     names = _callables(settings)
     versions = {name: version(name) for name in _BY_VERSION}
-    if "digits" in (settings.data.source, settings.data.public.source):
+    hashed = settings.data.text.form != "characters"
+    if hashed or "digits" in (settings.data.source, settings.data.public.source):
         versions["scikit-learn"] = version("scikit-learn")
     if any(name.startswith(_TIMM) for name in names):
         with suppress(ImportError):
@@ -219,7 +227,7 @@ def _callables(settings: "Settings | DistillSettings") -> list[str]:
 
 def _names_in(value: object) -> Iterator[str]:
     if isinstance(value, Mapping):
-        yield from (value[key] for key in ("name", "kind") if isinstance(value.get(key), str))
+        yield from (value[key] for key in NAMING if isinstance(value.get(key), str))
         value = list(value.values())
     if isinstance(value, list):
         for inner in value:
@@ -338,6 +346,9 @@ def _digest(path: Path) -> str:
 def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
     try:
         files, public = source_files(settings.data), public_source_files(settings.data)
+        arrays = source_digests(settings.data)
+        for name, digest in public_source_digests(settings.data).items():
+            arrays[f"public: {name}"] = digest
     except ValueError as error:
         raise SettingsError(str(error)) from error
     others = _other_files(settings)
@@ -347,7 +358,7 @@ def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
         *(f"public: {name}" for name in _names_apart(public)),
         *(f"{path.parent.name}/{path.name}" for path in others),
     ]
-    return dict(zip(names, digests, strict=True))
+    return {**dict(zip(names, digests, strict=True)), **arrays}
 
 
 def _names_apart(files: Sequence[Path]) -> list[str]:

@@ -98,6 +98,10 @@ def permit_of_settings(settings: BaseModel) -> Permit:
     return lambda name: name in named
 
 
+NAMING = ("name", "kind", "source")
+"""Settings that may name code of one's own."""
+
+
 def code_in(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """Yield the code of others that settings name, each with the setting that names it."""
     if isinstance(settings, Objective):
@@ -106,14 +110,14 @@ def code_in(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(settings, BaseModel):
         for key in type(settings).model_fields:
             value = getattr(settings, key)
-            if key in ("name", "kind") and is_own_code(value):
+            if key in NAMING and is_own_code(value):
                 yield f"{where}.{key}".lstrip("."), value
             yield from code_in(value, f"{where}.{key}".lstrip("."))
         yield from code_in(settings.model_extra or {}, where)
     elif isinstance(settings, dict):
         # Settings that were only looked at.
         for key, value in settings.items():
-            if key in ("name", "kind") and is_own_code(value):
+            if key in NAMING and is_own_code(value):
                 yield f"{where}.{key}", value
             yield from code_in(value, f"{where}.{key}")
     elif isinstance(settings, tuple | list):

@@ -9,8 +9,8 @@ import numpy as np
 
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings
-from fedkd.models.options import ImageShape
 from fedkd.objectives import Objective
 from fedkd.randomness import Purpose, generator_for
 from fedkd.schedules import NonNegativeSchedule
@@ -28,7 +28,7 @@ class Federation:
         public_size: rows of the public set.
         rows_per_round: public rows exchanged in a round; ``public_size`` exchanges all of them.
         public_labelled: whether the public set has labels.
-        input_shape: channels, height and width of one image.
+        input_shape: of one input.
         num_examples: private rows of each client.
         other_classes: how many of the classes, the last ones, only labelled public rows have.
     """
@@ -42,7 +42,7 @@ class Federation:
     rows_per_round: int
     public_labelled: bool
     num_classes: int
-    input_shape: ImageShape
+    input_shape: Shape
     num_examples: tuple[int, ...]
     other_classes: int = 0
 

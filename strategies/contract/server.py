@@ -11,9 +11,9 @@ from fedkd.data import FederatedData
 from fedkd.exchange.payload import Asked
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
+from fedkd.inputs import Shape
 from fedkd.losses.response import hard_label_loss
 from fedkd.models import ModelSettings
-from fedkd.models.options import ImageShape
 from fedkd.randomness import Purpose
 from fedkd.training import (
     MODEL,
@@ -55,7 +55,7 @@ class ServerModelSettings(NamedTuple):
 
     model: ModelSettings
     optimizer: OptimizerSettings | None = None
-    input_shape: ImageShape | None = None
+    input_shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class GivenRows:
     """Rows that the server was given, and that are no images of the run.
 
     Attributes:
-        inputs: float32 ``[rows, channels, height, width]``.
+        inputs: float32 ``[rows, *shape]``.
         labels: int64 ``[rows]``.
     """
 

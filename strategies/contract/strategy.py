@@ -20,8 +20,8 @@ from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import Upload, Weighting
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings
-from fedkd.models.options import ImageShape
 from fedkd.training import Architecture, Cohort, ComposedObjective, stacking_of
 from fedkd.training.binding import Stacking
 from fedkd.training.cohort import named_models
@@ -76,7 +76,7 @@ class Step(NamedTuple):
     model: ModelSettings
     rows: int | None
     remedy: str
-    input_shape: ImageShape | None = None
+    input_shape: Shape | None = None
 
 
 SettingsT = TypeVar("SettingsT", bound=StrategySettings)
@@ -157,7 +157,7 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         """
         return None
 
-    def check(self, input_shape: ImageShape) -> None:
+    def check(self, input_shape: Shape) -> None:
         """Refuse, before any worker starts, objectives that do not fit the clients' models.
 
         Raises:
@@ -181,7 +181,7 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             f"strategy.directions of {self.settings.name} must be some of {known}, got {told}"
         )
 
-    def stackings(self, input_shape: ImageShape) -> dict[str, Stacking]:
+    def stackings(self, input_shape: Shape) -> dict[str, Stacking]:
         """Tell for each architecture whether stacked clients can learn by `composed`.
 
         Empty where clients minimise nothing that is made of terms.

@@ -77,15 +77,15 @@ def _check(
     trains = step.rows is not None
     fewest = step.rows or 2
     if model.is_own:
-        images, labels = data.train_inputs[:TRIAL_ROWS], data.train_labels[:TRIAL_ROWS]
-        inputs = as_tensor(images)
+        some, labels = data.train_inputs[:TRIAL_ROWS], data.train_labels[:TRIAL_ROWS]
+        inputs, vocabulary = as_tensor(some), data.vocabulary
         if step.input_shape is not None:
             # What such rows hold is known once somebody has trained.
-            drawn = torch_generator(0)
-            inputs = torch.randn(len(images), *input_shape, generator=drawn)
+            drawn, vocabulary = torch_generator(0), None
+            inputs = torch.randn(len(some), *input_shape, generator=drawn)
         rows = inputs, as_tensor(labels)
         use = TrialSettings(optimizer, fewest, trains=trains, stacked=stacked)
-        try_model(model, rows, num_classes=classes, use=use)
+        try_model(model, rows, num_classes=classes, use=use, vocabulary=vocabulary)
         return
     module = build_model(model, input_shape=input_shape, num_classes=classes, seed=0)
     if trains and fewest < 2 and uses_batch_norm(module):

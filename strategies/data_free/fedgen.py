@@ -27,10 +27,10 @@ from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Bundle, Numbers, Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import RunningMean
+from fedkd.inputs import Shape
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import head_layer
 from fedkd.training import (
     MODEL,
@@ -185,7 +185,7 @@ class FedGen(Averaging[FedGenSettings, Generating]):
         """Each client's last layer teaches by itself."""
         return None
 
-    def check(self, input_shape: ImageShape) -> None:
+    def check(self, input_shape: Shape) -> None:
         """Refuse models of different widths, and those whose last layer cannot be told apart."""
         super().check(input_shape)
         widths = feature_widths(self.federation, input_shape)
@@ -377,7 +377,7 @@ def _remembered(models: Mapping[str, Weights], state: Generating) -> Generating:
 
 
 @lru_cache(maxsize=256)
-def _head_of(model: ModelSettings, input_shape: ImageShape, num_classes: int) -> tuple[str, bool]:
+def _head_of(model: ModelSettings, input_shape: Shape, num_classes: int) -> tuple[str, bool]:
     """Return the module path of a model's last layer, and whether that has a bias."""
     module = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=0)
     path = head_layer(module, torch.zeros(2, *input_shape), whose=model.label)

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedkd.bounds import Count, LearningRate
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.inputs import input_shape_of
 from fedkd.mutual.native_ensemble import BranchGate, StreamingGate, one_losses
 from fedkd.randomness import seeded_torch
 from fedkd.schedules import (
@@ -103,6 +104,11 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
             federation.check_public_labels(
                 "strategy.gate: learned", "strategy.gate: confidence, which does without"
             )
+        if settings.gate == "learned" and input_shape_of(federation.input_shape).kind == "text":
+            raise ValueError(
+                "strategy.gate: learned is linear in pixels or features, and numbers of tokens "
+                "are none: use strategy.gate: confidence"
+            )
         if settings.gate == "learned" and federation.rows_per_round < 2:
             raise ValueError(
                 "strategy.gate: learned has BatchNorm, which needs at least 2 public rows in a "
@@ -146,7 +152,7 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
     # -- a gate that learns ----------------------------------------------------------------
 
     def _gate(self, weights: Mapping[str, np.ndarray] | None = None) -> BranchGate:
-        pixels = int(np.prod(self.federation.input_shape))
+        pixels = int(np.prod(tuple(self.federation.input_shape)))
         gate = BranchGate(pixels, self.federation.num_clients)
         if weights is not None:
             gate.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})

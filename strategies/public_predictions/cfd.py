@@ -20,8 +20,8 @@ from fedkd.bounds import Count
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 from fedkd.targets import StreamingMean
 from fedkd.training import (
     Arrays,
@@ -76,9 +76,7 @@ class Labels(Lesson):
 
 
 @lru_cache(maxsize=64)
-def common_start(
-    model: ModelSettings, input_shape: ImageShape, num_classes: int, seed: int
-) -> Arrays:
+def common_start(model: ModelSettings, input_shape: Shape, num_classes: int, seed: int) -> Arrays:
     """Return the initial weights that all clients of an architecture have in common, theta_0."""
     module = build_model(model, input_shape=input_shape, num_classes=num_classes, seed=seed)
     return to_arrays(module.state_dict())

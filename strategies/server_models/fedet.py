@@ -25,10 +25,10 @@ from fedkd.bounds import Count, Weight
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import RunningMean
+from fedkd.inputs import Shape
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import head_layer
 from fedkd.targets import PredictionSpool, mean_by_row, soften
 from fedkd.training import (
@@ -147,7 +147,7 @@ def diverse_losses(
 
 @lru_cache(maxsize=256)
 def head_arrays(
-    model: ModelSettings, input_shape: ImageShape, num_classes: int
+    model: ModelSettings, input_shape: Shape, num_classes: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the arrays of a model's last layer: of ``weight`` and ``bias`` the name and shape.
 

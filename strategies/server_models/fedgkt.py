@@ -22,10 +22,10 @@ from fedkd.bounds import Count, Temperature, Text
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import RowFeatures, RowLogits
 from fedkd.exchange.values import Value
+from fedkd.inputs import Shape
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import soft_target_rows
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import PENULTIMATE, layer_shapes, resolved_layer
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.targets import soften
@@ -106,7 +106,7 @@ class Server(Value):
 
 @lru_cache(maxsize=256)
 def feature_shape(
-    model: ModelSettings, layer: str, input_shape: ImageShape, num_classes: int
+    model: ModelSettings, layer: str, input_shape: Shape, num_classes: int
 ) -> tuple[int, ...]:
     """Return the shape of what a layer puts out for one row.
 
@@ -121,7 +121,7 @@ def feature_shape(
         raise ValueError(f"strategy.layer: {error}") from None
 
 
-def as_image(shape: tuple[int, ...]) -> ImageShape:
+def as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return the shape of features as that of an image: up to three dimensions, the rest joined."""
     padded = (1,) * (3 - len(shape)) + shape
     return padded[0], padded[1], int(np.prod(padded[2:]))

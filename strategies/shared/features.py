@@ -7,14 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkd.exchange.payloads import Prototypes
+from fedkd.inputs import Shape
 from fedkd.models import ModelSettings, build_model
-from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import PENULTIMATE, layer_shapes, vector_width, vectors
 from fedkd.training import RowOutputs, as_tensor
 from strategies.contract import Federation
 
 
-def feature_widths(federation: Federation, input_shape: ImageShape) -> dict[str, int]:
+def feature_widths(federation: Federation, input_shape: Shape) -> dict[str, int]:
     """Return how many features the clients' models have, by what the models are called.
 
     Raises:
@@ -29,9 +29,7 @@ def feature_widths(federation: Federation, input_shape: ImageShape) -> dict[str,
     return widths
 
 
-def feature_width(
-    setting: str, model: ModelSettings, input_shape: ImageShape, num_classes: int
-) -> int:
+def feature_width(setting: str, model: ModelSettings, input_shape: Shape, num_classes: int) -> int:
     """Return how many features a model has.
 
     Args:

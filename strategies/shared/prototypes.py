@@ -12,8 +12,8 @@ from fedkd.bounds import Width
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Prototypes
 from fedkd.exchange.values import Value
+from fedkd.inputs import Shape
 from fedkd.losses.reduction import PerRow
-from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import PENULTIMATE
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import Batch, Cohort, Losses, Outputs, Table, supervised
@@ -66,7 +66,7 @@ class SharedPrototypes(Strategy[SettingsT, StateT]):
     def prototypes(self, state: StateT) -> Prototypes:
         """Return the prototypes that clients receive; none before there are any."""
 
-    def check(self, input_shape: ImageShape) -> None:
+    def check(self, input_shape: Shape) -> None:
         """Refuse models without features, and prototypes that are wider than some model's."""
         super().check(input_shape)
         widths = feature_widths(self.federation, input_shape)

@@ -29,10 +29,10 @@ from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import LowRank, Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import RunningMean, Weighting
+from fedkd.inputs import Shape
 from fedkd.losses.reduction import Loss
 from fedkd.losses.response import hard_label_rows, soft_target_rows
 from fedkd.models import ModelSettings
-from fedkd.models.options import ImageShape
 from fedkd.objectives.taps import PENULTIMATE, vector_width, vectors
 from fedkd.schedules import Between, LinearSchedule, Schedule
 from fedkd.training import Architecture, Batch, Cohort, Losses, Outputs, PerRow, WholeStep
@@ -195,7 +195,7 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
         """
         return not (self.learns(MENTOR) or self.learns(MENTEE))
 
-    def check(self, input_shape: ImageShape) -> None:
+    def check(self, input_shape: Shape) -> None:
         """Refuse models without features, as far as features are compared."""
         super().check(input_shape)
         if self.settings.hidden_weight:

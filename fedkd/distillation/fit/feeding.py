@@ -66,9 +66,7 @@ class RowViews:
             teacher_is_mixed=views.teacher_is_mixed,
         )
 
-    def own(
-        self, ids: Int[Tensor, " rows"]
-    ) -> tuple[Float[Tensor, "rows channels height width"], Mix | None]:
+    def own(self, ids: Int[Tensor, " rows"]) -> tuple[Float[Tensor, "rows *shape"], Mix | None]:
         """Return the student's view alone, and how it was mixed."""
         views = self.both(ids)
         return views.student, views.mix

@@ -103,7 +103,7 @@ class Workshop:
             training.optimizer, fewest_rows=min(training.batch_size, 2), trains=trains
         )
         some = rows.inputs[:TRIAL_ROWS], rows.labels[:TRIAL_ROWS]
-        try_model(model, some, num_classes=classes, use=use)
+        try_model(model, some, num_classes=classes, use=use, vocabulary=rows.vocabulary)
 
     def new_student(self, number: int = 0) -> nn.Module:
         """Return a student before its training, as the settings ``student`` want it.

@@ -23,7 +23,7 @@ class FinishedLogits:
         self._known: dict[tuple[int, int], tuple[nn.Module, Tensor, Tensor]] = {}
 
     def logits(
-        self, model: nn.Module, inputs: Float[Tensor, "rows channels height width"]
+        self, model: nn.Module, inputs: Float[Tensor, "rows *shape"]
     ) -> Float[Tensor, "rows classes"]:
         """Return what `predict_logits` returns."""
         key = id(model), id(inputs)

@@ -102,7 +102,7 @@ class BranchLogits(nn.Module):
         self.classifiers = nn.ModuleList(classifiers.values())
 
     def everything(
-        self, inputs: Float[Tensor, "rows channels height width"]
+        self, inputs: Float[Tensor, "rows *shape"]
     ) -> tuple[Float[Tensor, "branches rows features"], Float[Tensor, "branches rows classes"]]:
         """Return features and logits of every branch, the student's own last."""
         with tapped(self.student, [*self.layers, PENULTIMATE]) as tap:
@@ -115,9 +115,7 @@ class BranchLogits(nn.Module):
         features, logits = zip(*branches, strict=True)
         return torch.stack(features), torch.stack(logits)
 
-    def forward(
-        self, inputs: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows classes"]:
+    def forward(self, inputs: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows classes"]:
         """Return the student's logits."""
         logits: Tensor = self.student(inputs)
         return logits
@@ -131,9 +129,7 @@ class Branch(nn.Module):
         self.network, self._number = network, number
         self.eval()
 
-    def forward(
-        self, inputs: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows classes"]:
+    def forward(self, inputs: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows classes"]:
         """Return this branch's logits."""
         return self.network.everything(inputs)[1][self._number]
 
@@ -146,17 +142,13 @@ class BranchEnsemble(nn.Module):
         self.network = network
         self.eval()
 
-    def forward(
-        self, inputs: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows classes"]:
+    def forward(self, inputs: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows classes"]:
         """Return logits whose softmax is the branches' mean."""
         _, logits = self.network.everything(inputs)
         return Targets.softened(mean_probability(logits), temperature=1.0).logits()
 
 
-def inner_layers(
-    model: nn.Module, inputs: Float[Tensor, "rows channels height width"]
-) -> list[str]:
+def inner_layers(model: nn.Module, inputs: Float[Tensor, "rows *shape"]) -> list[str]:
     """Return the ends of a model's blocks, in the order they run, without the last two.
 
     A block is a layer with a matrix of weights and the layers after it that have none, such as

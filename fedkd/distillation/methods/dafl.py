@@ -20,8 +20,8 @@ from fedkd.distillation.fit.feeding import validated
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.task.teachers import Teacher
+from fedkd.inputs import Shape
 from fedkd.losses.data_free import dafl_generator_losses
-from fedkd.models import ImageShape
 from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.objectives import PENULTIMATE, Objective, View, tapped, vectors
 from fedkd.objectives.taps import last_linear
@@ -77,7 +77,7 @@ class ImageGenerator(nn.Module):
         https://arxiv.org/abs/1904.01186
     """
 
-    def __init__(self, shape: ImageShape, *, latent: int, width: int) -> None:
+    def __init__(self, shape: Shape, *, latent: int, width: int) -> None:
         super().__init__()
         channels, height, width_px = shape
         self._sides = [(-(-height // part), -(-width_px // part)) for part in (4, 2, 1)]

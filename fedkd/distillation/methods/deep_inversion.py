@@ -16,8 +16,9 @@ from fedkd.distillation.fit.epochs import EpochRow, FitHistory
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.methods.dafl import check_no_rows
+from fedkd.inputs import Shape
 from fedkd.losses.data_free import batch_norm_losses, inversion_losses
-from fedkd.models import ImageShape, uses_batch_norm
+from fedkd.models import uses_batch_norm
 from fedkd.randomness import Purpose, torch_generator, torch_seed_for
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.steps import RatedOptimizer, Steps
@@ -70,7 +71,7 @@ def invert(
     labels: Int[Tensor, " batch"],
     settings: DeepInversionSettings,
     *,
-    shape: ImageShape,
+    shape: Shape,
     generator: torch.Generator,
 ) -> Inverted:
     """Optimise noise until a teacher finds given classes in it and its usual statistics.

@@ -91,15 +91,13 @@ class BranchedNetwork(nn.Module):
         self.gate = BranchGate(width, len(students))
 
     def everything(
-        self, inputs: Float[Tensor, "rows channels height width"]
+        self, inputs: Float[Tensor, "rows *shape"]
     ) -> tuple[Float[Tensor, "branches rows classes"], Float[Tensor, "rows branches"]]:
         """Return every branch's logits and the gate's shares, from one pass through the trunk."""
         shared = self.trunk(inputs)
         return torch.stack([branch(shared) for branch in self.branches]), self.gate(shared)
 
-    def forward(
-        self, inputs: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows classes"]:
+    def forward(self, inputs: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows classes"]:
         """Return the student's logits."""
         logits: Tensor = self.branches[0](self.trunk(inputs))
         return logits
@@ -113,9 +111,7 @@ class GatedEnsemble(nn.Module):
         self.network = network
         self.eval()
 
-    def forward(
-        self, inputs: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows classes"]:
+    def forward(self, inputs: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows classes"]:
         """Return the gated sum of the branches' logits."""
         return gated_logits(*self.network.everything(inputs))
 

@@ -31,9 +31,7 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.eval()
 
-    def forward(
-        self, inputs: Float[Tensor, "rows channels height width"]
-    ) -> Float[Tensor, "rows classes"]:
+    def forward(self, inputs: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows classes"]:
         """Return logits whose softmax is the members' mean."""
         logits = torch.stack([member(inputs) for member in self.members])
         return Targets.softened(mean_probability(logits), temperature=1.0).logits()

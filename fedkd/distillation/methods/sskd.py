@@ -74,9 +74,7 @@ class SelfSupervisionHead(nn.Sequential):
         super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
 
-def embedding_width(
-    model: nn.Module, inputs: Float[Tensor, "rows channels height width"], *, whose: str
-) -> int:
+def embedding_width(model: nn.Module, inputs: Float[Tensor, "rows *shape"], *, whose: str) -> int:
     """Return how many numbers the last linear layer of a model reads.
 
     Raises:

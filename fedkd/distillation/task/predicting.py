@@ -11,7 +11,7 @@ CHUNK_ROWS = 1024
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, inputs: Float[Tensor, "rows channels height width"]
+    model: nn.Module, inputs: Float[Tensor, "rows *shape"]
 ) -> Float[Tensor, "rows classes"]:
     """Return a model's logits; its modes are put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedkd.data import DataSettings, build_federated_data
 from fedkd.data.federated import FederatedData
+from fedkd.inputs import InputShape, per_channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,26 +27,28 @@ class Rows:
         test_inputs, test_labels: read when a finished model is measured, never before.
         num_classes: width of the logits.
         class_names: their names.
-        mean, std: of each channel; ``inputs * std + mean`` are pixels in [0, 1].
+        mean, std: of each channel or feature; ``inputs * std + mean`` are pixels in [0, 1], or
+            features as they were. 0 and 1 for texts.
+        vocabulary: tokens of texts; None for all other inputs.
     """
 
-    inputs: Float[Tensor, "rows channels height width"]
+    inputs: Float[Tensor, "rows *shape"]
     labels: Int[Tensor, " rows"]
     labelled: int
-    validation_inputs: Float[Tensor, "validation channels height width"]
+    validation_inputs: Float[Tensor, "validation *shape"]
     validation_labels: Int[Tensor, " validation"]
-    test_inputs: Float[Tensor, "test channels height width"]
+    test_inputs: Float[Tensor, "test *shape"]
     test_labels: Int[Tensor, " test"]
     num_classes: int
     class_names: tuple[str, ...]
-    mean: Float[Tensor, "channels 1 1"]
-    std: Float[Tensor, "channels 1 1"]
+    mean: Float[Tensor, "channels *ones"]
+    std: Float[Tensor, "channels *ones"]
+    vocabulary: int | None = None
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one row."""
-        channels, height, width = self.inputs.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> InputShape:
+        """Shape of one row."""
+        return InputShape(tuple(self.inputs.shape[1:]), self.vocabulary)
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +109,7 @@ def rows_of(data: FederatedData, device: torch.device) -> Rows:
         test_labels=tensor(data.test_labels),
         num_classes=data.num_classes,
         class_names=data.class_names,
-        mean=tensor(data.channel_mean)[:, None, None],
-        std=tensor(data.channel_std)[:, None, None],
+        mean=per_channel(tensor(data.channel_mean), len(data.input_shape)),
+        std=per_channel(tensor(data.channel_std), len(data.input_shape)),
+        vocabulary=data.vocabulary,
     )

@@ -78,7 +78,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def member_logits(
-        self, inputs: Float[Tensor, "rows channels height width"]
+        self, inputs: Float[Tensor, "rows *shape"]
     ) -> Float[Tensor, "teachers rows classes"]:
         """Return every model's logits."""
         return torch.stack([member(inputs) for member in self.members])
@@ -157,9 +157,7 @@ class TeacherCache:
     student asks cannot misalign them.
     """
 
-    def __init__(
-        self, teacher: Teacher, inputs: Float[Tensor, "rows channels height width"]
-    ) -> None:
+    def __init__(self, teacher: Teacher, inputs: Float[Tensor, "rows *shape"]) -> None:
         self._logits = torch.stack(
             [finite(predict_logits(member, inputs), "the teacher") for member in teacher.members]
         )

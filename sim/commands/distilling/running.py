@@ -178,7 +178,8 @@ def infos_of(distillation: Distillation) -> dict[str, ModelInfo]:
         header: Any = quantised_header(module) or {}
         info = ModelInfo(
             model=named[name],
-            input_shape=rows.input_shape,
+            input_shape=rows.input_shape.sides,
+            vocabulary=rows.vocabulary,
             class_names=rows.class_names,
             channel_mean=float_tuple(rows.mean.flatten().tolist()),
             channel_std=float_tuple(rows.std.flatten().tolist()),

@@ -40,7 +40,7 @@ def test_digits_are_split_as_documented():
             data.train_inputs,
         )
     ] == [359, 500, 94, 844]
-    assert (data.num_classes, data.num_clients, data.input_shape) == (10, 10, (1, 8, 8))
+    assert (data.num_classes, data.num_clients, data.input_shape.sides) == (10, 10, (1, 8, 8))
     assert data.num_unassigned_rows == 0
 
 
@@ -188,7 +188,7 @@ def test_grey_training_and_coloured_test_images_get_the_same_channels(
     write_pictures(tmp_path, "train", numbered(40), np.arange(40) % 2)
     write_pictures(tmp_path, "test", [np.zeros((3, 2, 3), np.uint8)] * 2, [0, 1])
     data = build(2, source=str(tmp_path), public={"size": 4}, partition={"kind": "iid"})
-    assert data.input_shape == (3, 3, 2)
+    assert data.input_shape.sides == (3, 3, 2)
     assert data.test_inputs.shape == (2, 3, 3, 2)
 
 
@@ -215,9 +215,9 @@ def test_pictures_of_any_size_are_brought_to_one(tmp_path, write_pictures, numbe
     write_pictures(tmp_path, "test", [np.zeros((5, 9), np.uint8)] * 2, [0, 1])
     settings = {"source": str(tmp_path), "public": {"size": 4}, "partition": {"kind": "iid"}}
     data = build(2, resize=[4, 6], **settings)
-    assert data.input_shape == (1, 4, 6)
+    assert data.input_shape.sides == (1, 4, 6)
     assert data.test_inputs.shape == (2, 1, 4, 6)
-    assert build(resize=16).input_shape == (1, 16, 16)  # digits, too
+    assert build(resize=16).input_shape.sides == (1, 16, 16)  # digits, too
 
 
 def test_rows_that_show_a_picture_of_another_set_are_counted_and_told(

@@ -125,7 +125,7 @@ def test_a_picture_too_large_to_learn_from_names_the_setting_that_shrinks_it():
 
 
 def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
-    monkeypatch.setattr("fedkd.data.images._memory_bytes", lambda: 2**30)
+    monkeypatch.setattr("fedkd.data.memory.memory_bytes", lambda: 2**30)
     decoded = []
 
     def pictures():

@@ -47,6 +47,9 @@ def found(root):
             ["test/cat/3.png"],
         ),
         (["Train/cat/1.png", "Test/cat/1.png"], ["Train/cat/1.png"], ["Test/cat/1.png"]),
+        (["train.csv", "test.csv", "more.csv"], ["train.csv"], ["test.csv"]),
+        (["rows.npz", "notes.txt"], ["rows.npz"], []),
+        (["cat/1.png", "dog/1.png", "labels.csv"], ["cat/1.png", "dog/1.png"], []),
     ],
 )
 def test_splits_are_found_by_the_names_of_folders_and_files(tmp_path, names, train, test):
@@ -89,11 +92,12 @@ def test_what_is_not_data_is_not_seen(tmp_path):
         (["train.parquet", "data/train.parquet"], "both look like the split 'train'"),
         (["test.parquet"], r"must be a split 'train' .*got test\.parquet"),
         (["test/cat/1.png", "cat/2.png"], r"must be a split 'train'"),
-        (["train.csv", "test.csv"], r"holds tabular data \(test\.csv, train\.csv\).*not read yet"),
+        (["train.xlsx"], r"holds spreadsheets.* \(train\.xlsx\).*not read yet"),
         (["train.jsonl"], "holds text"),
         (["train.csv.gz"], "holds archives, which have to be unpacked"),
         (["cat.zip"], "holds archives"),
-        (["x.npz"], "holds arrays"),
+        (["x.npy"], "holds arrays"),
+        (["a.npz", "b.npz"], r"several NPZ files \(a\.npz, b\.npz\): name one"),
         (["notes.md"], r"holds no data that can be read, but notes\.md"),
         ([], "is an empty folder"),
         (["cat/1.png", "metadata.csv"], r"labels in metadata\.csv are not read yet"),
@@ -137,9 +141,9 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 def test_a_single_file_is_for_training(tmp_path):
     file = touched(tmp_path, "pictures.parquet") / "pictures.parquet"
     assert find_layout(file, "here").train == (file,)
-    (tmp_path / "pictures.csv").touch()
-    with pytest.raises(ValueError, match="'here' is tabular data: known: 'digits'"):
-        find_layout(tmp_path / "pictures.csv", "here")
+    (tmp_path / "pictures.xlsx").touch()
+    with pytest.raises(ValueError, match=r"'here' is spreadsheets, .* as CSV: known: 'digits'"):
+        find_layout(tmp_path / "pictures.xlsx", "here")
 
 
 def saved(folder, names):

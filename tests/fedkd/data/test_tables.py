@@ -153,10 +153,6 @@ def test_a_bad_picture_is_named_by_file_and_row(tmp_path, cells, complaint):
 @pytest.mark.parametrize(
     ("columns", "complaint"),
     [
-        ({"features": [[0.5] * 16, [1.0] * 16]}, r"holds tabular data \(features: list"),
-        ({"age": [1, 2], "income": [0.5, 2.0]}, "holds tabular data"),
-        ({"text": ["a", "b"], "role": [1, 2]}, r"holds text \(text: string"),
-        ({"city": ["a", "b"], "size": [1, 2]}, "holds tabular data or text"),
         ({}, "holds nothing but labels"),
         ({"image": [{"path": "a.png"}] * 2}, "holds paths of files"),
     ],

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from fedkd.compression import QuantisationSettings, quantise, quantised_header
+from fedkd.inputs import InputShape
 from fedkd.models import ModelSettings, build_model, known_models
 from fedkd.trained.files import (
     HEADER,
@@ -150,3 +151,26 @@ def test_code_that_only_the_file_names_does_not_run(tmp_path: Path) -> None:
         load_model(path)
     loaded = load_model(path, permit=lambda name: name == "odd_models:make")
     assert loaded.predict(np.zeros((1, *SHAPE), np.float32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "vocabulary", "mean"), [((5,), None, [2.0] * 5), ((6,), 9, [0.0])]
+)
+def test_models_of_features_and_of_texts_say_what_they_take(tmp_path, shape, vocabulary, mean):
+    settings = ModelSettings(name="mlp")
+    module = build_model(
+        settings, input_shape=InputShape(shape, vocabulary), num_classes=2, seed=0
+    ).eval()
+    info = ModelInfo(
+        model=settings,
+        input_shape=shape,
+        vocabulary=vocabulary,
+        class_names=("a", "b"),
+        channel_mean=tuple(mean),
+        channel_std=(1.0,) * len(mean),
+    )
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model_content(module.state_dict(), info))
+    inputs = torch.arange(2 * shape[0]).reshape(2, -1) % 9
+    wanted = module(inputs.float() - mean[0])
+    assert np.allclose(load_model(path).logits(inputs), wanted.detach(), atol=1e-6)

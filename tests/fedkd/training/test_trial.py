@@ -54,9 +54,9 @@ REFUSED = {
     "Empty": r"has no parameter that requires a gradient",
     "Detached": r"sends no gradient to any of its parameters",
     "NanFirst": r"has NaN or infinity in its first 'head\.weight'",
-    "NanOut": r"returns NaN or infinity for its first images",
+    "NanOut": r"returns NaN or infinity for its first inputs",
     "NewParameter": r"puts a new parameter in the place of 'head\.weight'",
-    "FixedBatch": r"failed on images of shape \[\d, 1, 8, 8\] .*RuntimeError",
+    "FixedBatch": r"failed on inputs of shape \[\d, 1, 8, 8\] .*RuntimeError",
     "DefaultType": r"changes torch\.set_default_dtype from torch\.float32 to torch\.float64",
     "Threads": r"changes torch\.set_num_threads from 1 to 3",
 }
