@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedkd.bounds import Real, Share, Whole
+from fedkd.inputs import Kind
 
 __all__ = [
     "AUGMENTATIONS",
@@ -271,20 +272,20 @@ class Mix:
 
 
 def mixup(
-    inputs: Float[Tensor, "batch channels height width"],
+    inputs: Float[Tensor, "batch *shape"],
     generator: torch.Generator,
     *,
     alpha: int | float = 0.2,
-) -> tuple[Float[Tensor, "batch channels height width"], Mix]:
-    """Mix each image with another one of the batch; one share for the whole batch.
+) -> tuple[Float[Tensor, "batch *shape"], Mix]:
+    """Mix each row with another one of the batch; one share for the whole batch.
 
     Args:
-        inputs: images.
+        inputs: pictures or features.
         generator: draws the share from Beta(alpha, alpha), and the partners.
-        alpha: > 0; small values leave one of the two images nearly alone, 1 is uniform.
+        alpha: > 0; small values leave one of the two nearly alone, 1 is uniform.
 
     Returns:
-        The mixed images, and the `Mix` that labels and targets must follow.
+        The mixed rows, and the `Mix` that labels and targets must follow.
 
     Raises:
         ValueError: if ``alpha`` is not positive and finite.
@@ -329,6 +330,15 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "mixup": _listed(mixup, "Zhang et al., 2017"),
 }
 """Every augmentation by name."""
+
+
+FOR_PICTURES = frozenset(
+    {
+        *("horizontal_flip", "pad_and_crop", "quarter_turns", "brightness", "contrast"),
+        *("saturation", "gaussian_noise", "cutout"),
+    }
+)
+"""Changes of pixels, which are in [0, 1] and have neighbours."""
 
 
 class AugmentationSettings(BaseModel):
@@ -379,9 +389,31 @@ class AugmentationSettings(BaseModel):
         ),
     )
 
+    def check(self, kind: Kind, setting: str) -> None:
+        """Refuse changes that make no sense on some kind of inputs.
+
+        Features can be mixed; numbers of tokens cannot be changed at all.
+
+        Args:
+            kind: of the inputs.
+            setting: what the augmentation is called, such as ``training.augmentation``.
+
+        Raises:
+            ValueError: naming the first change that is on and cannot be.
+        """
+        possible = {"pictures": FOR_PICTURES | {"mixup"}, "features": {"mixup"}, "text": set()}
+        for name in (*sorted(FOR_PICTURES), "mixup"):
+            value = getattr(self, name)
+            if value and name not in possible[kind]:
+                what = "pictures" if name in FOR_PICTURES else "pictures and features"
+                raise ValueError(
+                    f"{setting}.{name} is for {what}, and data.source holds {kind}: leave it out, "
+                    f"got {value}"
+                )
+
     def apply(
-        self, inputs: Float[Tensor, "batch channels height width"], generator: torch.Generator
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, inputs: Float[Tensor, "batch *shape"], generator: torch.Generator
+    ) -> Float[Tensor, "batch *shape"]:
         """Return one view of each image: every change that is on, except ``mixup``.
 
         ``mixup`` changes labels too, see `teacher_student_views`. With everything off, these are
@@ -423,8 +455,8 @@ class Views:
         teacher_is_mixed: whether the teacher's images went through the same mix.
     """
 
-    student: Float[Tensor, "batch channels height width"]
-    teacher: Float[Tensor, "batch channels height width"]
+    student: Float[Tensor, "batch *shape"]
+    teacher: Float[Tensor, "batch *shape"]
     mix: Mix | None
     teacher_is_mixed: bool
 
@@ -445,7 +477,7 @@ class Views:
 
 
 def teacher_student_views(
-    inputs: Float[Tensor, "batch channels height width"],
+    inputs: Float[Tensor, "batch *shape"],
     settings: AugmentationSettings,
     generator: torch.Generator,
 ) -> Views:

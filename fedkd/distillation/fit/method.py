@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from fedkd.inputs import Kind
+
 if TYPE_CHECKING:
     from fedkd.distillation.fit.workshop import Workshop
 
@@ -43,6 +45,8 @@ class Method(ABC, Generic[SettingsT]):
     Settings: ClassVar[type[MethodSettings]]
     source: ClassVar[str]
     """Whose idea it is: authors, year, link."""
+    takes: ClassVar[tuple[Kind, ...]] = ("pictures", "features", "text")
+    """The kinds of inputs that it works on."""
     needs_teacher: ClassVar[bool] = True
     """Whether a teacher is trained (or loaded) before."""
 

@@ -12,6 +12,7 @@ from fedkd.distillation.fit.group import Group, GroupSettings, GroupStep, fit_gr
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.methods.peers import build_peers, result_of
+from fedkd.inputs import Kind
 from fedkd.losses.co_training import (
     cross_pseudo_label_losses,
     fast_gradient_examples,
@@ -95,6 +96,7 @@ class CoTraining(Method[CoTrainingSettings]):
     that each resists the adversarial examples of the other.
     """
 
+    takes: ClassVar[tuple[Kind, ...]] = ("pictures",)
     Settings: ClassVar[type[MethodSettings]] = CoTrainingSettings
     source: ClassVar[str] = (
         "Blum and Mitchell, 1998, https://doi.org/10.1145/279943.279962; for networks Qiao et al., "

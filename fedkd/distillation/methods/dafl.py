@@ -20,7 +20,7 @@ from fedkd.distillation.fit.feeding import validated
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.task.teachers import Teacher
-from fedkd.inputs import Shape
+from fedkd.inputs import Kind, Shape
 from fedkd.losses.data_free import dafl_generator_losses
 from fedkd.models.dropout import connect_dropout, step_keys
 from fedkd.objectives import PENULTIMATE, Objective, View, tapped, vectors
@@ -286,6 +286,7 @@ class DataFree(Method[DAFLSettings]):
     and all of them teach.
     """
 
+    takes: ClassVar[tuple[Kind, ...]] = ("pictures",)
     Settings: ClassVar[type[MethodSettings]] = DAFLSettings
     source: ClassVar[str] = (
         "Chen et al., 2019, Data-Free Learning of Student Networks, "

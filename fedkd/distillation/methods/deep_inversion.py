@@ -16,7 +16,7 @@ from fedkd.distillation.fit.epochs import EpochRow, FitHistory
 from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.methods.dafl import check_no_rows
-from fedkd.inputs import Shape
+from fedkd.inputs import Kind, Shape
 from fedkd.losses.data_free import batch_norm_losses, inversion_losses
 from fedkd.models import uses_batch_norm
 from fedkd.randomness import Purpose, torch_generator, torch_seed_for
@@ -133,6 +133,7 @@ class DeepInversion(Method[DeepInversionSettings]):
     for validation and the test only. Of several teachers the images are the first's, and all teach.
     """
 
+    takes: ClassVar[tuple[Kind, ...]] = ("pictures",)
     Settings: ClassVar[type[MethodSettings]] = DeepInversionSettings
     source: ClassVar[str] = (
         "Yin et al., 2020, Dreaming to Distill, https://arxiv.org/abs/1912.08795"

@@ -25,6 +25,7 @@ from fedkd.distillation.fit.method import Method, MethodResult, MethodSettings
 from fedkd.distillation.fit.workshop import Workshop
 from fedkd.distillation.task.predicting import CHUNK_ROWS
 from fedkd.distillation.task.teachers import Teacher
+from fedkd.inputs import Kind
 from fedkd.losses.self_distillation import (
     contrastive_view_loss,
     rotated_views,
@@ -225,6 +226,7 @@ class SelfSupervised(Method[SSKDSettings]):
     imitated. Of the run's objective only ``ce`` takes part; weights are the method's own.
     """
 
+    takes: ClassVar[tuple[Kind, ...]] = ("pictures",)
     Settings: ClassVar[type[MethodSettings]] = SSKDSettings
     source: ClassVar[str] = (
         "Xu, Liu, Li, Loy, 2020, Knowledge Distillation Meets Self-Supervision, "

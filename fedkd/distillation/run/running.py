@@ -10,7 +10,7 @@ from torch import nn
 from fedkd.distillation.fit.workshop import EpochListener, Workshop, labels_only
 from fedkd.distillation.judging.result import Distillation
 from fedkd.distillation.judging.scores import finished_logits, score, teacher_on_training_rows
-from fedkd.distillation.methods import method_class
+from fedkd.distillation.methods import METHODS, method_class
 from fedkd.distillation.run.finishing import (
     QUANTISED_STUDENT,
     compare_with_float,
@@ -26,6 +26,7 @@ from fedkd.distillation.task.heads import split_into_heads, task_of_each_class, 
 from fedkd.distillation.task.participants import TeacherSettings
 from fedkd.distillation.task.rows import Rows, load_rows
 from fedkd.distillation.task.teachers import Teacher, teacher_names
+from fedkd.inputs import Kind
 from fedkd.objectives import Objective
 from fedkd.objectives.basic import HardLabels
 
@@ -113,7 +114,12 @@ def distill(
 def open_workshop(
     settings: DistillSettings, rows: Rows, observe: EpochListener = _nobody
 ) -> Workshop:
-    """Return the workshop of these settings, with the teacher trained or loaded."""
+    """Return the workshop of these settings, with the teacher trained or loaded.
+
+    Raises:
+        ValueError: naming what is not for inputs of this kind.
+    """
+    _check_kind(settings, rows.input_shape.kind)
     workshop = Workshop(
         rows=rows,
         teacher=None,
@@ -128,6 +134,18 @@ def open_workshop(
     if not method_class(settings.method.name).needs_teacher:
         return workshop
     return workshop.taught_by(train_teacher(settings.teacher, workshop))
+
+
+def _check_kind(settings: DistillSettings, kind: Kind) -> None:
+    method = method_class(settings.method.name)
+    if kind not in method.takes:
+        others = [name for name, other in METHODS.items() if kind in other.takes]
+        raise ValueError(
+            f"method {settings.method.name!r} is for {' and '.join(method.takes)}, and data.source "
+            f"holds {kind}: use one of {', '.join(others)}"
+        )
+    settings.training.augmentation.check(kind, "training.augmentation")
+    settings.teacher.training.augmentation.check(kind, "teacher.training.augmentation")
 
 
 def train_teacher(settings: TeacherSettings, workshop: Workshop) -> Teacher:

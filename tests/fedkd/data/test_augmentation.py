@@ -296,3 +296,36 @@ def test_impossible_changes_are_refused(call, message):
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         AugmentationSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("changed", "features", "text"),
+    [
+        ({"horizontal_flip": 0.5}, False, False),
+        ({"pad_and_crop": 2}, False, False),
+        ({"quarter_turns": True}, False, False),
+        ({"brightness": 0.1}, False, False),
+        ({"contrast": 0.1}, False, False),
+        ({"saturation": 0.1}, False, False),
+        ({"gaussian_noise": 0.1}, False, False),
+        ({"cutout": 2}, False, False),
+        ({"mixup": 0.2}, True, False),
+        ({"teacher_view": "clean"}, True, True),
+    ],
+)
+def test_changes_of_pixels_are_refused_by_name_on_features_and_texts(changed, features, text):
+    settings = AugmentationSettings(**changed)
+    settings.check("pictures", "training.augmentation")
+    (name,) = changed
+    for kind, possible in (("features", features), ("text", text)):
+        if possible:
+            settings.check(kind, "training.augmentation")
+        else:
+            with pytest.raises(ValueError, match=rf"training\.augmentation\.{name} is .* {kind}"):
+                settings.check(kind, "training.augmentation")
+
+
+def test_features_are_mixed_as_pictures_are():
+    rows = torch.tensor([[0.0, 10.0], [2.0, -10.0]])
+    mixed, mix = mixup(rows, torch.Generator().manual_seed(0))
+    assert torch.allclose(mixed, mix.share * rows + (1 - mix.share) * rows[mix.permutation])
