@@ -21,13 +21,15 @@ def printed(shown: DataOverview, width: int = 80) -> list[str]:
 def overview(class_names: list[str], counts: list[int]) -> DataOverview:
     row = {"client": 0, "rows": sum(counts), "classes": len(counts), "label_entropy": 1.5}
     of_classes = {f"class {name}": n for name, n in zip(class_names, counts, strict=True)}
-    return DataOverview("somewhere", [{**row, **of_classes}], {"private": 1}, Path("split.png"))
+    rows = [{**row, **of_classes}]
+    return DataOverview("somewhere", "4 features", rows, {"private": 1}, Path("split.png"))
 
 
 def test_the_overview_counts_every_row_once(small: Callable[..., Settings]) -> None:
     shown = data(small())
     assert shown.sizes["private"] == sum(row["rows"] for row in shown.rows) == 200
     assert (shown.sizes["public"], shown.sizes["test"]) == (60, 100)
+    assert shown.inputs == "pictures of 1x8x8"
     assert shown.figure.name == "split.png"
     assert shown.figure.is_file()
     assert len(shown.table().labels) == 4
