@@ -29,7 +29,7 @@ from fedkd.data.natural_ids import NaturalIds, ReadIds
 from fedkd.data.partition_settings import NaturalPartition
 from fedkd.data.settings import DataSettings
 from fedkd.data.texts import TextEncoder, plan_encoder
-from fedkd.inputs import Kind
+from fedkd.inputs import InputShape, Kind
 from fedkd.names import printable
 from fedkd.randomness import seeded_everything
 
@@ -295,6 +295,51 @@ def _ids(arrays: Mapping[str, np.ndarray], rows: int, column: str) -> NaturalIds
         )
     names, numbers = np.unique(found[0], return_inverse=True)
     return NaturalIds(tuple(printable(str(name)) for name in names), numbers.astype(np.int64))
+
+
+def inputs_in(
+    arrays: Mapping[str, np.ndarray],
+    shape: InputShape,
+    encoder: TextEncoder | None,
+) -> tuple[int, Read]:
+    """Find inputs of a known shape among arrays, without labels: rows to be predicted.
+
+    Args:
+        arrays: by name; ``x`` or another name of inputs, of the test split where there are two.
+        shape: of one input; pictures are brought to it in height and width.
+        encoder: of texts.
+
+    Returns:
+        How many rows there are, and what reads some of them.
+
+    Raises:
+        ValueError: if there are none, or they are of another kind or shape; names the array.
+    """
+    wanted = {f"{word}_test" for word in INPUTS} | {f"test_{word}" for word in INPUTS}
+    found = [key for key in arrays if key.lower() in wanted]
+    found = found or [key for key in arrays if key.lower() in INPUTS]
+    if len(found) != 1:
+        raise ValueError(
+            f"there must be one array of inputs, called x or {', '.join(INPUTS[1:])}, got "
+            f"{printable(', '.join(arrays)) or 'no arrays'}"
+        )
+    (key,) = found
+    array = arrays[key]
+    kind = _kind(key, array, shape.vocabulary if encoder is None else None)
+    if kind == "text" and encoder is not None:
+        return len(array), partial(_texts, array, encoder)
+    if kind == "pictures" and shape.kind == "pictures":
+        _, height, width = shape.sides
+        return len(array), partial(_pictures, array, key, (height, width))
+    if kind != shape.kind or encoder is not None or array.shape[1:] != shape.sides:
+        expected = "texts" if encoder is not None else str(shape)
+        raise ValueError(
+            f"array {printable(key)!r} must hold {expected}, got {array.dtype} of shape "
+            f"{array.shape}"
+        )
+    if kind == "text":
+        return len(array), partial(_tokens, array, key, shape.vocabulary or 0)
+    return len(array), partial(_features, array, key)
 
 
 # --- inputs of rows -----------------------------------------------------------------------------

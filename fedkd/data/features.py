@@ -205,7 +205,12 @@ def _values(
         if pa.types.is_dictionary(cells.type):
             cells = cells.cast(cells.type.value_type)
         _check_filled(cells, refused)
-        places = pc.index_in(cells.cast(pa.large_string()), pa.array(column.categories))
+        texts = cells.cast(pa.large_string())
+        places = pc.index_in(texts, pa.array(column.categories, pa.large_string()))
+        if places.null_count:
+            strange = _first_empty(places)
+            shown = printable(texts[strange].as_py())
+            raise refused(strange, f"holds {shown!r}, which is none of the categories known")
         one_hot: np.ndarray = np.eye(column.width, dtype=np.float32)[to_numpy(places)]
         return one_hot
     values, counts = _flat(cells, file, column.name, rows)

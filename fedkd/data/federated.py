@@ -15,6 +15,7 @@ from fedkd.data.label_noise import WrongLabels, with_wrong_labels
 from fedkd.data.partition_settings import NaturalPartition
 from fedkd.data.partitions import deal_rows
 from fedkd.data.public_source import check_apart, draw_public_rows
+from fedkd.data.reading import AS_IT_IS, Reading
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source
 from fedkd.data.splits import RowSplit, split_rows, split_rows_by_id
@@ -58,6 +59,8 @@ class FederatedData:
     """Which private labels are wrong, for measurements only; ``None``: all are the source's."""
     client_shifts: ClientShifts | None = None
     """Who sees inputs in which way; ``None``: all see them as they are."""
+    reading: Reading = AS_IT_IS
+    """How rows of tables became inputs."""
     vocabulary: int | None = None
     """How many tokens texts are made of; ``None`` where inputs are no texts."""
     other_classes: int = 0
@@ -216,6 +219,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     class_names = source.class_names if public is None else public.class_names
     return FederatedData(
         name=source.name,
+        reading=source.reading,
         class_names=class_names,
         channel_mean=mean,
         channel_std=std,

@@ -24,6 +24,7 @@ from fedkd.data.images import Pixels, resize_pixels
 from fedkd.data.labels import LabelColumn, common_classes, has_labels
 from fedkd.data.layouts import SINGLE_FILES, Layout, find_layout
 from fedkd.data.natural_ids import ReadIds, no_ids, read_ids
+from fedkd.data.reading import AS_IT_IS, Reading
 from fedkd.data.settings import DataSettings
 from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
 from fedkd.data.texts import TextEncoder, plan_texts, read_texts
@@ -58,6 +59,7 @@ class Source:
         encoder: what turned texts into these; ``None`` where they were none.
         ids: reads whose each training row is.
         vocabulary: how many tokens texts are made of; ``None`` where inputs are no texts.
+        reading: how rows of tables become inputs.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Source:
     kind: Kind = "pictures"
     encoder: TextEncoder | None = None
     vocabulary: int | None = None
+    reading: Reading = AS_IT_IS
 
 
 def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> Source:
@@ -267,6 +270,7 @@ def _arrays(
         encoder=found.encoder,
         vocabulary=vocabulary,
         ids=found.ids,
+        reading=Reading(encoder=found.encoder),
     )
 
 
@@ -338,10 +342,11 @@ def _tables(
     # A test split without labels is left aside, and need not have what is learnt from.
     used = [split for split in splits if split == "train" or has_labels(labels[split])]
     reads: dict[str, Read]
-    kind = inputs.kind
+    kind, reading = inputs.kind, AS_IT_IS
     if kind == "pictures":
         (column,) = inputs.columns
         reads = {split: partial(splits[split].read, column) for split in used}
+        reading = Reading(column)
     elif kind == "text":
         (column,) = inputs.columns
         encoder = encoder or plan_texts(splits["train"].tables, column, settings.text)
@@ -349,16 +354,18 @@ def _tables(
             split: partial(read_texts, splits[split].tables, column, encoder) for split in used
         }
         kind = "features" if encoder.vocabulary is None else "text"
+        reading = Reading(column, encoder=encoder)
     else:
         plan = plan_features([t for split in used for t in splits[split].tables], inputs.columns)
         reads = {split: partial(read_features, splits[split].tables, plan) for split in used}
+        reading = Reading(columns=tuple(plan))
     classes = f"data.label_column {label_column!r} of data.source {settings.source!r}"
     left_aside = (*left_aside, *(f"column {printable(name)!r}" for name in inputs.left_aside))
     source = _labelled(name, labels, reads, classes, left_aside, settings)
     source = replace(source, kind=kind, ids=partial(read_ids, tables["train"]))
     if inputs.kind != "text" or encoder is None:
-        return source
-    return replace(source, encoder=encoder, vocabulary=encoder.vocabulary)
+        return replace(source, reading=reading)
+    return replace(source, encoder=encoder, vocabulary=encoder.vocabulary, reading=reading)
 
 
 def _labelled(

@@ -90,7 +90,7 @@ class GRULayer(_RecurrentLayer):
     ) -> Float[Tensor, "batch steps hidden"]:
         """Return the state after each step, from zero; ``skipped`` steps change nothing."""
         inputs = self.from_input(steps)
-        state = steps.new_zeros(len(steps), self.hidden)
+        state = steps.new_zeros(steps.shape[0], self.hidden)  # len() would fix it in an export
         states = []
         split = 2 * self.hidden
         for number, step_input in enumerate(inputs.unbind(1)):
@@ -123,7 +123,7 @@ class LSTMLayer(_RecurrentLayer):
         Steps that are ``skipped`` change neither.
         """
         inputs = self.from_input(steps)
-        state = memory = steps.new_zeros(len(steps), self.hidden)
+        state = memory = steps.new_zeros(steps.shape[0], self.hidden)
         states = []
         for number, step_input in enumerate(inputs.unbind(1)):
             admit, forget, candidate, emit = (step_input + self.from_state(state)).chunk(4, 1)

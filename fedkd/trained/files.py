@@ -1,7 +1,7 @@
 """A trained model in one safetensors file: its tensors, and in the header what they are."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from fedkd.bounds import LONGEST_TEXT, Real, Whole
 from fedkd.compression import QuantisationSettings, quantise
 from fedkd.compression.pruning import dense_state
 from fedkd.compression.storage import plain_tensors
+from fedkd.data.reading import Reading
 from fedkd.data.settings import LONGEST_SIDE
 from fedkd.inputs import InputShape, per_channel
 from fedkd.models import ModelSettings, build_model
@@ -61,6 +62,8 @@ class ModelInfo(BaseModel):
     """What an input is standardised with: ``(pixel - channel_mean) / channel_std``, for each
     channel or feature; a single 0, and 1, for texts."""
     channel_std: tuple[Annotated[Real, Field(gt=0)], ...]
+    reading: Reading = Reading()
+    """How rows of tables become inputs: columns, categories, what encodes texts."""
     activations: Literal["float", "int8"] | None = None
     """Of a model with int8 weights: how its inputs are rounded; None: weights are floats."""
     trained: dict[str, JsonValue] = Field(default_factory=dict)
@@ -78,6 +81,12 @@ class ModelInfo(BaseModel):
             raise ValueError(
                 f"channel_mean and channel_std need one number for each of {channels} channels"
             )
+        width = self.reading.width
+        if width is not None and (width,) != self.input_shape:
+            raise ValueError(f"reading gives inputs of {width}, the model takes {shape}")
+        for column in self.reading.columns:
+            if column.width < 1 or (column.categories and len(column.categories) != column.width):
+                raise ValueError(f"reading: column {column.name!r} has no width of its own")
         return self
 
     @property
@@ -232,7 +241,8 @@ class LoadedModel:
         return self.info.input_shape
 
     @cached_property
-    def _scale(self) -> tuple[Tensor, Tensor]:
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """What inputs are standardised with: mean and deviation, shaped to compute with a row."""
         mean, std = (
             per_channel(torch.tensor(each, dtype=torch.float32), len(self.input_shape))
             for each in (self.info.channel_mean, self.info.channel_std)
@@ -241,11 +251,14 @@ class LoadedModel:
 
     def standardised(self, pixels: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows *shape"]:
         """Return what the module takes: ``(pixel - channel_mean) / channel_std``."""
-        mean, std = self._scale
+        mean, std = self.scale
         return (pixels - mean) / std
 
     def logits(self, inputs: Any) -> Float[np.ndarray, "rows classes"]:
         """Return the logits of inputs; see `predict`."""
+        encoder = self.info.reading.encoder
+        if encoder is not None and isinstance(inputs, list | tuple) and all_texts(inputs):
+            inputs = encoder.encode(list(inputs))
         pixels = torch.as_tensor(np.asarray(inputs))
         if not pixels.is_floating_point() and self.info.shape.kind == "pictures":
             raise ValueError(
@@ -271,7 +284,7 @@ class LoadedModel:
         Args:
             inputs: array or tensor ``[rows, *input_shape]``: pixels as floats in [0, 1], features
                 as they were before they were standardised, which is done here, or numbers of
-                tokens.
+                tokens. A list of texts where the model learnt from a column of text.
 
         Returns:
             float32 ``[rows, classes]``, in [0, 1]; each row sums to 1.
@@ -327,6 +340,11 @@ def load_model(path: Path, *, permit: own_code.Permit = own_code.refuse) -> Load
         module = quantise(module, QuantisationSettings(activations=info.activations))
     fill(module, read_tensors(path), str(path))
     return LoadedModel(module.eval().requires_grad_(False), info, path)
+
+
+def all_texts(inputs: Sequence[object]) -> bool:
+    """Tell whether these are texts, and not rows of numbers."""
+    return bool(inputs) and all(isinstance(each, str) for each in inputs)
 
 
 def float_tuple(values: Iterable[Any]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The command line: ``fedkd run``, ``compare``, ``distill``, ``data``, ``algorithms``, ``report``.
+"""The command line: ``fedkd run``, ``compare``, ``distill``, ``data``, ``predict``, ``export``, ...
 
 Every command is a thin shell around the function of the same name in `sim`. Heavy imports wait
 until a command needs them, so that ``--help`` and mistakes answer at once.
@@ -102,7 +102,7 @@ def _no_such_option(
         option,
         value,
         known=[param.opts[0] for param in params if param.param_type_name == "option"],
-        kind={"distill": DistillSettings, "report": None}.get(command, Settings),
+        kind={"distill": DistillSettings, **dict.fromkeys(NO_SETTINGS)}.get(command, Settings),
         command=command,
     )
 
@@ -115,6 +115,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+NO_SETTINGS = ("report", "predict", "export")
+"""Commands that take no settings."""
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -176,6 +179,8 @@ def root(
     - `fedkd data conf/quickstart.yaml` : who holds which rows
     - `fedkd algorithms` : who learns from whom, what travels
     - `fedkd report runs/quickstart` : the report again, or over several runs
+    - `fedkd predict RUN FILES` : what a run's model sees in files
+    - `fedkd export RUN` : a run's model as ONNX or torch.export
     """
 
 
@@ -427,6 +432,130 @@ def data(
         return
     _print(shown.table(), wide=wide)
     typer.echo(f"figure {shown.figure}")
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which of the models of a run, such as client-3, where it kept several.",
+    ),
+]
+
+
+@app.command(cls=_Command)
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a model's file.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILES...", help="Pictures; Parquet, CSV, NPZ; folders of them."),
+    ],
+    model: Model = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Of tables: where pictures or texts are; that of training by default."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A CSV file for all predictions, with every probability.")
+    ] = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> None:
+    """Say what a trained model sees in files.
+
+    Inputs are prepared as for its training: size, colours, columns, standardisation. What cannot
+    be read is named, and the exit status is 1.
+
+    Examples:
+    - `fedkd predict runs/default/20260101-120000-1a2b3c pictures/`
+    - `fedkd predict RUN seven.png three.png --json`
+    - `fedkd predict RUN test.parquet --model client-3 --output predictions.csv`
+    """
+    from sim.commands.models import predict as predict_with
+    from sim.commands.progress import signs_of_life
+    from sim.keeping.records import to_json
+
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="files", json=json)
+    with signs, _stoppable():
+        task = signs.begin("predicting")
+        found = predict_with(
+            run,
+            files,
+            model=model,
+            column=column,
+            output=output,
+            allow=allow or (),
+            keep_all=json,
+            reached=lambda done, of: signs.reached(task, done, of, ""),
+        )
+    if json:
+        typer.echo(to_json(found.to_row()))
+    elif not quiet:
+        if found.count:
+            _print(found.table(), wide=False)
+        if found.output is not None:
+            typer.echo(f"output {found.output}")
+    for each in found.problems:
+        typer.echo(f"fedkd: {printable(f'{each.where}: {each.problem}')}", err=True)
+    if found.problems:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(cls=_Command)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a model's file.")],
+    format: Annotated[
+        str, typer.Option(metavar="torch|onnx", help="torch.export, or ONNX (extra fedkd[onnx]).")
+    ] = "onnx",
+    model: Model = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file; by default beside the model's.")
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Without the standardisation: the file takes its result."),
+    ] = False,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Compare on inputs from this file or folder as well."),
+    ] = None,
+    allow: Allow = None,
+    json: AsJson = False,
+) -> None:
+    """Write a trained model as ONNX or torch.export, and check that the file agrees with it.
+
+    The file takes batches of any size, pixels in [0, 1] or features as they are, and gives logits.
+
+    Examples:
+    - `fedkd export runs/default/20260101-120000-1a2b3c`
+    - `fedkd export RUN --format torch --model client-3 --output model.pt2`
+    - `fedkd export RUN --inputs pictures/`
+    """
+    from sim.commands.models import export as export_as
+    from sim.keeping.records import to_json
+
+    with _stoppable(), redirect_stdout(sys.stderr):
+        made = export_as(
+            run,
+            format=format,
+            model=model,
+            output=output,
+            standardise=not raw,
+            inputs=inputs or (),
+            allow=allow or (),
+        )
+    if json:
+        row = {
+            "path": str(made.path),
+            "largest_difference": made.largest_difference,
+            "inputs": made.rows,
+        }
+        typer.echo(to_json(row))
+        return
+    difference = f"{made.largest_difference:.2g}"
+    typer.echo(f"wrote  {made.path}")
+    typer.echo(f"agrees with the model: {made.rows} inputs, logits differ by at most {difference}")
 
 
 @app.command(cls=_Command)
@@ -795,6 +924,7 @@ def _is_authors(error: Exception) -> bool:
 
 def _code_of(error: Exception) -> int | None:
     """Return the exit code of an error that speaks for itself; None for a mistake of ours."""
+    from fedkd.trained.exporting import ExportError
     from sim.engine.grid import EngineLostError, StatesLostError
     from sim.keeping.checkpoints import CheckpointError
     from sim.keeping.records import DamagedFileError, FolderBusyError, StorageError
@@ -807,6 +937,7 @@ def _code_of(error: Exception) -> int | None:
         CheckpointError,
         DamagedFileError,
         EngineLostError,
+        ExportError,
         FolderBusyError,
         QuorumError,
         StatesLostError,

@@ -1,14 +1,25 @@
 """Models that were kept: found in a run's folder, and opened."""
 
+import csv
+import itertools
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fedkd.names import nearest
+from fedkd.trained.exporting import ENDINGS, Exported, ExportError, check_format, export_model
 from fedkd.trained.files import LoadedModel
 from fedkd.trained.files import load_model as load_file
+from fedkd.trained.inputs import NoInputsError, files_in, read_pieces
+from fedkd.trained.predicting import Prediction, predict_files
 from sim.keeping.models import model_files
-from sim.keeping.records import SETTINGS_FILE
+from sim.keeping.records import SETTINGS_FILE, storing
+from sim.reports.terminal import NOTHING, Column, FittedTable
 from sim.settings import SettingsError
 from sim.settings.permission import permit_of
 
@@ -41,6 +52,205 @@ def load_model(
         return load_file(file, permit=permit_of((), allow))
     except ValueError as error:
         raise SettingsError(str(error)) from None
+
+
+SHOWN = 20
+"""Predictions that a table shows; a file holds all."""
+
+TRIED_ROWS = 256
+"""Inputs from files on which an export is compared with the model, at most."""
+
+
+@dataclass
+class Predictions:
+    """What a model said of the inputs in files.
+
+    Attributes:
+        model: that said it.
+        each: of all inputs, in the order of the files; of a file for machines only the first
+            `SHOWN` are held.
+        counts: how many inputs of each class.
+        problems: inputs that could not be read, with the reason.
+        output: the file that holds all of them; None where none was asked for.
+    """
+
+    model: LoadedModel
+    each: list[Prediction] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    problems: list[Prediction] = field(default_factory=list)
+    output: Path | None = None
+
+    @property
+    def count(self) -> int:
+        """How many inputs were predicted."""
+        return self.counts.total()
+
+    def to_row(self) -> dict[str, Any]:
+        """Return plain values."""
+        names = self.model.class_names
+        return {
+            "model": str(self.model.path),
+            "classes": list(names),
+            "predictions": [
+                {
+                    "file": str(each.file),
+                    **({} if each.row is None else {"row": each.row}),
+                    **(
+                        {"error": each.problem}
+                        if each.probabilities is None
+                        else {
+                            "class": each.class_name,
+                            "probability": each.probability,
+                            "probabilities": [float(p) for p in each.probabilities],
+                        }
+                    ),
+                }
+                for each in self.each
+            ],
+            "output": None if self.output is None else str(self.output),
+        }
+
+    def table(self) -> FittedTable:
+        """Return the first predictions as a table."""
+        shown = [each for each in self.each if not each.problem][:SHOWN]
+        more = self.count - len(shown)
+        told = [f"{number} x {name}" for name, number in self.counts.most_common(8)]
+        caption = f"{self.count} inputs: {', '.join(told)}" if self.count > 1 else ""
+        if more:
+            caption += f"; {more} not shown"
+            caption += "" if self.output else ": --output or --json gives all"
+        return FittedTable(
+            label="input",
+            labels=[each.where for each in shown],
+            columns=[
+                Column(title="class", cells=[each.class_name or NOTHING for each in shown], rank=1),
+                Column(
+                    title="probability", cells=[f"{each.probability:.3f}" for each in shown], rank=2
+                ),
+            ],
+            title=f"{self.model.path}: {self.model.info.model.label}",
+            caption=caption,
+        )
+
+
+def _nobody(_done: int, _all: int) -> None:
+    return None
+
+
+def predict(
+    path: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
+    *,
+    model: str | None = None,
+    column: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    keep_all: bool = True,
+    reached: Callable[[int, int], None] = _nobody,
+) -> Predictions:
+    """Predict the inputs in files with a model that was kept.
+
+    Args:
+        path: of the model, see `load_model`.
+        files: pictures, tables (Parquet, CSV, NPZ), or folders of them.
+        model: which of a run's models.
+        column: of tables, with pictures or texts; None: that of training, or the only one.
+        output: a CSV file to be written, with the probability of every class.
+        allow: whose code the model's file may name.
+        keep_all: hold all predictions, and not the first few.
+        reached: told how many of how many files are done.
+
+    Raises:
+        SettingsError: there is no such model, or no inputs.
+        StorageError: ``output`` cannot be written.
+    """
+    loaded = load_model(path, model=model, allow=allow)
+    found = Predictions(loaded, output=None if output is None else Path(output))
+    try:
+        each = predict_files(loaded, [Path(file) for file in files], column=column, reached=reached)
+        if found.output is None:
+            for prediction in each:
+                _note(found, prediction, keep_all)
+            return found
+        with (
+            storing(found.output, goes_on="repeat the command"),
+            found.output.open("w", encoding="utf-8", newline="") as target,
+        ):
+            writer = csv.writer(target)
+            head = ["file", "row", "class", "probability"]
+            writer.writerow([*head, *(f"p({name})" for name in loaded.class_names), "error"])
+            for prediction in each:
+                _note(found, prediction, keep_all)
+                writer.writerow(_cells(prediction, len(loaded.class_names)))
+    except NoInputsError as error:
+        raise SettingsError(str(error)) from None
+    return found
+
+
+def _note(found: Predictions, prediction: Prediction, keep_all: bool) -> None:
+    if prediction.problem:
+        found.problems.append(prediction)
+    else:
+        found.counts[prediction.class_name] += 1
+    if keep_all or len(found.each) < SHOWN:
+        found.each.append(prediction)
+
+
+def _cells(prediction: Prediction, classes: int) -> list[object]:
+    row = "" if prediction.row is None else prediction.row
+    if prediction.probabilities is None:
+        return [prediction.file, row, *[""] * (classes + 2), prediction.problem]
+    probabilities = [f"{p:.6g}" for p in prediction.probabilities]
+    chosen = [prediction.class_name, f"{prediction.probability:.6g}"]
+    return [prediction.file, row, *chosen, *probabilities, ""]
+
+
+def export(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    model: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    standardise: bool = True,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[str] = (),
+) -> Exported:
+    """Write a model that was kept in a format of others, and compare the file with the model.
+
+    Args:
+        path: of the model, see `load_model`.
+        format: ``onnx`` or ``torch`` (``torch.export``).
+        model: which of a run's models.
+        output: the file; None: beside the model's, with the format's ending.
+        standardise: put the standardisation into the file, so that it takes pixels in [0, 1].
+        inputs: files on whose first inputs file and model are compared as well.
+        allow: whose code the model's file may name.
+
+    Raises:
+        SettingsError: there is no such model or no such format, or a package is missing.
+        ExportError: the model cannot be exported, or the file does not agree with it.
+        StorageError: the file cannot be written.
+    """
+    try:
+        known = check_format(format)
+    except ExportError as error:
+        raise SettingsError(str(error)) from None
+    loaded = load_model(path, model=model, allow=allow)
+    target = loaded.path.with_suffix(ENDINGS[known]) if output is None else Path(output)
+    if not target.parent.is_dir():
+        raise SettingsError(f"--output {str(target)!r}: there is no folder {str(target.parent)!r}")
+    try:
+        pieces = [
+            piece.inputs
+            for file in files_in([Path(each) for each in inputs], loaded.info)
+            for piece in itertools.islice(read_pieces(file, loaded.info), 1)
+            if piece.inputs is not None
+        ]
+    except NoInputsError as error:
+        raise SettingsError(str(error)) from None
+    rows = np.concatenate(pieces)[:TRIED_ROWS] if pieces else None
+    with storing(target, goes_on="repeat the command"):
+        return export_model(loaded, target, format=known, standardise=standardise, rows=rows)
 
 
 def find_model(path: Path, model: str | None = None) -> Path:

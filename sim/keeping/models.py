@@ -149,7 +149,8 @@ class ModelKeeper:
                 os.replace(partial, target / file)
                 written.add(file)
             for old in target.iterdir():
-                if old.name not in written:
+                ours = old.suffix == SUFFIX or old.name.endswith(".partial")
+                if ours and old.name not in written:
                     old.unlink()
 
     def _models(self) -> Iterator[_Kept]:
@@ -190,6 +191,7 @@ class ModelKeeper:
             model=kept.model,
             input_shape=data.input_shape.sides,
             vocabulary=data.vocabulary,
+            reading=data.reading,
             class_names=data.class_names,
             channel_mean=float_tuple(data.channel_mean),
             channel_std=float_tuple(data.channel_std),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedkd.data import DataSettings, build_federated_data
 from fedkd.data.federated import FederatedData
+from fedkd.data.reading import AS_IT_IS, Reading
 from fedkd.inputs import InputShape, per_channel
 
 
@@ -30,6 +31,7 @@ class Rows:
         mean, std: of each channel or feature; ``inputs * std + mean`` are pixels in [0, 1], or
             features as they were. 0 and 1 for texts.
         vocabulary: tokens of texts; None for all other inputs.
+        reading: how rows of tables became inputs.
     """
 
     inputs: Float[Tensor, "rows *shape"]
@@ -44,6 +46,7 @@ class Rows:
     mean: Float[Tensor, "channels *ones"]
     std: Float[Tensor, "channels *ones"]
     vocabulary: int | None = None
+    reading: Reading = AS_IT_IS
 
     @property
     def input_shape(self) -> InputShape:
@@ -112,4 +115,5 @@ def rows_of(data: FederatedData, device: torch.device) -> Rows:
         mean=per_channel(tensor(data.channel_mean), len(data.input_shape)),
         std=per_channel(tensor(data.channel_std), len(data.input_shape)),
         vocabulary=data.vocabulary,
+        reading=data.reading,
     )

@@ -180,6 +180,7 @@ def infos_of(distillation: Distillation) -> dict[str, ModelInfo]:
             model=named[name],
             input_shape=rows.input_shape.sides,
             vocabulary=rows.vocabulary,
+            reading=rows.reading,
             class_names=rows.class_names,
             channel_mean=float_tuple(rows.mean.flatten().tolist()),
             channel_std=float_tuple(rows.std.flatten().tolist()),

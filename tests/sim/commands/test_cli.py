@@ -38,7 +38,10 @@ def fedkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_version_and_help_with_examples(fedkd: Fedkd) -> None:
     code, out, _ = fedkd("--version")
     assert (code, out) == (0, "fedkd 0.1.0\n")
-    for words in [[name, "--help"] for name in ("run", "compare", "distill", "data", "report")]:
+    for words in [
+        [name, "--help"]
+        for name in ("run", "compare", "distill", "data", "report", "predict", "export")
+    ]:
         code, out, _ = fedkd(*words)
         assert code == 0
         assert "Examples" in out
