@@ -236,6 +236,8 @@ def _name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return _choices(get_args(annotation))
     if get_origin(annotation) is tuple:
+        if type(None) in get_args(get_args(annotation)[0]):
+            return "list of paths or `null`"
         kind, *bounds = _name(get_args(annotation)[0]).split(" from ")
         return " from ".join([f"list of {kind}s", *bounds])
     if get_origin(annotation) in (dict, Union, UnionType):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy,
 
 PREDICT_ROWS = 1024
 """Rows that one model predicts at once; fixed, for a product's width may change its last bit."""
+
+
+NO_WEIGHTS: Mapping[str, Arrays] = MappingProxyType({})
 
 
 class Slot:
@@ -145,7 +149,21 @@ class ModelPool:
     What is in a slot between calls never matters: every call loads its clients' states first.
     """
 
-    def __init__(self, data: TrainingData, optimizer: OptimizerSettings) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        optimizer: OptimizerSettings,
+        first_weights: Mapping[str, Arrays] = NO_WEIGHTS,
+    ) -> None:
+        """Keep nothing yet.
+
+        Args:
+            data: that models fit.
+            optimizer: of them.
+            first_weights: what models start from, by `ModelSettings.key`, in the place of what
+                their seeds give.
+        """
+        self._first_weights = first_weights
         self._data = data
         self._optimizer = optimizer
         self._device = data.train_inputs.device
@@ -282,7 +300,10 @@ class ModelPool:
         return self._parts_skeletons[key]
 
     def initial_state(self, architecture: Architecture, seed: int) -> ClientState:
-        """Return fresh models' state; the seed decides their weights."""
+        """Return fresh models' state.
+
+        The first of them has the weights that were given for it; else the seed decides.
+        """
         return ClientState(
             {
                 name: ModelState(weights=self._initial_weights(model, seed, position))
@@ -291,6 +312,8 @@ class ModelPool:
         )
 
     def _initial_weights(self, model: ModelSettings, seed: int, position: int) -> Arrays:
+        if not position and model.key in self._first_weights:
+            return {name: each.copy() for name, each in self._first_weights[model.key].items()}
         if position:
             # Peers of one architecture must not start as copies of each other.
             seed = torch_seed_for(seed, Purpose.MODEL, position)

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
 from fedkd.own_code import Permit
+from fedkd.trained.beginnings import weights_from
 from fedkd.training import initial_model_seed, weights_digest
 from sim.commands.interruption import Interruption, interruptible
 from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.engine.resources import check_engine
-from sim.engine.runtime import build_strategy, federation_of, presence_of, server_tools
+from sim.engine.runtime import (
+    build_strategy,
+    federation_of,
+    first_weights_of,
+    presence_of,
+    server_tools,
+)
 from sim.keeping.identity import check_same_run
 from sim.keeping.models import ModelKeeper, check_keep
 from sim.keeping.provenance import Changes, check_same_make, provenance_of
@@ -123,6 +130,7 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
         )
         strategy.check(data.input_shape)
         check_keep(settings, strategy, nodes=nodes)
+        _check_brought(settings, strategy, data, nodes=nodes)
         settings.stages.check(up=strategy.up, down=strategy.down, sums=strategy.sums)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)
@@ -131,6 +139,28 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     return data
+
+
+def _check_brought(
+    settings: Settings, strategy: Strategy[Any, Any], data: FederatedData, *, nodes: bool
+) -> None:
+    """Try every file of weights that were trained elsewhere."""
+    if any(settings.clients.first_weights) and (nodes or settings.engine.address):
+        where = "nodes of Flower's own runtimes" if nodes else "a joined cluster (engine.address)"
+        raise ValueError(
+            f"clients.first_weights is read where clients are, and {where} need not have the "
+            "files: run on this machine, or start clients from clients.models: package.module:"
+            "callable, which builds a trained model wherever it is called"
+        )
+    first_weights_of(settings, data)
+    for setting, brought in strategy.brought.items():
+        weights_from(
+            brought.path,
+            brought.model,
+            input_shape=data.input_shape,
+            class_names=data.class_names,
+            setting=setting,
+        )
 
 
 def _check_stacking(strategy: Strategy[Any, Any], data: FederatedData) -> None:

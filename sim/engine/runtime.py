@@ -25,7 +25,9 @@ from fedkd.metrics.classification import (
     personal_accuracy,
     worst_class_recall,
 )
+from fedkd.trained.beginnings import weights_from
 from fedkd.training import (
+    Arrays,
     ClientState,
     Cohort,
     Member,
@@ -112,6 +114,26 @@ def presence_of(settings: Settings) -> Presence | None:
         raise SettingsError(str(error)) from None
 
 
+def first_weights_of(settings: Settings, data: FederatedData) -> dict[str, Arrays]:
+    """Return what clients' models start from in the place of random weights, by the model's key.
+
+    Raises:
+        ValueError: naming ``clients.first_weights``, the file, and what does not fit the model.
+    """
+    clients = settings.clients
+    return {
+        model.key: weights_from(
+            path,
+            model,
+            input_shape=data.input_shape,
+            class_names=data.class_names,
+            setting="clients.first_weights",
+        )
+        for model, path in zip(clients.models, clients.beginnings, strict=True)
+        if path is not None
+    }
+
+
 def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, Any]:
     """Return the algorithm that the settings name.
 
@@ -137,6 +159,7 @@ def server_tools(
         optimizer=settings.clients.optimizer,
         device=torch.device("cpu"),
         models=strategy.server_models(),
+        first_weights=first_weights_of(settings, data),
     )
 
 
@@ -173,7 +196,9 @@ class ClientRuntime:
         self._strategy = build_strategy(settings, self._federation)
         self._stages = settings.stages
         self._tensors = TrainingData.from_arrays(data, self._device)
-        self._pool = ModelPool(self._tensors, settings.clients.optimizer)
+        self._pool = ModelPool(
+            self._tensors, settings.clients.optimizer, first_weights_of(settings, data)
+        )
         self._test_inputs = as_tensor(data.test_inputs).to(self._device)
         self._validation_inputs = as_tensor(data.validation_inputs).to(self._device)
         self._label_counts = data.label_counts(true=True)

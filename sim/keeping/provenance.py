@@ -356,7 +356,7 @@ def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
     names = [
         *_names_apart(files),
         *(f"public: {name}" for name in _names_apart(public)),
-        *(f"{path.parent.name}/{path.name}" for path in others),
+        *_names_apart(others),
     ]
     return {**dict(zip(names, digests, strict=True)), **arrays}
 
@@ -371,10 +371,13 @@ def _names_apart(files: Sequence[Path]) -> list[str]:
 
 
 def _other_files(settings: "Settings | DistillSettings") -> list[Path]:
-    """Return a run's trace of presence, or the files of weights that a distillation begins with."""
+    """Return a run's trace of presence, and the files of weights that it begins with."""
     if isinstance(settings, Settings):
         trace = settings.presence.trace
-        return [] if trace is None else [trace]
+        # Whatever file an algorithm's settings name is read.
+        theirs = [value for _, value in settings.strategy if isinstance(value, Path)]
+        found = [trace, *settings.clients.first_weights, *theirs]
+        return list(dict.fromkeys(path for path in found if path is not None))
     student = settings.student.weights
     return [*settings.teacher.weights, *([] if student is None else [student])]
 

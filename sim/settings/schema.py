@@ -80,6 +80,12 @@ class ClientsSettings(_Section):
         max_length=1000,
         description="dealt out in turn: client i gets models[i % len(models)]",
     )
+    first_weights: tuple[PathText | None, ...] = Field(
+        (),
+        max_length=1000,
+        description="safetensors files that clients start from in the place of random weights: one "
+        "for each of clients.models, null for random ones; a single one is for all models",
+    )
     batch_size: Count = Field(
         32,
         description="private rows in a step; a lone last row of a pass joins the batch before it",
@@ -95,6 +101,34 @@ class ClientsSettings(_Section):
         if isinstance(value, str) and "," in value:
             raise ValueError(f"several models are a list: clients.models=[{value}], got {value!r}")
         return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("first_weights", mode="before")
+    @classmethod
+    def _one_file_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str | Path) else value
+
+    @property
+    def beginnings(self) -> tuple[Path | None, ...]:
+        """The file that each of the models starts from; None: random weights."""
+        files = self.first_weights
+        return files * len(self.models) if len(files) == 1 else files or (None,) * len(self.models)
+
+    @model_validator(mode="after")
+    def _beginnings_fit(self) -> "ClientsSettings":
+        if len(self.first_weights) not in (0, 1, len(self.models)):
+            raise ValueError(
+                "clients.first_weights needs one file, or one for each of clients.models "
+                f"({len(self.models)}), got {len(self.first_weights)}"
+            )
+        seen: dict[str, Path | None] = {}
+        for model, file in zip(self.models, self.beginnings, strict=True):
+            if seen.setdefault(model.key, file) != file:
+                raise ValueError(
+                    f"clients.first_weights: model {model.label} is there twice and starts from "
+                    f"{seen[model.key]} and from {file}: clients of one model start alike, or all "
+                    "from random weights"
+                )
+        return self
 
     @model_validator(mode="after")
     def _participants_exist(self) -> "ClientsSettings":

@@ -4,6 +4,7 @@ from fedkd.exchange.views import Upload
 from strategies.contract.card import Card
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
+    Brought,
     FinishedModel,
     GivenRows,
     ServerModel,
@@ -23,6 +24,7 @@ from strategies.contract.strategy import (
 
 __all__ = [
     "CLIENTS",
+    "Brought",
     "Call",
     "Card",
     "Federation",

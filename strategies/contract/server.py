@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedkd.inputs import Shape
 from fedkd.losses.response import hard_label_loss
 from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose
+from fedkd.trained.beginnings import weights_from
 from fedkd.training import (
     MODEL,
     PARTS,
@@ -37,6 +39,7 @@ from fedkd.training import (
     check_state,
     initial_model_seed,
 )
+from fedkd.training.pool import NO_WEIGHTS
 from strategies.contract.round import Federation, Round
 
 SERVER_ID = 2**31
@@ -74,6 +77,18 @@ class ServerModel(Value):
     def weights(self) -> Arrays:
         """Parameters and buffers by name."""
         return ClientState.from_arrays(self.arrays).models[MODEL].weights
+
+
+class Brought(NamedTuple):
+    """Weights that were trained elsewhere.
+
+    Attributes:
+        path: of a safetensors file.
+        model: whose weights they are to be.
+    """
+
+    path: Path
+    model: ModelSettings
 
 
 class FinishedModel(NamedTuple):
@@ -129,6 +144,7 @@ class ServerTools:
         optimizer: OptimizerSettings,
         device: torch.device,
         models: Mapping[str, ServerModelSettings] | None = None,
+        first_weights: Mapping[str, Arrays] = NO_WEIGHTS,
     ) -> None:
         self.federation = federation
         self.data = data
@@ -137,6 +153,7 @@ class ServerTools:
         self._device = device
         self._tensors = TrainingData.from_arrays(data, device)
         self._pool = ModelPool(self._tensors, optimizer)
+        self._clients_pool = ModelPool(self._tensors, optimizer, first_weights)
         self._pools: dict[str, ModelPool] = {}
         self._asked: dict[str, Asked] = {}
         self._work = Work()
@@ -252,12 +269,26 @@ class ServerTools:
         """Return the share of validation rows that the model gets right: what may select it."""
         return self._accuracy(self._cohort(model, None))
 
+    def read(self, brought: Brought, setting: str) -> Arrays:
+        """Return weights that were trained elsewhere.
+
+        Raises:
+            ValueError: naming the setting, the file and what does not fit.
+        """
+        return weights_from(
+            brought.path,
+            brought.model,
+            input_shape=self.data.input_shape,
+            class_names=self.data.class_names,
+            setting=setting,
+        )
+
     # -- clients' models -------------------------------------------------------------------
 
     def initial_weights(self, client: int, model: str | None = None) -> Arrays:
         """Return the weights that a client starts from; without a name its only model's."""
         seed = initial_model_seed(self.federation.seed, client)
-        state = self._pool.initial_state(self.federation.models[client], seed)
+        state = self._clients_pool.initial_state(self.federation.models[client], seed)
         return state.models[model or MODEL].weights
 
     def asked_weights(self, model: ModelSettings) -> Asked:

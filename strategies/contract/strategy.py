@@ -28,6 +28,7 @@ from fedkd.training.cohort import named_models
 from strategies.contract.card import NO_CARD, Card
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
+    Brought,
     FinishedModel,
     ServerModel,
     ServerModelSettings,
@@ -297,6 +298,14 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
 
     def judged_models(self, state: StateT) -> Mapping[str, ServerModel]:
         """Return the server's own models that are judged, by name; the first one leads."""
+        return {}
+
+    @property
+    def brought(self) -> Mapping[str, Brought]:
+        """Name the files of weights that were trained elsewhere, by the settings that name them.
+
+        They are tried before the run; `ServerTools.read` reads them.
+        """
         return {}
 
     @property

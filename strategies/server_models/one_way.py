@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch.nn.functional as F
 
-from fedkd.bounds import Count
+from fedkd.bounds import Count, CountOrZero, PathText
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
@@ -30,6 +30,7 @@ from fedkd.training import (
     supervised_public,
 )
 from strategies.contract import (
+    Brought,
     Call,
     Card,
     Federation,
@@ -71,7 +72,10 @@ class OneWaySettings(TaughtSettings):
             ``largest_client``: the private rows of the client that has most (it plays the
             teacher as well); ``pooled``: everybody's private rows, an upper bound that no
             federation has; ``auto``: ``public`` where it is labelled, else ``largest_client``.
-        teacher_epochs: passes of the teacher over its rows.
+        teacher_epochs: passes of the teacher over its rows; 0: it stays as it is at first, for a
+            ``strategy.model`` of your own that comes trained.
+        teacher_weights: safetensors file of a teacher that was trained elsewhere, such as a model
+            that a run kept; it is fixed and not trained. null: it is trained here.
         server_epochs: passes of the server model over a round's public rows.
     """
 
@@ -81,7 +85,8 @@ class OneWaySettings(TaughtSettings):
     )
     model: ModelSettings = ModelSettings(name="cnn")
     teacher_data: Literal["auto", "public", "largest_client", "pooled"] = "auto"
-    teacher_epochs: Count = 30
+    teacher_epochs: CountOrZero = 30
+    teacher_weights: PathText | None = None
     server_epochs: Count = 1
 
 
@@ -123,6 +128,11 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
             federation.check_public_labels(
                 "strategy.teacher_data: public", "largest_client or pooled, which do without"
             )
+        if settings.teacher_weights is not None and settings.direction != "teacher_to_clients":
+            raise ValueError(
+                "strategy.teacher_weights is for strategy.direction: teacher_to_clients, got "
+                f"{settings.direction}, whose server model learns from the clients"
+            )
         check_public_labels(settings, federation)
 
     @property
@@ -155,13 +165,22 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
         yield from apart_steps(self, self.settings)
         federation, settings = self.federation, self.settings
         setting = "strategy.model"
-        if settings.direction != "teacher_to_clients":
+        if self._comes_trained:
+            yield Step(setting, settings.model, None, "")
+        elif settings.direction != "teacher_to_clients":
             yield from self.public_steps(setting, settings.model, federation.rows_per_round)
         elif self._teacher_source == "public":
             yield from self.public_steps(setting, settings.model, federation.public_size)
         else:
             largest = federation.num_examples.index(max(federation.num_examples))
             yield from self.private_steps(setting, settings.model, largest)
+
+    @property
+    def _comes_trained(self) -> bool:
+        """Whether the teacher takes no step here."""
+        settings = self.settings
+        brought = settings.teacher_weights is not None or not settings.teacher_epochs
+        return brought and settings.direction == "teacher_to_clients"
 
     @property
     def _teacher_source(self) -> str:
@@ -189,7 +208,19 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
         teacher = self._train_teacher(model, server)
         return Teaching(teacher, self._lesson_for(teacher, self.federation.round(1), server), True)
 
+    @property
+    def brought(self) -> Mapping[str, Brought]:
+        """The teacher's weights, where they come from a file."""
+        settings = self.settings
+        if settings.teacher_weights is None:
+            return {}
+        return {"strategy.teacher_weights": Brought(settings.teacher_weights, settings.model)}
+
     def _train_teacher(self, model: ServerModel, server: ServerTools) -> ServerModel:
+        for setting, brought in self.brought.items():
+            return server.with_weights(model, server.read(brought, setting))
+        if not self.settings.teacher_epochs:
+            return model
         first, epochs = self.federation.round(1), self.settings.teacher_epochs
         source = self._teacher_source
         if source == "public":
