@@ -13,6 +13,7 @@ from sim.commands.arms import Study, difference_notes, study_of
 from sim.commands.running import load_data, open_session, run
 from sim.engine.resources import check_engine
 from sim.keeping.identity import fingerprint
+from sim.keeping.models import kept_otherwise
 from sim.keeping.provenance import Place, Provenance, notes_on, place_run, provenance_of
 from sim.keeping.records import (
     SETTINGS_FILE,
@@ -198,6 +199,7 @@ def _place_runs(
     folders: dict[str, list[Path]] = {}
     places: dict[str, Place] = {}
     made_of: dict[str, Provenance] = {}
+    otherwise: dict[str, list[str]] = {}
     for arm, of_arm in plan.items():
         folders[arm] = []
         for settings in of_arm:
@@ -210,7 +212,11 @@ def _place_runs(
             )
             folders[arm].append(place.folder)
             places[f"{arm} seed {settings.seed}"] = place
-    return folders, notes_on(places)
+            kept = kept_otherwise(place.folder, settings)
+            if kept:
+                otherwise.setdefault(kept, []).append(f"{arm} seed {settings.seed}")
+    told = [f"{', '.join(runs)}: {kept}" for kept, runs in otherwise.items()]
+    return folders, [*notes_on(places), *told]
 
 
 def _is_begun(folder: Path) -> bool:

@@ -18,11 +18,12 @@ from fedkd.trained.files import ModelInfo, float_tuple, model_content
 from fedkd.training.cohort import named_models
 from fedkd.training.pool import PREDICT_ROWS
 from sim.engine.grid import CohortGrid
-from sim.keeping.records import storing
+from sim.keeping.records import SETTINGS_FILE, is_finished, storing
 from sim.server.history import History, selected_round
 from sim.server.observers import Row
 from sim.server.rounds import RoundLoop
 from sim.settings import Settings, SettingsError
+from sim.settings.tables import read_yaml
 from strategies.contract import FinishedModel, Strategy
 
 MODELS_FOLDER = "models"
@@ -284,6 +285,22 @@ def kept_models(folder: Path) -> dict[str, Row]:
                 "validation_accuracy": info.trained.get("validation_accuracy"),
             }
     return found
+
+
+def kept_otherwise(folder: Path, settings: Settings) -> str:
+    """Say that a finished run kept other models than are asked for now; empty where it did not."""
+    if not is_finished(folder):
+        return ""
+    before = read_yaml(folder / SETTINGS_FILE)
+    now = settings.to_table()
+    differs = [
+        f"{key}: {before.get(key)} then, {now[key]} now"
+        for key in ("keep_models", "keep_round")
+        if before.get(key) != now[key]
+    ]
+    if not differs:
+        return ""
+    return f"finished already, and keeps what it kept ({'; '.join(differs)})"
 
 
 def model_files(folder: Path) -> list[Path]:

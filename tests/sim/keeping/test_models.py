@@ -152,3 +152,16 @@ def test_which_model_is_opened(small: Small, tmp_path: Path) -> None:
         fedkd.load_model(file, model="server-mlp")
     with pytest.raises(SettingsError, match="is not the folder of a run"):
         fedkd.load_model(tmp_path)
+
+
+def test_a_study_says_which_finished_runs_kept_other_models(small: Small) -> None:
+    def notes(*words: str) -> Sequence[str]:
+        settings = small("rounds=1", "clients.models=mlp", *words)
+        return fedkd.compare(settings, arms=["local"], seeds=1).notes
+
+    assert not any("keeps what it kept" in note for note in [*notes(), *notes()])
+    (note,) = [note for note in notes("keep_models=clients") if "kept" in note]
+    assert note == (
+        "local seed 0: finished already, and keeps what it kept (keep_models: auto then, "
+        "clients now)"
+    )
