@@ -41,6 +41,8 @@ MEANT: Mapping[str, str] = MappingProxyType(
         "clients.optimizer": "name",
         "clock": "profiles",
         "data": "source",
+        "data.feature_shift": "shifts",
+        "data.label_noise": "rate",
         "data.partition": "kind",
         "data.public": "size",
         "engine": "backend",

@@ -35,6 +35,7 @@ RUN = {
     "strategy.temperatur=3": "did you mean 'strategy.temperature'?",
     "clients=20": "clients is a section of settings, got 20; did you mean clients.count=20?",
     "data.partition=iid": "did you mean data.partition.kind=iid?",
+    "data.label_noise=0.3": "did you mean data.label_noise.rate=0.3?",
     "strategy=DML": "unknown strategy 'DML'",
     "strategy={name:dml}": "write a space after the colon: {name: dml}",
     "clients.models=[{name:mlp}]": "write a space after the colon: {name: mlp}",
