@@ -175,9 +175,11 @@ def deal_by_id(
     elif num_clients < len(able):
         able = np.sort(rng.choice(able, size=num_clients, replace=False))
         shares = shares[:num_clients]
+    by_id = np.argsort(ids.numbers, kind="stable")  # so the rows of each id stay in order
+    ends = np.cumsum(counts) + (len(ids.numbers) - counts.sum())
     parts: list[np.ndarray] = []
     for place, share in zip(able, shares, strict=True):
-        own = np.flatnonzero(ids.numbers == place)
+        own = by_id[ends[place] - counts[place] : ends[place]]
         if share > 1:
             own = rng.permutation(own)
         parts += [np.sort(part) for part in np.array_split(own, share)]
