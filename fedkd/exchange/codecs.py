@@ -15,7 +15,7 @@ from pydantic import Field, PlainValidator, SerializeAsAny
 
 from fedkd.bounds import Few, PositiveShare
 from fedkd.exchange.entropy import changes_read, changes_written, most_bytes
-from fedkd.exchange.factors import Factors, as_matrix, factors_of, saves
+from fedkd.exchange.factors import Factors, as_matrix, factors_by_squares, saves
 from fedkd.exchange.kinds import Kinds, Stage
 from fedkd.exchange.payload import FLOAT32, Asked, AtMost, Limit, Payload
 from fedkd.exchange.payloads.bundle import Bundle
@@ -719,7 +719,7 @@ class LowRankChanges(_Coding):
         change = None if before is None else matrix - as_matrix(before)
         if change is None or not np.isfinite(change).all():
             return matrix
-        factors = factors_of(change, energy=self.energy, most=self.rank)
+        factors = factors_by_squares(change, energy=self.energy, most=self.rank)
         if factors is None:
             return matrix
         return np.concatenate(

@@ -8,6 +8,7 @@ symbols (https://arxiv.org/abs/2012.00632), with another estimate of how likely 
 """
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -158,12 +159,21 @@ def changes_written(
     """
     if not len(changed):
         return np.zeros(0, np.uint8)
+    known = numbers.astype(np.int64).reshape(len(numbers), -1)
+    code = _code(changed.tobytes(), known.tobytes(), known.shape[1], width, units)
+    return np.frombuffer(code, np.uint8)
+
+
+# A server sends many clients the same from the same memory, and looks at what comes before it
+# decodes it.
+@lru_cache(maxsize=8)
+def _code(changed: bytes, numbers: bytes, of_row: int, width: int, units: int | None) -> bytes:
     coder = Writer(_NODES + (1 << width))
-    known = numbers.reshape(len(numbers), -1).tolist()
-    for has, row in zip(changed.tolist(), known, strict=True):
+    known = np.frombuffer(numbers, np.int64).reshape(-1, of_row).tolist()
+    for has, row in zip(np.frombuffer(changed, bool).tolist(), known, strict=True):
         if coder.bit(_CHANGED, has):
             _row(coder, row, width, units)
-    return coder.written()
+    return coder.written().tobytes()
 
 
 def changes_read(
@@ -184,13 +194,20 @@ def changes_read(
         units: see `changes_written`.
 
     Returns:
-        Which rows have changed, and the numbers of those that have.
+        Which rows have changed, and the numbers of those that have; nobody may write into them.
     """
+    return _read(written.tobytes(), rows, width, classes, units)
+
+
+@lru_cache(maxsize=8)
+def _read(
+    code: bytes, rows: int, width: int, classes: int, units: int | None
+) -> tuple[np.ndarray, np.ndarray] | None:
     shape = () if units is None else (classes,)
     if not rows:
         nothing = np.zeros(0, bool), np.zeros((0, *shape), np.int64)
-        return None if len(written) else nothing
-    coder = Reader(written, _NODES + (1 << width))
+        return None if code else nothing
+    coder = Reader(np.frombuffer(code, np.uint8), _NODES + (1 << width))
     changed = np.zeros(rows, bool)
     found: list[list[int]] = []
     for place in range(rows):
@@ -202,7 +219,10 @@ def changes_read(
             found.append(row)
     if not coder.is_exact:
         return None
-    return changed, np.array(found, np.int64).reshape(len(found), *shape)
+    numbers = np.array(found, np.int64).reshape(len(found), *shape)
+    for array in (changed, numbers):
+        array.flags.writeable = False
+    return changed, numbers
 
 
 def _row(coder: Coder, row: list[int], width: int, units: int | None) -> bool:

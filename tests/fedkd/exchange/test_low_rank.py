@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedkd.exchange.factors import rank_of
+from fedkd.exchange.factors import factors_by_squares, factors_of, rank_of
 from fedkd.exchange.payloads import LowRank
 
 VALUES = np.array([3.0, 2.0, 1.0])
@@ -24,6 +24,29 @@ def test_a_rank_is_never_0(energy):
     assert rank_of(VALUES, energy) == 3
     assert rank_of(np.array([1e-30]), energy) == 1
     assert rank_of(np.zeros(4), energy) == 4
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9, 9), (30, 4), (1, 50)])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("most", [None, 2])
+def test_the_fast_way_to_factors_agrees_with_the_plain_one(shape, energy, most):
+    rng = np.random.default_rng(4)
+    short = min(shape)
+    u, _ = np.linalg.qr(rng.normal(size=(shape[0], short)))
+    v, _ = np.linalg.qr(rng.normal(size=(shape[1], short)))
+    matrix = (u * 0.5 ** np.arange(short) @ v.T).astype(np.float32)
+    plain = factors_of(matrix, energy=energy, most=most)
+    fast = factors_by_squares(matrix, energy=energy, most=most)
+    assert (plain is None) == (fast is None)
+    if plain is not None and fast is not None:
+        np.testing.assert_allclose(fast.values, plain.values, rtol=1e-5)
+        np.testing.assert_allclose(fast.product(), plain.product(), atol=1e-6)
+
+
+def test_nothing_has_no_factors_either_way():
+    for find in (factors_of, factors_by_squares):
+        assert find(np.zeros((12, 20), np.float32), energy=0.9) is None
+        assert find(np.zeros((12, 20), np.float32), energy=0.9, most=1).product().max() == 0
 
 
 def matrices(rank, shape=(12, 20)):
