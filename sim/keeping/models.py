@@ -181,7 +181,9 @@ class ModelKeeper:
                 continue
             # Of several models the first is the one that is judged.
             name, model = next(iter(named_models(self._loop.architecture(client)).items()))
-            about = {"whose": f"client {client}", "client": client}
+            about: dict[str, Any] = {"whose": f"client {client}", "client": client}
+            if self._data.client_names:
+                about["client_name"] = self._data.client_names[client]
             yield _Kept(f"client-{client}", model, state.models[name].weights, about)
 
     def _content(self, kept: _Kept) -> bytes:
