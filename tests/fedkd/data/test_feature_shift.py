@@ -187,6 +187,43 @@ def test_clients_are_judged_on_test_rows_that_are_shifted_alike():
     assert build().client_shifts is None
 
 
+def test_features_are_moved_by_their_own_standard_deviations(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    features = rng.normal([5, -3], [10, 0.1], size=(200, 2)).tolist()
+    table = pa.table(
+        {"features": features, "label": np.arange(200) % 2, "site": np.arange(200) % 2}
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+
+    def build(**shift):
+        settings = DataSettings(
+            source=str(tmp_path),
+            public={"size": 20},
+            partition={"kind": "natural", "column": "site"},
+            feature_shift=shift,
+        )
+        return build_federated_data(settings, num_clients=2, seed=0)
+
+    plain, data = build(), build(shifts=[{"kind": "none"}, {"kind": "offset", "by": 1.5}])
+    assert plain.train_inputs.std(axis=0) == pytest.approx(1, abs=0.1)
+    for client, by in ((0, 0), (1, 1.5)):
+        rows = data.client_rows[client]
+        np.testing.assert_allclose(
+            data.train_inputs[rows], plain.train_inputs[rows] + by, rtol=1e-5, atol=1e-5
+        )
+    np.testing.assert_array_equal(data.test_inputs, plain.test_inputs)
+    np.testing.assert_allclose(
+        data.client_shifts.test_inputs[1], data.test_inputs + 1.5, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match=r"'blur' is for pictures, and data\.source holds features"
+    ):
+        build(shifts=[{"kind": "blur"}])
+
+
 def test_noise_is_drawn_from_the_seed_for_each_client():
     inputs = np.full((6, 4), 0.0, dtype=np.float32)
     rows = (np.array([0, 2]), np.array([1, 3]))
