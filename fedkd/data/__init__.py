@@ -5,7 +5,7 @@ from fedkd.data.overview import plot_split, split_table
 from fedkd.data.partition_settings import PartitionSettings
 from fedkd.data.public_source import public_source_digests, public_source_files
 from fedkd.data.settings import DataSettings, PublicSettings
-from fedkd.data.sources import source_digests, source_files
+from fedkd.data.sources import source_digests, source_files, view_digests, view_files
 
 __all__ = [
     "DataSettings",
@@ -19,4 +19,6 @@ __all__ = [
     "source_digests",
     "source_files",
     "split_table",
+    "view_digests",
+    "view_files",
 ]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedkd.data.partitions import deal_rows
 from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.reading import AS_IT_IS, Reading
 from fedkd.data.settings import DataSettings
-from fedkd.data.sources import Source, open_source
+from fedkd.data.sources import Source, open_source, view_settings, with_classes
 from fedkd.data.splits import RowSplit, split_rows, split_rows_by_id
 from fedkd.inputs import InputShape
 from fedkd.randomness import Purpose, generator_for
@@ -65,6 +65,9 @@ class FederatedData:
     """How many tokens texts are made of; ``None`` where inputs are no texts."""
     other_classes: int = 0
     """How many of the classes, the last ones, only labelled public rows have."""
+    views: "tuple[FederatedData, ...]" = ()
+    """Inputs of other kinds, see `of_client`. Their public rows stand beside these: row i shows
+    the same class in all of them. ``client_rows`` are rows of the pool of a client's own view."""
     notes: tuple[str, ...] = ()
     """Sentences on what a reader of results should know: what was left aside, which rows repeat."""
 
@@ -78,6 +81,11 @@ class FederatedData:
         """How many parts the pool was dealt into."""
         return len(self.client_rows)
 
+    def of_client(self, client: int) -> "FederatedData":
+        """Return the data that a client's rows are of: this, or the view that was dealt to it."""
+        number = client % (1 + len(self.views))
+        return self.views[number - 1] if number else self
+
     @property
     def input_shape(self) -> InputShape:
         """What one input is."""
@@ -86,7 +94,8 @@ class FederatedData:
     @property
     def num_unassigned_rows(self) -> int:
         """Rows of the pool that no client holds (as in pathological and natural partitions)."""
-        return len(self.train_labels) - sum(map(len, self.client_rows))
+        pools = (self, *self.views)
+        return sum(len(pool.train_labels) for pool in pools) - sum(map(len, self.client_rows))
 
     def __reduce__(
         self,
@@ -110,8 +119,8 @@ class FederatedData:
         """
         if not 0 <= client < self.num_clients:
             raise ValueError(f"client must be 0 to {self.num_clients - 1}, got {client}")
-        rows = self.client_rows[client]
-        return self.train_inputs[rows], self.train_labels[rows]
+        rows, own = self.client_rows[client], self.of_client(client)
+        return own.train_inputs[rows], own.train_labels[rows]
 
     def label_counts(self, *, true: bool = False) -> Int64[np.ndarray, "clients classes"]:
         """Count each client's private rows per class.
@@ -124,7 +133,14 @@ class FederatedData:
             labels = labels.copy()
             labels[self.wrong_labels.rows] = self.wrong_labels.true_labels
         return np.stack(
-            [np.bincount(labels[rows], minlength=self.num_classes) for rows in self.client_rows]
+            [
+                np.bincount(
+                    (labels if own is self else own.train_labels)[rows],
+                    minlength=self.num_classes,
+                )
+                for client, rows in enumerate(self.client_rows)
+                for own in [self.of_client(client)]
+            ]
         ).astype(np.int64)
 
     def wrong_counts(self) -> Int64[np.ndarray, "clients"]:
@@ -157,12 +173,77 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
             setting, its value and what would work.
     """
     seed = settings.seed if settings.seed is not None else seed
+    if settings.views:
+        return _with_views(settings, num_clients, seed)
+    return _build(settings, num_clients, seed)
+
+
+def _with_views(settings: DataSettings, num_clients: int, seed: int) -> FederatedData:
+    """Load each source with the clients that it was dealt to, and put them side by side."""
+    parts = 1 + len(settings.views)
+    if num_clients < parts:
+        raise ValueError(
+            f"clients.count must be at least {parts} for {parts - 1} data.views beside "
+            f"data.source, got {num_clients}"
+        )
+    labelled = settings.public.model_copy(update={"labelled": True})
+    alone = settings.model_copy(update={"views": (), "public": labelled})
+    first = _build(alone, -(-num_clients // parts), seed)
+    views = []
+    for number, view in enumerate(settings.views, 1):
+        own = view_settings(alone, view)
+        try:
+            clients = -(-(num_clients - number) // parts)
+            views.append(_build(own, clients, seed, beside=first, number=number))
+        except ValueError as error:
+            raise ValueError(f"data.views[{number - 1}]: {error}") from error
+    dealt = [first, *views]
+    return replace(
+        first,
+        public_labels=first.public_labels if settings.public.labelled else None,
+        client_rows=tuple(
+            dealt[client % parts].client_rows[client // parts] for client in range(num_clients)
+        ),
+        client_names=tuple(
+            dealt[client % parts].client_names[client // parts] for client in range(num_clients)
+        )
+        if all(each.client_names for each in dealt)
+        else (),
+        views=tuple(replace(view, client_rows=(), client_names=()) for view in views),
+        notes=tuple(note for each in dealt for note in each.notes),
+    )
+
+
+def _build(
+    settings: DataSettings,
+    num_clients: int,
+    seed: int,
+    *,
+    beside: FederatedData | None = None,
+    number: int = 0,
+) -> FederatedData:
+    """Load one source.
+
+    Args:
+        settings: of it.
+        num_clients: that share its private rows.
+        seed: in force.
+        beside: the data that it is a view of: its public rows are to show the same classes.
+        number: which view it is; 0: none.
+    """
     source = open_source(settings)
+    if beside is not None:
+        source = with_classes(source, beside.class_names)
     test_labels = None if source.test is None else source.test.labels
     public = (
         None if settings.public.source is None else draw_public_rows(settings, source, seed=seed)
     )
-    split = _split(source, settings if public is None else _without_public(settings), seed=seed)
+    split = _split(
+        source,
+        settings if public is None else _without_public(settings),
+        seed=seed,
+        public_classes=None if beside is None else beside.public_labels,
+    )
     private_labels = source.train.labels[split.private]
     # Before the images: what does not work should fail at once.
     check_shifts(settings.feature_shift, source.kind)
@@ -170,7 +251,7 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
         private_labels,
         settings.partition,
         num_clients=num_clients,
-        rng=generator_for(seed, Purpose.PARTITION),
+        rng=generator_for(seed, Purpose.PARTITION, *([number] if number else [])),
         private=split.private,
         ids=source.ids,
     )
@@ -241,13 +322,21 @@ def build_federated_data(settings: DataSettings, *, num_clients: int, seed: int)
     )
 
 
-def _split(source: Source, settings: DataSettings, *, seed: int) -> RowSplit:
+def _split(
+    source: Source,
+    settings: DataSettings,
+    *,
+    seed: int,
+    public_classes: Int64[np.ndarray, "public_rows"] | None = None,
+) -> RowSplit:
     test_labels = None if source.test is None else source.test.labels
     partition = settings.partition
     if isinstance(partition, NaturalPartition) and partition.apart:
         ids = source.ids(partition.column)
         return split_rows_by_id(source.train.labels, test_labels, ids, settings, seed=seed)
-    return split_rows(source.train.labels, test_labels, settings, seed=seed)
+    return split_rows(
+        source.train.labels, test_labels, settings, seed=seed, public_classes=public_classes
+    )
 
 
 def _standardise(

@@ -22,17 +22,18 @@ MOST_NAMED_CLIENTS = 60
 def split_table(data: FederatedData) -> list[dict[str, int | float | str]]:
     """One row per client, ready to print.
 
-    Keys, in this order: ``client``; ``id`` where clients have natural ids; ``rows`` (private rows
-    held); ``wrong_labels`` (how many of their labels are wrong) with ``data.label_noise``;
-    ``shift`` (how the client sees inputs) with ``data.feature_shift``;
-    ``classes`` (how many classes they show); ``label_entropy`` (nats, of the class shares: 0 for
-    one class, ln(classes) for equal shares); then the rows of each class, as they are labelled, as
-    ``class <name>``.
+    Keys, in this order: ``client``; ``view`` (what its inputs are of, where clients differ in
+    that); ``id`` where clients have natural ids; ``rows`` (private rows held); ``wrong_labels``
+    (how many of their labels are wrong) with ``data.label_noise``; ``shift`` (how the client sees
+    inputs) with ``data.feature_shift``; ``classes`` (how many classes they show);
+    ``label_entropy`` (nats, of the class shares: 0 for one class, ln(classes) for equal shares);
+    then the rows of each class, as they are labelled, as ``class <name>``.
     """
     counts, wrong, shifts = data.label_counts(), data.wrong_counts(), data.client_shifts
     return [
         {
             "client": client,
+            **({"view": data.of_client(client).name} if data.views else {}),
             **({"id": data.client_names[client]} if data.client_names else {}),
             "rows": int(row.sum()),
             **({"wrong_labels": int(wrong[client])} if data.wrong_labels is not None else {}),

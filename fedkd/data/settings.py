@@ -17,7 +17,7 @@ from fedkd import own_code
 from fedkd.bounds import Real, Rows, RowsOrZero, Seed, Text, Whole, Width, shown
 from fedkd.data.feature_shift import FeatureShift
 from fedkd.data.label_noise import LabelNoise
-from fedkd.data.partition_settings import DirichletPartition, PartitionField
+from fedkd.data.partition_settings import DirichletPartition, NaturalPartition, PartitionField
 
 LONGEST_SIDE = 1024
 
@@ -163,6 +163,30 @@ class PublicSettings(BaseModel):
         return self
 
 
+class ViewSettings(BaseModel):
+    """Inputs of another kind that some clients have (an entry of ``data.views``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Text = Field(description="as data.source; its classes have the same names")
+    config: Text | None = Field(default=None, description="as data.config")
+    image_column: Text | None = Field(default=None, description="as data.image_column")
+    feature_columns: Names | None = Field(
+        default=None, min_length=1, max_length=100_000, description="as data.feature_columns"
+    )
+    text_column: Text | None = Field(default=None, description="as data.text_column")
+    text: TextSettings = TextSettings()
+    label_column: Text | None = Field(default=None, description="as data.label_column")
+    resize: Size | None = Field(default=None, description="as data.resize")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="as data.options")
+
+    @field_validator("source")
+    @classmethod
+    def _may_be_called(cls, source: str) -> str:
+        check_own_source(source)
+        return source
+
+
 class DataSettings(BaseModel):
     """Everything that decides which rows a run sees (``data``)."""
 
@@ -228,6 +252,12 @@ class DataSettings(BaseModel):
         default=None, description="at most this many test rows; none: all"
     )
     public: PublicSettings = PublicSettings()
+    views: tuple[ViewSettings, ...] = Field(
+        default=(),
+        max_length=8,
+        description="sources of other inputs for the same classes; sources are dealt out in turn: "
+        "client i has data.source where i % (1 + their number) is 0, else the one of that number",
+    )
     partition: PartitionField = DirichletPartition()
     label_noise: LabelNoise = LabelNoise()
     feature_shift: FeatureShift = FeatureShift()
@@ -261,5 +291,20 @@ class DataSettings(BaseModel):
         if len(named) > 1:
             raise ValueError(
                 f"{' and '.join(named)} name inputs of two kinds: name columns of one kind"
+            )
+        if self.views and self.public.source is not None:
+            raise ValueError(
+                "data.views have public rows of data.source and of each view side by side: leave "
+                f"out data.public.source, got {self.public.source!r}"
+            )
+        if self.views and isinstance(self.partition, NaturalPartition) and self.partition.apart:
+            raise ValueError(
+                "data.partition.apart is for clients with inputs of one kind: leave it or "
+                "data.views out"
+            )
+        if self.views and (any(self.label_noise.rate) or self.feature_shift.shifts):
+            raise ValueError(
+                "data.label_noise and data.feature_shift are for clients with inputs of one kind: "
+                "leave them or data.views out"
             )
         return self

@@ -25,7 +25,7 @@ from fedkd.data.labels import LabelColumn, common_classes, has_labels
 from fedkd.data.layouts import SINGLE_FILES, Layout, find_layout
 from fedkd.data.natural_ids import ReadIds, no_ids, read_ids
 from fedkd.data.reading import AS_IT_IS, Reading
-from fedkd.data.settings import DataSettings
+from fedkd.data.settings import DataSettings, ViewSettings
 from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
 from fedkd.data.texts import TextEncoder, plan_texts, read_texts
 from fedkd.inputs import Kind
@@ -114,6 +114,27 @@ def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> S
     return _local_tables(layout, name, settings, encoder)
 
 
+def with_classes(source: Source, class_names: tuple[str, ...]) -> Source:
+    """Return a source whose classes have the numbers that these names have.
+
+    Raises:
+        ValueError: if its classes have other names.
+    """
+    if set(source.class_names) != set(class_names):
+        odd = sorted(set(source.class_names) ^ set(class_names))
+        shown = ", ".join(odd[:6]) + (f" and {len(odd) - 6} more" if len(odd) > 6 else "")
+        raise ValueError(
+            f"its classes must be those of data.source, got {shown} in one of them only"
+        )
+    place = np.array([class_names.index(name) for name in source.class_names], dtype=np.int64)
+
+    def numbered(rows: LabelledRows) -> LabelledRows:
+        return LabelledRows(place[rows.labels], rows.read)
+
+    test = None if source.test is None else numbered(source.test)
+    return replace(source, class_names=class_names, train=numbered(source.train), test=test)
+
+
 def source_files(settings: DataSettings) -> tuple[Path, ...]:
     """List the files that ``settings.source`` is read from: who digests them knows the data.
 
@@ -143,6 +164,36 @@ def source_digests(settings: DataSettings) -> dict[str, str]:
     if not own_code.is_own_code(settings.source):
         return {}
     return {settings.source: own_digest(settings)}
+
+
+def view_settings(settings: DataSettings, view: ViewSettings) -> DataSettings:
+    """Return the settings that a view is read with."""
+    own = {name: getattr(view, name) for name in type(view).model_fields}
+    return settings.model_copy(update={"views": (), **own})
+
+
+def view_files(settings: DataSettings) -> tuple[tuple[Path, ...], ...]:
+    """List the files of each of ``data.views``, as `source_files` does.
+
+    Raises:
+        ValueError: if a source cannot be found; names the view and says what would work.
+    """
+    found = []
+    for number, view in enumerate(settings.views):
+        try:
+            found.append(source_files(view_settings(settings, view)))
+        except ValueError as error:
+            raise ValueError(f"data.views[{number}]: {error}") from error
+    return tuple(found)
+
+
+def view_digests(settings: DataSettings) -> dict[str, str]:
+    """Return SHA-256 digests of what no file of ``data.views`` holds, see `source_digests`."""
+    return {
+        f"view {number}: {name}": digest
+        for number, view in enumerate(settings.views, 1)
+        for name, digest in source_digests(view_settings(settings, view)).items()
+    }
 
 
 def _local_path(settings: DataSettings) -> Path | None:

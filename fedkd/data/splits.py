@@ -60,12 +60,33 @@ def stratified_rows(
     return rng.permutation(np.concatenate(chosen))
 
 
+def rows_of_classes(
+    labels: Int64[np.ndarray, "rows"], classes: Int64[np.ndarray, "size"], rng: np.random.Generator
+) -> Int64[np.ndarray, "size"]:
+    """Draw distinct rows of given classes, in their order.
+
+    Raises:
+        ValueError: if there are fewer rows of a class than are asked for.
+    """
+    chosen = np.empty(len(classes), dtype=np.int64)
+    for label in np.unique(classes):
+        places, rows = np.flatnonzero(classes == label), np.flatnonzero(labels == label)
+        if len(places) > len(rows):
+            raise ValueError(
+                f"data.public.size takes {len(places)} rows of class {label}, and there are "
+                f"{len(rows)} besides the test set: lower it"
+            )
+        chosen[places] = rng.choice(rows, size=len(places), replace=False)
+    return chosen
+
+
 def split_rows(
     train_labels: Int64[np.ndarray, "train_rows"],
     test_labels: Int64[np.ndarray, "source_test_rows"] | None,
     settings: DataSettings,
     *,
     seed: int,
+    public_classes: Int64[np.ndarray, "public_rows"] | None = None,
 ) -> RowSplit:
     """Divide a source's rows into disjoint test, public, validation and private sets.
 
@@ -78,6 +99,8 @@ def split_rows(
         test_labels: labels of the source's test split, ``None`` where it has none.
         settings: sizes and fractions.
         seed: of the run, or ``settings.seed``.
+        public_classes: of which class each public row has to be, in this order; ``None``: as many
+            of each class as the source has them.
 
     Raises:
         ValueError: if the source has too few rows for the sets that are asked for.
@@ -113,7 +136,10 @@ def split_rows(
             f"data.source {settings.source!r} has {len(free)} rows besides the test set, and one "
             "private and one validation row must be left"
         )
-    public = free[stratified_rows(train_labels[free], settings.public.size, public_rng)]
+    if public_classes is None:
+        public = free[stratified_rows(train_labels[free], settings.public.size, public_rng)]
+    else:
+        public = free[rows_of_classes(train_labels[free], public_classes, public_rng)]
     free = _without(free, public)
 
     # With a cap on the private rows, validation keeps its share of what is used.

@@ -105,10 +105,10 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
         inputs=str(loaded.input_shape),
         rows=split_table(loaded),
         sizes={
-            "private": len(loaded.train_labels),
+            "private": sum(len(each.train_labels) for each in (loaded, *loaded.views)),
             "public": len(loaded.public_inputs),
-            "validation": len(loaded.validation_labels),
-            "test": len(loaded.test_labels),
+            "validation": sum(len(each.validation_labels) for each in (loaded, *loaded.views)),
+            "test": sum(len(each.test_labels) for each in (loaded, *loaded.views)),
         },
         figure=figure,
         notes=loaded.notes,

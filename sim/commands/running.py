@@ -152,7 +152,8 @@ def _check_brought(
             "files: run on this machine, or start clients from clients.models: package.module:"
             "callable, which builds a trained model wherever it is called"
         )
-    first_weights_of(settings, data)
+    for view in range(1 + len(data.views)):
+        first_weights_of(settings, data, view)
     for setting, brought in strategy.brought.items():
         weights_from(
             brought.path,

@@ -34,7 +34,6 @@ class CohortCutter:
     ) -> None:
         self._settings = settings
         self._engine = settings.engine
-        self._input_shape = data.input_shape
         self._num_classes = data.num_classes
         self._strategy = strategy
         self._rows = np.fromiter((len(rows) for rows in data.client_rows), np.int64)
@@ -70,12 +69,12 @@ class CohortCutter:
         return [
             tuple(self._stacks(group)[0])
             for group in groups
-            if self._model(group[0]).key not in self._measured
+            if self._architecture(group[0]) not in self._measured
         ]
 
     def settle(self, members: Sequence[int], backend: Backend) -> None:
         """From now on, train clients of this architecture in this way."""
-        self._measured[self._model(members[0]).key] = backend
+        self._measured[self._architecture(members[0])] = backend
 
     def choices(self) -> dict[str, Backend]:
         """Return the measured choices by architecture; empty unless ``vectorize: measure``."""
@@ -97,8 +96,8 @@ class CohortCutter:
         match self._engine.vectorize:
             case "loop" | "vmap" as forced:
                 return forced
-            case "measure" if model.key in self._measured:
-                return self._measured[model.key]
+            case "measure" if self._architecture(members[0]) in self._measured:
+                return self._measured[self._architecture(members[0])]
             case _:
                 strategy = self._strategy
                 private_rows = int(self._rows[members].mean())
@@ -106,7 +105,7 @@ class CohortCutter:
                 alone = strategy.learns_alone
                 return choose_backend(
                     model if alone else strategy.architecture(members[0]),
-                    input_shape=self._input_shape,
+                    input_shape=strategy.federation.shape_of(members[0]),
                     num_classes=self._num_classes,
                     members=len(members),
                     batch_rows=(
@@ -121,10 +120,13 @@ class CohortCutter:
     def _model(self, client: int) -> ModelSettings:
         return self._settings.model_of(client)
 
+    def _architecture(self, client: int) -> str:
+        return self._strategy.federation.architectures[client]
+
     def _by_architecture(self, clients: Iterable[int]) -> list[list[int]]:
         groups: dict[str, list[int]] = {}
         for client in clients:
-            groups.setdefault(self._model(client).key, []).append(client)
+            groups.setdefault(self._architecture(client), []).append(client)
         return list(groups.values())
 
     def _stacks(self, group: Sequence[int]) -> list[list[int]]:

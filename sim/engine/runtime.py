@@ -85,6 +85,7 @@ def federation_of(settings: Settings, data: FederatedData) -> Federation:
         input_shape=data.input_shape,
         num_examples=tuple(len(rows) for rows in data.client_rows),
         other_classes=data.other_classes,
+        view_shapes=tuple(view.input_shape for view in data.views),
     )
 
 
@@ -114,24 +115,36 @@ def presence_of(settings: Settings) -> Presence | None:
         raise SettingsError(str(error)) from None
 
 
-def first_weights_of(settings: Settings, data: FederatedData) -> dict[str, Arrays]:
+def first_weights_of(settings: Settings, data: FederatedData, view: int = 0) -> dict[str, Arrays]:
     """Return what clients' models start from in the place of random weights, by the model's key.
+
+    Args:
+        settings: of the run.
+        data: of the run.
+        view: of whose clients; 0: of those with inputs of ``data.source``.
 
     Raises:
         ValueError: naming ``clients.first_weights``, the file, and what does not fit the model.
     """
     clients = settings.clients
+    parts, own = 1 + len(data.views), (data, *data.views)[view]
+    dealt = {i % len(clients.models) for i in range(clients.count) if i % parts == view}
     return {
         model.key: weights_from(
             path,
             model,
-            input_shape=data.input_shape,
+            input_shape=own.input_shape,
             class_names=data.class_names,
             setting="clients.first_weights",
         )
-        for model, path in zip(clients.models, clients.beginnings, strict=True)
-        if path is not None
+        for place, (model, path) in enumerate(zip(clients.models, clients.beginnings, strict=True))
+        if path is not None and place in dealt
     }
+
+
+def has_ensemble(strategy: Strategy[Any, Any], data: FederatedData) -> bool:
+    """Tell whether clients' predictions of test rows have a mean: all are of the same rows."""
+    return strategy.has_ensemble and not data.views
 
 
 def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, Any]:
@@ -182,6 +195,34 @@ def _reason(error: Exception) -> str:
     return Mistake(author_traceback(error))
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What clients with inputs of one kind learn from and are judged on."""
+
+    data: FederatedData
+    tensors: TrainingData
+    pool: ModelPool
+    test_inputs: torch.Tensor
+    validation_inputs: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        data: FederatedData,
+        settings: Settings,
+        device: torch.device,
+        first_weights: Mapping[str, Arrays],
+    ) -> "_Place":
+        tensors = TrainingData.from_arrays(data, device)
+        return cls(
+            data,
+            tensors,
+            ModelPool(tensors, settings.clients.optimizer, first_weights),
+            as_tensor(data.test_inputs).to(device),
+            as_tensor(data.validation_inputs).to(device),
+        )
+
+
 class ClientRuntime:
     """Holds a run's data, models and algorithm, and serves any of its clients."""
 
@@ -195,12 +236,10 @@ class ClientRuntime:
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
         self._stages = settings.stages
-        self._tensors = TrainingData.from_arrays(data, self._device)
-        self._pool = ModelPool(
-            self._tensors, settings.clients.optimizer, first_weights_of(settings, data)
-        )
-        self._test_inputs = as_tensor(data.test_inputs).to(self._device)
-        self._validation_inputs = as_tensor(data.validation_inputs).to(self._device)
+        self._places = [
+            _Place.of(each, settings, self._device, first_weights_of(settings, data, view))
+            for view, each in enumerate((data, *data.views))
+        ]
         self._label_counts = data.label_counts(true=True)
         self._clock = clock_of(settings, data)
         self._faults = FaultPlan(settings.faults, settings.seed, simulated=self._clock is not None)
@@ -318,12 +357,13 @@ class ClientRuntime:
 
     def measure(self, clients: Sequence[int]) -> dict[str, Any]:
         """Time both backends on the first steps of these clients; see `measure_backends`."""
+        place = self._place(clients)
         times = measure_backends(
             self._members(clients, [None] * len(clients)),
             model=self._strategy.architecture(clients[0]),
             optimizer=self._settings.clients.optimizer,
-            data=self._tensors,
-            pool=self._pool,
+            data=place.tensors,
+            pool=place.pool,
             passes=self._federation.local,
             seed=self._settings.seed,
             objective=self._strategy.composed(),
@@ -339,14 +379,19 @@ class ClientRuntime:
             for client, state in zip(clients, states, strict=True)
         ]
 
+    def _place(self, clients: Sequence[int]) -> "_Place":
+        """Return what clients of one architecture, and so of one view, learn from."""
+        return self._places[self._federation.view_of(clients[0])]
+
     def _cohort(self, call: CohortCall, states: Sequence[ClientState | None]) -> Cohort:
+        place = self._place(call.clients)
         return open_cohort(
             self._members(call.clients, states),
             backend=call.backend,
             model=self._strategy.architecture(call.clients[0]),
             optimizer=self._settings.clients.optimizer,
-            data=self._tensors,
-            pool=self._pool,
+            data=place.tensors,
+            pool=place.pool,
             streams=Streams(
                 seed=self._settings.seed, round=call.round, rounds=self._settings.rounds
             ),
@@ -453,21 +498,22 @@ class ClientRuntime:
         cohort = self._cohort(call, states)
         strategy = self._strategy
         strategy.before_evaluation(cohort, received, self._call(call, states))
-        test_scores = strategy.scores(cohort, received, self._test_inputs)
-        validation_scores = strategy.scores(cohort, received, self._validation_inputs)
+        place = self._place(call.clients)
+        test_scores = strategy.scores(cohort, received, place.test_inputs)
+        validation_scores = strategy.scores(cohort, received, place.validation_inputs)
         own_scores = self._own_scores(cohort, received, call.clients)
         replies = []
         for position, client in enumerate(call.clients):
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
             metrics = judge(
-                self._data,
+                place.data,
                 test_scores[position],
                 validation_scores[position],
                 mix,
                 own_scores.get(position),
             )
             probabilities = None
-            if strategy.has_ensemble:
+            if has_ensemble(strategy, self._data):
                 probabilities = F.softmax(torch.from_numpy(test_scores[position]), -1).numpy()
             replies.append(ClientReply(None, metrics, probabilities, call.round))
         return replies

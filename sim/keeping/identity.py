@@ -94,14 +94,18 @@ def data_digest(data: FederatedData) -> str:
     """
     digest = hashlib.sha256()
     arrays = [
-        data.public_inputs,
-        data.public_labels,
-        data.train_labels,
-        data.validation_labels,
-        data.test_labels,
-        data.channel_mean,
-        data.channel_std,
-        *data.client_rows,
+        array
+        for each in (data, *data.views)
+        for array in (
+            each.public_inputs,
+            each.public_labels,
+            each.train_labels,
+            each.validation_labels,
+            each.test_labels,
+            each.channel_mean,
+            each.channel_std,
+            *each.client_rows,
+        )
     ]
     for array in arrays:
         if array is None:

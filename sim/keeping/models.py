@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedkd.data import FederatedData
+from fedkd.inputs import InputShape
 from fedkd.models import ModelSettings, build_model
 from fedkd.tensors import as_tensor
 from fedkd.trained.files import ModelInfo, float_tuple, model_content
@@ -89,7 +90,7 @@ class ModelKeeper:
         self._data = data
         self._loop = loop
         self._grid = grid
-        self._modules: dict[str, nn.Module] = {}
+        self._modules: dict[tuple[str, InputShape], nn.Module] = {}
 
     def after_round(self) -> None:
         """Keep this round's models where they are the best so far; a later round may be better.
@@ -187,8 +188,10 @@ class ModelKeeper:
             yield _Kept(f"client-{client}", model, state.models[name].weights, about)
 
     def _content(self, kept: _Kept) -> bytes:
-        data, settings = self._data, self._settings
-        module = self._module(kept.model)
+        settings = self._settings
+        client = kept.about.get("client")
+        data = self._data if client is None else self._data.of_client(client)
+        module = self._module(kept.model, data)
         module.load_state_dict({name: as_tensor(array) for name, array in kept.weights.items()})
         info = ModelInfo(
             model=kept.model,
@@ -204,28 +207,19 @@ class ModelKeeper:
                 "seed": settings.seed,
                 **kept.about,
                 "round": self._round,
-                "validation_accuracy": self._accuracy(module),
+                "validation_accuracy": _accuracy(module, data),
             },
         )
         return model_content(module.state_dict(), info)
 
-    def _module(self, model: ModelSettings) -> nn.Module:
+    def _module(self, model: ModelSettings, data: FederatedData) -> nn.Module:
         """Return a module of an architecture, in evaluation mode; one for all of its models."""
-        if model.key not in self._modules:
-            self._modules[model.key] = build_model(
-                model,
-                input_shape=self._data.input_shape,
-                num_classes=self._data.num_classes,
-                seed=0,
+        key = model.key, data.input_shape
+        if key not in self._modules:
+            self._modules[key] = build_model(
+                model, input_shape=data.input_shape, num_classes=data.num_classes, seed=0
             ).eval()
-        return self._modules[model.key]
-
-    def _accuracy(self, module: nn.Module) -> float:
-        """Return the share of validation rows that a model gets right by its logits."""
-        inputs = as_tensor(self._data.validation_inputs)
-        with torch.inference_mode():
-            classes = [module(some).argmax(-1).numpy() for some in inputs.split(PREDICT_ROWS)]
-        return float((np.concatenate(classes) == self._data.validation_labels).mean())
+        return self._modules[key]
 
 
 def best_client(history: History, trained: Sequence[int]) -> Sequence[int]:
@@ -314,3 +308,11 @@ def model_files(folder: Path) -> list[Path]:
 
     there = (folder / MODELS_FOLDER).glob(f"[!.]*{SUFFIX}")
     return sorted(there, key=order)
+
+
+def _accuracy(module: nn.Module, data: FederatedData) -> float:
+    """Return the share of validation rows that a model gets right by its logits."""
+    inputs = as_tensor(data.validation_inputs)
+    with torch.inference_mode():
+        classes = [module(some).argmax(-1).numpy() for some in inputs.split(PREDICT_ROWS)]
+    return float((np.concatenate(classes) == data.validation_labels).mean())

@@ -28,6 +28,8 @@ from fedkd.data import (
     public_source_files,
     source_digests,
     source_files,
+    view_digests,
+    view_files,
 )
 from fedkd.own_code import is_own_code, package_of
 from sim.keeping.records import IDENTITY_FILE, git_commit, write_text
@@ -197,8 +199,11 @@ def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
     """
     names = _callables(settings)
     versions = {name: version(name) for name in _BY_VERSION}
-    hashed = settings.data.text.form != "characters"
-    if hashed or "digits" in (settings.data.source, settings.data.public.source):
+    data = settings.data
+    texts = (data.text, *(view.text for view in data.views))
+    hashed = any(text.form != "characters" for text in texts)
+    named = (data.source, data.public.source, *(view.source for view in data.views))
+    if hashed or "digits" in named:
         versions["scikit-learn"] = version("scikit-learn")
     if any(name.startswith(_TIMM) for name in names):
         with suppress(ImportError):
@@ -346,16 +351,24 @@ def _digest(path: Path) -> str:
 def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
     try:
         files, public = source_files(settings.data), public_source_files(settings.data)
+        views = view_files(settings.data)
         arrays = source_digests(settings.data)
         for name, digest in public_source_digests(settings.data).items():
             arrays[f"public: {name}"] = digest
+        arrays |= view_digests(settings.data)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     others = _other_files(settings)
-    digests = file_digests([*files, *public, *others], settings.output / CACHE_FILE)
+    seen = [path for of_view in views for path in of_view]
+    digests = file_digests([*files, *public, *seen, *others], settings.output / CACHE_FILE)
     names = [
         *_names_apart(files),
         *(f"public: {name}" for name in _names_apart(public)),
+        *(
+            f"view {number}: {name}"
+            for number, of_view in enumerate(views, 1)
+            for name in _names_apart(of_view)
+        ),
         *_names_apart(others),
     ]
     return {**dict(zip(names, digests, strict=True)), **arrays}

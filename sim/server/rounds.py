@@ -33,6 +33,7 @@ from sim.engine.runtime import (
     clock_of,
     federation_of,
     fix_numerics,
+    has_ensemble,
     judge,
     presence_of,
     server_tools,
@@ -303,7 +304,8 @@ class RoundLoop:
         }
         if round.number == self._settings.rounds:
             self._check_that_anybody_was_judged(federation)
-        rows = [federation, *_client_rows(round, replies.metrics, evaluated), *servers]
+        named = {view: each.name for view, each in enumerate((self._data, *self._data.views))}
+        rows = [federation, *_client_rows(round, replies.metrics, evaluated, named), *servers]
         after = Boundary(round.number, state, exchange, simulated_s)
         with uninterrupted():
             charged = len(before.exchange.ledger.charges)
@@ -433,7 +435,7 @@ class RoundLoop:
             round.number,
             test_rows,
             self._data.num_classes,
-            ensemble=self._strategy.has_ensemble,
+            ensemble=has_ensemble(self._strategy, self._data),
         )
         quorum = Quorum(round.number, len(clients), "could be judged", self._settings.engine)
         failed: dict[int, str] = {}
@@ -509,7 +511,8 @@ class RoundLoop:
         """Say which models of the user's own begin alike everywhere; it may be what is wanted."""
         models = {step.model: step for step in self._strategy.smallest_steps()}
         for model, step in models.items():
-            shape = step.input_shape or self._data.input_shape
+            own = self._data.views[step.view - 1] if step.view else self._data
+            shape = step.input_shape or own.input_shape
             if model.is_own and ignores_seed(
                 model, input_shape=shape, num_classes=self._data.num_classes
             ):
@@ -540,13 +543,18 @@ class RoundLoop:
 
 
 def _client_rows(
-    round: Round, trained: Mapping[int, Row], judged: Mapping[int, Row]
+    round: Round,
+    trained: Mapping[int, Row],
+    judged: Mapping[int, Row],
+    views: Mapping[int, str],
 ) -> Iterator[Row]:
     for client in sorted({*trained, *judged}):
         yield {
             "round": round.number,
             "scope": "client",
             "client": client,
+            # What its inputs are, where clients differ in that.
+            **({"view": views[round.federation.view_of(client)]} if len(views) > 1 else {}),
             **trained.get(client, {}),
             **judged.get(client, {}),
         }

@@ -34,6 +34,7 @@ class Local(Strategy[LocalSettings, Nothing]):
         equation="CE on private rows",
     )
     Settings: ClassVar[type[StrategySettings]] = LocalSettings
+    takes_views = True
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """One round of private training."""

@@ -31,6 +31,7 @@ class Federation:
         input_shape: of one input.
         num_examples: private rows of each client.
         other_classes: how many of the classes, the last ones, only labelled public rows have.
+        view_shapes: of inputs of other kinds that some clients have, see `shape_of`.
     """
 
     seed: int
@@ -45,16 +46,28 @@ class Federation:
     input_shape: Shape
     num_examples: tuple[int, ...]
     other_classes: int = 0
+    view_shapes: tuple[Shape, ...] = ()
 
     @property
     def num_clients(self) -> int:
         """Registered clients."""
         return len(self.models)
 
+    def view_of(self, client: int) -> int:
+        """Return which view was dealt to a client; 0: inputs of ``data.source``."""
+        return client % (1 + len(self.view_shapes))
+
+    def shape_of(self, client: int) -> Shape:
+        """Return the shape of a client's inputs."""
+        return (self.input_shape, *self.view_shapes)[self.view_of(client)]
+
     @cached_property
     def architectures(self) -> tuple[str, ...]:
         """A key for each client's architecture; clients with equal keys can exchange weights."""
-        return tuple(model.key for model in self.models)
+        return tuple(
+            f"{model.key} on view {view}" if (view := self.view_of(client)) else model.key
+            for client, model in enumerate(self.models)
+        )
 
     @cached_property
     def first_clients(self) -> dict[str, int]:

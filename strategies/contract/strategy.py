@@ -70,7 +70,8 @@ class Step(NamedTuple):
         model: the model.
         rows: how many go through it together, >= 1; None where it does not train.
         remedy: who would train on a single row, and what helps, where it is one.
-        input_shape: of one row, where that is no image of the run.
+        input_shape: of one row, where that is no input of the run.
+        view: of which view its rows are; 0: of ``data.source``.
     """
 
     setting: str
@@ -78,6 +79,7 @@ class Step(NamedTuple):
     rows: int | None
     remedy: str
     input_shape: Shape | None = None
+    view: int = 0
 
 
 SettingsT = TypeVar("SettingsT", bound=StrategySettings)
@@ -98,6 +100,10 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
     """Whether `before_evaluation` or `scores` needs what the server last sent."""
     needs_public: ClassVar[bool] = False
     """Whether the algorithm cannot run without a public set."""
+
+    takes_views: ClassVar[bool] = False
+    """Whether clients may have inputs of different kinds (``data.views``): nothing that its server
+    does depends on what rows look like."""
 
     card: ClassVar[Card] = NO_CARD
     """What stands in the table of algorithms: who learns from whom, what travels."""
@@ -165,6 +171,11 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             ValueError: naming the setting, what it got and what would work.
         """
         self._check_directions()
+        if self.federation.view_shapes and not self.takes_views:
+            raise ValueError(
+                f"data.views: {self.settings.name} cannot do with clients whose inputs differ; "
+                "algorithms that exchange predictions of public rows can, such as dml or fedmd"
+            )
         self.stackings(input_shape)
 
     def _check_directions(self) -> None:
@@ -197,7 +208,7 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             architecture: stacking_of(
                 composed,
                 tuple(named_models(self.architecture(client)).items()),
-                input_shape=input_shape,
+                input_shape=self.federation.shape_of(client) if client else input_shape,
                 num_classes=self.federation.num_classes,
             )
             for architecture, client in self.federation.first_clients.items()
@@ -220,9 +231,12 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             federation.local.smallest(federation.num_examples[client]),
             f"client {client} would; use norm: group, a larger clients.batch_size or "
             "data.partition.min_rows",
+            view=federation.view_of(client),
         )
 
-    def public_steps(self, setting: str, model: ModelSettings, rows: int) -> Iterator[Step]:
+    def public_steps(
+        self, setting: str, model: ModelSettings, rows: int, *, view: int = 0
+    ) -> Iterator[Step]:
         """The steps on public rows alone, of which there are so many."""
         yield Step(
             setting,
@@ -230,12 +244,15 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             min(rows, self.federation.local.batch_size),
             "a step on public rows would; use norm: group, or a larger clients.batch_size, "
             "data.public.size or exchange.rows_per_round",
+            view=view,
         )
 
     def clients_public_steps(self, rows: int) -> Iterator[Step]:
         """The steps of every client's model on so many public rows alone."""
-        for model in dict.fromkeys(self.federation.models):
-            yield from self.public_steps("clients.models", model, rows)
+        federation = self.federation
+        for client in federation.first_clients.values():
+            model, view = federation.models[client], federation.view_of(client)
+            yield from self.public_steps("clients.models", model, rows, view=view)
 
     # -- server half ---------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def _smallest(strategy: Strategy[Any, Any]) -> list[Step]:
     """Return one step for each setting and model: the smallest, or one that trains nothing."""
     found: dict[tuple[object, ...], Step] = {}
     for step in strategy.smallest_steps():
-        key = step.setting, step.model.key, step.input_shape
+        key = step.setting, step.model.key, step.input_shape, step.view
         known = found.get(key)
         if known is None or known.rows is None or (step.rows or known.rows) < known.rows:
             found[key] = step
@@ -65,6 +65,7 @@ def _check(
     keeps_states: bool,
 ) -> None:
     model, classes = step.model, data.num_classes
+    data = data.views[step.view - 1] if step.view else data
     input_shape = step.input_shape or data.input_shape
     holders = strategy.federation.models.count(model) if keeps_states else 0
     check_memory(

@@ -130,6 +130,7 @@ class FD(Strategy[FDSettings, Tables]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = FDSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Tables
     up = (ClassTable,)
     down = (ClassTable,)

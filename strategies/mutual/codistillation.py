@@ -81,6 +81,7 @@ class Codistillation(TaughtByPeers[CodistillationSettings, StalePeers]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = CodistillationSettings
+    takes_views = True
     State: ClassVar[type[Value]] = StalePeers
 
     @property

@@ -88,6 +88,7 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = DMLSettings
+    takes_views = True
     State: ClassVar[type[Value]] = HeardPeers
 
     def receives(self, state: HeardPeers, client: int, round: Round) -> Hashable | None:

@@ -84,6 +84,7 @@ class KDCL(TaughtByPeers[KDCLSettings, Peers]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = KDCLSettings
+    takes_views = True
 
     def __init__(self, settings: KDCLSettings, federation: Federation) -> None:
         super().__init__(settings, federation)

@@ -129,6 +129,7 @@ class PCL(Strategy[PCLSettings, Collective]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = PCLSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Collective
     up = (Bundle,)
     down = (Bundle,)

@@ -115,6 +115,7 @@ class COMET(Strategy[COMETSettings, Centroids]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = COMETSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Centroids
     directions: ClassVar[Mapping[str, str]] = {
         CLIENTS: "from the group of clients nearest to them",

@@ -123,6 +123,7 @@ class Cronus(SharedLesson[CronusSettings, Trusting]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = CronusSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Trusting
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the robust mean of all clients"}
 

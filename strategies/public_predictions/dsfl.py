@@ -143,6 +143,7 @@ class DSFL(SharedLesson[DSFLSettings, Target]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = DSFLSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Target
     sums = "equal"
 

@@ -113,6 +113,7 @@ class FCCL(SharedLesson[FCCLSettings, Lesson]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = FCCLSettings
+    takes_views = True
     sums = "equal"
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the mean of all clients"}
 

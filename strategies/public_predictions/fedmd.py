@@ -94,6 +94,7 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
         equation="digest |z_k - mean_k z_k| on public rows, then revisit CE on private rows",
     )
     Settings: ClassVar[type[StrategySettings]] = FedMDSettings
+    takes_views = True
     directions: ClassVar[Mapping[str, str]] = {
         CLIENTS: "from the consensus, and from public labels"
     }
@@ -122,9 +123,8 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
         lessons = [federation.rows_per_round] if self.settings.digest_epochs else []
         if self._transfers:
             lessons.append(federation.public_size)
-        for model in dict.fromkeys(federation.models):
-            for rows in lessons:
-                yield from self.public_steps("clients.models", model, rows)
+        for rows in lessons:
+            yield from self.clients_public_steps(rows)
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Digest the consensus first, then revisit private data, then communicate scores."""

@@ -164,6 +164,7 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = KTpFLSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Knowledge
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "each from its own mix of all clients"}
     up = (Predictions,)

@@ -149,6 +149,7 @@ class RHFL(Strategy[RHFLSettings, Trust]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = RHFLSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Trust
     up = (Bundle,)
     down = (Bundle,)

@@ -88,6 +88,7 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
         equation="target = p^beta / sum p^beta of the mean p, kept for cache rounds",
     )
     Settings: ClassVar[type[StrategySettings]] = SCARLETSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Cache
     up = (Predictions,)
     down = (Predictions,)

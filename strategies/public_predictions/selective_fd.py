@@ -140,6 +140,7 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
         ),
     )
     Settings: ClassVar[type[StrategySettings]] = SelectiveFDSettings
+    takes_views = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the clients that claim a row"}
     sums = "equal"
 

@@ -198,6 +198,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         SERVER: "from the clients",
     }
     Settings: ClassVar[type[StrategySettings]] = FedGEMSSettings
+    takes_views = True
     State: ClassVar[type[Value]] = Fusion
     up = (Predictions,)
     down = (Predictions,)

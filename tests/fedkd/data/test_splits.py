@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd.data import DataSettings
-from fedkd.data.splits import split_rows, stratified_rows
+from fedkd.data.splits import rows_of_classes, split_rows, stratified_rows
 
 LABELS = np.random.default_rng(0).integers(0, 5, 400)
 
@@ -126,3 +126,12 @@ def test_same_seed_same_split_and_other_seed_other_split():
     for name, rows in first.items():
         np.testing.assert_array_equal(rows, again[name])
         assert set(rows) != set(other[name])
+
+
+def test_rows_of_classes_are_distinct_and_in_the_order_of_the_classes():
+    labels, wanted = np.array([0, 1, 2] * 4), np.array([2, 0, 2, 1, 2, 2])
+    rows = rows_of_classes(labels, wanted, np.random.default_rng(0))
+    np.testing.assert_array_equal(labels[rows], wanted)
+    assert len(set(rows)) == len(rows)
+    with pytest.raises(ValueError, match="takes 5 rows of class 1, and there are 4"):
+        rows_of_classes(labels, np.ones(5, np.int64), np.random.default_rng(0))
