@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedkd.randomness import Purpose, generator_for
 from fedkd.trained.files import LoadedModel
 
 Format = Literal["torch", "onnx"]
@@ -110,10 +111,11 @@ def _exported(
         module = Standardised(module, *loaded.scale)
     module = module.eval()
     shape = loaded.input_shape
+    rng = generator_for(0, Purpose.EVALUATION)
     write = {"torch": _write_torch, "onnx": _write_onnx}[format]
     try:
         with _quiet(), _plain_attention(), torch.no_grad():
-            write(module, torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)), path)
+            write(module, _drawn(rng, 3, shape), path)
     except ExportError:
         raise
     # The exporters raise types of their own, and the model may be anybody's.
@@ -121,8 +123,7 @@ def _exported(
         raise ExportError(
             f"{format} cannot export model {loaded.info.model.label!r}: {_told(error)}"
         ) from error
-    generator = torch.Generator().manual_seed(1)
-    batches = [torch.rand(size, *shape, generator=generator) for size in CHECKED_ROWS]
+    batches = [_drawn(rng, size, shape) for size in CHECKED_ROWS]
     if rows is not None and len(rows):
         pixels = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
         batches.append(pixels if standardise else loaded.standardised(pixels))
@@ -154,6 +155,11 @@ def _exported(
             "rounding"
         )
     return Exported(path, largest, sum(map(len, batches)))
+
+
+def _drawn(rng: np.random.Generator, rows: int, shape: Sequence[int]) -> Tensor:
+    """Return inputs in [0, 1)."""
+    return torch.from_numpy(rng.random((rows, *shape), dtype=np.float32))
 
 
 def _told(error: Exception) -> str:
