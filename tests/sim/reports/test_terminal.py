@@ -103,7 +103,7 @@ def overview(names, clients=4):
         for client in range(clients)
     ]
     sizes = {"private": 1437, "public": 500, "validation": 160, "test": 360}
-    return DataOverview("digits", rows, sizes, Path("split.png")).table()
+    return DataOverview("digits", "pictures of 1x8x8", rows, sizes, Path("split.png")).table()
 
 
 SPLITS = {
