@@ -98,11 +98,11 @@ def row_flops(module: nn.Module, input_shape: Shape) -> RowFlops:
     `ModelCost.flops` leaves out; the same rows cost the same however they are cut into batches.
 
     Args:
-        module: maps images to logits, on the CPU; its mode and its gradients are put back.
+        module: maps images to logits, on the CPU; its mode is put back.
         input_shape: of one row.
     """
     modes = {part: part.training for part in module.modules()}
-    gradients = {parameter: parameter.grad for parameter in module.parameters()}
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # In evaluation mode: BatchNorm cannot train on one row, and its arithmetic is not counted.
     module.eval()
     row = torch.zeros(1, *input_shape)
@@ -116,11 +116,9 @@ def row_flops(module: nn.Module, input_shape: Shape) -> RowFlops:
         ):
             logits = module(row)
             if logits.requires_grad:
-                logits.sum().backward()
+                torch.autograd.grad(logits.sum(), learning, allow_unused=True)
         return RowFlops(int(counter.get_total_flops()), predicted)
     finally:
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
         for part, training in modes.items():
             part.training = training
 
