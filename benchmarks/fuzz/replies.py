@@ -151,7 +151,7 @@ def _attempt(chosen: Asked, message: Message, again: bool) -> str:
     turn = ServerTurn(chosen.stages, ExchangeState(), seed=0, rounds=3, round=ROUND)
     expected = chosen.expected
     if expected is None and chosen.payload is not None:
-        on_the_way = turn.asked(chosen.payload)
+        on_the_way = turn.asked(chosen.payload, 0)
         expected = Expected(round=ROUND, asked=on_the_way, checks_payload=False)
     try:
         reply = valid_answer(message, expected, again=again)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -74,7 +74,8 @@ Section 706 report (GN Docket No. 22-270) measures mobile 5G-NR by, fixed lines 
 aim of fixed lines in the long run.
 """
 
-Rate: TypeAlias = Real | tuple[Real, ...] | LogNormal
+_PerSecond = Annotated[Real, Field(ge=_SLOWEST, le=_FASTEST)]
+Rate: TypeAlias = _PerSecond | tuple[_PerSecond, ...] | LogNormal
 """A number for all clients, a list that is dealt out in turn, or a distribution."""
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedkd.inputs import InputShape
 from fedkd.losses.reduction import PerRow
 from fedkd.models import ModelSettings
 from fedkd.training import Network, Passes, RowFlops, Work, supervised
 
 MLP = ModelSettings(name="mlp", options={"hidden": [8]})
-NETWORK = Network(MLP, (1, 8, 8))
+NETWORK = Network(MLP, InputShape((1, 8, 8)))
 every_kind = pytest.mark.parametrize("kind", [0, 1], ids=["loop", "vmap"])
 
 
@@ -54,7 +55,7 @@ def test_public_rows_count_and_a_frozen_model_goes_forwards_only(both_kinds, pub
 
 
 def test_operations_are_rows_times_what_a_row_costs():
-    other = Network(ModelSettings(name="cnn"), (1, 8, 8))
+    other = Network(ModelSettings(name="cnn"), InputShape((1, 8, 8)))
     costs = {NETWORK: RowFlops(trained=300, predicted=100), other: RowFlops(9, 4)}
     work = Work(trained=Counter({NETWORK: 2}), predicted=Counter({NETWORK: 3, other: 5}))
     assert work.flops(costs) == 2 * 300 + 3 * 100 + 5 * 4
