@@ -103,11 +103,24 @@ def _categories(tables: "Sequence[Table]", name: str) -> FeatureColumn:
         different = pc.unique(column.cast(pa.large_string())).to_pylist()
         found.update(text for text in different if text is not None)
         if len(found) > MOST_CATEGORIES:
+            _check_no_numbers(tables, name, found)
             raise ValueError(
                 f"column {printable(name)!r} of {table.name} holds more than {MOST_CATEGORIES} "
                 "different texts: these are no categories; name the columns to learn from with "
                 "data.feature_columns, or a column of text with data.text_column"
             )
+    _check_no_numbers(tables, name, found)
+    if not found:
+        raise ValueError(f"column {printable(name)!r} is empty")
+    return FeatureColumn(name, len(found), tuple(sorted(found)))
+
+
+def _check_no_numbers(tables: "Sequence[Table]", name: str, found: set[str]) -> None:
+    """Refuse a column of numbers in which some cell is none: a decimal comma, NA, a question mark.
+
+    Raises:
+        ValueError: naming such a cell.
+    """
     commas = sorted(text for text in found if "," in text and _is_number(text.replace(",", ".")))
     if 2 * len(commas) >= len(found) > 0:
         raise ValueError(
@@ -118,11 +131,9 @@ def _categories(tables: "Sequence[Table]", name: str) -> FeatureColumn:
     if 2 * len(numbers) >= len(found) and len(numbers) < len(found):
         where = _where(tables, name, found - numbers)
         raise ValueError(
-            f"column {printable(name)!r} must hold numbers or texts, not both: {where}"
+            f"column {printable(name)!r} must hold numbers or texts, not both: {where}: fill it "
+            "in, or leave the row out"
         )
-    if not found:
-        raise ValueError(f"column {printable(name)!r} is empty")
-    return FeatureColumn(name, len(found), tuple(sorted(found)))
 
 
 def _is_number(text: str) -> bool:
@@ -258,4 +269,12 @@ def _flat(
         if values.null_count:
             empty = int(owners[_first_empty(values)])
             raise refused(empty, "the list has an empty place: fill it in or leave the row out")
-    return to_numpy(values.cast(pa.float64())), counts.tolist()
+    try:
+        numbers = to_numpy(values.cast(pa.float64()))
+    except pa.ArrowInvalid:
+        # Whoever planned the column saw numbers; these are of another file.
+        texts = list(map(str, values.to_pylist()))
+        strange = next(place for place, text in enumerate(texts) if not _is_number(text))
+        why = f"must hold a number, got {printable(texts[strange])!r}"
+        raise refused(int(owners[strange]), why) from None
+    return numbers, counts.tolist()

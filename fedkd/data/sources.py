@@ -443,6 +443,15 @@ def _labelled(
             "(data.test_fraction)"
         )
     found = common_classes(labels, classes)
+    if "test" in found.numbers:
+        untaught = np.setdiff1d(found.numbers["test"], found.numbers["train"])
+        if len(untaught):
+            shown = ", ".join(found.names[number] for number in untaught[:6])
+            more = f" and {len(untaught) - 6} more" if len(untaught) > 6 else ""
+            notes.append(
+                f"data.source {settings.source!r}: classes with test rows and no training row: "
+                f"{shown}{more}; nobody can learn them, and all are judged on them"
+            )
     splits = {
         split: LabelledRows(numbers, reads[split]) for split, numbers in found.numbers.items()
     }

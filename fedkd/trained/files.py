@@ -37,6 +37,9 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MOST_FEATURES = 10_000_000
 """Numbers of a list of features, or tokens of a text; sides of pictures are far shorter."""
 
+EXPORTS = {".onnx": "onnxruntime", ".pt2": "torch.export.load"}
+"""How exports are called, and what opens them."""
+
 PREDICT_ROWS = 256
 """Rows that a model predicts at once."""
 
@@ -156,6 +159,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Name the file that cannot be read inside the block; never open a pickle."""
+    if path.suffix.lower() in EXPORTS:
+        raise ModelFileError(
+            f"{str(path)!r} is an export for {EXPORTS[path.suffix.lower()]}: open the .safetensors "
+            "file that it was made from"
+        )
     if path.suffix.lower() in PICKLES:
         raise ModelFileError(
             f"{str(path)!r}: files of this kind may run code when they are read, and are not read "

@@ -1,7 +1,6 @@
 """Models that were kept: found in a run's folder, and opened."""
 
 import csv
-import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from fedkd.names import nearest
 from fedkd.trained.exporting import ENDINGS, Exported, ExportError, check_format, export_model
-from fedkd.trained.files import LoadedModel
+from fedkd.trained.files import LoadedModel, ModelInfo
 from fedkd.trained.files import load_model as load_file
 from fedkd.trained.inputs import NoInputsError, files_in, read_pieces
 from fedkd.trained.predicting import Prediction, predict_files
@@ -227,7 +226,8 @@ def export(
         allow: whose code the model's file may name.
 
     Raises:
-        SettingsError: there is no such model or no such format, or a package is missing.
+        SettingsError: there is no such model or no such format, a package is missing, or
+            ``inputs`` cannot be read.
         ExportError: the model cannot be exported, or the file does not agree with it.
         StorageError: the file cannot be written.
     """
@@ -239,18 +239,30 @@ def export(
     target = loaded.path.with_suffix(ENDINGS[known]) if output is None else Path(output)
     if not target.parent.is_dir():
         raise SettingsError(f"--output {str(target)!r}: there is no folder {str(target.parent)!r}")
-    try:
-        pieces = [
-            piece.inputs
-            for file in files_in([Path(each) for each in inputs], loaded.info)
-            for piece in itertools.islice(read_pieces(file, loaded.info), 1)
-            if piece.inputs is not None
-        ]
-    except NoInputsError as error:
-        raise SettingsError(str(error)) from None
-    rows = np.concatenate(pieces)[:TRIED_ROWS] if pieces else None
+    rows = _tried_rows([Path(each) for each in inputs], loaded.info)
     with storing(target, goes_on="repeat the command"):
         return export_model(loaded, target, format=known, standardise=standardise, rows=rows)
+
+
+def _tried_rows(paths: Sequence[Path], info: ModelInfo) -> np.ndarray | None:
+    """Return the first inputs of files; None where no file is named.
+
+    Raises:
+        SettingsError: one of them cannot be read; names it, and why.
+    """
+    found: list[np.ndarray] = []
+    try:
+        for file in files_in(paths, info):
+            for piece in read_pieces(file, info):
+                if piece.inputs is None:
+                    where = str(file) if piece.rows is None else f"{file}, row {piece.rows[0]}"
+                    raise SettingsError(f"--inputs {where!r}: {piece.problem}")
+                found.append(piece.inputs)
+                if sum(map(len, found)) >= TRIED_ROWS:
+                    return np.concatenate(found)[:TRIED_ROWS]
+    except NoInputsError as error:
+        raise SettingsError(str(error)) from None
+    return np.concatenate(found) if found else None
 
 
 def find_model(path: Path, model: str | None = None) -> Path:

@@ -6,7 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedkd.data import DataSettings, build_federated_data
+from fedkd.data.features import FeatureColumn, read_features
 from fedkd.data.sources import open_source
+from fedkd.data.tables import ParquetTable
 
 
 def write(path, **columns):
@@ -100,6 +102,21 @@ def test_many_different_texts_are_no_categories(tmp_path):
     names = [f"name {number}" for number in range(101)]
     with pytest.raises(ValueError, match=r"'who' .*more than 100 different texts.*feature_columns"):
         opened(tmp_path, who=names, age=list(range(101)), label=[0, 1] * 50 + [0])
+
+
+@pytest.mark.parametrize("odd", ["NA", "?", "1,5"])
+def test_a_column_of_many_numbers_with_one_cell_that_is_none_is_told_so(tmp_path, odd):
+    cells = [f"{number / 7}" for number in range(300)]
+    cells[123] = odd
+    with pytest.raises(ValueError, match=rf"not both: .*row 123 has '{odd.replace('?', '.')}'"):
+        opened(tmp_path, density=cells, age=list(range(300)), label=[0, 1] * 150)
+
+
+def test_a_cell_of_another_file_that_is_no_number_is_named(tmp_path):
+    plan = [FeatureColumn("density", 1)]
+    write(tmp_path / "new.parquet", density=["1.5", "NA", "2"], label=[0, 1, 0])
+    with pytest.raises(ValueError, match=r"row 1, column 'density': must hold a number, got 'NA'"):
+        read_features([ParquetTable(tmp_path / "new.parquet")], plan, np.arange(3))
 
 
 def test_settings_that_are_for_pictures_are_refused(tmp_path):

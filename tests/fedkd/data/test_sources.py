@@ -373,3 +373,11 @@ def test_what_is_no_name_of_a_dataset_is_refused_without_asking_for_it(name):
 def test_a_name_out_of_reach_is_refused_with_the_alternatives(name):
     with pytest.raises(ValueError, match=rf"data\.source '{name}' .*neither .*network.*'digits'"):
         open_source(DataSettings(source=name))
+
+
+def test_a_class_that_only_test_rows_have_is_told(tmp_path, write_pictures, numbered):
+    names = ("cat", "dog", "emu")
+    write_pictures(tmp_path / "zoo", "train", numbered(8), [0, 1] * 4, class_names=names)
+    write_pictures(tmp_path / "zoo", "test", numbered(3), [0, 1, 2], class_names=names)
+    source = open_source(DataSettings(source=str(tmp_path / "zoo")))
+    assert any("no training row: emu; nobody can learn them" in note for note in source.notes)

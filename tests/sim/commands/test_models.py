@@ -98,6 +98,15 @@ def test_export_says_how_well_the_file_agrees(
         *("export", folder, "--format", "torch", "--output", tmp_path / "m.pt2", "--json")
     )
     assert json.loads(out)["path"] == str(tmp_path / "m.pt2")
+    bad = tmp_path / "bad.csv"
+    bad.write_text("pet,age,income\ndog,65,1500\nemu,65,1500\n")
+    for given, told in ((bad, "row 1"), (tmp_path / "nope.csv", "does not exist")):
+        code, _, err = fedkd("export", folder, "--format", "torch", "--inputs", given)
+        assert code == 2
+        assert "--inputs" in err
+        assert told in err
+    with pytest.raises(SettingsError, match=r"is an export for torch\.export\.load"):
+        load_model(folder / "models" / "server.pt2")
     # Exported files are no models that a run keeps.
     assert load_model(folder).path.name == "server.safetensors"
 
