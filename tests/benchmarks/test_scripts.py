@@ -26,7 +26,11 @@ def test_quick_mode_measures_both_sides_and_passes_no_verdict(name):
     assert all(line.endswith("| no verdict |") for line in lines)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+# Each takes seconds to import what it measures.
+@pytest.mark.parametrize(
+    "name",
+    [SCRIPTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS[1:])],
+)
 def test_an_unknown_option_is_refused_before_anything_runs(name):
     done = run_script(name, "--fast")
     assert done.returncode == 2

@@ -16,7 +16,12 @@ from sim.keeping.records import EXCHANGE_FILE, METRICS_FILE, read_rows
 from sim.settings import Settings, SettingsError
 from strategies import STRATEGIES, strategy_class
 
-TAKE_VIEWS = sorted(name for name in STRATEGIES if strategy_class(name).takes_views)
+QUICK = ("dml", "fd", "fedmd", "scarlet")
+TAKE_VIEWS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in sorted(STRATEGIES)
+    if strategy_class(name).takes_views
+]
 
 
 def write_sounds(folder: Path, *, classes: int = 10, rows: int = 400) -> Path:
