@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkd.data.kinds import is_number
 from fedkd.data.memory import memory_bytes
 from fedkd.data.settings import DataSettings
 from fedkd.data.tables import TEXT_COLUMNS, ArrowTable, readable
@@ -98,20 +99,12 @@ def _check_header(file: str, header: Sequence[str]) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{file} has more than one column {printable(twice)!r}: name them apart")
-    if all(map(_is_number, header)):
+    if all(map(is_number, header)):
         shown = printable(", ".join(header[:6]))
         raise ValueError(
             f"{file} has no header: its first line must name the columns, as in a,b,label, got "
             f"{shown}"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _are_numbers(column: "pa.ChunkedArray") -> bool:

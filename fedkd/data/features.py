@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from fedkd.data.kinds import columns_in, holds_lists, holds_numbers, holds_text, storage
+from fedkd.data.kinds import (
+    columns_in,
+    holds_lists,
+    holds_numbers,
+    holds_text,
+    is_number,
+    storage,
+)
 from fedkd.data.labels import to_numpy
 from fedkd.data.memory import check_room
 from fedkd.names import printable
@@ -121,27 +128,19 @@ def _check_no_numbers(tables: "Sequence[Table]", name: str, found: set[str]) -> 
     Raises:
         ValueError: naming such a cell.
     """
-    commas = sorted(text for text in found if "," in text and _is_number(text.replace(",", ".")))
+    commas = sorted(text for text in found if "," in text and is_number(text.replace(",", ".")))
     if 2 * len(commas) >= len(found) > 0:
         raise ValueError(
             f"column {printable(name)!r} holds numbers with a comma, such as "
             f"{printable(commas[0])!r}: write {printable(commas[0].replace(',', '.'))}"
         )
-    numbers = {text for text in found if _is_number(text)}
+    numbers = {text for text in found if is_number(text)}
     if 2 * len(numbers) >= len(found) and len(numbers) < len(found):
         where = _where(tables, name, found - numbers)
         raise ValueError(
             f"column {printable(name)!r} must hold numbers or texts, not both: {where}: fill it "
             "in, or leave the row out"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _where(tables: "Sequence[Table]", name: str, texts: set[str]) -> str:
@@ -274,7 +273,7 @@ def _flat(
     except pa.ArrowInvalid:
         # Whoever planned the column saw numbers; these are of another file.
         texts = list(map(str, values.to_pylist()))
-        strange = next(place for place, text in enumerate(texts) if not _is_number(text))
+        strange = next(place for place, text in enumerate(texts) if not is_number(text))
         why = f"must hold a number, got {printable(texts[strange])!r}"
         raise refused(int(owners[strange]), why) from None
     return numbers, counts.tolist()

@@ -1,4 +1,4 @@
-"""What the type of a column says about what it holds."""
+"""What columns and cells hold, by their types and by what is written in them."""
 
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,15 @@ def depth(kind: "pa.DataType") -> int:
 def holds_lists(kind: "pa.DataType") -> bool:
     """Tell whether each cell is a list of numbers, or of such lists."""
     return depth(kind) > 0
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a cell of text is a number as Python writes it."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def columns_in(table: "Table") -> str:
