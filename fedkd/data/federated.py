@@ -1,7 +1,7 @@
 """The data of one run: private rows per client, a public set, validation and test sets."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -12,10 +12,12 @@ from jaxtyping import Float32, Int64
 from fedkd.data.feature_shift import ClientShifts, check_shifts, shift_inputs
 from fedkd.data.images import match_channels
 from fedkd.data.label_noise import WrongLabels, with_wrong_labels
-from fedkd.data.partition_settings import NaturalPartition
+from fedkd.data.natural_ids import Dealt
+from fedkd.data.partition_settings import NaturalPartition, OwnPartition
 from fedkd.data.partitions import deal_rows
 from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.reading import AS_IT_IS, Reading
+from fedkd.data.room import NO_WORDS, FewRowsError, public_sizes, words_that_fit
 from fedkd.data.settings import DataSettings
 from fedkd.data.sources import Source, open_source, view_settings, with_classes
 from fedkd.data.splits import RowSplit, split_rows, split_rows_by_id
@@ -188,7 +190,11 @@ def _with_views(settings: DataSettings, num_clients: int, seed: int) -> Federate
         )
     labelled = settings.public.model_copy(update={"labelled": True})
     alone = settings.model_copy(update={"views": (), "public": labelled})
-    first = _build(alone, -(-num_clients // parts), seed)
+    try:
+        first = _build(alone, -(-num_clients // parts), seed)
+    except FewRowsError as error:
+        # What would work was looked for among this source's own clients.
+        raise ValueError(error.problem) from error
     views = []
     for number, view in enumerate(settings.views, 1):
         own = view_settings(alone, view)
@@ -196,7 +202,8 @@ def _with_views(settings: DataSettings, num_clients: int, seed: int) -> Federate
             clients = -(-(num_clients - number) // parts)
             views.append(_build(own, clients, seed, beside=first, number=number))
         except ValueError as error:
-            raise ValueError(f"data.views[{number - 1}]: {error}") from error
+            problem = error.problem if isinstance(error, FewRowsError) else str(error)
+            raise ValueError(f"data.views[{number - 1}]: {problem}") from error
     dealt = [first, *views]
     return replace(
         first,
@@ -238,23 +245,52 @@ def _build(
     public = (
         None if settings.public.source is None else draw_public_rows(settings, source, seed=seed)
     )
-    split = _split(
-        source,
-        settings if public is None else _without_public(settings),
-        seed=seed,
-        public_classes=None if beside is None else beside.public_labels,
-    )
-    private_labels = source.train.labels[split.private]
     # Before the images: what does not work should fail at once.
     check_shifts(settings.feature_shift, source.kind)
-    dealt = deal_rows(
-        private_labels,
-        settings.partition,
-        num_clients=num_clients,
-        rng=generator_for(seed, Purpose.PARTITION, *([number] if number else [])),
-        private=split.private,
-        ids=source.ids,
-    )
+
+    def deal(tried: DataSettings, clients: int) -> tuple[RowSplit, Dealt]:
+        split = _split(
+            source,
+            tried if public is None else _without_public(tried),
+            seed=seed,
+            public_classes=None if beside is None else beside.public_labels,
+            num_clients=clients,
+        )
+        dealt = deal_rows(
+            source.train.labels[split.private],
+            tried.partition,
+            num_clients=clients,
+            rng=generator_for(seed, Purpose.PARTITION, *([number] if number else [])),
+            private=split.private,
+            ids=source.ids,
+        )
+        return split, dealt
+
+    def works(tried: DataSettings, clients: int) -> bool:
+        try:
+            deal(tried, clients)
+        except ValueError:
+            return False
+        return True
+
+    try:
+        split, dealt = deal(settings, num_clients)
+    except FewRowsError as error:
+        words: Mapping[str, str] = NO_WORDS
+        # A function of one's own is not to be called again and again.
+        if not isinstance(settings.partition, OwnPartition):
+            size = settings.public.size
+            free = len(source.train.labels)
+            if source.test is None:
+                free -= round(settings.test_fraction * free)
+            words = words_that_fit(
+                settings,
+                num_clients=num_clients,
+                sizes=public_sizes(size, free) if public is None else [size],
+                works=works,
+            )
+        raise FewRowsError(error.problem, words, source.kind) from error
+    private_labels = source.train.labels[split.private]
     labels, wrong = with_wrong_labels(
         private_labels,
         dealt.rows,
@@ -328,6 +364,7 @@ def _split(
     *,
     seed: int,
     public_classes: Int64[np.ndarray, "public_rows"] | None = None,
+    num_clients: int = 0,
 ) -> RowSplit:
     test_labels = None if source.test is None else source.test.labels
     partition = settings.partition
@@ -335,7 +372,12 @@ def _split(
         ids = source.ids(partition.column)
         return split_rows_by_id(source.train.labels, test_labels, ids, settings, seed=seed)
     return split_rows(
-        source.train.labels, test_labels, settings, seed=seed, public_classes=public_classes
+        source.train.labels,
+        test_labels,
+        settings,
+        seed=seed,
+        public_classes=public_classes,
+        num_clients=num_clients,
     )
 
 

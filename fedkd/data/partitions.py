@@ -26,6 +26,7 @@ from fedkd.data.partition_settings import (
     QuantityPartition,
     ShardPartition,
 )
+from fedkd.data.room import FewRowsError
 from fedkd.randomness import seeded_for
 
 Rows = Int64[np.ndarray, "_"]
@@ -103,7 +104,7 @@ def partition_rows(
         sizes = [len(part) for part in parts]
         if min(sizes) >= settings.min_rows:
             return tuple(np.sort(order[part]) for part in parts)
-    raise ValueError(_too_small(sizes, settings))
+    raise FewRowsError(_too_small(sizes, settings))
 
 
 def _check_feasible(
@@ -113,12 +114,12 @@ def _check_feasible(
         raise ValueError(f"clients.count must be >= 1, got {num_clients}")
     rows = len(labels)
     if num_clients > rows:
-        raise ValueError(
+        raise FewRowsError(
             f"clients.count must be at most the {rows} private rows, got {num_clients}: lower it, "
             "or raise data.private_rows or lower data.public.size"
         )
     if num_clients * settings.min_rows > rows:
-        raise ValueError(
+        raise FewRowsError(
             f"data.partition.min_rows must be at most {rows // num_clients} for {num_clients} "
             f"clients and {rows} private rows, got {settings.min_rows}"
         )

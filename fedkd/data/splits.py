@@ -3,12 +3,14 @@
 Only labels are needed here, so the rows are chosen before a single image is decoded.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
 from fedkd.data.natural_ids import NOBODY, NaturalIds
+from fedkd.data.room import FewRowsError
 from fedkd.data.settings import DataSettings
 from fedkd.randomness import Purpose, generator_for
 
@@ -87,12 +89,13 @@ def split_rows(
     *,
     seed: int,
     public_classes: Int64[np.ndarray, "public_rows"] | None = None,
+    num_clients: int = 0,
 ) -> RowSplit:
     """Divide a source's rows into disjoint test, public, validation and private sets.
 
     All four are stratified by label. Test rows come first, then public, validation and private
     ones, each from its own random stream: a cap on the private rows moves no public row, and
-    nothing here depends on the clients.
+    no row depends on the clients.
 
     Args:
         train_labels: labels of the source's training split (or of all its rows).
@@ -101,9 +104,10 @@ def split_rows(
         seed: of the run, or ``settings.seed``.
         public_classes: of which class each public row has to be, in this order; ``None``: as many
             of each class as the source has them.
+        num_clients: who need ``data.partition.min_rows`` private rows each.
 
     Raises:
-        ValueError: if the source has too few rows for the sets that are asked for.
+        FewRowsError: if the source has too few rows for the sets that are asked for.
     """
     test_rng, public_rng, validation_rng, private_rng = (
         generator_for(seed, Purpose.SPLIT, stage) for stage in range(4)
@@ -122,39 +126,71 @@ def split_rows(
         # Test rows beyond the cap stay unused: the cap must not move rows into training.
         test = test[stratified_rows(labels_of_test, settings.test_rows, test_rng)]
 
-    fewest_private_rows = 2  # one to learn from and one to validate on
-    most_public_rows = len(free) - fewest_private_rows
-    if most_public_rows < 0:
-        raise ValueError(
-            f"data.source {settings.source!r} leaves {len(free)} rows besides the test set, too "
-            "few for one private and one validation row: use a larger source or a smaller "
-            f"data.test_fraction (now {settings.test_fraction})"
-        )
-    if settings.public.size > most_public_rows:
-        raise ValueError(
-            f"data.public.size must be at most {most_public_rows}, got {settings.public.size}: "
-            f"data.source {settings.source!r} has {len(free)} rows besides the test set, and one "
-            "private and one validation row must be left"
-        )
+    _check_public_size(len(free), settings, num_clients)
     if public_classes is None:
         public = free[stratified_rows(train_labels[free], settings.public.size, public_rng)]
     else:
         public = free[rows_of_classes(train_labels[free], public_classes, public_rng)]
     free = _without(free, public)
 
-    # With a cap on the private rows, validation keeps its share of what is used.
-    usable = len(free)
-    if settings.private_rows is not None:
-        usable = min(usable, round(settings.private_rows / (1 - settings.validation_fraction)))
-    validation_size = min(max(1, round(settings.validation_fraction * usable)), len(free) - 1)
+    validation_size, private_size = _sizes(len(free), settings)
     validation = free[stratified_rows(train_labels[free], validation_size, validation_rng)]
     free = _without(free, validation)
-
-    private_size = len(free)
-    if settings.private_rows is not None:
-        private_size = min(private_size, settings.private_rows)
     private = free[stratified_rows(train_labels[free], private_size, private_rng)]
     return RowSplit(test, public, validation, private, test_is_separate=test_labels is not None)
+
+
+def _sizes(rows: int, settings: DataSettings) -> tuple[int, int]:
+    """Return how many validation and private rows there are of rows that are not public."""
+    usable, cap = rows, settings.private_rows
+    if cap is not None:
+        # Validation keeps its share of what is used.
+        usable = min(usable, round(cap / (1 - settings.validation_fraction)))
+    validation = min(max(1, round(settings.validation_fraction * usable)), rows - 1)
+    private = rows - validation
+    return validation, private if cap is None else min(private, cap)
+
+
+def _check_public_size(free: int, settings: DataSettings, num_clients: int) -> None:
+    """Refuse a public set that leaves too few rows.
+
+    Args:
+        free: rows besides the test set.
+        settings: the table ``data``.
+        num_clients: who need ``data.partition.min_rows`` private rows each.
+    """
+    size, source = settings.public.size, f"data.source {settings.source!r}"
+    if free < 2:
+        raise FewRowsError(
+            f"{source} leaves {free} rows besides the test set, too few for one private and one "
+            "validation row: use a larger source or a smaller data.test_fraction (now "
+            f"{settings.test_fraction})"
+        )
+    needed = max(1, num_clients * settings.partition.min_rows)
+    if settings.private_rows is not None:
+        # What the cap does not allow is no fault of the public rows.
+        needed = min(needed, settings.private_rows)
+    # The more public rows, the fewer private ones.
+    sizes = range(free - 1)
+    most = bisect_right(sizes, -needed, key=lambda public: -_sizes(free - public, settings)[1]) - 1
+    if size <= most or (most < 0 and size <= free - 2):
+        # Where no size would do, whoever deals the private rows says so.
+        return
+    clients = (
+        f"{num_clients} clients need data.partition.min_rows={settings.partition.min_rows} private "
+        "rows each"
+        if num_clients
+        else "one private and one validation row must be left"
+    )
+    if most < 0:
+        raise FewRowsError(
+            f"{source} has {free} rows besides the test set, too few for data.public.size={size} "
+            f"and clients.count: {clients}"
+        )
+    raise FewRowsError(
+        f"data.public.size must be {'at most ' * (most > 0)}{most}, got {size}: {source} has "
+        f"{free} rows besides the test set, and {clients}"
+    )
 
 
 def split_rows_by_id(

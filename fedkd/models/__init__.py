@@ -52,6 +52,8 @@ __all__ = [
     "describe_models",
     "ignores_seed",
     "known_models",
+    "models_for",
+    "takes_kind",
     "uses_batch_norm",
 ]
 
@@ -250,8 +252,7 @@ def build_model(
 def _check_takes(settings: ModelSettings, shape: InputShape) -> None:
     """Refuse inputs that a model is not for."""
     family = _MODELS.get(settings.name)
-    takes: tuple[Kind, ...] = ("pictures",) if family is None else family.takes
-    if settings.is_callable or shape.kind in takes:
+    if takes_kind(settings, shape.kind):
         smallest = 1 if family is None else family.smallest_side
         if shape.kind == "pictures" and min(shape.sides[1:]) < smallest:
             raise ValueError(
@@ -259,12 +260,24 @@ def _check_takes(settings: ModelSettings, shape: InputShape) -> None:
                 f"channels >= 1 and sides >= {smallest}, got {shape.sides}"
             )
         return
-    fitting = [name for name, other in _MODELS.items() if shape.kind in other.takes]
+    takes: tuple[Kind, ...] = ("pictures",) if family is None else family.takes
+    fitting = models_for(shape.kind)
     raise ValueError(
         f"model {settings.name!r} takes {' and '.join(takes)}, and the data's inputs are {shape}: "
         f"use {', '.join(fitting)}, as in clients.models=[{', '.join(fitting)}], or your own "
         "package.module:callable"
     )
+
+
+def takes_kind(settings: ModelSettings, kind: Kind) -> bool:
+    """Tell whether a model is for a kind of inputs; one of your own may be for any."""
+    family = _MODELS.get(settings.name)
+    return settings.is_callable or kind in (("pictures",) if family is None else family.takes)
+
+
+def models_for(kind: Kind) -> list[str]:
+    """Return the names of the built-in models that take a kind of inputs."""
+    return [name for name, family in _MODELS.items() if kind in family.takes]
 
 
 def ignores_seed(settings: ModelSettings, *, input_shape: Shape, num_classes: int) -> bool:

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedkd.data import FederatedData, build_federated_data
+from fedkd.data.room import FewRowsError
+from fedkd.models import models_for, takes_kind
 from fedkd.own_code import Permit
 from fedkd.trained.beginnings import weights_from
 from fedkd.training import initial_model_seed, weights_digest
@@ -136,9 +138,21 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
             _check_stacking(strategy, data)
         if settings.exchange.budget_kb is not None:
             plan_of(settings, strategy, server_tools(settings, strategy, data))
+    except FewRowsError as error:
+        raise SettingsError(str(_with_models(error, settings))) from error
     except ValueError as error:
         raise SettingsError(str(error)) from error
     return data
+
+
+def _with_models(error: FewRowsError, settings: Settings) -> FewRowsError:
+    """Add the models that have to change as well, since a line that works is typed once."""
+    kind, models = error.kind, settings.clients.models
+    if not error.words or kind is None or all(takes_kind(model, kind) for model in models):
+        return error
+    fitting = [model.name for model in models if takes_kind(model, kind)] or models_for(kind)[:1]
+    words = {**error.words, "clients.models": f"[{','.join(fitting)}]"}
+    return FewRowsError(error.problem, words)
 
 
 def _check_brought(

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd.data import DataSettings
+from fedkd.data.settings import PublicSettings
 from fedkd.data.splits import rows_of_classes, split_rows, stratified_rows
 
 LABELS = np.random.default_rng(0).integers(0, 5, 400)
@@ -110,6 +111,16 @@ def test_too_large_a_public_set_is_refused_with_the_largest_that_works():
         split_rows(LABELS, None, DataSettings(public={"size": 319}), seed=0)
     split = split_rows(LABELS, None, DataSettings(public={"size": 318}), seed=0)
     assert (len(split.validation), len(split.private)) == (1, 1)
+
+
+def test_the_largest_public_set_leaves_each_client_its_fewest_rows():
+    # 320 rows are not for testing; 70 of 78 are private where a tenth is for validation.
+    settings = DataSettings(public={"size": 300}, partition={"kind": "iid", "min_rows": 7})
+    with pytest.raises(ValueError, match=r"public\.size must be at most 242, got 300.*10 clients"):
+        split_rows(LABELS, None, settings, seed=0, num_clients=10)
+    for size, private in ((242, 70), (243, 69)):
+        fewer = settings.model_copy(update={"public": PublicSettings(size=size)})
+        assert len(split_rows(LABELS, None, fewer, seed=0).private) == private
 
 
 def test_a_source_without_rows_to_spare_is_refused():

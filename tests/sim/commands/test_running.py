@@ -152,3 +152,25 @@ def test_terms_that_cannot_be_stacked_are_refused_before_anything_starts(
     where = rf"engine\.vectorize: vmap .* strategy\.objective\.{term}"
     with pytest.raises(SettingsError, match=where):
         load_data(settings)
+
+
+@pytest.mark.parametrize("rows", [60, 150, 600])
+def test_a_small_table_is_refused_with_all_that_has_to_change(tmp_path: Path, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(rows) % 3
+    np.savez(tmp_path / "own.npz", x=rng.normal(size=(rows, 4)) + labels[:, None], y=labels)
+    typed = [f"data.source={tmp_path / 'own.npz'}"]
+    with pytest.raises(
+        SettingsError, match=r"; add to what you typed: .*clients\.models=\[mlp\]"
+    ) as no:
+        load_data(load_settings(None, typed))
+    added = str(no.value).split("typed: ")[1].split()
+    data = load_data(load_settings(None, [*typed, *added]))
+    assert len(data.public_inputs) >= rows // 5
+
+
+def test_of_clients_as_few_as_necessary_are_taken_away(small: Small) -> None:
+    words = ("clients.count=100", "data.partition.min_rows=8")
+    with pytest.raises(SettingsError, match=r"typed: clients\.count=25$"):
+        load_data(load_settings(None, words))
+    load_data(load_settings(None, ["clients.count=25"]))
