@@ -278,7 +278,8 @@ def _labels(
     if labels.dtype.kind == "f":
         labels = labels.astype(np.float64)
     column = pa.chunked_array([pa.array(labels)])
-    return read_label_column(column, file=f"array {printable(y)!r}", names=names)
+    file = f"array {printable(y)!r}"
+    return read_label_column(column, file=file, names=names, where=partial(_place, y))
 
 
 def _id_names(column: str) -> set[str]:
@@ -397,4 +398,8 @@ def _pictures(
 
 def _check(bad: np.ndarray, key: str, rows: np.ndarray, why: str) -> None:
     if bad.any():
-        raise ValueError(f"array {printable(key)!r}, row {rows[int(np.argmax(bad))]}: {why}")
+        raise ValueError(f"{_place(key, int(rows[np.argmax(bad)]))}: {why}")
+
+
+def _place(key: str, row: int) -> str:
+    return f"array {printable(key)!r}, index {row} (counted from 0)"

@@ -5,9 +5,12 @@ around numbers, names and categories are dropped, those of a text to learn from 
 """
 
 import csv
+from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedkd.data.kinds import is_number
 from fedkd.data.memory import memory_bytes
@@ -18,16 +21,50 @@ from fedkd.names import printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_AS_TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "", "errors": "replace"}
+
 DELIMITERS = (",", ";", "\t")
 
 MOST_COLUMNS = 100_000
+LONGEST_HEADER = 10_000_000
+"""Characters of the first line."""
 READ_COPIES = 3
 """How much memory a file takes while it is read, in sizes of the file."""
 
 
+class CSVTable(ArrowTable):
+    """A CSV file in memory; its rows are called by the lines of the file."""
+
+    def __init__(self, table: "pa.Table", path: Path) -> None:
+        super().__init__(table, printable(path.name), {})
+        self._path = path
+
+    def where(self, row: int) -> str:
+        """Say on which line of the file a row begins; the header is line 1."""
+        if len(self._lines) != self.num_rows:
+            return super().where(row)
+        return f"{self.name}, line {self._lines[row]}"
+
+    @cached_property
+    def _lines(self) -> "array[int]":
+        """The line on which each row begins: cells may hold line ends, and blank lines are none."""
+        lines = array("q")
+        with readable(self.name), self._path.open(**_AS_TEXT) as file:
+            delimiter = _delimiter(self._path, file.readline(LONGEST_HEADER))
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter)
+            begins = 1
+            with suppress(csv.Error):  # a cell too long for this reader: rows have their numbers
+                for cells in reader:
+                    if cells:
+                        lines.append(begins)
+                    begins = reader.line_num + 1
+        return lines[1:]
+
+
 def csv_tables(
     files: Mapping[str, Sequence[Path]], settings: DataSettings
-) -> dict[str, list[ArrowTable]]:
+) -> dict[str, list[CSVTable]]:
     """Read the files of each split.
 
     Args:
@@ -47,10 +84,7 @@ def csv_tables(
         if all(_are_numbers(table[name]) for table in together if name in table.column_names)
     }
     return {
-        split: [
-            ArrowTable(_typed(table, numbers, texts), printable(path.name), {})
-            for path, table in of_split
-        ]
+        split: [CSVTable(_typed(table, numbers, texts), path) for path, table in of_split]
         for split, of_split in cells.items()
     }
 
@@ -63,8 +97,8 @@ def _cells(path: Path) -> "pa.Table":
     name = printable(path.name)
     with readable(name):
         size = path.stat().st_size
-        with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-            first = file.readline(10_000_000)
+        with path.open(**_AS_TEXT) as file:
+            first = file.readline(LONGEST_HEADER)
             delimiter = _delimiter(path, first)
             file.seek(0)
             header = next(csv.reader(file, delimiter=delimiter), [])

@@ -49,6 +49,15 @@ class FeatureColumn:
     width: int
     categories: tuple[str, ...] = ()
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """What its features are, in order."""
+        if self.categories:
+            return tuple(f"{self.name}={category}" for category in self.categories)
+        if self.width == 1:
+            return (self.name,)
+        return tuple(f"{self.name}[{place}]" for place in range(self.width))
+
 
 def plan_features(tables: "Sequence[Table]", names: Sequence[str]) -> list[FeatureColumn]:
     """Find out how many features each column is.
@@ -92,7 +101,7 @@ def _list_width(tables: "Sequence[Table]", name: str) -> int:
     """Return how many numbers the first list has."""
     for table in tables:
         for _, piece in table.pieces(name, np.arange(min(1, table.num_rows))):
-            values, rows = _flat(piece.slice(0, 1), table.name, name, [0])
+            values, rows = _flat(piece.slice(0, 1), table, name, [0])
             if rows and len(values):
                 return len(values)
     raise ValueError(f"column {printable(name)!r} holds no numbers")
@@ -147,7 +156,7 @@ def _where(tables: "Sequence[Table]", name: str, texts: set[str]) -> str:
     for table in tables:
         for row, text in enumerate(table.column(name).to_pylist()):
             if text in texts:
-                return f"{table.name}, row {row} has {printable(text)!r}"
+                return f"{table.where(row)} has {printable(text)!r}"
     raise AssertionError(name)
 
 
@@ -199,17 +208,17 @@ def _column_values(
             continue
         own = rows[first:last]
         cells = piece.take(pa.array(own - start))
-        yield slice(first, last), _values(cells, table.name, column, own)
+        yield slice(first, last), _values(cells, table, column, own)
 
 
 def _values(
-    cells: "pa.Array", file: str, column: FeatureColumn, rows: Sequence[int] | np.ndarray
+    cells: "pa.Array", table: "Table", column: FeatureColumn, rows: Sequence[int] | np.ndarray
 ) -> Float32[np.ndarray, "rows width"]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
     def refused(position: int, why: str) -> ValueError:
-        return ValueError(f"{file}, row {rows[position]}, column {printable(column.name)!r}: {why}")
+        return _refused(table, int(rows[position]), column.name, why)
 
     if column.categories:
         if pa.types.is_dictionary(cells.type):
@@ -223,7 +232,7 @@ def _values(
             raise refused(strange, f"holds {shown!r}, which is none of the categories known")
         one_hot: np.ndarray = np.eye(column.width, dtype=np.float32)[to_numpy(places)]
         return one_hot
-    values, counts = _flat(cells, file, column.name, rows)
+    values, counts = _flat(cells, table, column.name, rows)
     odd = [place for place, count in enumerate(counts) if count != column.width]
     if odd:
         why = f"must hold {column.width} numbers, as the first row does, got {counts[odd[0]]}"
@@ -234,6 +243,10 @@ def _values(
     if len(bad):
         raise refused(int(bad[0]), "must hold finite numbers of at most 3.4e38, got NaN or more")
     return numbers
+
+
+def _refused(table: "Table", row: int, column: str, why: str) -> ValueError:
+    return ValueError(f"{table.where(row)}, column {printable(column)!r}: {why}")
 
 
 def _check_filled(cells: "pa.Array", refused: Callable[[int, str], ValueError]) -> None:
@@ -248,14 +261,14 @@ def _first_empty(cells: "pa.Array") -> int:
 
 
 def _flat(
-    cells: "pa.Array", file: str, name: str, rows: Sequence[int] | np.ndarray
+    cells: "pa.Array", table: "Table", name: str, rows: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, list[int]]:
     """Return all numbers of some cells in a row, and how many each cell has."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     def refused(position: int, why: str) -> ValueError:
-        return ValueError(f"{file}, row {rows[position]}, column {printable(name)!r}: {why}")
+        return _refused(table, int(rows[position]), name, why)
 
     values = cells.storage if isinstance(cells, pa.ExtensionArray) else cells
     _check_filled(values, refused)

@@ -19,7 +19,7 @@ from fedkd.data.public_source import check_apart, draw_public_rows
 from fedkd.data.reading import AS_IT_IS, Reading
 from fedkd.data.room import NO_WORDS, FewRowsError, public_sizes, words_that_fit
 from fedkd.data.settings import DataSettings
-from fedkd.data.sources import Source, open_source, view_settings, with_classes
+from fedkd.data.sources import Source, of_source, open_source, view_settings, with_classes
 from fedkd.data.splits import RowSplit, split_rows, split_rows_by_id
 from fedkd.inputs import InputShape
 from fedkd.randomness import Purpose, generator_for
@@ -412,7 +412,7 @@ def _read_inputs(
     except ValueError as error:
         if str(error).startswith("data."):
             raise
-        raise ValueError(f"data.source {settings.source!r}: {error}") from error
+        raise ValueError(of_source(settings, str(error))) from error
     if source.kind != "pictures":
         return train, test
     train, test = match_channels(train, test)

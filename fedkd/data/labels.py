@@ -1,7 +1,8 @@
 """Labels as they are stored -> class numbers, and what the classes are called."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 UNLABELLED = -1
 """Stands for a row without a label; so do empty cells."""
+
+Where = Callable[[int], str]
+"""Says where the row of a number, from 0, stands."""
 
 MOST_FREE_NAMES = 100
 """Names that no file declares are classes only where they repeat, from this many on."""
@@ -29,12 +33,28 @@ class LabelColumn:
         names: what the file's own numbers stand for; ``None`` where they have no names.
         declared: whether the file declares all its classes, in its own order; else the names are
             those that occur in it.
+        where: says where a row of the file stands; None: by its number.
     """
 
     file: str
     numbers: Int64[np.ndarray, "rows"]
     names: tuple[str, ...] | None = None
     declared: bool = False
+    where: Where | None = None
+
+    def place(self, row: int) -> str:
+        """Say where a row stands."""
+        return row_of(self.file, row) if self.where is None else self.where(row)
+
+
+def row_of(file: str, row: int) -> str:
+    """Say which row of a file is meant.
+
+    Args:
+        file: what it is called.
+        row: its number, from 0.
+    """
+    return f"{file}, row {row + 1} (counted from 1)"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -46,7 +66,11 @@ class Classes:
 
 
 def read_label_column(
-    column: "pa.ChunkedArray", *, file: str, names: tuple[str, ...] | None
+    column: "pa.ChunkedArray",
+    *,
+    file: str,
+    names: tuple[str, ...] | None,
+    where: Where | None = None,
 ) -> LabelColumn:
     """Read class numbers (whole numbers, also as floats), truth values or names.
 
@@ -54,10 +78,17 @@ def read_label_column(
         column: the labels of one file.
         file: what it is called.
         names: what the numbers stand for, where the file declares it.
+        where: says where a row stands; None: by its number.
 
     Raises:
         ValueError: if the column holds anything else; names the file, and the row where one does.
     """
+    return replace(_read(column, file, names, where or partial(row_of, file)), where=where)
+
+
+def _read(
+    column: "pa.ChunkedArray", file: str, names: tuple[str, ...] | None, where: Where
+) -> LabelColumn:
     import pyarrow as pa
 
     kind = column.type
@@ -71,7 +102,7 @@ def read_label_column(
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view():
         return _named(column, file, names)
     if pa.types.is_floating(kind):
-        return LabelColumn(file, _whole(column, file), names, declared=names is not None)
+        return LabelColumn(file, _whole(column, where), names, declared=names is not None)
     if pa.types.is_integer(kind) or pa.types.is_decimal(kind):
         try:
             numbers = _numbers(column.cast(pa.int64()))
@@ -97,7 +128,7 @@ def to_numpy(column: "pa.Array | pa.ChunkedArray") -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _whole(column: "pa.ChunkedArray", file: str) -> Int64[np.ndarray, "rows"]:
+def _whole(column: "pa.ChunkedArray", where: Where) -> Int64[np.ndarray, "rows"]:
     import pyarrow as pa
 
     column = column.cast(pa.float64())
@@ -105,9 +136,8 @@ def _whole(column: "pa.ChunkedArray", file: str) -> Int64[np.ndarray, "rows"]:
     values = np.where(np.isnan(values), UNLABELLED, values)  # NaN is how pandas leaves a cell empty
     odd = np.flatnonzero((values != np.floor(values)) | (np.abs(values) > 2**53))
     if len(odd):
-        raise ValueError(
-            f"{file}, row {odd[0]}: must hold class numbers or class names, got {values[odd[0]]}"
-        )
+        row = int(odd[0])
+        raise ValueError(f"{where(row)}: must hold class numbers or class names, got {values[row]}")
     return values.astype(np.int64)
 
 
@@ -180,7 +210,7 @@ def common_classes(splits: Mapping[str, Sequence[LabelColumn]], label: str) -> C
                 part = _renumbered(column, order, declared_by)
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from error
-            _check_range(column.file, part, len(order), label)
+            _check_range(column, part, len(order), label)
             parts.append(part)
         numbers[split] = np.concatenate(parts)
     return Classes(_shown(order, label), numbers)
@@ -222,7 +252,7 @@ def _counted(columns: Sequence[LabelColumn], label: str) -> tuple[str, ...]:
     for column in columns:
         if len(column.numbers) and column.numbers.max() > highest:
             row = int(column.numbers.argmax())
-            highest, where = int(column.numbers[row]), f"{column.file}, row {row}"
+            highest, where = int(column.numbers[row]), column.place(row)
     # Numbers that are no class numbers (years, ids) would make for a very wide output layer.
     if highest >= max(rows, 1):
         raise ValueError(
@@ -232,13 +262,13 @@ def _counted(columns: Sequence[LabelColumn], label: str) -> tuple[str, ...]:
     return tuple(map(str, range(highest + 1)))
 
 
-def _check_range(file: str, numbers: np.ndarray, num_classes: int, label: str) -> None:
+def _check_range(column: LabelColumn, numbers: np.ndarray, num_classes: int, label: str) -> None:
     bad = np.flatnonzero((numbers < 0) | (numbers >= num_classes))
     if len(bad):
         got = "no label" if numbers[bad[0]] == UNLABELLED else str(numbers[bad[0]])
         raise ValueError(
             f"{label} must hold class numbers from 0 to {num_classes - 1}, got {got}"
-            f"{' (empty or -1)' if got == 'no label' else ''} in {file}, row {bad[0]}"
+            f"{' (empty or -1)' if got == 'no label' else ''} in {column.place(int(bad[0]))}"
             f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
         )
 

@@ -30,6 +30,11 @@ class Reading:
                 return self.encoder.places
         return sum(column.width for column in self.columns) or None
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """What each feature of an input is: a column, ``column=category`` or ``column[place]``."""
+        return tuple(name for column in self.columns for name in column.feature_names)
+
 
 AS_IT_IS = Reading()
 """Of pictures in files and of arrays: nothing has to be known."""

@@ -466,4 +466,12 @@ def _naming(settings: DataSettings) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith(("data.", "the folders of data.", "labels of data.")):
             raise
-        raise ValueError(f"data.source {settings.source!r}: {error}") from error
+        raise ValueError(of_source(settings, str(error))) from error
+
+
+def of_source(settings: DataSettings, text: str) -> str:
+    """Begin a sentence on a source with its setting, in the place of the name of its only file."""
+    source = f"data.source {settings.source!r}"
+    rest = text.removeprefix(printable(Path(settings.source).name))
+    only = rest != text and rest.startswith((" ", ",")) and Path(settings.source).is_file()
+    return f"{source}{rest}" if only else f"{source}: {text}"

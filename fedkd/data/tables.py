@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from fedkd.data.features import FEATURE_COLUMNS
 from fedkd.data.images import Pixels, open_image, stack_images
 from fedkd.data.kinds import depth, holds_numbers, holds_text, is_list
-from fedkd.data.labels import UNLABELLED, LabelColumn, read_label_column, to_numpy
+from fedkd.data.labels import UNLABELLED, LabelColumn, read_label_column, row_of, to_numpy
 from fedkd.data.partition_settings import NaturalPartition
 from fedkd.data.settings import DataSettings
 from fedkd.inputs import Kind
@@ -55,6 +55,10 @@ class Table(ABC):
         self.schema = schema
         self.num_rows = num_rows
         self.features = features
+
+    def where(self, row: int) -> str:
+        """Say where a row stands, in words: the number counts from 0."""
+        return row_of(self.name, row)
 
     @abstractmethod
     def column(self, name: str) -> "pa.ChunkedArray":
@@ -274,7 +278,11 @@ class TableSplit:
             _check_unique(table, column)
             names = _class_names(table.features.get(column), table.name)
             try:
-                found.append(read_label_column(table.column(column), file=table.name, names=names))
+                found.append(
+                    read_label_column(
+                        table.column(column), file=table.name, names=names, where=table.where
+                    )
+                )
             except ValueError as error:
                 raise ValueError(f"data.label_column {column!r}: {error}") from error
         return found
@@ -298,7 +306,7 @@ class TableSplit:
         """Say where a row stands."""
         for table in self._tables:
             if row < table.num_rows:
-                return f"{table.name}, row {row}"
+                return table.where(row)
             row -= table.num_rows
         raise IndexError(row)
 
@@ -330,7 +338,7 @@ class TableSplit:
                 try:
                     yield self._picture(cells, int(row) - start, mode)
                 except ValueError as error:
-                    raise ValueError(f"{table.name}, row {row}: {error}") from error
+                    raise ValueError(f"{table.where(int(row))}: {error}") from error
 
     def _picture(self, cells: "pa.Array", position: int, mode: str | None) -> "Image | np.ndarray":
         import pyarrow as pa

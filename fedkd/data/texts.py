@@ -194,7 +194,7 @@ def read_texts(
                 text = cells[int(row) - offset].as_py()
                 if text is None:
                     raise ValueError(
-                        f"{table.name}, row {row}, column {printable(column)!r}: there is no text: "
+                        f"{table.where(int(row))}, column {printable(column)!r}: there is no text: "
                         "fill it in or leave the row out"
                     )
                 texts[place] = text

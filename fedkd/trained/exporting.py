@@ -1,10 +1,11 @@
 """A trained model in the formats of others: ``torch.export`` and ONNX, checked after writing."""
 
 import importlib.util
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedkd.randomness import Purpose, generator_for
-from fedkd.trained.files import LoadedModel
+from fedkd.trained.files import LoadedModel, ModelInfo
 
 Format = Literal["torch", "onnx"]
 
@@ -28,6 +29,9 @@ agreement: float32 rounds at 6e-8, and another runtime may sum in another order.
 
 CHECKED_ROWS = (1, 7, 64)
 """Sizes of the random batches on which the file is compared with the model."""
+
+ABOUT = ("class_names", "feature_names", "inputs", "fedkd")
+"""What an exported file says of its model, each as JSON; see `about`."""
 
 INPUT, OUTPUT = "inputs", "logits"
 """What the one input and the one output are called in an ONNX file."""
@@ -80,7 +84,8 @@ def export_model(
     """Write a model in a format of others, read it again, and compare both.
 
     The file takes batches of any size, ``[rows, *input_shape]`` in float32, and gives logits
-    ``[rows, classes]``.
+    ``[rows, classes]``. It says what `about` does: as ``metadata_props`` in ONNX, as extra files
+    ``<name>.json`` in that of ``torch.export``.
 
     Args:
         loaded: the model.
@@ -115,7 +120,7 @@ def _exported(
     write = {"torch": _write_torch, "onnx": _write_onnx}[format]
     try:
         with _quiet(), _plain_attention(), torch.no_grad():
-            write(module, _drawn(rng, 3, shape), path)
+            write(module, _drawn(rng, 3, shape), path, about(loaded.info, standardise=standardise))
     except ExportError:
         raise
     # The exporters raise types of their own, and the model may be anybody's.
@@ -157,6 +162,28 @@ def _exported(
     return Exported(path, largest, sum(map(len, batches)))
 
 
+def about(info: ModelInfo, *, standardise: bool) -> dict[str, str]:
+    """Return what a file has to say so that somebody else can use the model, each as JSON.
+
+    Args:
+        info: of the model.
+        standardise: whether the file itself standardises its inputs.
+
+    Returns:
+        ``class_names`` in the order of the logits; ``feature_names`` in the order of an input
+        (empty where inputs are no columns of a table); ``inputs``: ``as read`` or
+        ``standardised``; ``fedkd``: all that the model's own file says, see `ModelInfo`.
+    """
+    values = (
+        list(info.class_names),
+        list(info.reading.feature_names),
+        "as read" if standardise else "standardised",
+        info.model_dump(mode="json", by_alias=True),
+    )
+    told = (json.dumps(value, ensure_ascii=False) for value in values)
+    return dict(zip(ABOUT, told, strict=True))
+
+
 def _drawn(rng: np.random.Generator, rows: int, shape: Sequence[int]) -> Tensor:
     """Return inputs in [0, 1)."""
     return torch.from_numpy(rng.random((rows, *shape), dtype=np.float32))
@@ -189,17 +216,18 @@ def check_format(format: str) -> Format:
     return format  # type: ignore[return-value]
 
 
-def _write_torch(module: nn.Module, example: Tensor, path: Path) -> None:
+def _write_torch(module: nn.Module, example: Tensor, path: Path, told: Mapping[str, str]) -> None:
     rows = torch.export.Dim("rows", min=1)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: rows},))
-    torch.export.save(program, path)
+    extra_files = {f"{name}.json": text for name, text in told.items()}
+    torch.export.save(program, path, extra_files=extra_files)
 
 
 def _read_torch(path: Path) -> Any:
     return torch.export.load(path).module()
 
 
-def _write_onnx(module: nn.Module, example: Tensor, path: Path) -> None:
+def _write_onnx(module: nn.Module, example: Tensor, path: Path, told: Mapping[str, str]) -> None:
     program = torch.onnx.export(
         module,
         (example,),
@@ -210,6 +238,7 @@ def _write_onnx(module: nn.Module, example: Tensor, path: Path) -> None:
         verbose=False,
     )
     assert program is not None  # noqa: S101
+    program.model.metadata_props.update(told)
     program.save(path, external_data=False)
 
 

@@ -264,6 +264,11 @@ class LoadedModel:
 
     def logits(self, inputs: Any) -> Float[np.ndarray, "rows classes"]:
         """Return the logits of inputs; see `predict`."""
+        if is_table(inputs):
+            # It reads what this describes.
+            from fedkd.trained.inputs import inputs_of_rows
+
+            inputs = inputs_of_rows(inputs, self.info)
         encoder = self.info.reading.encoder
         if encoder is not None and isinstance(inputs, list | tuple) and all_texts(inputs):
             inputs = encoder.encode(list(inputs))
@@ -292,13 +297,16 @@ class LoadedModel:
         Args:
             inputs: array or tensor ``[rows, *input_shape]``: pixels as floats in [0, 1], features
                 as they were before they were standardised, which is done here, or numbers of
-                tokens. A list of texts where the model learnt from a column of text.
+                tokens. A list of texts where the model learnt from a column of text. Rows of a
+                table, a list of dicts or a dict of columns, where it learnt from a table: columns
+                are found by their names, categories become numbers, more columns do no harm.
 
         Returns:
             float32 ``[rows, classes]``, in [0, 1]; each row sums to 1.
 
         Raises:
-            ValueError: for another shape, or whole numbers as pixels.
+            ValueError: for another shape, whole numbers as pixels, or a row that lacks what the
+                model takes; names the row and the column.
         """
         logits = torch.from_numpy(self.logits(inputs))
         probabilities: np.ndarray = F.softmax(logits, dim=-1).numpy()
@@ -353,6 +361,15 @@ def load_model(path: Path, *, permit: own_code.Permit = own_code.refuse) -> Load
 def all_texts(inputs: Sequence[object]) -> bool:
     """Tell whether these are texts, and not rows of numbers."""
     return bool(inputs) and all(isinstance(each, str) for each in inputs)
+
+
+def is_table(inputs: object) -> bool:
+    """Tell whether these are rows of a table: a mapping of columns, or a list of mappings."""
+    return isinstance(inputs, Mapping) or (
+        isinstance(inputs, list | tuple)
+        and bool(inputs)
+        and all(isinstance(each, Mapping) for each in inputs)
+    )
 
 
 def float_tuple(values: Iterable[Any]) -> tuple[float, ...]:

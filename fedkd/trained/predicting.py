@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedkd.trained.files import LoadedModel
-from fedkd.trained.inputs import Piece, files_in, read_pieces
+from fedkd.trained.inputs import Piece, files_in, read_pieces, row_named
 
 BATCH_ROWS = 256
 """Inputs that wait to be predicted together."""
@@ -23,6 +23,7 @@ class Prediction(NamedTuple):
         probability: of that class, in [0, 1].
         probabilities: of all classes, float32 ``[classes]``; None where there are none.
         problem: why the input could not be read; empty where it was.
+        named: says which row of the file a number is, such as ``line 7``.
     """
 
     file: Path
@@ -31,11 +32,12 @@ class Prediction(NamedTuple):
     probability: float
     probabilities: np.ndarray | None
     problem: str = ""
+    named: Callable[[int], str] = row_named
 
     @property
     def where(self) -> str:
         """The file, and the row where it has several."""
-        return str(self.file) if self.row is None else f"{self.file}, row {self.row}"
+        return str(self.file) if self.row is None else f"{self.file}, {self.named(self.row)}"
 
 
 def _nobody(_done: int, _all: int) -> None:
@@ -84,7 +86,7 @@ def _predicted(loaded: LoadedModel, pieces: Sequence[Piece]) -> Iterator[Predict
     for piece in pieces:
         if piece.inputs is None:
             row = None if piece.rows is None else piece.rows[0]
-            yield Prediction(piece.file, row, "", 0.0, None, piece.problem)
+            yield Prediction(piece.file, row, "", 0.0, None, piece.problem, piece.named)
             continue
         for row in [None] if piece.rows is None else piece.rows:
             probabilities = next(answers)
@@ -95,4 +97,5 @@ def _predicted(loaded: LoadedModel, pieces: Sequence[Piece]) -> Iterator[Predict
                 loaded.class_names[best],
                 float(probabilities[best]),
                 probabilities,
+                named=piece.named,
             )

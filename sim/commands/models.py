@@ -255,8 +255,7 @@ def _tried_rows(paths: Sequence[Path], info: ModelInfo) -> np.ndarray | None:
         for file in files_in(paths, info):
             for piece in read_pieces(file, info):
                 if piece.inputs is None:
-                    where = str(file) if piece.rows is None else f"{file}, row {piece.rows[0]}"
-                    raise SettingsError(f"--inputs {where!r}: {piece.problem}")
+                    raise SettingsError(f"--inputs {piece.where!r}: {piece.problem}")
                 found.append(piece.inputs)
                 if sum(map(len, found)) >= TRIED_ROWS:
                     return np.concatenate(found)[:TRIED_ROWS]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedkd.data import DataSettings, build_federated_data, source_files
+from fedkd.data.csv_tables import csv_tables
 from fedkd.data.sources import open_source
 
 
@@ -82,10 +83,13 @@ def test_a_test_file_without_labels_is_left_aside_with_what_it_lacks(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a,label\n1,0\n,1\n", r"train\.csv, row 1, column 'a': the cell is empty"),
-        ("a,b,label\n1,x,0\n2,,1\n", r"train\.csv, row 1, column 'b': the cell is empty"),
-        ("a,b,label\n1,1,0\nnan,1,1\n", r"train\.csv, row 1, column 'a': must hold finite numbers"),
-        ('text,label\nx,0\n"",1\n', r"train\.csv, row 1, column 'text': there is no text"),
+        ("a,label\n1,0\n,1\n", r"train\.csv, line 3, column 'a': the cell is empty"),
+        ("a,b,label\n1,x,0\n2,,1\n", r"train\.csv, line 3, column 'b': the cell is empty"),
+        (
+            "a,b,label\n1,1,0\nnan,1,1\n",
+            r"train\.csv, line 3, column 'a': must hold finite numbers",
+        ),
+        ('text,label\nx,0\n"",1\n', r"train\.csv, line 3, column 'text': there is no text"),
     ],
 )
 def test_missing_cells_are_named_by_file_row_and_column(tmp_path, text, told):
@@ -94,19 +98,39 @@ def test_missing_cells_are_named_by_file_row_and_column(tmp_path, text, told):
         rows(source, 2)
 
 
+def test_lines_are_those_of_the_file_whatever_is_in_its_cells(tmp_path):
+    # Line 1 names the columns, a cell goes on in line 3, line 5 is blank.
+    file = tmp_path / "own.csv"
+    file.write_text('a,text,label\n1,"x\ny",0\n2,z,1\n\n3,,1\n')
+    source = open_source(DataSettings(source=str(file)))
+    with pytest.raises(ValueError, match=r"^own\.csv, line 6, column 'text': there is no text"):
+        rows(source, 3)
+    (table,) = csv_tables({"train": [file]}, DataSettings())["train"]
+    assert [table.where(row) for row in range(3)] == [f"own.csv, line {n}" for n in (2, 4, 6)]
+    settings = DataSettings(source=str(file), public={"size": 0}, partition={"min_rows": 1})
+    with pytest.raises(ValueError, match=r"^data\.source '\S*own\.csv', line 6, column 'text'"):
+        build_federated_data(settings, num_clients=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a,b,label\n1,0,0\n2,0,1\n?,0,1\n", r"'a' must hold numbers or texts.*row 2 has '\?'"),
-        ("a,label\n1,0\n2,\n3,1\n", r"got no label .* in train\.csv, row 1"),
+        ("a,b,label\n1,0,0\n2,0,1\n?,0,1\n", r"'a' must hold numbers or texts.*line 4 has '\?'"),
+        ("a,label\n1,0\n2,\n3,1\n", r"got no label .* in train\.csv, line 3"),
         ("a;b;label\n1;2,5;0\n3;4,5;1\n", r"'b' holds numbers with a comma.*: write 2\.5"),
-        ("5.1,3.5,0\n4.9,3.0,1\n", r"train\.csv has no header: .* got 5\.1, 3\.5, 0"),
-        ("a,a,label\n1,2,0\n", r"train\.csv has more than one column 'a'"),
-        ("a,label\n1,0\n2,1,3\n", r"train\.csv cannot be read: .*Expected 2 columns, got 3"),
-        ("", r"train\.csv is empty"),
+        (
+            "5.1,3.5,0\n4.9,3.0,1\n",
+            r"train\.csv' has no header: .* got 5\.1, 3\.5, 0",
+        ),
+        ("a,a,label\n1,2,0\n", r"train\.csv' has more than one column 'a'"),
+        (
+            "a,label\n1,0\n2,1,3\n",
+            r"train\.csv' cannot be read: .*Expected 2 columns, got 3",
+        ),
+        ("", r"train\.csv' is empty"),
         ("a,label\n", r"has no rows in split 'train'"),
         ("a,b\n1,2\n", r"label_column must name the column .* known: a, b"),
-        (b"a,label\n\xff,0\n\xfe,1\n", r"train\.csv cannot be read: .*UTF-?8"),
+        (b"a,label\n\xff,0\n\xfe,1\n", r"train\.csv' cannot be read: .*UTF-?8"),
     ],
 )
 def test_files_that_cannot_be_understood_are_refused(tmp_path, text, told):

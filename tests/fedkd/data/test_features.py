@@ -66,13 +66,25 @@ def test_feature_columns_says_which_and_in_which_order(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"a": [1.0, None]}, "row 1, column 'a': the cell is empty"),
-        ({"a": [1.0, float("nan")]}, "row 1, column 'a': must hold finite numbers"),
-        ({"a": [1.0, 1e39]}, "row 1, column 'a': must hold finite numbers of at most 3.4e38"),
-        ({"a": ["x", None]}, "row 1, column 'a': the cell is empty"),
-        ({"features": [[1, 2], [3]]}, "row 1, column 'features': must hold 2 numbers.* got 1"),
-        ({"features": [[1, 2], [3, None]]}, "row 1.*the list has an empty place"),
-        ({"features": [[1, 2], None]}, "row 1, column 'features': the cell is empty"),
+        ({"a": [1.0, None]}, "row 2 .counted from 1., column 'a': the cell is empty"),
+        (
+            {"a": [1.0, float("nan")]},
+            "row 2 .counted from 1., column 'a': must hold finite numbers",
+        ),
+        (
+            {"a": [1.0, 1e39]},
+            "row 2 .counted from 1., column 'a': must hold finite numbers of at most 3.4e38",
+        ),
+        ({"a": ["x", None]}, "row 2 .counted from 1., column 'a': the cell is empty"),
+        (
+            {"features": [[1, 2], [3]]},
+            "row 2 .counted from 1., column 'features': must hold 2 numbers.* got 1",
+        ),
+        ({"features": [[1, 2], [3, None]]}, "row 2.*the list has an empty place"),
+        (
+            {"features": [[1, 2], None]},
+            "row 2 .counted from 1., column 'features': the cell is empty",
+        ),
     ],
 )
 def test_what_is_missing_or_odd_is_named_by_file_row_and_column(tmp_path, columns, told):
@@ -85,7 +97,10 @@ def test_what_is_missing_or_odd_is_named_by_file_row_and_column(tmp_path, column
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"a": ["1", "2", "n/a"]}, r"'a' must hold numbers or texts, not both: .*row 2 has 'n/a'"),
+        (
+            {"a": ["1", "2", "n/a"]},
+            r"'a' must hold numbers or texts, not both.*row 3 .* has 'n/a'",
+        ),
         ({"when": pa.array([0, 1, 2], pa.timestamp("s"))}, "holds when|timestamp"),
         ({"b": [[1]] * 3, "c": [[1]] * 3}, r"data\.feature_columns must say which .*: b, c"),
     ],
@@ -108,14 +123,16 @@ def test_many_different_texts_are_no_categories(tmp_path):
 def test_a_column_of_many_numbers_with_one_cell_that_is_none_is_told_so(tmp_path, odd):
     cells = [f"{number / 7}" for number in range(300)]
     cells[123] = odd
-    with pytest.raises(ValueError, match=rf"not both: .*row 123 has '{odd.replace('?', '.')}'"):
+    with pytest.raises(ValueError, match=rf"not both: .*row 124 .* has '{odd.replace('?', '.')}'"):
         opened(tmp_path, density=cells, age=list(range(300)), label=[0, 1] * 150)
 
 
 def test_a_cell_of_another_file_that_is_no_number_is_named(tmp_path):
     plan = [FeatureColumn("density", 1)]
     write(tmp_path / "new.parquet", density=["1.5", "NA", "2"], label=[0, 1, 0])
-    with pytest.raises(ValueError, match=r"row 1, column 'density': must hold a number, got 'NA'"):
+    with pytest.raises(
+        ValueError, match=r"row 2 .counted from 1., column 'density': must hold a number, got 'NA'"
+    ):
         read_features([ParquetTable(tmp_path / "new.parquet")], plan, np.arange(3))
 
 

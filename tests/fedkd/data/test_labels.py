@@ -77,12 +77,12 @@ def test_names_in_one_file_and_numbers_in_another_are_refused_with_both_files():
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ([0, 1, -1, 1], r"from 0 to 1, got no label .*in a\.parquet, row 2"),
-        ([0, None, 1, None], r"got no label .*row 1 and 1 more"),
-        ([0, 1, -5, 1], r"got -5 in a\.parquet, row 2"),
-        ([0.0, 1.0, float("nan"), 1.0], r"got no label .*row 2"),
-        (["ant", None, "bee"], r"got no label .*row 1"),
-        ([0, 1, 2024, 1], r"from 0 to 3 .*got 2024 in a\.parquet, row 2"),
+        ([0, 1, -1, 1], r"from 0 to 1, got no label .*in a\.parquet, row 3"),
+        ([0, None, 1, None], r"got no label .*row 2 \(counted from 1\) and 1 more"),
+        ([0, 1, -5, 1], r"got -5 in a\.parquet, row 3"),
+        ([0.0, 1.0, float("nan"), 1.0], r"got no label .*row 3"),
+        (["ant", None, "bee"], r"got no label .*row 2"),
+        ([0, 1, 2024, 1], r"from 0 to 3 .*got 2024 in a\.parquet, row 3"),
     ],
 )
 def test_rows_without_a_class_are_named(values, complaint):
@@ -91,19 +91,19 @@ def test_rows_without_a_class_are_named(values, complaint):
 
 
 def test_numbers_beyond_the_names_of_the_file_are_named():
-    with pytest.raises(ValueError, match=r"from 0 to 1, got 2 in a\.parquet, row 1"):
+    with pytest.raises(ValueError, match=r"from 0 to 1, got 2 in a\.parquet, row 2"):
         classes([read([0, 2], names=("ant", "bee"))])
     # Also where the file's own order is another than the common one.
     one = read([0, 1], names=("bee", "ant"))
-    with pytest.raises(ValueError, match=r"from 0 to 1, got 7 in other, row 0"):
+    with pytest.raises(ValueError, match=r"from 0 to 1, got 7 in other, row 1"):
         classes([one, read([7], names=("ant", "bee"), file="other")])
 
 
 @pytest.mark.parametrize(
     ("values", "kind", "complaint"),
     [
-        ([0.5, 1.0], None, r"a\.parquet, row 0: .*got 0\.5"),
-        ([1.0, float("inf")], None, r"row 1: .*got inf"),
+        ([0.5, 1.0], None, r"a\.parquet, row 1 .counted from 1.: .*got 0\.5"),
+        ([1.0, float("inf")], None, r"row 2 .counted from 1.: .*got inf"),
         ([[1, 0], [0, 1]], None, r"a\.parquet: must hold class numbers .*got list"),
         ([2**63 + 1], pa.uint64(), r"a\.parquet: must hold class numbers"),
         ([b"\xff"], None, r"got binary"),

@@ -160,7 +160,7 @@ def test_a_row_without_a_class_is_named_by_file_and_row(tmp_path, write_pictures
     write_pictures(tmp_path, "test", numbered(3), [0, -1, 1])
     with pytest.raises(
         ValueError,
-        match=r"data\.label_column 'label' of data\.source .*got no label .*test-00000.*, row 1",
+        match=r"data\.label_column 'label' of data\.source .*got no label .*test-00000.*, row 2",
     ):
         opened(tmp_path)
 

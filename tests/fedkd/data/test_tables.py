@@ -128,20 +128,35 @@ def test_a_damaged_page_names_file_and_column(tmp_path, column):
 @pytest.mark.parametrize(
     ("cells", "complaint"),
     [
-        ([png(), b""], r"row 1: the picture could not be read: no picture \(0 bytes\)"),
-        ([png(), None], r"row 1: there is no picture"),
-        ([{"bytes": png()}, None], r"row 1: there is no picture"),
+        (
+            [png(), b""],
+            r"row 2 .counted from 1.: the picture could not be read: no picture \(0 bytes\)",
+        ),
+        ([png(), None], r"row 2 .counted from 1.: there is no picture"),
+        ([{"bytes": png()}, None], r"row 2 .counted from 1.: there is no picture"),
         ([{"bytes": png(), "path": None}, {"bytes": None, "path": "/etc/a.png"}], "only names"),
-        ([png(), png(size=(5, 5))], r"row 1: .*one height x width, got 5x5 here and 2x3 .*row 0"),
-        ([png(), png(mode="I;16")], r"row 1: images must have at most 8 bits"),
-        ([[[0, 1], [2, 3]], [[0, 1], [2]]], r"row 1: the lines .* not of one length"),
-        ([[[0, 1]], [[0, None]]], r"row 1: the picture has empty cells"),
-        ([[[0, 1]], [[0, 256]]], r"row 1: whole numbers must be from 0 to 255, got 0 to 256"),
-        ([[[0.0]], [[float("nan")]]], r"row 1: fractions must be from 0 to 1"),
-        ([[[0.5]], [[-0.5]]], r"row 1: fractions must be from 0 to 1, got -0.5"),
-        ([[[[0] * 5] * 5] * 5] * 2, r"row 0: one of the first and the last .*got 5x5x5"),
-        ([[[0]], []], r"row 1: the picture is empty"),
-        ([[[0]], [[]]], r"row 1: the picture is empty"),
+        (
+            [png(), png(size=(5, 5))],
+            r"row 2 .counted from 1.: .*one height x width, got 5x5 here and 2x3 .*row 1",
+        ),
+        ([png(), png(mode="I;16")], r"row 2 .counted from 1.: images must have at most 8 bits"),
+        (
+            [[[0, 1], [2, 3]], [[0, 1], [2]]],
+            r"row 2 .counted from 1.: the lines .* not of one length",
+        ),
+        ([[[0, 1]], [[0, None]]], r"row 2 .counted from 1.: the picture has empty cells"),
+        (
+            [[[0, 1]], [[0, 256]]],
+            r"row 2 .counted from 1.: whole numbers must be from 0 to 255, got 0 to 256",
+        ),
+        ([[[0.0]], [[float("nan")]]], r"row 2 .counted from 1.: fractions must be from 0 to 1"),
+        ([[[0.5]], [[-0.5]]], r"row 2 .counted from 1.: fractions must be from 0 to 1, got -0.5"),
+        (
+            [[[[0] * 5] * 5] * 5] * 2,
+            r"row 1 .counted from 1.: one of the first and the last .*got 5x5x5",
+        ),
+        ([[[0]], []], r"row 2 .counted from 1.: the picture is empty"),
+        ([[[0]], [[]]], r"row 2 .counted from 1.: the picture is empty"),
     ],
 )
 def test_a_bad_picture_is_named_by_file_and_row(tmp_path, cells, complaint):

@@ -51,7 +51,9 @@ def test_a_text_beside_other_columns_is_found_by_its_name_or_by_the_setting(tmp_
 
 def test_an_empty_cell_is_named_by_file_and_row(tmp_path):
     write(tmp_path / "train.parquet", text=["a", None], label=[0, 1])
-    with pytest.raises(ValueError, match=r"train\.parquet, row 1, column 'text': there is no text"):
+    with pytest.raises(
+        ValueError, match=r"train\.parquet, row 2 .counted from 1., column 'text': there is no text"
+    ):
         opened(tmp_path).train.read(np.array([1, 0]))
 
 

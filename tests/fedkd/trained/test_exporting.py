@@ -1,5 +1,6 @@
 """What is exported says what the model says, for batches of any size, or is no file."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedkd.data.features import FeatureColumn
+from fedkd.data.reading import Reading
 from fedkd.models import known_models
 from fedkd.trained import exporting
-from fedkd.trained.exporting import ExportError, check_format, export_model
-from fedkd.trained.files import LoadedModel
+from fedkd.trained.exporting import ABOUT, ExportError, check_format, export_model
+from fedkd.trained.files import LoadedModel, ModelInfo
 
 Make = Callable[..., LoadedModel]
 
@@ -42,6 +45,37 @@ def test_a_file_takes_pixels_and_agrees(make: Make, tmp_path: Path, name: str, f
         session = onnxruntime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
         (answers,) = session.run(None, {"inputs": pixels})
     assert np.allclose(answers, loaded.logits(pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_a_file_says_its_classes_and_the_order_of_its_features(
+    make: Make, tmp_path: Path, format: Any
+) -> None:
+    columns = (
+        FeatureColumn("age", 1),
+        FeatureColumn("pet", 2, ("cat", "dog")),
+        FeatureColumn("at", 2),
+    )
+    loaded = make(
+        input_shape=(5,),
+        channel_mean=(0.0,) * 5,
+        channel_std=(1.0,) * 5,
+        reading=Reading(columns=columns),
+    )
+    made = export_model(loaded, tmp_path / "model.out", format=format)
+    if format == "torch":
+        told = {f"{name}.json": "" for name in ABOUT}
+        torch.export.load(made.path, extra_files=told)
+        told = {name.removesuffix(".json"): text for name, text in told.items()}
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
+        told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["class_names"]) == ["cat", "dog", "owl"]
+    assert json.loads(told["feature_names"]) == ["age", "pet=cat", "pet=dog", "at[0]", "at[1]"]
+    assert json.loads(told["inputs"]) == "as read"
+    assert ModelInfo.model_validate_json(told["fedkd"]) == loaded.info
 
 
 def test_texts_are_exported_as_tokens(make: Make, tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_rows_of_a_parquet_file_with_a_picture_that_is_none(make: Make, tmp_path
     pq.write_table(pa.table({"image": pa.array(cells, pa.binary())}), file)
     found = list(predict_files(loaded, [file]))
     assert [(each.row, bool(each.problem)) for each in found] == [(0, 0), (1, 1), (2, 0)]
-    assert "row 1" in found[1].problem
-    assert found[0].where == f"{file}, row 0"
+    assert found[1].problem.startswith("the picture could not be read")
+    assert found[1].where == f"{file}, row 2 (counted from 1)"
     assert np.allclose(*probabilities(found))
 
 
@@ -81,13 +81,46 @@ def test_columns_are_those_of_training_whatever_their_order(make: Make, tmp_path
     found = list(predict_files(loaded, [file]))
     expected = loaded.predict(np.array([[30, 0, 1], [50, 1, 0]], np.float32))
     assert np.allclose(probabilities(found), expected, atol=1e-6)
-    assert "row 2, column 'pet': holds 'fish', which is none of the categories" in found[2].problem
-    assert "row 3, column 'age': the cell is empty" in found[3].problem
+    assert found[2].problem.startswith(
+        "column 'pet': holds 'fish', which is none of the categories"
+    )
+    assert found[3].problem.startswith("column 'age': the cell is empty")
+    assert found[3].where == f"{file}, line 5"
     file.write_text("pet,name\ndog,Ann\n")
     (found_without,) = predict_files(loaded, [file])
     assert "lacks column age" in found_without.problem
     (picture,) = predict_files(loaded, [Path(__file__)])
     assert "the model takes 3 features" in picture.problem
+
+
+def test_rows_of_a_table_are_predicted_as_a_file_of_them(make: Make, tmp_path: Path) -> None:
+    loaded = make(
+        input_shape=(3,),
+        channel_mean=(40.0, 0.5, 0.5),
+        channel_std=(10.0, 0.5, 0.5),
+        reading=Reading(columns=COLUMNS),
+    )
+    expected = loaded.predict(np.array([[30, 0, 1], [50.5, 1, 0]], np.float32))
+    rows = [{"pet": "dog", "name": "Ann", "age": 30}, {"age": 50.5, "pet": "cat"}]
+    assert np.array_equal(loaded.predict(rows), expected)
+    assert np.array_equal(loaded.predict({"pet": ["dog", "cat"], "age": (30, 50.5)}), expected)
+    table = {"age": np.array([30, 50.5]), "pet": np.array(["dog", "cat"]), "other": [{}, None]}
+    assert np.array_equal(loaded.predict(table), expected)
+    # As `csv.DictReader` gives them: all cells are text.
+    texts = [{"pet": "dog", "age": "30"}, {"pet": "cat", "age": "50.5"}]
+    assert np.array_equal(loaded.predict(texts), expected)
+    assert loaded.predict({"age": [], "pet": []}).shape == (0, 3)
+    for given, told in (
+        ([rows[0], {"pet": "emu", "age": 1}], r"row 1 \(counted from 0\), column 'pet': .*'emu'"),
+        ([rows[0], {"pet": "cat"}], r"row 1 .*column 'age': the cell is empty"),
+        ([{"pet": "cat"}], "lacks column age"),
+        ({"age": [1, 2], "pet": ["cat"]}, "one length, got age: 2, pet: 1"),
+        ({"age": [1, "x"], "pet": ["cat", "cat"]}, "'age' must hold values of one type"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            loaded.predict(given)
+    with pytest.raises(ValueError, match="learnt from arrays, not from columns"):
+        make(input_shape=(3,), channel_mean=(0.0,) * 3, channel_std=(1.0,) * 3).predict(rows)
 
 
 @pytest.mark.parametrize("encoder", [Characters("abc ", 6), HashedGrams("characters", (1, 2), 6)])
@@ -106,6 +139,7 @@ def test_texts_are_encoded_as_in_training(
     texts = ["abca", "a cab on a bank"]
     expected = loaded.predict(encoder.encode(texts))
     assert np.allclose(loaded.predict(texts), expected)
+    assert np.allclose(loaded.predict([{"said": text} for text in texts]), expected)
     file = tmp_path / "said.csv"
     file.write_text("said\n" + "\n".join(texts) + "\n")
     assert np.allclose(probabilities(list(predict_files(loaded, [file]))), expected, atol=1e-6)

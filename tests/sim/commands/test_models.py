@@ -70,7 +70,7 @@ def test_a_csv_file_to_predictions(
     table = tmp_path / "predictions.csv"
     code, out, err = fedkd("predict", folder, new, "--output", table)
     assert code == 1
-    assert "row 2, column 'pet': holds 'emu'" in err
+    assert f"{new}, line 4: column 'pet': holds 'emu'" in err
     rows = list(csv.DictReader(table.open()))
     assert [row["class"] for row in rows] == ["old", "young", ""]
     assert float(rows[0]["p(old)"]) + float(rows[0]["p(young)"]) == pytest.approx(1, abs=1e-5)
@@ -100,7 +100,7 @@ def test_export_says_how_well_the_file_agrees(
     assert json.loads(out)["path"] == str(tmp_path / "m.pt2")
     bad = tmp_path / "bad.csv"
     bad.write_text("pet,age,income\ndog,65,1500\nemu,65,1500\n")
-    for given, told in ((bad, "row 1"), (tmp_path / "nope.csv", "does not exist")):
+    for given, told in ((bad, "line 3"), (tmp_path / "nope.csv", "does not exist")):
         code, _, err = fedkd("export", folder, "--format", "torch", "--inputs", given)
         assert code == 2
         assert "--inputs" in err
