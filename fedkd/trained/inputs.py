@@ -172,7 +172,8 @@ def inputs_of_rows(
     else:
         names = dict.fromkeys(str(name) for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
-    wanted = {column.name for column in info.reading.columns} or {info.reading.column}
+    wanted: set[str | None] = {column.name for column in info.reading.columns}
+    wanted = wanted or {info.reading.column}
     cells = {
         name: _arrow(name, values)
         for name, values in columns.items()
