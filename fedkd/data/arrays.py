@@ -25,7 +25,7 @@ from fedkd import own_code
 from fedkd.data.images import resize_pixels
 from fedkd.data.labels import LabelColumn, read_label_column
 from fedkd.data.memory import memory_bytes
-from fedkd.data.natural_ids import NaturalIds, ReadIds
+from fedkd.data.natural_ids import NaturalIds, ReadIds, check_named
 from fedkd.data.partition_settings import NaturalPartition
 from fedkd.data.settings import DataSettings
 from fedkd.data.texts import TextEncoder, plan_encoder
@@ -167,6 +167,7 @@ def find_arrays(
         )
     pairs = {split: pair for split, pair in keys.items() if pair is not None}
     used = {key for pair in pairs.values() for key in pair}
+    check_named(settings.partition, settings.source, _id_arrays(arrays, pairs["train"]))
     vocabulary = _vocabulary(arrays, settings)
     kinds = {split: _kind(x, arrays[x], vocabulary) for split, (x, _) in pairs.items()}
     kind, shapes = kinds["train"], {arrays[x].shape[1:] for x, _ in pairs.values()}
@@ -194,7 +195,7 @@ def find_arrays(
     labels = {split: _labels(arrays, *pair, names) for split, pair in pairs.items()}
     ids = partial(_ids, arrays, len(arrays[pairs["train"][0]]))
     if isinstance(settings.partition, NaturalPartition):
-        used |= _id_names(settings.partition.column)
+        used |= _id_names(settings.partition.named_column)
     left = tuple(printable(key) for key in arrays if key not in used and key not in ABOUT)
     if encoder is not None and encoder.vocabulary is None:
         kind = "features"
@@ -284,6 +285,16 @@ def _labels(
 
 def _id_names(column: str) -> set[str]:
     return {column, f"{column}_train", f"train_{column}"}
+
+
+def _id_arrays(arrays: Mapping[str, np.ndarray], train: tuple[str, str]) -> list[str]:
+    """Return the arrays that may say whose each training row is."""
+    shape = arrays[train[0]].shape[:1]
+    return [
+        key
+        for key, array in arrays.items()
+        if key not in train and array.shape == shape and array.dtype.kind in "iuU"
+    ]
 
 
 def _ids(arrays: Mapping[str, np.ndarray], rows: int, column: str) -> NaturalIds:

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from fedkd.bounds import Real
+from fedkd.bounds import Real, shown
+from fedkd.names import nearest
 from fedkd.randomness import Purpose, generator_for
 
 Pixels: TypeAlias = Float32[np.ndarray, "rows channels height width"]
@@ -207,8 +208,24 @@ SHIFTS: dict[str, type[Shift]] = {
     "offset": Offset,
 }
 
+
+def _with_known_kind(value: object) -> object:
+    """Read a mere name as a kind without parameters, and refuse kinds that there are not."""
+    table = {"kind": value} if isinstance(value, str) else value
+    kind = table.get("kind") if isinstance(table, Mapping) else getattr(table, "kind", None)
+    if kind not in SHIFTS:
+        known = ", ".join(SHIFTS)
+        if kind is None:
+            raise ValueError(f"must be a table with a kind, of {known}, got {shown(value)}")
+        raise ValueError(f"unknown kind {shown(kind)}; known: {known}{nearest(str(kind), SHIFTS)}")
+    return table
+
+
 ShiftField = Annotated[
-    NoShift | Rotation | Blur | Colour | Noise | Scale | Offset, Field(discriminator="kind")
+    Annotated[
+        NoShift | Rotation | Blur | Colour | Noise | Scale | Offset, Field(discriminator="kind")
+    ],
+    BeforeValidator(_with_known_kind),
 ]
 
 

@@ -108,16 +108,9 @@ def _list_width(tables: "Sequence[Table]", name: str) -> int:
 
 
 def _categories(tables: "Sequence[Table]", name: str) -> FeatureColumn:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     found: set[str] = set()
     for table in tables:
-        column = table.column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        different = pc.unique(column.cast(pa.large_string())).to_pylist()
-        found.update(text for text in different if text is not None)
+        found |= _different(table, name)
         if len(found) > MOST_CATEGORIES:
             _check_no_numbers(tables, name, found)
             raise ValueError(
@@ -144,12 +137,35 @@ def _check_no_numbers(tables: "Sequence[Table]", name: str, found: set[str]) -> 
             f"{printable(commas[0])!r}: write {printable(commas[0].replace(',', '.'))}"
         )
     numbers = {text for text in found if is_number(text)}
-    if 2 * len(numbers) >= len(found) and len(numbers) < len(found):
-        where = _where(tables, name, found - numbers)
+    # Where texts are many, those that are no numbers may be in a file that was not looked at.
+    strange = found - numbers or (_strange(tables, name) if len(found) > MOST_CATEGORIES else set())
+    if 2 * len(numbers) >= len(found) and strange:
+        where = _where(tables, name, strange)
         raise ValueError(
             f"column {printable(name)!r} must hold numbers or texts, not both: {where}: fill it "
             "in, or leave the row out"
         )
+
+
+def _strange(tables: "Sequence[Table]", name: str) -> set[str]:
+    """Return a text of a column that is no number, if there is one."""
+    for table in tables:
+        for text in _different(table, name):
+            if not is_number(text):
+                return {text}
+    return set()
+
+
+def _different(table: "Table", name: str) -> set[str]:
+    """Return the texts of a column, each once."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    different = pc.unique(column.cast(pa.large_string())).to_pylist()
+    return {text for text in different if text is not None}
 
 
 def _where(tables: "Sequence[Table]", name: str, texts: set[str]) -> str:

@@ -369,7 +369,7 @@ def _split(
     test_labels = None if source.test is None else source.test.labels
     partition = settings.partition
     if isinstance(partition, NaturalPartition) and partition.apart:
-        ids = source.ids(partition.column)
+        ids = source.ids(partition.named_column)
         return split_rows_by_id(source.train.labels, test_labels, ids, settings, seed=seed)
     return split_rows(
         source.train.labels,

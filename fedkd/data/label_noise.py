@@ -16,7 +16,11 @@ from fedkd.randomness import Purpose, generator_for
 
 
 def _in_turn(value: object) -> object:
-    return value if isinstance(value, list | tuple) else (value,)
+    rates = value if isinstance(value, list | tuple) else (value,)
+    odd = next((rate for rate in rates if isinstance(rate, int | float) and 1 < rate <= 100), None)
+    if odd is not None:
+        raise ValueError(f"must be a share from 0 to 1, as {odd / 100:g} for {odd:g} %, got {odd}")
+    return rates
 
 
 Rates = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64
 
-from fedkd.data.partition_settings import NaturalPartition
+from fedkd.data.partition_settings import NaturalPartition, PartitionSettings
 from fedkd.names import printable
 
 if TYPE_CHECKING:
@@ -55,6 +55,31 @@ def ids_from_names(names: Sequence[str]) -> NaturalIds:
     """Number the ids of rows that are named one by one."""
     known, numbers = np.unique(np.array(names, dtype=object), return_inverse=True)
     return NaturalIds(tuple(map(str, known)), numbers.astype(np.int64))
+
+
+def check_named(settings: PartitionSettings, source: str, known: Sequence[str]) -> None:
+    """Refuse natural clients of no column, since only who knows the rows can tell which it is.
+
+    Args:
+        settings: ``data.partition``.
+        source: what ``data.source`` is.
+        known: columns that `read_ids` would read.
+
+    Raises:
+        ValueError: naming the columns.
+    """
+    if isinstance(settings, NaturalPartition) and settings.column is None:
+        names = [printable(name) for name in known]
+        raise ValueError(settings.unnamed(f"data.source {source!r}", names))
+
+
+def id_columns(table: "Table", label_column: str) -> list[str]:
+    """Return the columns of texts, truth values and whole numbers beside that of the labels."""
+    return [
+        field.name
+        for field in table.schema
+        if field.name != label_column and _holds_ids(field.type)
+    ]
 
 
 def read_ids(tables: Sequence["Table"], column: str) -> NaturalIds:
@@ -163,7 +188,7 @@ def deal_by_id(
     Raises:
         ValueError: if there are not so many; says how many there are.
     """
-    column, fewest = settings.column, settings.min_rows
+    column, fewest = settings.named_column, settings.min_rows
     counts = np.bincount(ids.numbers[ids.numbers != NOBODY], minlength=len(ids.names))
     able = np.flatnonzero(counts >= fewest)
     shares = np.ones(len(able), dtype=np.int64)
@@ -210,7 +235,7 @@ def _shares(counts: Int64[np.ndarray, "ids"], num_clients: int) -> Int64[np.ndar
 
 
 def _too_few(ids: NaturalIds, settings: NaturalPartition, num_clients: int, most: int) -> str:
-    column, fewest = f"data.partition.column {settings.column!r}", settings.min_rows
+    column, fewest = f"data.partition.column {settings.named_column!r}", settings.min_rows
     if most == 0:
         return (
             f"{column}: no id has data.partition.min_rows={fewest} of the {len(ids.numbers)} "

@@ -1,6 +1,6 @@
 """Settings under ``data.partition``: a class for each kind, with no parameters but its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator
@@ -110,9 +110,10 @@ class NaturalPartition(PartitionSettings):
     """A client for each value of a column that says whose a row is."""
 
     kind: Literal["natural"] = "natural"
-    column: Text = Field(
-        description="column of whose each row is; of a folder of pictures, folder: the one above "
-        "those of the classes"
+    column: Text | None = Field(
+        default=None,
+        description="column of whose each row is, which has to be named; of a folder of pictures, "
+        "folder: the one above those of the classes",
     )
     repeat: bool = Field(
         default=False,
@@ -124,6 +125,31 @@ class NaturalPartition(PartitionSettings):
         description="whether public and validation rows, and test rows of a source without a test "
         "split, are of ids that are no clients; else rows are drawn whosever they are",
     )
+
+    @property
+    def named_column(self) -> str:
+        """The column.
+
+        Raises:
+            ValueError: none is named.
+        """
+        if self.column is None:
+            raise ValueError(self.unnamed("data.source", ()))
+        return self.column
+
+    @staticmethod
+    def unnamed(source: str, known: Sequence[str]) -> str:
+        """Say that a column has to be named.
+
+        Args:
+            source: the setting of the rows, and what it is.
+            known: columns of it that can say whose a row is.
+        """
+        shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+        return (
+            "data.partition.column must name the column that says whose each row is, for "
+            f"data.partition.kind=natural; {source} has {shown or 'none that could'}"
+        )
 
 
 class OwnPartition(PartitionSettings):

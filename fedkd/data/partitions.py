@@ -57,7 +57,7 @@ def deal_rows(
     if not isinstance(settings, NaturalPartition):
         return Dealt(partition_rows(labels, settings, num_clients=num_clients, rng=rng))
     _check_feasible(labels, settings, num_clients)
-    of_all = ids(settings.column)
+    of_all = ids(settings.named_column)
     return deal_by_id(of_all.of(private), settings, num_clients=num_clients, rng=rng)
 
 

@@ -19,11 +19,11 @@ from fedkd.data.arrays import find_arrays, npz_arrays, own_arrays, own_digest
 from fedkd.data.csv_tables import csv_tables
 from fedkd.data.features import plan_features, read_features
 from fedkd.data.hugging_face import hugging_face_files, hugging_face_tables
-from fedkd.data.image_folders import PictureFolder
+from fedkd.data.image_folders import FOLDER, PictureFolder
 from fedkd.data.images import Pixels, resize_pixels
 from fedkd.data.labels import LabelColumn, common_classes, has_labels
 from fedkd.data.layouts import SINGLE_FILES, Layout, find_layout
-from fedkd.data.natural_ids import ReadIds, no_ids, read_ids
+from fedkd.data.natural_ids import ReadIds, check_named, id_columns, no_ids, read_ids
 from fedkd.data.reading import AS_IT_IS, Reading
 from fedkd.data.settings import DataSettings, ViewSettings
 from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
@@ -93,6 +93,7 @@ def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> S
         _reject(
             settings, "config", "image_column", "feature_columns", "text_column", "label_column"
         )
+        check_named(settings.partition, settings.source, [])
         return _resized(digits(), settings)
     if own_code.is_own_code(settings.source):
         _reject(settings, "config", *COLUMNS)
@@ -271,6 +272,7 @@ def _resized(source: Source, settings: DataSettings) -> Source:
 def _picture_folder(layout: Layout, root: Path, name: str, settings: DataSettings) -> Source:
     splits, reads = {}, {}
     ids: ReadIds = no_ids
+    check_named(settings.partition, settings.source, [FOLDER])
     with _naming(settings):
         for split, files, depth in layout.splits():
             folder = PictureFolder(files, root, depth=depth, resize=settings.resize)
@@ -386,6 +388,7 @@ def _tables(
         for split, of_split in tables.items()
     }
     label_column = splits["train"].label_column()
+    check_named(settings.partition, settings.source, id_columns(tables["train"][0], label_column))
     labels = {split: of_split.labels(label_column) for split, of_split in splits.items()}
     inputs = splits["train"].input_columns(label_column)
     if inputs.kind != "pictures":

@@ -435,7 +435,7 @@ def choose_inputs(table: Table, settings: DataSettings, label_column: str) -> In
             return InputColumns("pictures", (picture,))
     others = {label_column}
     if isinstance(settings.partition, NaturalPartition):
-        others.add(settings.partition.column)
+        others.add(settings.partition.named_column)
     rest = [name for name in names if name not in others and not ROW_NUMBERS.fullmatch(name)]
     numbers = tuple(name for name in names if ROW_NUMBERS.fullmatch(name))
     lists = [name for name in rest if depth(_type(table, name)) == 1]

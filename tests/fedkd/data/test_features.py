@@ -127,6 +127,14 @@ def test_a_column_of_many_numbers_with_one_cell_that_is_none_is_told_so(tmp_path
         opened(tmp_path, density=cells, age=list(range(300)), label=[0, 1] * 150)
 
 
+def test_a_cell_of_the_test_file_that_is_no_number_is_named_however_many_there_are(tmp_path):
+    lines = "".join(f"{number / 7},1,{number % 2}\n" for number in range(300))
+    (tmp_path / "train.csv").write_text(f"density,age,label\n{lines}")
+    (tmp_path / "test.csv").write_text("density,age,label\n1.5,1,0\nNA,1,1\n")
+    with pytest.raises(ValueError, match=r"not both: test\.csv, line 3 has 'NA'"):
+        open_source(DataSettings(source=str(tmp_path)))
+
+
 def test_a_cell_of_another_file_that_is_no_number_is_named(tmp_path):
     plan = [FeatureColumn("density", 1)]
     write(tmp_path / "new.parquet", density=["1.5", "NA", "2"], label=[0, 1, 0])

@@ -4,6 +4,7 @@ import pytest
 
 from fedkd.data import DataSettings, build_federated_data, plot_split, split_table
 from fedkd.data.natural_ids import NaturalIds, deal_by_id, read_ids
+from fedkd.data.sources import open_source
 from fedkd.data.splits import split_rows_by_id
 from fedkd.data.tables import ArrowTable
 
@@ -294,3 +295,20 @@ def test_digits_have_no_ids():
     settings = DataSettings(partition={"kind": "natural", "column": "writer"})
     with pytest.raises(ValueError, match=r"data\.partition\.column 'writer': .* has no columns"):
         build_federated_data(settings, num_clients=2, seed=0)
+
+
+def test_without_a_column_those_that_could_be_it_are_named(speech, tmp_path):
+    natural = {"partition": {"kind": "natural"}}
+    with pytest.raises(ValueError, match=r"^data\.partition\.column must .* has speaker$"):
+        open_source(DataSettings(source=str(speech), **natural))
+    # A column of many texts would be refused as a feature: the question comes first.
+    file = tmp_path / "own.csv"
+    lines = [f"{n},{n / 7},name {n},{n % 3},{n % 2}" for n in range(120)]
+    file.write_text("\n".join(["n,a,who,site,label", *lines]))
+    with pytest.raises(ValueError, match=r"has n, who, site$"):
+        open_source(DataSettings(source=str(file), **natural))
+    np.savez(tmp_path / "own.npz", x=np.ones((4, 2)), y=[0, 1, 0, 1], who=[0, 0, 1, 1], n=[3])
+    with pytest.raises(ValueError, match=r"has who$"):
+        open_source(DataSettings(source=str(tmp_path / "own.npz"), **natural))
+    with pytest.raises(ValueError, match=r"'digits' has none that could$"):
+        open_source(DataSettings(**natural))

@@ -21,7 +21,11 @@ BAD = {
         "unknown setting 'data.partition.alpha'; known there: kind, min_rows"
     ),
     "data.partition.kind=shards": "unknown partition 'shards'; known: iid, dirichlet, ",
-    "data.partition.kind=natural": "data.partition.column: field required",
+    "data.label_noise.rate=40": "label_noise.rate: must be a share from 0 to 1, as 0.4 for 40 %",
+    "data.feature_shift.shifts=[{kind: rotate}]": (
+        "data.feature_shift.shifts.0: unknown kind 'rotate'; known: none, rotation, blur, colour, "
+        "noise, scale, offset; did you mean 'rotation'?"
+    ),
     "strategy.temperatur=1": "'strategy.temperatur'; did you mean 'strategy.temperature'?",
     "rounds=abc": "rounds: must be a valid integer",
     "rounds=-1": "rounds: must be greater than or equal to 1, got -1",
