@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypedDict
 
 import numpy as np
 from pydantic import Field, PlainValidator, SerializeAsAny
@@ -595,6 +595,11 @@ class HardLabels(SoftLabelBits):
     bits: int = Field(1, ge=1, le=1, description="always 1")
 
 
+class _Numbers(TypedDict):
+    largest: int
+    classes: int | None
+
+
 class SoftLabelDeltas(SoftLabelBits):
     """Soft labels in few bits, of those rows alone whose labels have changed since they travelled.
 
@@ -612,17 +617,18 @@ class SoftLabelDeltas(SoftLabelBits):
     remembers: ClassVar[bool] = True
 
     def _bytes_of(self, rows: int, classes: int) -> int:
-        return most_bytes(rows, *self._width(classes))
+        return most_bytes(rows, **self._numbers(classes))
 
-    @property
-    def _units(self) -> int | None:
-        return None if self.bits == 1 else 2**self.bits - 1
+    def _numbers(self, classes: int) -> _Numbers:
+        """Return the largest number of a row, and how many sum to it; None: it has one."""
+        if self.bits == 1:
+            return {"largest": classes - 1, "classes": None}
+        return {"largest": 2**self.bits - 1, "classes": classes}
 
     def _read(
         self, written: np.ndarray, rows: int, classes: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        width, _ = self._width(classes)
-        return changes_read(written, rows, width=width, classes=classes, units=self._units)
+        return changes_read(written, rows, **self._numbers(classes))
 
     def _written(
         self, numbers: np.ndarray, part: Predictions, known: Arrays
@@ -635,8 +641,8 @@ class SoftLabelDeltas(SoftLabelBits):
             changed = np.ones(len(numbers), bool)
         else:
             changed = (before != numbers).any(-1)
-        width, _ = self._width(part.values.shape[1])
-        return {"packed": changes_written(changed, numbers, width=width, units=self._units)}
+        largest = self._numbers(part.values.shape[1])["largest"]
+        return {"packed": changes_written(changed, numbers, largest=largest)}
 
 
 class LowRankChanges(_Coding):

@@ -43,6 +43,25 @@ def test_the_fast_way_to_factors_agrees_with_the_plain_one(shape, energy, most):
         np.testing.assert_allclose(fast.product(), plain.product(), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e25])
+@pytest.mark.parametrize("energy", [0.8, 0.95, 0.999999])
+def test_what_is_left_out_is_as_little_at_any_size(size, energy):
+    """Single precision holds no squares of 1e-25 or 1e25, and no share of a millionth."""
+    rng = np.random.default_rng(6)
+    u, _ = np.linalg.qr(rng.normal(size=(120, 120)))
+    v, _ = np.linalg.qr(rng.normal(size=(400, 120)))
+    matrix = (size * (u * 0.8 ** np.arange(120)) @ v.T).astype(np.float32)
+    plain = factors_of(matrix, energy=energy)
+    fast = factors_by_squares(matrix, energy=energy)
+    assert plain is not None
+    assert fast is not None
+    assert len(fast.values) == len(plain.values)
+    lost = matrix.astype(np.float64) - fast.product()
+    share = np.sum((lost / size) ** 2) / np.sum((matrix.astype(np.float64) / size) ** 2)
+    assert share <= 1 - energy + 1e-9
+    np.testing.assert_allclose(fast.product() / size, plain.product() / size, atol=2e-6)
+
+
 def test_nothing_has_no_factors_either_way():
     for find in (factors_of, factors_by_squares):
         assert find(np.zeros((12, 20), np.float32), energy=0.9) is None
