@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     PRESENCE = 19
     LABEL_NOISE = 20
     FEATURE_SHIFT = 21
+    PRIVATE_NOISE = 22
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

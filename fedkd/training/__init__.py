@@ -39,6 +39,7 @@ from fedkd.training.objectives import (
 )
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool, initial_model_seed
+from fedkd.training.private import PrivacyError, PrivateLearning
 from fedkd.training.stacking import VmapUnsupportedError
 from fedkd.training.state import Arrays, ClientState, ModelState, check_state, weights_digest
 from fedkd.training.tables import Table
@@ -76,6 +77,8 @@ __all__ = [
     "Passes",
     "PerRow",
     "Plain",
+    "PrivacyError",
+    "PrivateLearning",
     "Proximal",
     "PublicLesson",
     "RowFlops",

@@ -29,6 +29,7 @@ from fedkd.training.loop import LoopCohort
 from fedkd.training.objectives import supervised
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.pool import ModelPool
+from fedkd.training.private import PrivateLearning
 from fedkd.training.stacking import VmapUnsupportedError
 from fedkd.training.vmap import VmapCohort
 
@@ -50,6 +51,7 @@ def open_cohort(
     data: TrainingData,
     pool: ModelPool,
     streams: Streams,
+    private: PrivateLearning | None = None,
 ) -> Cohort:
     """Load the members' states and return them as a cohort.
 
@@ -61,12 +63,21 @@ def open_cohort(
         data: the rows of all clients, and the public ones.
         pool: models to reuse.
         streams: where random numbers come from.
+        private: how members learn from their own rows in this call, whatever rule and walk
+            through them a fit asks for: by DP-SGD. What tells of the rows in another way is
+            refused with a `PrivacyError`, see `fedkd.training.private`. None: as asked for.
 
     Raises:
         VmapUnsupportedError: if ``backend`` is ``vmap`` and a model cannot be stacked.
     """
     return KINDS[backend](
-        members, model=model, optimizer=optimizer, data=data, pool=pool, streams=streams
+        members,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        pool=pool,
+        streams=streams,
+        private=private,
     )
 
 

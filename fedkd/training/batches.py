@@ -1,4 +1,4 @@
-"""Which rows make up each step: shuffled passes cut into batches."""
+"""Which rows make up each step: shuffled passes cut into batches, or rows drawn one by one."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,6 +58,30 @@ class Passes:
         at_least = min(2, rows) * steps
         epochs = max(self.epochs, -(-at_least // max(rows, 1)))
         return _Spread(batch_size=self.batch_size, epochs=epochs, steps=steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoissonPasses(Passes):
+    """As many steps as passes have, each of which draws every row by itself with one probability.
+
+    Whether a row is drawn says nothing about any other row or step, which is what the accounting of
+    subsampled noise assumes. Batches differ in size, and may be empty.
+    """
+
+    @classmethod
+    def of(cls, passes: Passes) -> "PoissonPasses":
+        """Return the same number of steps, with batches of the same size on average."""
+        return cls(batch_size=passes.batch_size, epochs=passes.epochs, steps=passes.steps)
+
+    def batches(self, rows: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """Return one int64 array of rising positions in [0, rows) for each step."""
+        _check_rows(rows)
+        rate = min(1.0, self.batch_size / rows)
+        return [np.flatnonzero(rng.random(rows) < rate) for _ in range(self.count(rows))]
+
+    def smallest(self, rows: int) -> int | None:
+        """Return 0: a step may draw no row; None where there is no step."""
+        return 0 if self.count(rows) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,11 +37,12 @@ from fedkd.training.cohort import (
 )
 from fedkd.training.feeds import Feed, FitKey, FitKeys
 from fedkd.training.frozen import FrozenModel, KeptArrays, frozen_model
-from fedkd.training.gradients import Clipped, GradientRule, Rules, rules_of
+from fedkd.training.gradients import Clipped, GradientRule, Noised, Rules, rules_of
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parts import NewParts
 from fedkd.training.pool import PREDICT_ROWS, ModelPool
+from fedkd.training.private import PrivateCall, PrivateLearning, check_fit, check_rows_chosen
 from fedkd.training.state import Arrays, ClientState, copy_to_numpy
 from fedkd.training.tables import Table
 from fedkd.training.work import Network, Work
@@ -80,6 +81,11 @@ class Fit:
     heads: Mapping[str, str]
     keep_outputs: bool
 
+    @property
+    def private_models(self) -> tuple[str, ...]:
+        """The models that learn by DP-SGD."""
+        return tuple(name for name, rule in self.rules.items() if isinstance(rule, Noised))
+
     def with_layers(self, layers: Mapping[str, Sequence[str]]) -> "Fit":
         """Return the same with more layers to tap, given by their module paths."""
         if not any(layers.values()):
@@ -114,6 +120,7 @@ class BackendCohort(Cohort):
         data: TrainingData,
         pool: ModelPool,
         streams: Streams,
+        private: PrivateLearning | None,
     ) -> None:
         self.clients = tuple(member.client for member in members)
         self._given = tuple(members)
@@ -122,6 +129,7 @@ class BackendCohort(Cohort):
         self._device = data.train_inputs.device
         self._streams = streams
         self._fit_keys = FitKeys(streams)
+        self._private = None if private is None else PrivateCall(private, members, streams)
         self._pool = pool
         self._models = named_models(model)
         self._first = next(iter(self._models))
@@ -337,6 +345,21 @@ class BackendCohort(Cohort):
                 else [len(public.rows_of(position)) for position in range(len(members))],
             )
         rules = rules_of(gradient, learning)
+        key: FitKey | None = None
+        if self._private is not None and private is not None:
+            has_parts = bool(parts)
+            if isinstance(objective, ComposedObjective) and not objective.idle:
+                bound = self._pool.bound(
+                    objective,
+                    self._models | {name: self._models[own] for name, own in like.items()},
+                )
+                has_parts = bool(len(bound.parts))
+            check_fit(learning, tables or {}, has_parts=has_parts, keep_outputs=keep_outputs)
+            (name,) = learning
+            method = "vmap" if heads else self._pool.private_method(name, self._models[name])
+            private = self._private.passes(private)
+            key = self._fit_keys.next(private=True, attempt=self._private.attempt)
+            rules = {name: self._private.rule(rules[name], key, method)}
         measured = [
             name
             for name, rule in rules.items()
@@ -350,7 +373,7 @@ class BackendCohort(Cohort):
         if keep_outputs and private is None:
             raise ValueError("keep_outputs keeps outputs for private rows, and the fit has none")
         return Fit(
-            key=self._fit_keys.next(private=private is not None),
+            key=key or self._fit_keys.next(private=private is not None),
             learning=tuple(learning),
             private=private,
             public=public,
@@ -410,6 +433,8 @@ class BackendCohort(Cohort):
             ValueError: for something else than rows.
         """
         data = self._data
+        if self._private is not None:
+            check_rows_chosen(on)
         if isinstance(on, Tensor):
             return np.arange(len(on)), on, None
         if isinstance(on, str):
@@ -448,6 +473,14 @@ class BackendCohort(Cohort):
         return torch_seed_for(
             self._streams.seed, Purpose.EVALUATION, self._streams.round, client, number
         )
+
+
+def blanked(values: Tensor, counted: Float[Tensor, "*members rows"] | None) -> Tensor:
+    """Return the values with 0 in rows that do not count."""
+    if counted is None:
+        return values
+    counts = counted.reshape(*counted.shape, *[1] * (values.ndim - counted.ndim)) > 0
+    return torch.where(counts, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def chunks(rows: int, batch_rows: int | None, mode: Mode) -> list[slice]:

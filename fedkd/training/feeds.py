@@ -16,6 +16,13 @@ class FitKey(NamedTuple):
 
     purpose: Purpose
     number: int
+    attempt: int = 0
+    """Of private learning, in which no attempt draws the rows of another; 0 otherwise."""
+
+    @property
+    def also(self) -> tuple[int, ...]:
+        """What stands behind the others in the key of a stream."""
+        return (self.attempt,) if self.attempt else ()
 
 
 class FitKeys:
@@ -29,12 +36,17 @@ class FitKeys:
         self._purpose = streams.purpose
         self._fits: Counter[Purpose] = Counter()
 
-    def next(self, *, private: bool) -> FitKey:
-        """Return the key of the next fit; ``private``: whether it takes private rows."""
+    def next(self, *, private: bool, attempt: int = 0) -> FitKey:
+        """Return the key of the next fit.
+
+        Args:
+            private: whether it takes private rows.
+            attempt: of private learning; 0: something else.
+        """
         purpose = self._purpose
         if purpose is Purpose.TRAIN and not private:
             purpose = Purpose.TRAIN_PUBLIC
-        key = FitKey(purpose, self._fits[purpose])
+        key = FitKey(purpose, self._fits[purpose], attempt)
         self._fits[purpose] += 1
         return key
 
@@ -66,7 +78,7 @@ class Feed:
         public: PublicLesson | None,
     ) -> "tuple[int, Feed]":
         """Return a fit's seed for torch and its batches: the same in every backend."""
-        rng = generator_for(streams.seed, fit.purpose, *streams.key(member, fit.number))
+        rng = generator_for(streams.seed, fit.purpose, *streams.key(member, fit.number), *fit.also)
         return int(rng.integers(2**62)), cls.cut(member, private, public, rng)
 
     @classmethod

@@ -7,9 +7,9 @@ tensors have the members as first dimension.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedkd.losses.reduction import Loss, StepRows, WholeStep
+from fedkd.randomness import torch_generator
 from fedkd.training.steps import total
 
 
@@ -31,6 +32,9 @@ class Plain(GradientRule):
 
 
 PLAIN = Plain()
+
+Method = Literal["norms", "vmap"]
+"""How the gradients of rows are clipped, see `Clipped`."""
 
 Rules = GradientRule | Mapping[str, GradientRule]
 """One rule for all models that learn in a fit, or one for some by name; the others have `Plain`."""
@@ -100,7 +104,7 @@ class Anchor:
             weights: of each model, which `penalty` and `pulled` get in this order.
         """
         mus = [
-            rule.mu if isinstance(rule, Proximal) else 0.0
+            rule.mu if isinstance(rule, Proximal | Noised) else 0.0
             for name, rule in rules.items()
             for _ in weights[name]
         ]
@@ -148,9 +152,12 @@ class Clipped(GradientRule):
     ``norm / expected_batch`` at most. A row's weight multiplies its loss, and no sum of weights
     divides. Losses of public rows are no secret and join in as plain means.
 
+    A row whose gradient is not finite counts for nothing, as if it had not been drawn.
+
     Attributes:
         norm: the largest Euclidean norm of a row's gradient, > 0.
-        expected_batch: private rows of a step on average, > 0.
+        expected_batch: private rows of a step on average, > 0: the same for all members of a
+            cohort, or one for each.
         method: ``norms`` finds the norms from what layers read and what comes back to them, and
             takes one weighted backward pass; ``vmap`` makes every row's gradient, for any model
             whose rows do not mix, at many times the cost.
@@ -164,20 +171,143 @@ class Clipped(GradientRule):
         https://arxiv.org/abs/1510.01799; Li et al., 2022, https://arxiv.org/abs/2110.05679
     """
 
-    norm: float
-    expected_batch: float
-    method: Literal["norms", "vmap"] = "norms"
+    norm: int | float
+    expected_batch: int | float | tuple[int | float, ...]
+    method: Method = "norms"
 
     def __post_init__(self) -> None:
         for name in ("norm", "expected_batch"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
-    def shares(self, norms: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+    def for_members(self, positions: Sequence[int]) -> "Clipped":
+        """Return the rule with the numbers of some of a cohort's members, in this order."""
+        if not isinstance(self.expected_batch, tuple):
+            return self
+        return replace(self, expected_batch=_picked(self.expected_batch, positions))
+
+    def shares(self, norms: Float[Tensor, "*members rows"]) -> Float[Tensor, "*members rows"]:
         """Return what each row's gradient is multiplied by."""
         smallest = torch.finfo(norms.dtype).tiny
-        return (self.norm / norms.clamp_min(smallest)).clamp_max(1.0) / self.expected_batch
+        shares = (self.norm / norms.clamp_min(smallest)).clamp_max(1.0)
+        if not isinstance(self.expected_batch, tuple):
+            return shares / self.expected_batch
+        expected = norms.new_tensor(self.expected_batch)
+        return shares / (expected[:, None] if norms.ndim > 1 else expected)
+
+
+@dataclass(frozen=True, slots=True)
+class Noised(Clipped):
+    """Clipped, with Gaussian noise on every weight that learns; each number is of one member.
+
+    The noise has the standard deviation ``noise_multiplier * norm / expected_batch``, whatever was
+    drawn, and is also on weights that no private row reaches. Made by
+    `fedkd.training.private.PrivateLearning`.
+
+    Attributes:
+        noise_multipliers: standard deviations of the noise over ``norm``, >= 0.
+        seeds: of each member's noise in this fit.
+        mu: a pull towards the weights from which the fit began, as in `Proximal`. It depends on
+            weights alone, so it costs no privacy.
+
+    Source:
+        Abadi et al., 2016, Algorithm 1. https://arxiv.org/abs/1607.00133
+    """
+
+    expected_batch: tuple[int | float, ...]
+    noise_multipliers: tuple[int | float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    mu: float = 0.0
+
+    def for_members(self, positions: Sequence[int]) -> "Noised":
+        """Return the rule with the numbers of some of a cohort's members, in this order."""
+        return replace(
+            self,
+            expected_batch=_picked(self.expected_batch, positions),
+            noise_multipliers=_picked(self.noise_multipliers, positions),
+            seeds=_picked(self.seeds, positions),
+        )
+
+    @property
+    def deviations(self) -> tuple[float, ...]:
+        """Standard deviations of the noise on a weight's gradient."""
+        return tuple(
+            multiplier * self.norm / expected
+            for multiplier, expected in zip(
+                self.noise_multipliers, self.expected_batch, strict=True
+            )
+        )
+
+
+Number = TypeVar("Number", bound=int | float)
+
+
+def _picked(numbers: tuple[Number, ...], positions: Sequence[int]) -> tuple[Number, ...]:
+    return tuple(numbers[position] for position in positions)
+
+
+class Noise:
+    """The noise of a fit's members, step by step: each draws from a stream of its own.
+
+    A member's noise of a step is one vector over all its weights, drawn on the CPU, so it is the
+    same alone and stacked with others, on whatever device. It is pseudo-random: a simulation's,
+    not a cryptographer's.
+
+    Args:
+        rule: of the members, in their order.
+        shapes: of the weights that learn, as the model of one client has them.
+        turned: which of the weights lie transposed.
+        like: a weight, for what noise is drawn as and where it goes.
+    """
+
+    def __init__(
+        self,
+        rule: Noised,
+        shapes: Sequence[torch.Size],
+        like: Tensor,
+        turned: Sequence[bool] | None = None,
+    ) -> None:
+        self._deviations = rule.deviations
+        self._generators = [torch_generator(seed) for seed in rule.seeds]
+        self._shapes = shapes
+        self._turned = [False] * len(shapes) if turned is None else turned
+        self._device = like.device
+        width = sum(shape.numel() for shape in shapes)
+        self._drawn = torch.zeros(len(self._generators), width, dtype=like.dtype)
+
+    def of_step(self, here: slice) -> list[Tensor]:
+        """Draw what members that take a step together get: ``[members, ...]`` for each weight."""
+        for member in range(*here.indices(len(self._generators))):
+            if self._deviations[member]:
+                self._drawn[member].normal_(
+                    0.0, self._deviations[member], generator=self._generators[member]
+                )
+        drawn = self._drawn[here].to(self._device)
+        parts = drawn.split([shape.numel() for shape in self._shapes], dim=1)
+        shaped = [
+            part.reshape(len(part), *shape) for part, shape in zip(parts, self._shapes, strict=True)
+        ]
+        return [
+            each.mT if turned else each for each, turned in zip(shaped, self._turned, strict=True)
+        ]
+
+    def onto(self, gradients: Sequence[Tensor | None], here: slice | None = None) -> list[Tensor]:
+        """Return gradients with the noise of the next step; what has no gradient gets noise alone.
+
+        Args:
+            gradients: of every weight.
+            here: which members take the step, whose gradients are ``[members, ...]``; None: the
+                one that there is.
+        """
+        noise = self.of_step(slice(0, 1) if here is None else here)
+        noise = [each[0] for each in noise] if here is None else noise
+        # A gradient of its own for each weight: what is drawn is overwritten in the next step.
+        return [
+            own.clone() if gradient is None else gradient + own
+            for gradient, own in zip(gradients, noise, strict=True)
+        ]
 
 
 class SplitLosses(NamedTuple):
@@ -253,6 +383,46 @@ class SplitLosses(NamedTuple):
         return gradients
 
 
+def check_rows_alone(
+    losses: Mapping[str, Loss],
+    rows: StepRows,
+    of_one: Mapping[str, Loss],
+    one: StepRows,
+) -> None:
+    """Refuse losses in which private rows of a step see each other, or public rows see them.
+
+    No gradient tells: a mean over the step that is held constant is enough to let one row move
+    what the others' gradients are.
+
+    Args:
+        losses: of a step.
+        rows: of the step, the first of which counts.
+        of_one: the same losses where the step has its first private row alone, beside the same
+            public rows.
+        one: rows of that step.
+
+    Raises:
+        ValueError: naming the loss.
+    """
+    for name, loss in losses.items():
+        whole, alone = rows.read(name, loss), one.read(name, of_one[name])
+        if isinstance(whole, WholeStep) or isinstance(alone, WholeStep):
+            continue
+        if whole.of == "private":
+            what = "of private rows depends on which other private rows"
+            first = whole.row_losses(rows.counted.get("private"))[0]
+            same = alone.row_losses()[0]
+        else:
+            what = "of public rows depends on which private rows"
+            first = whole.mean(rows.counted.get("public"))
+            same = alone.mean(one.counted.get("public"))
+        if not torch.isclose(first, same, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ValueError(
+                f"loss {name!r} {what} are in the step, so clipping does not bound what a row "
+                "does: compute it, and its weights, from each row by itself"
+            )
+
+
 class Clipping:
     """Which models of a fit have the gradients of their rows clipped, and how each of them is.
 
@@ -277,6 +447,7 @@ class Clipping:
         *,
         has_parts: bool,
     ) -> None:
+        self._rules = list(rules.values())
         clipped = {name: rule for name, rule in rules.items() if isinstance(rule, Clipped)}
         for name, rule in clipped.items():
             check_rows_apart(rule, {name: models[name]}, has_parts=has_parts)
@@ -288,6 +459,21 @@ class Clipping:
 
     def __bool__(self) -> bool:
         return bool(self.by_norms or self.row_by_row)
+
+    def noise(
+        self,
+        members: Sequence[int],
+        shapes: Sequence[torch.Size],
+        like: Tensor,
+        turned: Sequence[bool] | None = None,
+    ) -> Noise | None:
+        """Return what is added to the gradients of these members, as `Noise`; None: nothing is."""
+        noised = [rule for rule in self._rules if isinstance(rule, Noised)]
+        if not noised:
+            return None
+        # Who learns with noise learns alone: a peer that sees the same rows would tell of them.
+        (rule,) = noised
+        return Noise(rule.for_members(members), shapes, like, turned)
 
     def begin(self, model: str, nudges: Mapping[str, Tensor] | None, *, apart: bool) -> None:
         """Say which model runs next."""
@@ -312,24 +498,50 @@ def plain_gradients(
     return gradients
 
 
-def clipped_sums(
-    rule: Clipped, gradients: Mapping[str, Tensor], *, stacked: bool
-) -> dict[str, Tensor]:
-    """Return what a rule makes of every row's gradient with respect to one model.
+def gradient_norms(
+    gradients: Mapping[str, Tensor], *, stacked: bool
+) -> Float[Tensor, "*members rows"]:
+    """Return the norm of every row's gradient with respect to one model.
 
     Args:
-        rule: what clips.
         gradients: ``[rows, ...]`` by parameter, ``[members, rows, ...]`` where they are stacked.
         stacked: whether they are.
     """
     rows = 2 if stacked else 1
     # A parameter may be a single number, which has nothing to be flattened.
     squares = [each.reshape(*each.shape[:rows], -1).square().sum(-1) for each in gradients.values()]
-    shares = rule.shares(torch.stack(squares).sum(0).sqrt())
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def clipped_sums(
+    rule: Clipped, gradients: Mapping[str, Tensor], norms: Float[Tensor, "*members rows"]
+) -> dict[str, Tensor]:
+    """Return what a rule makes of every row's gradient with respect to one model.
+
+    Args:
+        rule: what clips.
+        gradients: ``[*members, rows, ...]`` by parameter.
+        norms: of the gradients.
+    """
+    shares, rows = rule.shares(norms), norms.ndim
     return {
         name: (shares.reshape(*shares.shape, *[1] * (each.ndim - rows)) * each).sum(rows - 1)
         for name, each in gradients.items()
     }
+
+
+def not_finite(norms: Sequence[Tensor]) -> Float[Tensor, "*members rows"] | None:
+    """Return 1 for each row of which a norm is not finite, else 0; None where all are.
+
+    No share makes a gradient that is not finite a bounded one: such a row has to be left out.
+
+    Args:
+        norms: of the same rows, with respect to one model each.
+    """
+    odd = [~torch.isfinite(each) for each in norms]
+    if not any(bool(each.any()) for each in odd):
+        return None
+    return torch.stack(odd).any(0).to(norms[0].dtype)
 
 
 def check_rows_apart(rule: Clipped, models: Mapping[str, nn.Module], *, has_parts: bool) -> None:
@@ -528,7 +740,8 @@ class RowNorms:
             # No loss of private rows reaches this model.
             some = next(iter(read.values()))
             return some.new_zeros((*some.shape[:rows], num_private))
-        return total.sqrt()
+        # Where what comes back to many positions cancels out, rounding may leave less than nothing.
+        return torch.where(total < 0, torch.zeros_like(total), total).sqrt()
 
 
 def linear_squares(

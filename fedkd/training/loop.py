@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from fedkd.training.common import (
     BackendCohort,
     Fit,
     Paths,
+    blanked,
     chunks,
     named,
     tapping,
@@ -50,11 +51,15 @@ from fedkd.training.frozen import copied_tensors, fold_in
 from fedkd.training.gradients import (
     PLAIN,
     Anchor,
+    Clipped,
     Clipping,
     RowNorms,
     Rules,
     SplitLosses,
+    check_rows_alone,
     clipped_sums,
+    gradient_norms,
+    not_finite,
     plain_gradients,
 )
 from fedkd.training.learners import ComposedObjective
@@ -76,6 +81,7 @@ from fedkd.training.pool import (
     states_of,
     with_parts,
 )
+from fedkd.training.private import PrivateLearning, StillBuffers
 from fedkd.training.state import Arrays, ClientState, ModelState, to_arrays
 from fedkd.training.steps import LossTerms, RatedOptimizer, StepRecords, Steps, backward
 from fedkd.training.tables import Table
@@ -96,6 +102,7 @@ class LoopCohort(BackendCohort):
         data: TrainingData,
         pool: ModelPool,
         streams: Streams,
+        private: PrivateLearning | None = None,
     ) -> None:
         states = states_of(members, model, pool, streams.seed)
         super().__init__(
@@ -106,6 +113,7 @@ class LoopCohort(BackendCohort):
             data=data,
             pool=pool,
             streams=streams,
+            private=private,
         )
         self._members = self._given
         self._records = [StepRecords() for _ in members]
@@ -208,7 +216,14 @@ class LoopCohort(BackendCohort):
         }
         kept = _Kept() if fit.keep_outputs else None
         modules = {name: slot.module for name, slot in slots.items()}
-        clipping = Clipping(fit.rules, modules, has_parts=parts is not None)
+        rules = {
+            name: rule.for_members([position]) if isinstance(rule, Clipped) else rule
+            for name, rule in fit.rules.items()
+        }
+        clipping = Clipping(rules, modules, has_parts=parts is not None)
+        still = {
+            name: StillBuffers(dict(modules[name].named_buffers())) for name in fit.private_models
+        }
         with ExitStack() as stack:
             if clipping.norms is not None:
                 stack.enter_context(clipping.norms.watching())
@@ -228,6 +243,8 @@ class LoopCohort(BackendCohort):
             stack.enter_context(seeded_for(own_code=self._has_own_code, seed=seed))
             step = _Step(slots, fit, features, frozen, losses_of, clipping)
             self._take_steps(step, steps, seed, position, parts, averages, kept)
+        for name, before in still.items():
+            before.check(name, dict(modules[name].named_buffers()))
         for name, live in averages.items():
             self._kept.keep_average(
                 name, live.model, position, to_arrays(live.tensors), live.updates
@@ -255,6 +272,9 @@ class LoopCohort(BackendCohort):
         weights = [each for slot in slots.values() for each in slot.learnt]
         held = {name: slot.learnt for name, slot in slots.items()}
         anchor = Anchor.of(step.fit.rules, held)
+        noise = None
+        if step.clipping:
+            noise = step.clipping.noise([0], [each.shape for each in weights], weights[0])
         training = Steps(
             [RatedOptimizer(slot.optimizer, settings, steps.count) for slot in learning],
             steps.count,
@@ -268,20 +288,22 @@ class LoopCohort(BackendCohort):
             # Every fit, because an evaluation in between leaves the model in evaluation mode.
             slot.module.train()
         for at in training:
-            inputs, num_private, batch = steps.take(at.number)
-            outputs = step.outputs(inputs, num_private, apart=steps.apart)
+            rows = steps.take(at.number)
             gradient = None
             if step.clipping:
                 key = None if keys is None else keys[at.number]
-                losses, gradients = step.clipped(inputs, outputs, batch, key)
-                gradient = partial(_assign, weights, anchor, gradients)
+                outputs = step.outputs(rows, apart=steps.apart, key=key)
+                losses, gradients = step.clipped(rows, outputs, key, apart=steps.apart)
+                noised = gradients if noise is None else noise.onto(gradients)
+                gradient = partial(_assign, weights, anchor, noised)
             else:
-                losses = _rows_of(batch).means(step.losses_of(outputs, batch))
+                outputs = step.outputs(rows, apart=steps.apart)
+                losses = rows.of_step.means(step.losses_of(outputs, rows.batch))
             if anchor is not None and losses:
                 losses["proximal"] = anchor.penalty(weights, stacked=False)
             training.descend(losses, gradient)
             if kept is not None:
-                kept.add(outputs[step.fit.learning[0]], num_private)
+                kept.add(outputs[step.fit.learning[0]], rows.num_private)
             for live in averages.values():
                 live.update(self._slots[live.model][position])
         for slot in learning:
@@ -465,12 +487,24 @@ class _Step:
             name: (features.get(name, NO_FEATURES), fit.paths.get(name, NO_PATHS)) for name in slots
         }
         self._frozen = frozen
+        self._seen_alone = False
 
-    def outputs(self, inputs: Tensor, num_private: int, *, apart: bool) -> dict[str, Outputs]:
-        """Return what every model puts out, by its name."""
+    def outputs(
+        self, rows: "_StepInputs", *, apart: bool, key: Tensor | None = None
+    ) -> dict[str, Outputs]:
+        """Return what every model puts out, by its name.
+
+        Args:
+            rows: of the step.
+            apart: whether private and public ones go through the models one after the other.
+            key: of the dropout in this step; None: it has begun.
+        """
         outputs = {}
-        for name, slot in self.slots.items():
+        inputs, num_private = rows.inputs, rows.num_private
+        for number, (name, slot) in enumerate(self.slots.items()):
             self.clipping.begin(name, None, apart=apart)
+            if slot.dropout is not None and key is not None:
+                slot.dropout.begin(key, rows=None if apart else rows.numbers, model=number)
             seen, paths = self._taps[name]
             if apart:
                 outputs[name] = Outputs.of_passes(
@@ -485,36 +519,77 @@ class _Step:
                 outputs[name] = outputs[name]._replace(head=head)
         for name, model in self._frozen.items():
             outputs[name] = model.outputs(inputs, num_private)
+        if rows.counted is not None:
+            return {name: _blanked(each, rows.counted) for name, each in outputs.items()}
         return outputs
 
     # -- clipped gradients of rows ---------------------------------------------------------
 
     def clipped(
         self,
-        inputs: Tensor,
+        rows: "_StepInputs",
         outputs: Mapping[str, Outputs],
-        batch: Batch,
         key: Tensor | None,
+        *,
+        apart: bool,
     ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """Return the losses' means, and all models' gradients, each by its own rule."""
-        split = SplitLosses.of(self.losses_of(outputs, batch), _rows_of(batch))
+        losses, gradients, odd = self._clipped(rows, outputs, key)
+        if odd is not None:
+            # The losses stay those of all rows: nobody is to overlook that one is no number.
+            rows = rows.without(odd)
+            again = self.outputs(rows, apart=apart, key=key)
+            _, gradients, _ = self._clipped(rows, again, key)
+        return losses, gradients
+
+    def _clipped(
+        self, rows: "_StepInputs", outputs: Mapping[str, Outputs], key: Tensor | None
+    ) -> tuple[dict[str, Tensor], list[Tensor | None], Tensor | None]:
+        """Return what `clipped` does, and which private rows have gradients that are not finite."""
+        losses = self.losses_of(outputs, rows.batch)
+        split = SplitLosses.of(losses, rows.of_step)
+        if not self._seen_alone and rows.counted is None and rows.num_private > 1:
+            self._look_at_one_row(losses, rows, outputs)
         gradients: dict[str, Sequence[Tensor | None]] = {}
+        sizes: list[Tensor] = []
         if self.clipping.norms is not None:
-            gradients |= self._by_norms(split, self.clipping.norms)
+            gradients |= self._by_norms(split, self.clipping.norms, sizes)
         if self.clipping.row_by_row:
-            gradients |= self._row_by_row(split, inputs, outputs, batch, key)
+            gradients |= self._row_by_row(split, rows, outputs, key, sizes)
         for name, slot in self.slots.items():
             if name not in gradients:
                 gradients[name] = plain_gradients(split.means, slot.learnt)
-        return split.means, [each for name in self.slots for each in gradients[name]]
+        every = [each for name in self.slots for each in gradients[name]]
+        return split.means, every, not_finite(sizes)
 
-    def _by_norms(self, split: SplitLosses, norms: RowNorms) -> dict[str, Sequence[Tensor | None]]:
+    def _look_at_one_row(
+        self, losses: Losses, rows: "_StepInputs", outputs: Mapping[str, Outputs]
+    ) -> None:
+        """Refuse losses in which rows see each other; once a fit."""
+        first = {name: each.with_first(rows.num_private) for name, each in outputs.items()}
+        batch = rows.batch
+        beside = batch._replace(
+            labels=None if batch.labels is None else batch.labels[:1],
+            private_rows=None if batch.private_rows is None else batch.private_rows[:1],
+            tables={
+                name: each[:1] if self.fit.tables[name].of == "private" else each
+                for name, each in batch.tables.items()
+            },
+        )
+        alone = self.losses_of(first, beside)
+        check_rows_alone(losses, rows.of_step, alone, _rows_of(beside))
+        self._seen_alone = True
+
+    def _by_norms(
+        self, split: SplitLosses, norms: RowNorms, sizes: list[Tensor]
+    ) -> dict[str, Sequence[Tensor | None]]:
         came_back = norms.came_back(split.private)
         gradients: dict[str, Sequence[Tensor | None]] = {}
         for name, rule in self.clipping.by_norms.items():
             size = norms.norms(
                 name, norms.read[name], came_back[name], len(split.private), stacked=False
             )
+            sizes.append(size)
             gradients[name] = split.weighted_gradients(rule.shares(size), self.slots[name].learnt)
         norms.end()
         return gradients
@@ -522,11 +597,12 @@ class _Step:
     def _row_by_row(
         self,
         split: SplitLosses,
-        inputs: Tensor,
+        step_rows: "_StepInputs",
         outputs: Mapping[str, Outputs],
-        batch: Batch,
         key: Tensor | None,
+        sizes: list[Tensor],
     ) -> dict[str, Sequence[Tensor | None]]:
+        inputs, batch = step_rows.inputs, step_rows.batch
         num_private = len(split.private)
         private = {"labels": batch.labels, "private_rows": batch.private_rows}
         rows = {name: each for name, each in private.items() if each is not None}
@@ -535,6 +611,8 @@ class _Step:
                 rows[f"table {name}"] = table
         rows["inputs"] = inputs[:num_private]
         rows["number"] = torch.arange(num_private, device=inputs.device)
+        if step_rows.counted is not None:
+            rows["counted"] = step_rows.counted
 
         def of_row(weights: dict[str, dict[str, Tensor]], row: dict[str, Tensor]) -> Tensor:
             own = {name: each[None] for name, each in row.items()}
@@ -555,10 +633,14 @@ class _Step:
             beside = batch._replace(
                 labels=own.get("labels"), private_rows=own.get("private_rows"), tables=tables
             )
+            if "counted" in own:
+                alone = {name: _blanked(each, own["counted"]) for name, each in alone.items()}
             together = {
                 name: each.beside_public(outputs[name], num_private) for name, each in alone.items()
             }
-            one = SplitLosses.of(self.losses_of(together, beside), _rows_of(beside))
+            one = SplitLosses.of(
+                self.losses_of(together, beside), _rows_of(beside, own.get("counted"))
+            )
             return one.private.sum()
 
         weights = {
@@ -571,7 +653,9 @@ class _Step:
         gradients: dict[str, Sequence[Tensor | None]] = {}
         for name, rule in self.clipping.row_by_row.items():
             slot = self.slots[name]
-            clipped = clipped_sums(rule, each_row[name], stacked=False)
+            size = gradient_norms(each_row[name], stacked=False)
+            sizes.append(size)
+            clipped = clipped_sums(rule, each_row[name], size)
             public = split.public_gradients(slot.learnt)
             gradients[name] = [
                 clipped[path] if more is None else clipped[path] + more
@@ -580,14 +664,24 @@ class _Step:
         return gradients
 
 
-def _rows_of(batch: Batch) -> StepRows:
-    """Return how many rows of each kind a step has; all of them count."""
+def _rows_of(batch: Batch, counted: Tensor | None = None) -> StepRows:
+    """Return how many rows of each kind a step has, and which private ones count; None: all."""
     sizes: dict[RowKind, int] = {}
     if batch.private_rows is not None:
         sizes["private"] = len(batch.private_rows)
     if batch.public_rows is not None:
         sizes["public"] = len(batch.public_rows)
-    return StepRows(sizes)
+    return StepRows(sizes, {} if counted is None else {"private": counted})
+
+
+def _blanked(outputs: Outputs, counted: Tensor) -> Outputs:
+    """Return outputs with 0 in private rows that do not count."""
+    assert outputs.private is not None  # noqa: S101 (only private rows may not count)
+    features = {}
+    for name, each in outputs.features.items():
+        others = counted.new_ones(len(each) - len(counted))
+        features[name] = blanked(each, torch.cat([counted, others]))
+    return outputs._replace(private=blanked(outputs.private, counted), features=features)
 
 
 def _backward_held(anchor: Anchor, weights: Sequence[nn.Parameter], losses: LossTerms) -> None:
@@ -695,6 +789,36 @@ def _on_outputs(
     return losses
 
 
+class _StepInputs(NamedTuple):
+    """What a member's models see in a step.
+
+    Attributes:
+        inputs: of all rows, private ones first.
+        num_private: how many these are.
+        batch: what the objective knows of the rows.
+        counted: 1 for each private row that counts, else 0; None: all do.
+        numbers: each row's number among those that count, as dropout knows it; None: its place.
+    """
+
+    inputs: Tensor
+    num_private: int
+    batch: Batch
+    counted: Tensor | None = None
+    numbers: Tensor | None = None
+
+    @property
+    def of_step(self) -> StepRows:
+        """How many rows there are of each kind, and which count."""
+        return _rows_of(self.batch, self.counted)
+
+    def without(self, odd: Tensor) -> "_StepInputs":
+        """Return the same where private rows with 1 in ``odd`` count for nothing."""
+        counted = (1 - odd) if self.counted is None else self.counted * (1 - odd)
+        others = counted.new_ones(len(self.inputs) - self.num_private)
+        inputs = blanked(self.inputs, torch.cat([counted, others]))
+        return self._replace(inputs=inputs, counted=counted)
+
+
 class _Steps:
     """A member's batches as tensors, one step at a time.
 
@@ -746,15 +870,20 @@ class _Steps:
         if feed.places is not None and any(of == "private" for of, _ in tables.values()):
             self._places = _on_device(feed.places, device)
 
-    def take(self, step: int) -> tuple[Tensor, int, Batch]:
-        """Return a step's inputs, how many of them are private, and the batch."""
+    def take(self, step: int) -> _StepInputs:
+        """Return what the models see in a step."""
         inputs: list[Tensor] = []
         num_private = 0
-        labels = targets = public_labels = private_rows = public_rows = None
+        labels = targets = public_labels = private_rows = public_rows = counted = None
         if self._private is not None:
             private_rows = self._private[step]
             inputs.append(self._data.train_inputs.index_select(0, private_rows))
             labels = self._data.train_labels.index_select(0, private_rows)
+            if not len(private_rows):
+                # Layers and objectives need a row: one that is nobody's, and counts for nothing.
+                counted = inputs[0].new_zeros(1)
+                inputs[0] = inputs[0].new_zeros(1, *inputs[0].shape[1:])
+                labels, private_rows = labels.new_zeros(1), private_rows.new_zeros(1)
             num_private = len(private_rows)
         if self._public is not None:
             public_rows, positions = self._public[step]
@@ -771,7 +900,10 @@ class _Steps:
             public_rows=public_rows,
             tables=self._step_tables(step) if self._tables else NO_FEATURES,
         )
-        return torch.cat(inputs) if len(inputs) > 1 else inputs[0], num_private, batch
+        every = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+        # The one that stands in has no number, and the public rows theirs.
+        numbers = None if counted is None else torch.arange(len(every), device=every.device) - 1
+        return _StepInputs(every, num_private, batch, counted, numbers)
 
     def _step_tables(self, step: int) -> dict[str, Tensor]:
         """Return what a step sees of each table; one of rows that it does not take is not there."""

@@ -101,6 +101,18 @@ class Outputs(NamedTuple):
         public = None if whole.public is None else whole.public.detach()
         return Outputs(self.private, public, features, self.head)
 
+    def with_first(self, num_private: int) -> "Outputs":
+        """Return the first private row beside the public ones.
+
+        Args:
+            num_private: how many private rows the step has.
+        """
+        features = {
+            name: torch.cat([each[:1], each[num_private:]]) for name, each in self.features.items()
+        }
+        private = None if self.private is None else self.private[:1]
+        return self._replace(private=private, features=features)
+
     @classmethod
     def of_passes(
         cls,

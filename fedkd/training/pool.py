@@ -12,7 +12,7 @@ from fedkd.models import ModelSettings, build_model
 from fedkd.models.dropout import connect_dropout
 from fedkd.models.outside import Outside
 from fedkd.objectives.taps import head_layer, layer_shapes, resolved_layer
-from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.randomness import Purpose, seeded_for, torch_seed_for
 from fedkd.tensors import as_tensor
 from fedkd.training.binding import BoundLearners
 from fedkd.training.cohort import (
@@ -23,9 +23,11 @@ from fedkd.training.cohort import (
     check_weights,
     named_models,
 )
+from fedkd.training.gradients import Method
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parts import FitParts
+from fedkd.training.private import check_module, method_of
 from fedkd.training.stacking import Skeleton
 from fedkd.training.state import Arrays, ClientState, ModelState, copy_to_numpy, to_arrays
 
@@ -173,6 +175,7 @@ class ModelPool:
         self._frozen_skeletons: dict[str, Skeleton] = {}
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self._heads: dict[str, str] = {}
+        self._methods: dict[str, Method] = {}
         self._bound: dict[str, BoundLearners] = {}
         self._parts: dict[str, Slot] = {}
         self._parts_skeletons: dict[str, Skeleton] = {}
@@ -237,6 +240,24 @@ class ModelPool:
         """
         shapes = self.layer_shapes(model) if layers else {}
         return {layer: resolved_layer(layer, shapes, whose=model.label) for layer in layers}
+
+    def private_method(self, name: str, model: ModelSettings) -> Method:
+        """Return how the gradients of a model's rows are clipped where it learns with privacy.
+
+        Args:
+            name: of the model.
+            model: its architecture.
+
+        Raises:
+            PrivacyError: naming a layer that would tell of private rows.
+        """
+        if model.key not in self._methods:
+            module = self.build(model, seed=0).to(self._device)
+            inputs = torch.zeros_like(self._data.train_inputs[:2])
+            with seeded_for(own_code=model.is_own, seed=0):
+                check_module(name, module, inputs)
+                self._methods[model.key] = method_of(module, inputs, own_code=model.is_own)
+        return self._methods[model.key]
 
     def head(self, model: ModelSettings) -> str:
         """Return the module path of a model's head.

@@ -11,17 +11,10 @@ from fedkd.models.dropout import step_keys
 from fedkd.targets import Targets
 from fedkd.tensors import as_tensor
 from fedkd.training.cohort import TrainingData
-from fedkd.training.common import Fit
+from fedkd.training.common import Fit, blanked
 from fedkd.training.feeds import Feed
+from fedkd.training.gradients import Clipped
 from fedkd.training.objectives import Batch
-
-
-def blanked(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Return the values with 0 in rows that do not count."""
-    if counted is None:
-        return values
-    counts = counted.reshape(-1, *[1] * (values.ndim - 1)) > 0
-    return torch.where(counts, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 class _Padded:
@@ -32,7 +25,8 @@ class _Padded:
         self.sizes = np.zeros((len(batches), steps), np.int64)
         for position, own in enumerate(batches):
             self.sizes[position, : len(own)] = [len(batch) for batch in own]
-        width = int(self.sizes.max(initial=0))
+        # At least one: layers cannot be relied on to take a batch without rows.
+        width = int(self.sizes.max(initial=1))
         table = np.zeros((len(batches), steps, width), np.int64)
         real = np.arange(width) < self.sizes[:, :, None]
         # Padding repeats row 0: any numbers do, for they count for nothing.
@@ -45,7 +39,7 @@ class _Padded:
     def take(self, step: int, active: int) -> tuple[Tensor, Tensor | None]:
         """Return a step's rows ``[active, width]``, and which count unless all do."""
         sizes = self.sizes[:active, step]
-        widest = int(sizes.max())
+        widest = int(sizes.max(initial=1))
         rows = self._table[:active, step, :widest]
         if int(sizes.min()) == widest:
             return rows, None
@@ -74,6 +68,7 @@ class StackedBatches:
         alone: whether these members have no public rows, though others have.
         targets: what tells the scale of the lesson's targets.
         private_rows: ids of all private rows of each member, in the order of its steps.
+        order: which members they are.
         num_private, fewest: of the step last taken: private rows of its width, and rows of its
             smallest batch.
         fewest_of: the latter for private and public rows alone.
@@ -89,7 +84,9 @@ class StackedBatches:
         seeds: Sequence[int],
         has_dropout: bool,
     ) -> None:
-        self.first = first
+        self.first, self.order = first, order
+        # Where rows are clipped, no number of a row that was not drawn may enter a product.
+        self._blanks_inputs = any(isinstance(rule, Clipped) for rule in fit.rules.values())
         self.counts = [feed.steps for feed in feeds]
         self.total = self.counts[0]
         self.seed = int(np.bitwise_xor.reduce(seeds))
@@ -243,6 +240,8 @@ class StackedBatches:
                 dim=1,
             )
             rows["counted"] = every
+            if self._blanks_inputs:
+                rows["inputs"] = blanked(rows["inputs"], every)
             # A row's number among the rows that count: padding in front of it moves no mask.
             rows["numbers"] = every.cumsum(1).long() - 1
         for name, (of, values) in self._tables.items():

@@ -11,17 +11,21 @@ from torch import Tensor
 
 from fedkd.losses.reduction import RowKind, StepRows, WholeStep
 from fedkd.objectives.view import NO_FEATURES
-from fedkd.training.common import NO_PATHS, Fit, named
+from fedkd.training.common import NO_PATHS, Fit, blanked, named
 from fedkd.training.gradients import (
     Anchor,
     Clipping,
+    Noise,
     RowNorms,
     SplitLosses,
+    check_rows_alone,
     clipped_sums,
+    gradient_norms,
+    not_finite,
     plain_gradients,
 )
 from fedkd.training.objectives import Batch, Losses, Outputs
-from fedkd.training.stacked_batches import StackedBatches, blanked
+from fedkd.training.stacked_batches import StackedBatches
 from fedkd.training.stacked_frozen import StackedFrozen
 from fedkd.training.stacking import Skeleton, Stack, StackedOptimizer, VmapUnsupportedError
 from fedkd.training.steps import LossTerms, total
@@ -78,6 +82,7 @@ class StackedStep:
         modules = {name: skeleton.module for name, skeleton in self._skeletons.items()}
         self.clipping = Clipping(fit.rules, modules, has_parts=parts is not None)
         self.frozen = frozen
+        self._seen_alone = False
 
     def run(
         self,
@@ -198,6 +203,19 @@ class StackedStep:
         norms = self.clipping.norms
         return nullcontext() if norms is None else norms.watching()
 
+    def noise(self, order: Sequence[int]) -> Noise | None:
+        """Return what is added to all members' gradients; None where nothing is.
+
+        Args:
+            order: which members they are, in the order of the stack.
+        """
+        if not self.clipping:
+            return None
+        skeleton, stack = next(iter(self._skeletons.values())), self.learning[0]
+        shapes = [torch.Size(skeleton.shapes[name]) for name in skeleton.trainable]
+        turned = [name in skeleton.transposed for name in skeleton.trainable]
+        return self.clipping.noise(order, shapes, stack.tensors[skeleton.trainable[0]], turned)
+
     def clipped(
         self,
         steps: StackedBatches,
@@ -212,23 +230,43 @@ class StackedStep:
             The means of all losses, what is kept of the outputs, and the gradients of all leaves,
             those of each model by its own rule.
         """
+        losses, kept, gradients, odd = self._clipped(steps, handed, resting, rows, leaves)
+        if odd is not None:
+            # The losses stay those of all rows: nobody is to overlook that one is no number.
+            rows = _without(rows, odd)
+            *_, gradients, _ = self._clipped(steps, handed, resting, rows, leaves)
+        return losses, kept, gradients
+
+    def _clipped(
+        self,
+        steps: StackedBatches,
+        handed: Sequence[dict[str, Tensor]],
+        resting: Mapping[str, dict[str, Tensor]],
+        rows: dict[str, Tensor],
+        leaves: Sequence[Sequence[Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor | None], Tensor | None]:
+        """Return what `clipped` does, and which private rows have gradients that are not finite."""
         own_leaves = dict(zip(self._skeletons, leaves, strict=False))
         gradients: dict[str, Sequence[Tensor | None]] = {}
+        sizes: list[Tensor] = []
         norms = self.clipping.norms
         if norms is not None:
             outputs, kept, split = self._by_norms(
-                norms, steps, handed, resting, rows, own_leaves, gradients
+                norms, steps, handed, resting, rows, own_leaves, gradients, sizes
             )
         else:
             forward = torch.vmap(partial(self._forward, steps), randomness="different")
             outputs, kept = forward(handed, resting, rows)
             split = self._split(steps, outputs, handed, rows)
         if self.clipping.row_by_row:
-            self._by_rows(split, outputs, steps, handed, resting, rows, own_leaves, gradients)
+            self._by_rows(
+                split, outputs, steps, handed, resting, rows, own_leaves, gradients, sizes
+            )
         for name, own in own_leaves.items():
             if name not in gradients:
                 gradients[name] = plain_gradients(split.means, own)
-        return split.means, kept, [each for name in own_leaves for each in gradients[name]]
+        every = [each for name in own_leaves for each in gradients[name]]
+        return split.means, kept, every, not_finite(sizes)
 
     def _by_rows(
         self,
@@ -240,6 +278,7 @@ class StackedStep:
         rows: dict[str, Tensor],
         leaves: Mapping[str, Sequence[Tensor]],
         gradients: dict[str, Sequence[Tensor | None]],
+        sizes: list[Tensor],
     ) -> None:
         """Add the gradients of the models for which every row's gradient is made."""
         trainable = {
@@ -254,7 +293,10 @@ class StackedStep:
             trainable, handed, resting, rows, constants
         )
         for name, rule in self.clipping.row_by_row.items():
-            sums = clipped_sums(rule, each_row[name], stacked=True)
+            size = gradient_norms(each_row[name], stacked=True)
+            sizes.append(size)
+            own_rule = rule.for_members(steps.order[: len(size)])
+            sums = clipped_sums(own_rule, each_row[name], size)
             public = split.public_gradients(leaves[name])
             gradients[name] = [
                 clipped if more is None else clipped + more
@@ -270,6 +312,7 @@ class StackedStep:
         rows: dict[str, Tensor],
         leaves: Mapping[str, Sequence[Tensor]],
         gradients: dict[str, Sequence[Tensor | None]],
+        sizes: list[Tensor],
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], SplitLosses]:
         """Take the models' step, and add the gradients of those whose norms are measured."""
         if not self._shapes:
@@ -298,7 +341,9 @@ class StackedStep:
         came_back = norms.came_back(split.private)
         for name, rule in self.clipping.by_norms.items():
             size = norms.norms(name, read[name], came_back[name], steps.num_private, stacked=True)
-            gradients[name] = split.weighted_gradients(rule.shares(size), leaves[name])
+            sizes.append(size)
+            own_rule = rule.for_members(steps.order[:members])
+            gradients[name] = split.weighted_gradients(own_rule.shares(size), leaves[name])
         norms.end()
         return outputs, kept, split
 
@@ -338,8 +383,43 @@ class StackedStep:
             public = {} if split.public is None else {"public": split.public}
             return {"private": split.private, "means": split.means, **public}
 
+        if not self._seen_alone:
+            self._look_at_one_row(steps, outputs, handed, rows)
         found = torch.vmap(of_member, randomness="different")(outputs, handed, rows)
         return SplitLosses(found["private"], found.get("public"), found["means"])
+
+    def _look_at_one_row(
+        self,
+        steps: StackedBatches,
+        outputs: Mapping[str, dict[str, Tensor]],
+        handed: Sequence[dict[str, Tensor]],
+        rows: dict[str, Tensor],
+    ) -> None:
+        """Refuse losses in which rows see each other, by one of one member; once a fit."""
+        if steps.num_private < 2:
+            return
+        counted = rows.get("private_counted")
+        at = 0 if counted is None else int(counted[:, 1].argmax())
+        if counted is not None and not counted[at, 1]:
+            return
+        tensors = [{name: each[at] for name, each in stack.items()} for stack in handed]
+        kinds = {**_ROW_KINDS, **self._table_kinds()}
+
+        def of_first(width: int) -> tuple[Losses, StepRows]:
+            own = {name: each[at] for name, each in rows.items() if name != "counted"}
+            for name in own:
+                if kinds.get(name) == "private" or name == "private_counted":
+                    own[name] = own[name][:width]
+            seen = {}
+            for name, packed in outputs.items():
+                seen[name] = _unpacked({key: each[at] for key, each in packed.items()})
+                if width == 1:
+                    seen[name] = seen[name].with_first(steps.num_private)
+            losses = self._of_objective(seen, steps.batch_of(own), steps, tensors, own)
+            return losses, steps.rows_of(own)
+
+        check_rows_alone(*of_first(steps.num_private), *of_first(1))
+        self._seen_alone = True
 
     def _each_row(
         self,
@@ -587,6 +667,25 @@ def _cut(
         else:
             cut[name] = own
     return cut
+
+
+def _without(rows: dict[str, Tensor], odd: Tensor) -> dict[str, Tensor]:
+    """Return a step's rows, of which some private ones count for nothing.
+
+    Args:
+        rows: of all members.
+        odd: 1 for each private row that is not to count ``[members, private]``.
+    """
+    inputs = rows["inputs"]
+    every = rows.get("counted", odd.new_ones(inputs.shape[:2]))
+    private = every[:, : odd.shape[1]] * (1 - odd)
+    every = torch.cat([private, every[:, odd.shape[1] :]], dim=1)
+    return {
+        **rows,
+        "private_counted": private,
+        "counted": every,
+        "inputs": blanked(inputs, every),
+    }
 
 
 def _tell_what_counts(

@@ -331,6 +331,18 @@ class Stack:
                     stack._slot(key)[position].copy_(as_tensor(turned))
         return stack
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The tensors that no optimizer changes and that are no parameters, by name."""
+        module = self.skeleton.module
+        own = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if name not in self.skeleton.first_names
+        }
+        # Those outside of its state are in the module itself, one for all members.
+        return {**{name: each for name, each in module.named_buffers() if name not in own}, **own}
+
     def _slot(self, key: str) -> Tensor:
         if key not in self.slots:
             _, name = key.split("/", 1)

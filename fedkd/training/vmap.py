@@ -46,7 +46,7 @@ from fedkd.training.cohort import (
 )
 from fedkd.training.common import BackendCohort, Fit, chunks, named, tapping
 from fedkd.training.feeds import Feed
-from fedkd.training.gradients import PLAIN, Anchor, Rules
+from fedkd.training.gradients import PLAIN, Anchor, Noise, Rules
 from fedkd.training.learners import ComposedObjective
 from fedkd.training.objectives import (
     NO_PARTS,
@@ -59,6 +59,7 @@ from fedkd.training.objectives import (
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parts import FitParts, NewParts, part_in
 from fedkd.training.pool import PREDICT_ROWS, ModelPool, parts_of, states_of, with_parts
+from fedkd.training.private import PrivateLearning, StillBuffers
 from fedkd.training.stacked_batches import StackedBatches
 from fedkd.training.stacked_frozen import StackedAverage, StackedFrozen
 from fedkd.training.stacked_step import TRY_LOOP, ActiveMembers, StackedStep, assign, differentiate
@@ -97,6 +98,7 @@ class VmapCohort(BackendCohort):
         data: TrainingData,
         pool: ModelPool,
         streams: Streams,
+        private: PrivateLearning | None = None,
     ) -> None:
         given = states_of(members, model, pool, streams.seed)
         super().__init__(
@@ -107,6 +109,7 @@ class VmapCohort(BackendCohort):
             data=data,
             pool=pool,
             streams=streams,
+            private=private,
         )
         # Members with fewer rows take fewer steps: whoever still trains is in front.
         self._order = sorted(range(len(members)), key=lambda at: -len(members[at].rows))
@@ -241,6 +244,7 @@ class VmapCohort(BackendCohort):
         parts_with: Callable[..., Any] | None = None,
     ) -> list[RowOutputs]:
         models = {name: self._stacks[name] for name in fit.learning}
+        still = {name: StillBuffers(self._stacks[name].buffers) for name in fit.private_models}
         averages = {name: self._average(name, average) for name, average in fit.averages.items()}
         counts = [count for steps in runs for count in steps.counts]
         run_of = [number for number, steps in enumerate(runs) for _ in steps.counts]
@@ -276,6 +280,7 @@ class VmapCohort(BackendCohort):
                     for name, stack in models.items()
                 },
             )
+            noise = step.noise(self._order)
             for steps in runs:
                 with seeded_for(own_code=self._has_own_code, seed=steps.seed):
                     start = 0
@@ -293,6 +298,7 @@ class VmapCohort(BackendCohort):
                             averages,
                             kept,
                             anchor,
+                            noise,
                         )
                         start = stop
         for optimizer in optimizers:
@@ -300,6 +306,8 @@ class VmapCohort(BackendCohort):
         for stack in step.learning:
             if stack.skeleton.dropout is not None:
                 stack.skeleton.dropout.end()
+        for name, before in still.items():
+            before.check(name, self._stacks[name].buffers)
         for name, average in averages.items():
             for place, position in enumerate(self._order):
                 self._kept.keep_average(
@@ -324,6 +332,7 @@ class VmapCohort(BackendCohort):
         averages: Mapping[str, "StackedAverage"],
         kept: "_Kept | None",
         anchor: Anchor | None,
+        noise: Noise | None,
     ) -> None:
         """Take steps that the same ``active`` members take, which stand first in their run."""
         stacks = step.learning
@@ -359,7 +368,8 @@ class VmapCohort(BackendCohort):
             gradient = None
             if step.clipping:
                 losses, seen, gradients = step.clipped(steps, handed, resting, rows, leaves)
-                gradient = partial(assign, moving, anchor, held, gradients)
+                noised = gradients if noise is None else noise.onto(gradients, here)
+                gradient = partial(assign, moving, anchor, held, noised)
             else:
                 losses, seen = step.run(steps, number, handed, resting, rows)
             if anchor is not None and losses:

@@ -38,6 +38,6 @@ def test_a_server_s_fits_are_counted_together() -> None:
     # It has no batches that would have to be a client's in another algorithm.
     keys = FitKeys(Streams(seed=3, purpose=Purpose.SERVER))
     assert [keys.next(private=private) for private in (False, True)] == [
-        (Purpose.SERVER, 0),
-        (Purpose.SERVER, 1),
+        (Purpose.SERVER, 0, 0),
+        (Purpose.SERVER, 1, 0),
     ]

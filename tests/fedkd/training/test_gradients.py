@@ -33,7 +33,7 @@ from fedkd.training import (
     WholeStep,
     supervised,
 )
-from fedkd.training.gradients import Anchor, clipped_sums
+from fedkd.training.gradients import Anchor, clipped_sums, gradient_norms
 
 SIZES = (13, 21, 5)
 SGD = OptimizerSettings(name="sgd", lr=0.05)
@@ -205,12 +205,12 @@ def test_a_clipped_gradient_by_hand():
     # At norm 1 they become (.6, .8) and (.3, .4); their sum over an expected batch of 4.
     rule = Clipped(norm=1.0, expected_batch=4.0)
     gradients = {"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
-    assert clipped_sums(rule, gradients, stacked=False)["weight"].tolist() == pytest.approx(
-        [0.225, 0.3]
-    )
+    norms = gradient_norms(gradients, stacked=False)
+    assert norms.tolist() == pytest.approx([5.0, 0.5])
+    assert clipped_sums(rule, gradients, norms)["weight"].tolist() == pytest.approx([0.225, 0.3])
     assert rule.shares(torch.tensor([5.0, 0.5, 0.0])).tolist() == pytest.approx([0.05, 0.25, 0.25])
     stacked = {"weight": torch.stack([gradients["weight"], torch.zeros(2, 2)])}
-    both = clipped_sums(rule, stacked, stacked=True)["weight"]
+    both = clipped_sums(rule, stacked, gradient_norms(stacked, stacked=True))["weight"]
     assert both.tolist() == [pytest.approx([0.225, 0.3]), [0.0, 0.0]]
 
 
