@@ -7,6 +7,7 @@ counts many uses of randomised response as one (0.6.0: 20 uses of 0.5 come to 0.
 
 import importlib
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -26,6 +27,21 @@ from fedkd.privacy.events import (
 GRID = 1e-4
 """Width of the bins that privacy losses are rounded up to."""
 
+_MOST_BINS = 10**6
+"""In an epsilon: a larger one gets wider bins, or memory would end."""
+
+_ROUNDING = 4 * sys.float_info.epsilon
+"""What rounding may take from delta each time that a distribution is convolved with another.
+
+Fourier transforms err by so much in a tail, either way: of 1e5 steps 5e-13 was missing from delta.
+"""
+
+_CLOSE = 1e-13
+"""How far from a root a search may stop; it is added to what is found."""
+
+_TAIL = 1e-15
+"""Mass of the upper tail that is counted as delta, and of the lower that is rounded up."""
+
 
 class Spent(NamedTuple):
     """What was spent; each number is an upper bound on epsilon by itself.
@@ -41,24 +57,30 @@ class Spent(NamedTuple):
     pure: float
 
 
-def spent(events: Iterable[Event], *, delta: int | float) -> Spent:
+def spent(events: Iterable[Event], *, delta: int | float, grid: int | float = GRID) -> Spent:
     """Add events up.
 
     Args:
         events: what was released of one row or client, by the relation that the releases state.
-        delta: in (0, 1).
+        delta: in (0, 1). Below some 1e-15 for each step of DP-SGD, Renyi's bound is what is left.
+        grid: width of the bins that losses are rounded up to, in (0, 1]. Wider ones take less time,
+            and give an epsilon that is higher, never lower.
 
     Raises:
-        ValueError: if ``delta`` is out of range, or ``dp-accounting`` is not there.
+        ValueError: if ``delta`` or ``grid`` is out of range, or ``dp-accounting`` is not there.
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
+    if not 0 < grid <= 1:
+        raise ValueError(f"grid must be in (0, 1], got {grid}")
     together = merged(events)
     if not together:
         return Spent(0.0, 0.0, 0.0)
     pure = sum((event.pure for event in together), start=0.0)
     renyi = renyi_epsilon(together, delta=delta)
-    return Spent(min(_by_loss(together, delta), renyi, pure), min(renyi, pure), pure)
+    bound = min(renyi, pure)
+    by_loss = _by_loss(together, delta, max(grid, bound / _MOST_BINS))
+    return Spent(min(by_loss, bound), bound, pure)
 
 
 def merged(events: Iterable[Event]) -> tuple[Event, ...]:
@@ -106,7 +128,7 @@ def renyi_epsilon(events: Sequence[Event], *, delta: int | float) -> float:
 # -- privacy loss distributions ----------------------------------------------------------------
 
 
-def _by_loss(events: Sequence[Event], delta: int | float) -> float:
+def _by_loss(events: Sequence[Event], delta: int | float, grid: int | float) -> float:
     """Return epsilon by the distribution of the loss of all events; exactly where that is known."""
     if len(events) == 1:
         (event,) = events
@@ -114,32 +136,41 @@ def _by_loss(events: Sequence[Event], delta: int | float) -> float:
             return gaussian_epsilon(math.sqrt(event.count) / event.noise_multiplier, delta=delta)
         if isinstance(event, RandomizedResponse):
             return randomized_epsilon(event, delta=delta)
-    made, *others = map(_distribution, events)
+    if grid > 1:
+        return math.inf  # Of a million and more, nobody asks how much exactly.
+    made, *others = (_distribution(event, grid) for event in events)
     for other in others:
-        made = made.compose(other)
-    return float(made.get_epsilon_for_delta(delta))
+        made = made.compose(other, tail_mass_truncation=_TAIL)
+    left = delta - _ROUNDING * (sum(event.count for event in events) + len(others))
+    if left <= 0:
+        return math.inf
+    epsilon, step = float(made.get_epsilon_for_delta(left)), 1e-12
+    # The library walks down a million losses by subtraction, whose rounding adds up.
+    while epsilon < math.inf and made.get_delta_for_epsilon(epsilon) > delta:
+        epsilon, step = epsilon + step, 2 * step
+    return epsilon
 
 
-@lru_cache(maxsize=64)
-def _distribution(event: Event) -> Any:
+@lru_cache(maxsize=16)
+def _distribution(event: Event, grid: int | float) -> Any:
     """Return the loss of all its releases, rounded up."""
     pld = _library("dp_accounting.pld.privacy_loss_distribution")
     match event:
         case Gaussian(count, noise):
             # Exact: so many releases are one with less noise.
             return pld.from_gaussian_mechanism(
-                noise / math.sqrt(count), value_discretization_interval=GRID
+                noise / math.sqrt(count), value_discretization_interval=grid
             )
         case SampledGaussian(count, noise, rate):
             one = pld.from_gaussian_mechanism(
-                noise, value_discretization_interval=GRID, sampling_prob=rate
+                noise, value_discretization_interval=grid, sampling_prob=rate
             )
-            return one.self_compose(count)
+            return one.self_compose(count, tail_mass_truncation=_TAIL)
         case Laplace(count, scale):
-            one = pld.from_laplace_mechanism(scale, value_discretization_interval=GRID)
-            return one.self_compose(count)
+            one = pld.from_laplace_mechanism(scale, value_discretization_interval=grid)
+            return one.self_compose(count, tail_mass_truncation=_TAIL)
         case RandomizedResponse():
-            return _randomized_distribution(event)
+            return _randomized_distribution(event, grid)
     raise TypeError(f"nothing is known of {type(event).__name__}")
 
 
@@ -181,7 +212,8 @@ def gaussian_epsilon(mu: int | float, *, delta: int | float) -> float:
     high = 1.0
     while gaussian_delta(mu, high) > delta:
         high *= 2
-    return float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0, high, xtol=1e-13))
+    root = brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0, high, xtol=_CLOSE)
+    return float(root) + _CLOSE
 
 
 # -- randomised response, exactly --------------------------------------------------------------
@@ -190,26 +222,26 @@ def gaussian_epsilon(mu: int | float, *, delta: int | float) -> float:
 def _randomized_losses(event: RandomizedResponse) -> np.ndarray:
     """Return the probability that the losses of all answers sum to ``-n .. n`` times epsilon.
 
-    One answer's loss is epsilon with p, minus epsilon with q, else 0.
+    One answer's loss is epsilon with p, minus epsilon with q, else 0: what is wanted are the
+    coefficients of ``(p + m x + q x^2)^n``. They follow from one another by sums of positive terms
+    alone, so that the smallest has all its digits; Fourier transforms would leave it none.
     """
-    from scipy.signal import fftconvolve
-
-    one = np.array([event.other, max(1 - event.keep - event.other, 0.0), event.keep])
-    made, power, left = np.ones(1), one, event.count
-    while left:
-        if left & 1:
-            made = _convolved(made, power, fftconvolve)
-        left >>= 1
-        if left:
-            power = _convolved(power, power, fftconvolve)
-    return made
-
-
-def _convolved(one: np.ndarray, other: np.ndarray, fast: Any) -> np.ndarray:
-    # Small ones exactly; of large ones rounding leaves some 1e-16, which no delta comes near.
-    small = min(len(one), len(other)) <= 2048
-    made: np.ndarray = np.convolve(one, other) if small else np.maximum(fast(one, other), 0.0)
-    return made
+    n = event.count
+    fall = math.exp(-event.epsilon)
+    middle = (event.classes - 2) * fall
+    # From the largest loss down to 0, over the first; made smaller when they grow too large.
+    made, shifts, before, last, shift = [1.0], [0], 0.0, 1.0, 0
+    for k in range(1, n + 1):
+        before, last = last, ((n - k + 1) * middle * last + (2 * n - k + 2) * fall * before) / k
+        if last > 2.0**500:
+            before, last, shift = before * 2.0**-500, last * 2.0**-500, shift + 500
+        made.append(last)
+        shifts.append(shift)
+    upper = np.ldexp(made, np.array(shifts) - shift)
+    # A loss is e^L times as likely as its opposite.
+    lower = (upper * np.exp(-event.epsilon * np.arange(n, -1, -1)))[:-1]
+    chances = np.concatenate([lower, upper[::-1]])
+    return np.asarray(chances / chances.sum())
 
 
 def randomized_epsilon(event: RandomizedResponse, *, delta: int | float) -> float:
@@ -229,17 +261,24 @@ def randomized_epsilon(event: RandomizedResponse, *, delta: int | float) -> floa
 
     if over(0.0) <= 0:
         return 0.0
-    return float(brentq(over, 0, event.pure, xtol=1e-13))
+    return min(float(brentq(over, 0, event.pure, xtol=_CLOSE)) + _CLOSE, event.pure)
 
 
-def _randomized_distribution(event: RandomizedResponse) -> Any:
+def _randomized_distribution(event: RandomizedResponse, grid: int | float) -> Any:
     """Return the losses of all answers, each sum rounded up once."""
     module = _library("dp_accounting.pld.pld_pmf")
     pld = _library("dp_accounting.pld.privacy_loss_distribution")
+    chances = _randomized_losses(event)
+    # Of the tails, the largest losses count as infinite and the smallest as the least one kept.
+    first = int(np.searchsorted(np.cumsum(chances), _TAIL, side="right"))
+    above = np.cumsum(chances[::-1])[::-1]
+    last = int(np.flatnonzero(above > _TAIL)[-1])
     rounded: dict[int, float] = {}
-    for step, chance in enumerate(_randomized_losses(event)):
-        place = math.ceil((step - event.count) * event.epsilon / GRID - 1e-9)
-        rounded[place] = rounded.get(place, 0.0) + float(chance)
+    for step in range(first, last + 1):
+        place = math.ceil((step - event.count) * event.epsilon / grid)
+        rounded[place] = rounded.get(place, 0.0) + float(chances[step])
+    rounded[min(rounded)] += float(chances[:first].sum())
+    beyond = float(chances[last + 1 :].sum())
     return pld.PrivacyLossDistribution(
-        module.create_pmf(rounded, GRID, infinity_mass=0.0, pessimistic_estimate=True)
+        module.create_pmf(rounded, grid, infinity_mass=beyond, pessimistic_estimate=True)
     )

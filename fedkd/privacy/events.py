@@ -24,6 +24,15 @@ ORDERS: Sequence[int | float] = (
 _STEPS, _TAIL = 24, 14
 """Grid points in a standard deviation, and how many of these lie on either side of the bells."""
 
+_LITTLE = 0.05
+"""Noise multiplier below which the moments of a sampled Gaussian are bounded, not added up."""
+
+_ROUNDING = 1e-13
+"""More than floating point loses of a logarithm of a moment; it is added, so that bounds hold."""
+
+_LEAST, _MOST = 1e-100, 1e100
+"""Between these, squares and their reciprocals are numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event(ABC):
@@ -50,8 +59,13 @@ class Event(ABC):
 
 
 def _check_positive(name: str, value: int | float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(f"{name} must be between {_LEAST:g} and {_MOST:g}, got {value}")
+
+
+def _divergence(log_moment: int | float, order: int | float) -> float:
+    """Return ``log_moment / (order - 1)``, rounded up."""
+    return (max(float(log_moment), 0.0) * (1 + _ROUNDING) + _ROUNDING) / (order - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +123,17 @@ class SampledGaussian(Event):
         """``log E[((1 - q) + q e^((2z - 1) / (2 sigma^2)))^a] / (a - 1)`` each, z ~ N(0, sigma^2).
 
         Summed over a fine grid, which is exact to rounding for a smooth bell; for whole orders it
-        is the series of the paper.
+        is the series of the paper. With hardly any noise the grid would be long, and the moment is
+        bounded instead, by convexity: ``(1 - q) + q e^(a (a - 1) / (2 sigma^2))``.
         """
         sigma, rate = self.noise_multiplier, self.sample_rate
         if rate == 1:
             return self.count * order / (2 * sigma**2)
+        if sigma < _LITTLE:
+            bound = np.logaddexp(
+                math.log1p(-rate), math.log(rate) + order * (order - 1) / (2 * sigma**2)
+            )
+            return self.count * _divergence(bound, order)
         step = sigma / _STEPS
         z = np.arange(-_TAIL * sigma, order + _TAIL * sigma, step)
         ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * sigma**2))
@@ -121,7 +141,7 @@ class SampledGaussian(Event):
         moment = float(np.logaddexp.reduce(bell)) + math.log(
             step / (sigma * math.sqrt(2 * math.pi))
         )
-        return self.count * max(moment, 0.0) / (order - 1)
+        return self.count * _divergence(moment, order)
 
     @property
     def pure(self) -> float:
@@ -150,7 +170,7 @@ class Laplace(Event):
         """``log(a / (2a - 1) e^((a - 1) / b) + (a - 1) / (2a - 1) e^(-a / b)) / (a - 1)`` each."""
         first = math.log(order / (2 * order - 1)) + (order - 1) / self.scale
         second = math.log((order - 1) / (2 * order - 1)) - order / self.scale
-        return self.count * float(np.logaddexp(first, second)) / (order - 1)
+        return self.count * _divergence(np.logaddexp(first, second), order)
 
     @property
     def pure(self) -> float:
@@ -185,20 +205,25 @@ class RandomizedResponse(Event):
     @property
     def keep(self) -> float:
         """With which probability the true class is told."""
-        return 1 / (1 + (self.classes - 1) * math.exp(-self.epsilon))
+        return math.exp(self._log_keep)
 
     @property
     def other(self) -> float:
         """With which probability any one other class is told."""
-        return (1 - self.keep) / (self.classes - 1)
+        # Not from 1 - keep, of which rounding leaves nothing where epsilon is large.
+        return math.exp(self._log_keep - self.epsilon)
+
+    @property
+    def _log_keep(self) -> float:
+        return -math.log1p((self.classes - 1) * math.exp(-self.epsilon))
 
     def renyi(self, order: int | float) -> float:
         """``log(p^a q^(1 - a) + q^a p^(1 - a) + (classes - 2) q) / (a - 1)`` each."""
-        p, q = math.log(self.keep), math.log(self.other)
+        p, q = self._log_keep, self._log_keep - self.epsilon
         terms = [order * p + (1 - order) * q, order * q + (1 - order) * p]
         if self.classes > 2:
             terms.append(math.log(self.classes - 2) + q)
-        return self.count * float(np.logaddexp.reduce(terms)) / (order - 1)
+        return self.count * _divergence(np.logaddexp.reduce(terms), order)
 
     @property
     def pure(self) -> float:

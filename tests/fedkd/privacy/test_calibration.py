@@ -62,3 +62,45 @@ def test_what_is_out_of_range_is_refused(epsilon, delta, count):
         noise_for_gaussian(epsilon, delta, count=count)
     with pytest.raises(ValueError, match=r"must be"):
         noise_for_sampled_gaussian(epsilon, delta, sample_rate=0.1, steps=count)
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(1e-12, 1e-20), (1e13, 1e-5), (1, 1e-300)])
+def test_gaussian_noise_for_extremes(epsilon, delta):
+    found = noise_for_gaussian(epsilon, delta)
+    assert spent([Gaussian(1, found)], delta=delta).epsilon == pytest.approx(epsilon, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps"),
+    [
+        (1, 0.05, 200),
+        *(
+            pytest.param(*cell, marks=pytest.mark.slow)
+            for cell in [(8, 0.05, 200), (2, 0.3, 100), (8, 0.3, 500), (4, 0.1, 500), (0.5, 0.1, 3)]
+        ),
+    ],
+)
+def test_wide_bins_find_a_little_more_noise_never_less(epsilon, rate, steps):
+    fast = noise_for_sampled_gaussian(epsilon, 1e-5, sample_rate=rate, steps=steps, grid=1e-3)
+    bought = spent([SampledGaussian(steps, fast, rate)], delta=1e-5).epsilon
+    assert epsilon * (1 - 5e-3) < bought <= epsilon
+
+
+def test_a_step_that_draws_every_row_takes_gaussian_noise():
+    found = noise_for_sampled_gaussian(2, 1e-5, sample_rate=1, steps=10)
+    assert found == pytest.approx(6.3049885554, abs=1e-9)
+    nearly = noise_for_sampled_gaussian(2, 1e-5, sample_rate=1 - 1e-9, steps=10, grid=1e-2)
+    assert found * (1 - 1e-6) < nearly < found * 1.01
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(1, 0.1), (200, 1e-5)])
+def test_there_is_a_least_noise(epsilon, delta):
+    """Rows are drawn with a chance below delta, or so much may be lost that any noise would do."""
+    found = noise_for_sampled_gaussian(epsilon, delta, sample_rate=0.01, steps=10, grid=1e-2)
+    assert found == 0.1
+
+
+def test_noise_for_an_epsilon_that_renyi_divergences_never_show():
+    found = noise_for_sampled_gaussian(0.002, 1e-5, sample_rate=0.01, steps=100)
+    assert spent([SampledGaussian(100, found, 0.01)], delta=1e-5).epsilon <= 0.002
+    assert found < noise_for_gaussian(0.002, 1e-5, count=100)
