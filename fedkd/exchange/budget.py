@@ -51,6 +51,10 @@ class BudgetError(ValueError):
     """A byte budget that cannot be kept; the text says what would be possible."""
 
 
+class SmallBudgetError(BudgetError):
+    """A budget that is too small for what is planned."""
+
+
 class Levels(NamedTuple):
     """What one client is told of its two transfers in a round.
 
@@ -352,11 +356,11 @@ class Plan:
         """Refuse a budget that cannot be kept.
 
         Raises:
-            BudgetError: with the smallest that can.
+            SmallBudgetError: with the smallest that can.
         """
         if self.smallest > self.budget:
             least = -(-self.smallest // 100) / 10
-            raise BudgetError(
+            raise SmallBudgetError(
                 f"exchange.budget_kb must be at least {least:g} for this run (both ways, all "
                 f"clients, {len(self.participants)} rounds at the fewest bits), got "
                 f"{self.budget / 1000:g}"

@@ -40,7 +40,7 @@ from sim.keeping.resume import Persistence, read_history
 from sim.server.budgets import plan_of
 from sim.server.history import History, summary
 from sim.server.observers import Observer, Row
-from sim.server.replies import QuorumError
+from sim.server.replies import QuorumError, TooLateError
 from sim.server.rounds import RoundLoop
 from sim.settings import (
     EngineSettings,
@@ -315,6 +315,8 @@ def run(
         except (QuorumError, StatesLostError, EngineLostError) as error:
             if isinstance(error, EngineLostError) and loop is not None:
                 loop.tell_of_loss(str(error))
+            if isinstance(error, TooLateError):
+                raise  # a run that is gone on with has the same clock
             again = f"fedkd run --resume {place}{allow_flags(settings)}"
             error.add_note(f"{again} goes on after the last complete round")
             raise

@@ -8,6 +8,7 @@ machine, in any backend, and in a resumed run::
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -283,3 +284,22 @@ class Clock:
             f"late: done after {seconds:.4g} simulated seconds, clock.deadline_s = "
             f"{deadline:g}; it stopped there, and its model stays as it was"
         )
+
+
+_LATE = re.compile(r"late: done after (\S+) simulated seconds, clock\.deadline_s = ")
+
+
+def late_seconds(reason: str) -> float | None:
+    """Return after how long a client would have been done, by the reason of `Clock.too_late`.
+
+    Args:
+        reason: why a client's answer does not count; anything but such a reason gives None.
+    """
+    found = _LATE.match(reason)
+    return None if found is None else float(found[1])
+
+
+def deadline_for(seconds: float) -> float:
+    """Return a deadline that who takes so long keeps, with three digits and some room."""
+    size = 10.0 ** (math.floor(math.log10(seconds)) - 2)
+    return float(f"{math.ceil(1.001 * seconds / size) * size:.3g}")

@@ -1,10 +1,12 @@
 """What a run under ``exchange.budget_kb`` will transfer, asked of its algorithm before it runs."""
 
+from dataclasses import replace
 from typing import Any
 
-from fedkd.exchange.budget import NOTHING, BudgetError, Form, Plan, example_of
+from fedkd.exchange.budget import NOTHING, BudgetError, Form, Plan, SmallBudgetError, example_of
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
+from sim.engine.runtime import build_strategy, server_tools
 from sim.server.validation import authors_code
 from sim.settings import Settings, SettingsError
 from strategies.contract import ServerTools, Strategy
@@ -28,10 +30,42 @@ def plan_of(settings: Settings, strategy: Strategy[Any, Any], server: ServerTool
                 refused = error
         if refused is not None:
             raise BudgetError(f"exchange.budget_kb: {refused}")
-        plan.check()
+        try:
+            plan.check()
+        except SmallBudgetError as error:
+            raise BudgetError(f"{error}{_fewer_rows(plan, settings, strategy, server)}") from error
     except BudgetError as error:
         raise SettingsError(str(error)) from error
     return plan
+
+
+def _fewer_rows(
+    plan: Plan, settings: Settings, strategy: Strategy[Any, Any], server: ServerTools
+) -> str:
+    """Say with how many public rows a round a budget can be kept that is too small for the plan.
+
+    Each number is tried. Nothing is said where fewer rows do not help: what travels is no
+    prediction of theirs.
+    """
+    federation = strategy.federation
+    now = federation.rows_per_round
+    # Bytes are in proportion to the rows, but for what is sent whatever their number.
+    most = now * plan.budget // plan.smallest
+    for rows in dict.fromkeys((most, most * 9 // 10, most * 3 // 4, most // 2, most // 4)):
+        if not 0 < rows < now:
+            continue
+        fewer = replace(federation, rows_per_round=rows)
+        try:
+            other = build_strategy(settings, fewer)
+            tried = _planned(settings, other, server_tools(settings, other, server.data))
+        except ValueError:
+            continue
+        if tried.smallest <= plan.budget:
+            ways = [f"exchange.rows_per_round={rows}"]
+            if settings.exchange.rows_per_round is None:
+                ways.append(f"data.public.size={rows}")
+            return f"; {' or '.join(ways)} fits it (now {now} rows a round)"
+    return ""
 
 
 def _planned(settings: Settings, strategy: Strategy[Any, Any], server: ServerTools) -> Plan:

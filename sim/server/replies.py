@@ -1,5 +1,6 @@
 """A round's replies as the aggregator sees them: validated uploads, one after the other."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from fedkd.exchange.payloads import Orders
 from fedkd.exchange.pipeline import BadPayloadError, ServerTurn
 from fedkd.exchange.views import Upload
 from fedkd.metrics.diversity import VoteCounter
+from sim.devices.clock import deadline_for, late_seconds
 from sim.server.observers import Row
 from sim.server.outbox import Outbox
 from sim.server.validation import Expected, RejectedReplyError, valid_answer
@@ -25,6 +27,10 @@ Ask = Callable[[Sequence[int], int], Iterator[tuple[int, Message]]]
 
 class QuorumError(RuntimeError):
     """Too few clients gave a usable answer to a round, or too few could be judged."""
+
+
+class TooLateError(QuorumError):
+    """Too few clients kept ``clock.deadline_s``, and would not if they were asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +70,32 @@ class Quorum:
 
     def error(self, count: int, reasons: Mapping[int, str]) -> QuorumError:
         """Return the error of a count below the quorum, with the first clients' reasons."""
+        late = sorted(filter(None, map(late_seconds, reasons.values())))
+        if late and len(late) == len(reasons) and self.asked == count + len(late):
+            return self._too_late(count, late)
         told = "; ".join(
             f"client {client}: {_last_line(reason)}" for client, reason in list(reasons.items())[:3]
         )
         return QuorumError(
             f"round {self.round}: {count} of {self.asked} clients {self.what}, "
             f"engine.quorum = {self.engine.quorum:g} asks for more ({told or 'no answer'})"
+        )
+
+    def _too_late(self, count: int, late: Sequence[float]) -> TooLateError:
+        """Say which deadline would do.
+
+        Args:
+            count: how many kept it.
+            late: after how many simulated seconds each of the others would have been done, sorted.
+        """
+        missing = math.ceil(self.engine.quorum * self.asked) - count
+        enough, all_of_them = deadline_for(late[max(missing, 1) - 1]), deadline_for(late[-1])
+        who = "the others" if count else "they"
+        return TooLateError(
+            f"round {self.round}: {count} of {self.asked} clients were done by clock.deadline_s, "
+            f"engine.quorum = {self.engine.quorum:g} asks for more: {who} take {late[0]:.4g} to "
+            f"{late[-1]:.4g} simulated seconds; clock.deadline_s={enough:g} is enough for the "
+            f"quorum of this round, {all_of_them:g} for all; later rounds may take longer"
         )
 
 
@@ -89,7 +115,9 @@ class Replies:
         num_examples: private rows of each client.
         engine: says what to do below the quorum.
         deadline_s: ``clock.deadline_s``.
-        event: is told of each reply that is left out.
+        event: is told of each reply that is left out, of late ones at the end of an attempt, and
+            all together where nobody was in time.
+        delays_vary: whether who is late may be in time when it is asked again.
         purse: what may be spent under a budget; None: there is none.
 
     Attributes:
@@ -112,8 +140,10 @@ class Replies:
         deadline_s: float | None,
         event: Callable[[Row], None],
         purse: Purse | None = None,
+        delays_vary: bool = False,
     ) -> None:
         self._purse = purse
+        self._delays_vary = delays_vary
         self._round = round
         self._clients = clients
         self._outbox = outbox
@@ -168,6 +198,9 @@ class Replies:
             yield from self._read(ask(clients, attempt))
             if self._quorum.is_reached(self.valid):
                 return
+            error = self._quorum.error(self.valid, self.rejected)
+            if isinstance(error, TooLateError) and not self._delays_vary:
+                raise error
             clients = [client for client in clients if client not in self.metrics]
             if self._purse is not None:
                 clients = self._purse.again(clients)
@@ -175,7 +208,10 @@ class Replies:
 
     def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[Upload]:
         slowest, waits = 0.0, False
+        late: dict[int, str] = {}
+        asked = 0
         for client, message in messages:
+            asked += 1
             unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
             waits = waits or (message.has_error() and not unreached)
             if not unreached:
@@ -190,7 +226,11 @@ class Replies:
                     self._turn.forget(client)
                 if error.payload is not None:
                     self._count(client, "up", error.payload)
-                self._reject(client, error.told)
+                self.rejected[client] = error.told
+                if late_seconds(error.told) is None:
+                    self._tell_of(client)
+                else:
+                    late[client] = error.told
                 continue
             self.metrics[client] = reply.metrics
             slowest = max(slowest, reply.metrics.get("simulated_s", 0.0))
@@ -200,6 +240,11 @@ class Replies:
             if payload is not None:
                 self._vote(payload)
                 yield Upload(client, payload, self._num_examples[client])
+        if 1 < len(late) == asked:
+            self._tell_of_all(late)
+        else:
+            for client in late:
+                self._tell_of(client)
         self.simulated_s += self._deadline_s if waits and self._deadline_s else slowest
 
     def _opened(self, client: int, message: Message) -> tuple[ClientReply, Payload | None]:
@@ -230,14 +275,26 @@ class Replies:
             self._votes = VoteCounter(federation.public_size, federation.num_classes)
         self._votes.add(classes, rows)
 
-    def _reject(self, client: int, reason: str) -> None:
-        self.rejected[client] = reason
+    def _tell_of(self, client: int) -> None:
         self._event(
             {
                 "round": self._round.number,
                 "client": client,
                 "event": "rejected",
-                "reason": reason,
+                "reason": self.rejected[client],
+            }
+        )
+
+    def _tell_of_all(self, late: Mapping[int, str]) -> None:
+        """Tell in one event that nobody was in time: each reason says nearly the same."""
+        seconds = sorted(filter(None, map(late_seconds, late.values())))
+        self._event(
+            {
+                "round": self._round.number,
+                "event": "all rejected",
+                "clients": sorted(late),
+                "reason": f"late: all {len(late)} clients take {seconds[0]:.4g} to "
+                f"{seconds[-1]:.4g} simulated seconds, clock.deadline_s = {self._deadline_s:g}",
             }
         )
 

@@ -240,6 +240,7 @@ class RoundLoop:
             deadline_s=self._settings.clock.deadline_s,
             event=self.tell,
             purse=purse,
+            delays_vary=bool(self._settings.faults),
         )
         skipped = False
         try:

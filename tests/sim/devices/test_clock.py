@@ -1,5 +1,6 @@
 """A simulated clock: seconds worked out by hand, deadlines, and the same seconds everywhere."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from sim.commands.running import run
 from sim.devices.clock import PROFILES, Clock, ClockSettings, RowCosts
 from sim.keeping.records import read_rows
 from sim.server.observers import Observer
-from sim.server.replies import QuorumError
+from sim.server.replies import TooLateError
 from sim.settings import SettingsError, load_settings
 
 MLP = Network(ModelSettings(name="mlp", options={"hidden": [8]}), (1, 8, 8))
@@ -189,12 +190,23 @@ def test_who_is_late_counts_as_little_as_who_drops_out(tiny_settings, tiny_data,
 
 def test_too_many_late_clients_end_the_run_by_name(tiny_settings, tiny_data, simulate):
     settings = tiny_settings(clock={"speed": 1.0, "deadline_s": 5.0})
-    with pytest.raises(QuorumError, match=r"late: done after .* clock\.deadline_s = 5"):
+    told = r"round 1: 0 of 4 clients .*: they take .*deadline_s=(\S+) is enough .*, (\S+) for all"
+    with pytest.raises(TooLateError, match=told) as late:
         simulate(settings, tiny_data())
+    # What is said to be enough is, and a little less is not.
+    enough, for_all = map(float, re.search(told, str(late.value)).groups())
+    for deadline_s, replies in ((enough, 2), (for_all, 4)):
+        clock = {"speed": 1.0, "deadline_s": deadline_s}
+        done = simulate(tiny_settings(clock=clock, rounds=1), tiny_data())
+        assert done.history.federation[0]["replies"] >= replies
+    with pytest.raises(TooLateError):
+        simulate(tiny_settings(clock={"speed": 1.0, "deadline_s": 0.99 * enough}), tiny_data())
     engine = {"backend": "inline", "below_quorum": "skip"}
     done = simulate(
         tiny_settings(clock={"speed": 1.0, "deadline_s": 5.0}, engine=engine), tiny_data()
     )
+    # One line each in the place of four, and nobody is asked again: it would take as long.
+    assert [row["event"] for row in done.events] == ["all rejected", "round skipped"] * 3
     # The rounds that nobody ended in time passed nevertheless.
     assert [row["simulated_s"] for row in done.history.federation] == [5.0, 10.0, 15.0]
 
@@ -285,3 +297,18 @@ def test_settings_of_a_clock_are_read_back():
     assert type(settings).model_validate(settings.to_table()) == settings
     assert settings.clock.on
     assert not load_settings(None, []).clock.on
+
+
+def test_who_would_be_in_time_when_asked_again_is_asked_again(tiny_settings, tiny_data, simulate):
+    faults = [{"kind": "delay", "seconds": 100.0}]  # in the first attempt alone
+    settings = tiny_settings(clock={"speed": 1e18, "deadline_s": 5.0}, faults=faults, rounds=1)
+    done = simulate(settings, tiny_data())
+    assert [row["event"] for row in done.events] == ["all rejected", "round retried"]
+    assert done.history.federation[0]["replies"] == 4
+
+
+def test_a_run_that_no_clock_lets_go_on_does_not_advise_to_resume(small):
+    words = ("clock.speed=1e6", "clock.deadline_s=1e-6", "rounds=1")
+    with pytest.raises(TooLateError) as late:
+        run(small(*words))
+    assert not getattr(late.value, "__notes__", [])

@@ -5,6 +5,7 @@ class of 2 bits, so that a transfer has 5 bytes.
 """
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -179,3 +180,19 @@ def test_a_budget_is_checked_before_any_worker_starts(tmp_path):
     )
     with pytest.raises(SettingsError, match=r"exchange.budget_kb must be at least [\d.]+ for this"):
         running.load_data(settings)
+
+
+def test_rows_with_which_a_small_budget_can_be_kept_are_said():
+    words = ["strategy.name=dsfl", "exchange.budget_kb=9", "engine.backend=inline", "rounds=2"]
+    told = r"exchange\.rows_per_round=(\d+) or data\.public\.size=\1 fits it \(now 500 rows a round"
+    with pytest.raises(SettingsError, match=told) as small:
+        running.load_data(load_settings(None, words))
+    rows = int(re.search(told, str(small.value))[1])
+    for fewer in ("exchange.rows_per_round", "data.public.size"):
+        running.load_data(load_settings(None, [*words, f"{fewer}={rows}"]))
+    with pytest.raises(SettingsError, match="must be at least"):
+        running.load_data(load_settings(None, [*words, f"exchange.rows_per_round={rows + 10}"]))
+    # Weights are as many whatever the rows are.
+    weights = ["strategy.name=fedavg", "clients.models=mlp", *words[1:]]
+    with pytest.raises(SettingsError, match=r"got 9$"):
+        running.load_data(load_settings(None, weights))
