@@ -227,6 +227,29 @@ def by_name(
     return Annotated[Union[tuple(kinds)], Discriminator(name_of)]  # noqa: UP007 - not known before
 
 
+def told(error: BaseException, name: str) -> str:
+    """Return what went wrong in code of one's own, and the line of it that led there.
+
+    Args:
+        error: that it raised.
+        name: of the code.
+
+    Returns:
+        One line; without a place where nothing of the package was running, as where arguments do
+        not fit.
+    """
+    text = " ".join(str(error).split())
+    module = sys.modules.get(package_of(name))
+    file, folders = getattr(module, "__file__", None), list(getattr(module, "__path__", ()))
+    places = [
+        f" ({frame.filename}, line {frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+        or any(frame.filename.startswith(f"{folder}{os.sep}") for folder in folders)
+    ]
+    return f"{type(error).__name__}: {text}{places[-1] if places else ''}"
+
+
 def _told(error: BaseException) -> str:
     """Return what went wrong and where, on one line."""
     text = " ".join(str(error).split())

@@ -75,14 +75,14 @@ def npz_arrays(path: Path) -> dict[str, np.ndarray]:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > memory_bytes():
             raise ValueError(f"{name} needs {size / 2**30:.1f} GiB of memory, more than there is")
+        found, key = {}, ""
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            for key in archive.files:
+                found[key] = archive[key]
+        return found
     except ValueError as error:
         if "allow_pickle" in str(error):
-            raise ValueError(
-                f"{name} holds Python objects, which could run code and are not read: save arrays "
-                "of numbers or of text (dtype object is neither)"
-            ) from None
+            raise ValueError(f"{name}: {_of_objects(key)}; save the file again") from None
         raise ValueError(f"{name} cannot be read: {printable(str(error))}") from error
     except (OSError, zipfile.BadZipFile, EOFError, KeyError, MemoryError) as error:
         raise ValueError(f"{name} is no NPZ file that can be read: {error}") from error
@@ -109,10 +109,9 @@ def own_arrays(settings: DataSettings) -> dict[str, np.ndarray]:
             found = function(**settings.options)
     # Somebody else's code may fail in any way; the message must still say which it was.
     except Exception as error:
-        told = " ".join(str(error).split())
         raise ValueError(
             f"data.source {name!r} failed with options {settings.options}: "
-            f"{type(error).__name__}: {told}"
+            f"{own_code.told(error, name)}"
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(
@@ -131,7 +130,7 @@ def own_digest(settings: DataSettings) -> str:
     digest = hashlib.sha256()
     for key, array in own_arrays(settings).items():
         if array.dtype.kind == "O":
-            raise ValueError(f"data.source {settings.source!r}: array {key!r} holds Python objects")
+            raise ValueError(f"data.source {settings.source!r}: {_of_objects(key)}")
         digest.update(f"{key} {array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -153,11 +152,12 @@ def find_arrays(
         ValueError: if there are none, or they do not fit together; names the array.
     """
     for key, array in arrays.items():
+        if array.dtype.kind == "O":
+            raise ValueError(_of_objects(key))
         if array.dtype.kind not in "biufU":
-            what = "Python objects" if array.dtype.kind == "O" else f"{array.dtype}"
             raise ValueError(
-                f"array {printable(key)!r} holds {what}: arrays of numbers, truth values or text "
-                "are read"
+                f"array {printable(key)!r} holds {array.dtype}: arrays of numbers, truth values or "
+                "text are read"
             )
     keys = {"train": _keys(arrays, "train"), "test": _keys(arrays, "test")}
     if keys["train"] is None:
@@ -200,6 +200,18 @@ def find_arrays(
     if encoder is not None and encoder.vocabulary is None:
         kind = "features"
     return Arrays(kind, reads, labels, encoder, vocabulary, left, ids)
+
+
+def _of_objects(key: str) -> str:
+    """Say what to do with an array of Python objects, as a column of a data frame often is."""
+    is_label = any(word in key.lower().split("_") for word in LABELS)
+    word = key if key.isidentifier() else "array"
+    first = f"np.asarray({word}, dtype={'int' if is_label else 'np.float32'})"
+    return (
+        f"array {printable(key)!r} holds Python objects (dtype object), which could run code and "
+        f"are not read: give {first}, or for {'class names' if is_label else 'texts'} "
+        f"np.asarray({word}, dtype=str)"
+    )
 
 
 def _keys(arrays: Mapping[str, np.ndarray], split: str) -> tuple[str, str] | None:

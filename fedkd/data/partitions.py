@@ -340,8 +340,10 @@ def own_parts(
     with seeded_for(own_code=True, seed=int(rng.integers(2**31))):
         try:
             returned = function(labels.copy(), num_clients=num_clients, rng=rng, **settings.options)
-        except ValueError as error:
-            raise ValueError(f"{setting} {settings.kind!r}: {error}") from error
+        # Somebody else's code may fail in any way; the message must still say which it was.
+        except Exception as error:
+            told = own_code.told(error, settings.kind)
+            raise ValueError(f"{setting} {settings.kind!r} failed: {told}") from error
     where = f"{setting} {settings.kind!r} must return"
     try:
         parts = [np.asarray(part) for part in returned]

@@ -476,5 +476,5 @@ def of_source(settings: DataSettings, text: str) -> str:
     """Begin a sentence on a source with its setting, in the place of the name of its only file."""
     source = f"data.source {settings.source!r}"
     rest = text.removeprefix(printable(Path(settings.source).name))
-    only = rest != text and rest.startswith((" ", ",")) and Path(settings.source).is_file()
+    only = rest != text and rest.startswith((" ", ",", ":")) and Path(settings.source).is_file()
     return f"{source}{rest}" if only else f"{source}: {text}"

@@ -379,7 +379,7 @@ def _build_from_callable(
         raise ValueError(
             f"model {settings.label!r} failed to build for "
             f"{', '.join(f'{name}={value}' for name, value in shape.items())}, "
-            f"num_classes={num_classes}: {type(error).__name__}: {error}"
+            f"num_classes={num_classes}: {own_code.told(error, settings.name)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -393,7 +393,7 @@ def _build_from_callable(
     except Exception as error:
         raise ValueError(
             f"model {settings.label!r} failed on inputs of shape {list(inputs.shape)}: "
-            f"{type(error).__name__}: {error}"
+            f"{own_code.told(error, settings.name)}"
         ) from error
     if not isinstance(logits, torch.Tensor):
         raise ValueError(

@@ -142,3 +142,21 @@ def test_the_folder_of_a_package_is_known_without_running_it(folder: Path) -> No
     for name in ("own_package", "own_failing"):
         assert own_code.folder_of(name) == str(folder)
     assert own_code.folder_of("nowhere_at_all") is None
+
+
+def test_an_error_is_told_with_the_line_of_the_package_that_led_there(folder: Path) -> None:
+    (folder / "own_parts").mkdir()
+    (folder / "own_parts" / "__init__.py").write_text("")
+    (folder / "own_parts" / "nets.py").write_text(
+        "import json\n\ndef make():\n    return json.loads('{')\n"
+    )
+    make = own_code.load("own_parts.nets:make", "model")
+    with pytest.raises(ValueError, match="Expecting") as failed:
+        make()
+    # The error came up in the standard library; what can be changed is in the package.
+    told = own_code.told(failed.value, "own_parts.nets:make")
+    assert told.startswith("JSONDecodeError: Expecting property name")
+    assert told.endswith(f" ({folder / 'own_parts' / 'nets.py'}, line 4)")
+    with pytest.raises(TypeError) as wrong:
+        make(depth=2)
+    assert own_code.told(wrong.value, "own_parts.nets:make").endswith("'depth'")

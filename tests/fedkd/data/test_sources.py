@@ -1,11 +1,13 @@
 import io
 
 import datasets
+import httpx
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
 from fedkd.data import DataSettings
@@ -381,3 +383,57 @@ def test_a_class_that_only_test_rows_have_is_told(tmp_path, write_pictures, numb
     write_pictures(tmp_path / "zoo", "test", numbered(3), [0, 1, 2], class_names=names)
     source = open_source(DataSettings(source=str(tmp_path / "zoo")))
     assert any("no training row: emu; nobody can learn them" in note for note in source.notes)
+
+
+def test_a_name_that_is_nearly_a_known_one_is_answered_without_asking_anybody(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers.csv").write_text("a,label\n1,0\n")
+    for name, meant in (
+        ("mnistt", "ylecun/mnist"),
+        ("Digits", "digits"),
+        ("flowers", r"flowers\.csv"),
+    ):
+        with pytest.raises(ValueError, match=f"did you mean data.source={meant}\\?"):
+            open_source(DataSettings(source=name))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        (TimeoutError("too slow"), r"the hub does not answer \(TimeoutError: too slow\)"),
+        (
+            RepositoryNotFoundError(
+                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+            ),
+            "the hub has no dataset of this name",
+        ),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_is_used(monkeypatch, trouble, told):
+    asked = []
+
+    class Hub:
+        def __init__(self, endpoint):
+            pass
+
+        def dataset_info(self, name, *, timeout):
+            asked.append((name, timeout))
+            raise trouble
+
+    def load(*_, **__):
+        assert datasets.config.HF_HUB_OFFLINE
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match=told):
+        open_source(DataSettings(source="org/name"))
+    assert asked == [("org/name", 5.0)]
+    assert not datasets.config.HF_HUB_OFFLINE
