@@ -27,6 +27,7 @@ SCRIPTS = (
     "soak",
     "objective_overhead",
     "gradients",
+    "private_steps",
 )
 
 

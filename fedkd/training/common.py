@@ -360,6 +360,9 @@ class BackendCohort(Cohort):
             private = self._private.passes(private)
             key = self._fit_keys.next(private=True, attempt=self._private.attempt)
             rules = {name: self._private.rule(rules[name], key, method)}
+        for rule in rules.values():
+            if isinstance(rule, Clipped):
+                rule.check(len(members))
         measured = [
             name
             for name, rule in rules.items()

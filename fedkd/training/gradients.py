@@ -182,6 +182,18 @@ class Clipped(GradientRule):
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
+    def check(self, members: int) -> None:
+        """Refuse numbers for another number of members.
+
+        Raises:
+            ValueError: saying how many there are.
+        """
+        if isinstance(self.expected_batch, tuple) and len(self.expected_batch) != members:
+            raise ValueError(
+                f"expected_batch must be one for all or one for each of {members} members, got "
+                f"{len(self.expected_batch)}"
+            )
+
     def for_members(self, positions: Sequence[int]) -> "Clipped":
         """Return the rule with the numbers of some of a cohort's members, in this order."""
         if not isinstance(self.expected_batch, tuple):

@@ -621,7 +621,7 @@ class _Step:
                 if slot.dropout is not None and key is not None:
                     slot.dropout.begin(key, rows=own["number"], model=number)
                 seen, paths = self._taps[name]
-                changed = weights.get(name, {})
+                changed = slot.by_all_names(weights.get(name, {}))
                 logits = functional_call(slot.module, changed, (own["inputs"],), tie_weights=False)
                 alone[name] = Outputs(private=logits, features=dict(named(seen, paths)))
                 if name in self.fit.heads:

@@ -63,6 +63,11 @@ class Slot:
         self.dropout = connect_dropout(self.module)
         self.outside = Outside(self.module) if own_code else None
         self._parameters = dict(self.module.named_parameters())
+        first_name = {id(each): name for name, each in self._parameters.items()}
+        self._firsts = {
+            name: first_name[id(each)]
+            for name, each in self.module.named_parameters(remove_duplicate=False)
+        }
         self.optimizer = optimizer.build(self._parameters.values())
         self.tensors: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in self.module.state_dict().items()
@@ -84,6 +89,10 @@ class Slot:
     def learnt(self) -> list[nn.Parameter]:
         """The parameters that learn."""
         return list(self.learnt_by_name.values())
+
+    def by_all_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return other weights in the place of its own by all names of each: some have several."""
+        return {name: weights[first] for name, first in self._firsts.items() if first in weights}
 
     @contextmanager
     def with_optimizer(self, settings: OptimizerSettings | None) -> Iterator[None]:

@@ -227,12 +227,12 @@ def check_module(name: str, module: nn.Module, inputs: Tensor) -> None:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise PrivacyError(
                 f"layer {path!r} of model {name!r} is a {kind}, which mixes the rows of a step: "
-                "use norm: group"
+                "use norm: group, or a model without it"
             )
         if getattr(layer, "track_running_stats", False):
             raise PrivacyError(
                 f"layer {path!r} of model {name!r} is a {kind} that keeps running statistics of "
-                "private rows: use norm: group"
+                "private rows: use norm: group, or a model without it"
             )
         if getattr(layer, "max_norm", None) is not None:
             raise PrivacyError(

@@ -13,7 +13,6 @@ from fedkd.tensors import as_tensor
 from fedkd.training.cohort import TrainingData
 from fedkd.training.common import Fit, blanked
 from fedkd.training.feeds import Feed
-from fedkd.training.gradients import Clipped
 from fedkd.training.objectives import Batch
 
 
@@ -85,8 +84,6 @@ class StackedBatches:
         has_dropout: bool,
     ) -> None:
         self.first, self.order = first, order
-        # Where rows are clipped, no number of a row that was not drawn may enter a product.
-        self._blanks_inputs = any(isinstance(rule, Clipped) for rule in fit.rules.values())
         self.counts = [feed.steps for feed in feeds]
         self.total = self.counts[0]
         self.seed = int(np.bitwise_xor.reduce(seeds))
@@ -240,8 +237,6 @@ class StackedBatches:
                 dim=1,
             )
             rows["counted"] = every
-            if self._blanks_inputs:
-                rows["inputs"] = blanked(rows["inputs"], every)
             # A row's number among the rows that count: padding in front of it moves no mask.
             rows["numbers"] = every.cumsum(1).long() - 1
         for name, (of, values) in self._tables.items():

@@ -192,6 +192,15 @@ class Tied(nn.Module):
         return self.head(self.again(self.inner(self.first(x)).relu()))
 
 
+class SharedWeight(Tied):
+    """Two layers with one weight, which has a name in each."""
+
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.again = nn.Linear(8, 8)
+        self.again.weight = self.inner.weight
+
+
 class Lazy(nn.Module):
     def __init__(self, shape, classes):
         super().__init__()

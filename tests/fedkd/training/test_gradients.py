@@ -329,6 +329,31 @@ def test_each_of_two_models_has_its_own_norms(kind, method):
 
 @METHODS
 @BACKENDS
+def test_each_member_may_have_an_expected_batch_of_its_own(kind, method):
+    one, other = cohort_of(kind), cohort_of(kind)
+    before = one.weights()
+    one.fit(supervised, private=WHOLE, gradient=Clipped(0.8, (4.0, 8.0, 2.0), method))
+    for position, expected in enumerate((4.0, 8.0, 2.0)):
+        alone = cohort_of(kind)
+        alone.fit(supervised, private=WHOLE, gradient=Clipped(0.8, expected, method))
+        for name, array in one.weights()[position].items():
+            np.testing.assert_allclose(array, alone.weights()[position][name], atol=1e-9)
+            assert np.abs(array - before[position][name]).max() > 1e-6
+    with pytest.raises(ValueError, match="one for all or one for each of 3 members, got 2"):
+        other.fit(supervised, private=WHOLE, gradient=Clipped(0.8, (4.0, 8.0), method))
+
+
+def test_a_weight_with_two_names_gets_the_gradient_of_both():
+    tied = ModelSettings(name="odd_models:make", options={"kind": "SharedWeight"})
+    rule = Clipped(norm=0.5, expected_batch=8.0, method="vmap")
+    cohorts = [cohort_of(kind, model=tied) for kind in (LoopCohort, VmapCohort)]
+    for cohort in cohorts:
+        cohort.fit(supervised, private=WHOLE, gradient=rule)
+    assert difference(*cohorts) < 1e-9
+
+
+@METHODS
+@BACKENDS
 def test_one_row_moves_a_step_by_no_more_than_its_share(kind, method):
     # Multiplied by a thousand, a row's loss moves the weights by lr * norm / expected_batch.
     rule = Clipped(norm=0.3, expected_batch=4.0, method=method)
