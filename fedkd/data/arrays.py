@@ -13,7 +13,7 @@ of two splits, in small or capital letters. What inputs are, their axes say:
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int64
 
 from fedkd import own_code
 from fedkd.data.images import resize_pixels
-from fedkd.data.labels import LabelColumn, read_label_column
+from fedkd.data.labels import UNLABELLED, LabelColumn, read_label_column
 from fedkd.data.memory import memory_bytes
 from fedkd.data.natural_ids import NaturalIds, ReadIds, check_named
 from fedkd.data.partition_settings import NaturalPartition
@@ -140,6 +140,8 @@ def find_arrays(
     arrays: Mapping[str, np.ndarray],
     settings: DataSettings,
     encoder: TextEncoder | None = None,
+    *,
+    needs_labels: bool = True,
 ) -> Arrays:
     """Tell inputs and labels of each split among arrays.
 
@@ -147,6 +149,7 @@ def find_arrays(
         arrays: by name.
         settings: the table ``data``.
         encoder: of texts; None: one that fits them.
+        needs_labels: else training inputs without labels are found as well.
 
     Raises:
         ValueError: if there are none, or they do not fit together; names the array.
@@ -160,6 +163,11 @@ def find_arrays(
                 "text are read"
             )
     keys = {"train": _keys(arrays, "train"), "test": _keys(arrays, "test")}
+    if keys["train"] is None and not needs_labels:
+        found = _called(arrays, INPUTS, "inputs", "train")
+        if found and arrays[found].ndim:
+            arrays = {**arrays, "no labels": np.full(len(arrays[found]), UNLABELLED)}
+            keys = {"train": (found, "no labels"), "test": None}
     if keys["train"] is None:
         raise ValueError(
             f"there must be inputs (x_train or x) and labels (y_train or y), got "
@@ -216,19 +224,23 @@ def _of_objects(key: str) -> str:
 
 def _keys(arrays: Mapping[str, np.ndarray], split: str) -> tuple[str, str] | None:
     """Return what the inputs and the labels of a split are called; None where there are none."""
-    pair = []
-    for what, words in (("inputs", INPUTS), ("labels", LABELS)):
-        named = {f"{word}_{split}" for word in words} | {f"{split}_{word}" for word in words}
-        found = [key for key in arrays if key.lower() in named]
-        if not found and split == "train":
-            found = [key for key in arrays if key.lower() in words]
-        if len(found) > 1:
-            raise ValueError(
-                f"arrays {printable(' and '.join(found))} both look like the {what} of the split "
-                f"{split!r}: leave one out"
-            )
-        pair += found
-    return (pair[0], pair[1]) if len(pair) == 2 else None
+    inputs = _called(arrays, INPUTS, "inputs", split)
+    labels = _called(arrays, LABELS, "labels", split)
+    return (inputs, labels) if inputs and labels else None
+
+
+def _called(arrays: Mapping[str, np.ndarray], words: Sequence[str], what: str, split: str) -> str:
+    """Return what an array of a split is called; empty where there is none."""
+    named = {f"{word}_{split}" for word in words} | {f"{split}_{word}" for word in words}
+    found = [key for key in arrays if key.lower() in named]
+    if not found and split == "train":
+        found = [key for key in arrays if key.lower() in words]
+    if len(found) > 1:
+        raise ValueError(
+            f"arrays {printable(' and '.join(found))} both look like the {what} of the split "
+            f"{split!r}: leave one out"
+        )
+    return found[0] if found else ""
 
 
 def _vocabulary(arrays: Mapping[str, np.ndarray], settings: DataSettings) -> int | None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from fedkd.data.images import Pixels, open_image, stack_images
-from fedkd.data.labels import LabelColumn
+from fedkd.data.labels import UNLABELLED, LabelColumn
 from fedkd.data.natural_ids import NaturalIds, ids_from_names
 from fedkd.names import printable
 
@@ -23,7 +23,13 @@ class PictureFolder:
     """The picture files of one split; the folder that a file lies in names its class."""
 
     def __init__(
-        self, files: Sequence[Path], root: Path, *, depth: int, resize: tuple[int, int] | None
+        self,
+        files: Sequence[Path],
+        root: Path,
+        *,
+        depth: int,
+        resize: tuple[int, int] | None,
+        needs_labels: bool = True,
     ) -> None:
         """Check that all files lie equally deep.
 
@@ -32,6 +38,7 @@ class PictureFolder:
             root: the folder of the source.
             depth: how many folders below it say which split it is.
             resize: height and width that pictures are brought to.
+            needs_labels: else pictures may lie anywhere; then they have no labels.
 
         Raises:
             ValueError: if not, or if they lie in no folder of a class: it would be a guess which.
@@ -41,6 +48,9 @@ class PictureFolder:
         self._depth = depth
         self._resize = resize
         deep = {len(path.relative_to(root).parts): path for path in reversed(files)}
+        self._has_labels = len(deep) == 1 and min(deep) >= depth + 2
+        if not needs_labels:
+            return
         if len(deep) > 1:
             first, second = (self._name(path) for path in list(deep.values())[:2])
             raise ValueError(
@@ -54,6 +64,10 @@ class PictureFolder:
 
     def labels(self) -> LabelColumn:
         """Return the classes: the names of the folders, in alphabetical order."""
+        if not self._has_labels:
+            return LabelColumn(
+                self._name(self._files[0].parent), np.full(len(self._files), UNLABELLED)
+            )
         folders = [path.parent.name for path in self._files]
         names, numbers = np.unique(folders, return_inverse=True)
         return LabelColumn(

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64
 
 from fedkd.data.feature_shift import LUMA
 from fedkd.data.images import Pixels, resize_pixels
-from fedkd.data.settings import DataSettings
+from fedkd.data.settings import COLUMNS, DataSettings
 from fedkd.data.sources import Read, Source, open_source, source_digests, source_files
 from fedkd.data.splits import stratified_rows
 from fedkd.inputs import Kind
@@ -81,11 +81,8 @@ def source_settings(settings: DataSettings) -> DataSettings:
         update={
             "source": public.source,
             "config": public.config,
-            "image_column": public.image_column,
-            "label_column": public.label_column,
             "options": {},
-            "feature_columns": None,
-            "text_column": None,
+            **{name: getattr(public, name) for name in COLUMNS},
         }
     )
 
@@ -121,6 +118,8 @@ def public_source_digests(settings: DataSettings) -> dict[str, str]:
 def draw_public_rows(settings: DataSettings, private: Source, *, seed: int) -> PublicRows:
     """Draw ``data.public.size`` training rows of ``data.public.source``, stratified by its classes.
 
+    Of a source without labels all rows are alike.
+
     Args:
         settings: the table ``data``, with a source of public rows.
         private: the opened ``data.source``.
@@ -131,7 +130,9 @@ def draw_public_rows(settings: DataSettings, private: Source, *, seed: int) -> P
     """
     public = settings.public
     try:
-        source = open_source(source_settings(settings), private.encoder)
+        source = open_source(
+            source_settings(settings), private.encoder, needs_labels=public.labelled
+        )
     except ValueError as error:
         raise ValueError(_renamed(str(error))) from error
     if public.size > len(source.train.labels):
@@ -167,7 +168,7 @@ def _read(source: Source, rows: np.ndarray) -> Float32[np.ndarray, "rows *shape"
 
 def _renamed(text: str) -> str:
     """Let a sentence on a source speak of ``data.public.source``."""
-    for name in ("source", "config", "image_column", "label_column"):
+    for name in ("source", "config", *COLUMNS):
         text = text.replace(f"data.{name}", f"data.public.{name}")
     return text
 

@@ -112,6 +112,19 @@ class TextSettings(BaseModel):
     )
 
 
+COLUMNS = ("image_column", "feature_columns", "text_column", "label_column")
+"""Settings that name columns of a source; all but the last name its inputs."""
+
+
+def _check_one_kind(settings: BaseModel, section: str) -> None:
+    """Refuse columns of inputs of two kinds."""
+    named = [f"{section}.{name}" for name in COLUMNS[:-1] if getattr(settings, name) is not None]
+    if len(named) > 1:
+        raise ValueError(
+            f"{' and '.join(named)} name inputs of two kinds: name columns of one kind"
+        )
+
+
 class PublicSettings(BaseModel):
     """The public set: rows that every client and the server can see (``data.public``)."""
 
@@ -134,8 +147,19 @@ class PublicSettings(BaseModel):
     image_column: Text | None = Field(
         default=None, description="as data.image_column, of the public source"
     )
+    feature_columns: Names | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100_000,
+        description="as data.feature_columns, of the public source",
+    )
+    text_column: Text | None = Field(
+        default=None, description="as data.text_column, of the public source"
+    )
     label_column: Text | None = Field(
-        default=None, description="as data.label_column, of the public source"
+        default=None,
+        description="as data.label_column, of the public source, which needs none unless public "
+        "rows are labelled",
     )
     classes: Literal["by_name", "apart"] = Field(
         default="by_name",
@@ -152,12 +176,13 @@ class PublicSettings(BaseModel):
 
     @model_validator(mode="after")
     def _only_with_a_source(self) -> "PublicSettings":
-        for name in ("config", "image_column", "label_column"):
+        for name in ("config", *COLUMNS):
             if self.source is None and getattr(self, name) is not None:
                 raise ValueError(
                     f"data.public.{name} belongs to data.public.source, which is not set, got "
                     f"{getattr(self, name)!r}"
                 )
+        _check_one_kind(self, "data.public")
         if self.source is None and self.classes == "apart":
             raise ValueError("data.public.classes: apart needs a data.public.source")
         return self
@@ -283,15 +308,7 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _one_kind_of_input(self) -> "DataSettings":
-        named = [
-            f"data.{name}"
-            for name in ("image_column", "feature_columns", "text_column")
-            if getattr(self, name) is not None
-        ]
-        if len(named) > 1:
-            raise ValueError(
-                f"{' and '.join(named)} name inputs of two kinds: name columns of one kind"
-            )
+        _check_one_kind(self, "data")
         if self.views and self.public.source is not None:
             raise ValueError(
                 "data.views have public rows of data.source and of each view side by side: leave "

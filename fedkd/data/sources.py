@@ -25,13 +25,21 @@ from fedkd.data.labels import LabelColumn, common_classes, has_labels
 from fedkd.data.layouts import SINGLE_FILES, Layout, find_layout
 from fedkd.data.natural_ids import ReadIds, check_named, id_columns, no_ids, read_ids
 from fedkd.data.reading import AS_IT_IS, Reading
-from fedkd.data.settings import DataSettings, ViewSettings
-from fedkd.data.tables import ArrowTable, ParquetTable, Table, TableSplit, saved_features
+from fedkd.data.settings import COLUMNS, DataSettings, ViewSettings
+from fedkd.data.tables import (
+    ArrowTable,
+    NoLabelsError,
+    ParquetTable,
+    Table,
+    TableSplit,
+    saved_features,
+)
 from fedkd.data.texts import TextEncoder, plan_texts, read_texts
 from fedkd.inputs import Kind
 from fedkd.names import printable
 
-COLUMNS = ("image_column", "feature_columns", "text_column", "label_column")
+NO_COLUMN = "\0"
+"""What no column is called; an empty name is that of row numbers."""
 
 Read = Callable[[np.ndarray], Float32[np.ndarray, "_rows *_shape"]]
 
@@ -74,7 +82,9 @@ class Source:
     reading: Reading = AS_IT_IS
 
 
-def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> Source:
+def open_source(
+    settings: DataSettings, encoder: TextEncoder | None = None, *, needs_labels: bool = True
+) -> Source:
     """Find ``settings.source`` and read its labels.
 
     ``digits`` is scikit-learn's; ``package.module:callable`` is called; what exists as a folder or
@@ -85,6 +95,8 @@ def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> S
     Args:
         settings: the table ``data``.
         encoder: of texts; None: one that fits them.
+        needs_labels: else a source of files, folders or arrays without labels, or of one class,
+            is read as well: all its training rows are of one class without a name.
 
     Raises:
         ValueError: if the source, its columns or its labels cannot be used; says what would work.
@@ -98,21 +110,25 @@ def open_source(settings: DataSettings, encoder: TextEncoder | None = None) -> S
     if own_code.is_own_code(settings.source):
         _reject(settings, "config", *COLUMNS)
         with _naming(settings):
-            return _arrays(own_arrays(settings), settings.source, settings, encoder)
+            return _arrays(
+                own_arrays(settings), settings.source, settings, encoder, needs_labels=needs_labels
+            )
     path = _local_path(settings)
     if path is None:
-        return hugging_face_dataset(settings, encoder=encoder)
+        return hugging_face_dataset(settings, encoder=encoder, needs_labels=needs_labels)
     _reject(settings, "config")
     layout = find_layout(path, settings.source)
     name = printable(path.resolve().name)
     if layout.kind == "pictures":
         _reject(settings, *COLUMNS)
-        return _picture_folder(layout, path, name, settings)
+        return _picture_folder(layout, path, name, settings, needs_labels=needs_labels)
     if layout.kind == "npz":
         _reject(settings, *COLUMNS)
         with _naming(settings):
-            return _arrays(npz_arrays(layout.train[0]), name, settings, encoder)
-    return _local_tables(layout, name, settings, encoder)
+            return _arrays(
+                npz_arrays(layout.train[0]), name, settings, encoder, needs_labels=needs_labels
+            )
+    return _local_tables(layout, name, settings, encoder, needs_labels=needs_labels)
 
 
 def with_classes(source: Source, class_names: tuple[str, ...]) -> Source:
@@ -269,22 +285,39 @@ def _resized(source: Source, settings: DataSettings) -> Source:
 # --- files and folders ------------------------------------------------------------------------
 
 
-def _picture_folder(layout: Layout, root: Path, name: str, settings: DataSettings) -> Source:
+def _picture_folder(
+    layout: Layout, root: Path, name: str, settings: DataSettings, *, needs_labels: bool
+) -> Source:
     splits, reads = {}, {}
     ids: ReadIds = no_ids
     check_named(settings.partition, settings.source, [FOLDER])
     with _naming(settings):
         for split, files, depth in layout.splits():
-            folder = PictureFolder(files, root, depth=depth, resize=settings.resize)
+            folder = PictureFolder(
+                files, root, depth=depth, resize=settings.resize, needs_labels=needs_labels
+            )
             splits[split], reads[split] = [folder.labels()], folder.read
             ids = folder.ids if split == "train" else ids
         classes = f"the folders of data.source {settings.source!r}"
-        source = _labelled(name, splits, reads, classes, layout.left_aside, settings)
+        source = _labelled(
+            name,
+            splits,
+            reads,
+            classes,
+            layout.left_aside,
+            settings,
+            needs_labels=needs_labels,
+        )
         return replace(source, ids=ids)
 
 
 def _local_tables(
-    layout: Layout, name: str, settings: DataSettings, encoder: TextEncoder | None
+    layout: Layout,
+    name: str,
+    settings: DataSettings,
+    encoder: TextEncoder | None,
+    *,
+    needs_labels: bool,
 ) -> Source:
     with _naming(settings):
         tables: Mapping[str, Sequence[Table]]
@@ -295,7 +328,14 @@ def _local_tables(
                 split: [_open_table(path, layout) for path in files]
                 for split, files, _ in layout.splits()
             }
-        return _tables(tables, name, settings, left_aside=layout.left_aside, encoder=encoder)
+        return _tables(
+            tables,
+            name,
+            settings,
+            left_aside=layout.left_aside,
+            encoder=encoder,
+            needs_labels=needs_labels,
+        )
 
 
 def _open_table(path: Path, layout: Layout) -> Table:
@@ -309,13 +349,23 @@ def _arrays(
     name: str,
     settings: DataSettings,
     encoder: TextEncoder | None,
+    *,
+    needs_labels: bool,
 ) -> Source:
-    found = find_arrays(arrays, settings, encoder)
+    found = find_arrays(arrays, settings, encoder, needs_labels=needs_labels)
     if found.kind != "pictures":
         _reject_resize(settings, found.kind)
     labels = {split: [column] for split, column in found.labels.items()}
     classes = f"labels of data.source {settings.source!r}"
-    source = _labelled(name, labels, found.reads, classes, found.left_aside, settings)
+    source = _labelled(
+        name,
+        labels,
+        found.reads,
+        classes,
+        found.left_aside,
+        settings,
+        needs_labels=needs_labels,
+    )
     vocabulary = found.vocabulary if found.encoder is None else found.encoder.vocabulary
     return replace(
         source,
@@ -343,6 +393,7 @@ def hugging_face_dataset(
     cache_folder: Path | None = None,
     *,
     encoder: TextEncoder | None = None,
+    needs_labels: bool = True,
 ) -> Source:
     """Load ``settings.source`` with ``datasets``; the first time this needs a network.
 
@@ -350,6 +401,7 @@ def hugging_face_dataset(
         settings: ``source`` and ``config`` as ``datasets.load_dataset`` takes them.
         cache_folder: where the dataset is kept; ``None``: where ``datasets`` keeps all of them.
         encoder: of texts; ``None``: one that fits them.
+        needs_labels: see `open_source`.
     """
     splits = hugging_face_tables(settings, cache_folder)
     if "train" not in splits:
@@ -368,6 +420,7 @@ def hugging_face_dataset(
             left_aside=left_aside,
             paths_are_pictures=True,
             encoder=encoder,
+            needs_labels=needs_labels,
         )
 
 
@@ -382,12 +435,18 @@ def _tables(
     left_aside: Sequence[str],
     paths_are_pictures: bool = False,
     encoder: TextEncoder | None = None,
+    needs_labels: bool = True,
 ) -> Source:
     splits = {
         split: TableSplit(of_split, settings, paths_are_pictures=paths_are_pictures)
         for split, of_split in tables.items()
     }
-    label_column = splits["train"].label_column()
+    try:
+        label_column = splits["train"].label_column()
+    except NoLabelsError:
+        if needs_labels:
+            raise
+        label_column = NO_COLUMN
     check_named(settings.partition, settings.source, id_columns(tables["train"][0], label_column))
     labels = {split: of_split.labels(label_column) for split, of_split in splits.items()}
     inputs = splits["train"].input_columns(label_column)
@@ -415,7 +474,9 @@ def _tables(
         reading = Reading(columns=tuple(plan))
     classes = f"data.label_column {label_column!r} of data.source {settings.source!r}"
     left_aside = (*left_aside, *(f"column {printable(name)!r}" for name in inputs.left_aside))
-    source = _labelled(name, labels, reads, classes, left_aside, settings)
+    source = _labelled(
+        name, labels, reads, classes, left_aside, settings, needs_labels=needs_labels
+    )
     source = replace(source, kind=kind, ids=partial(read_ids, tables["train"]))
     if inputs.kind != "text" or encoder is None:
         return replace(source, reading=reading)
@@ -429,6 +490,8 @@ def _labelled(
     classes: str,
     left_aside: Sequence[str],
     settings: DataSettings,
+    *,
+    needs_labels: bool,
 ) -> Source:
     """Number the classes of all splits alike, and leave a test split without labels aside."""
     notes = []
@@ -438,6 +501,10 @@ def _labelled(
         notes.append(f"data.source {settings.source!r}: not read: {shown}{more}")
     if not any(len(column.numbers) for column in labels["train"]):
         raise ValueError(f"data.source {settings.source!r} has no rows in split 'train'")
+    if not needs_labels and not _tell_classes_apart(labels["train"]):
+        rows = sum(len(column.numbers) for column in labels["train"])
+        everything = LabelledRows(np.zeros(rows, np.int64), reads["train"])
+        return Source(name, ("",), everything, None, tuple(notes))
     if "test" in labels and not has_labels(labels["test"]):
         labels = {"train": labels["train"]}
         notes.append(
@@ -459,6 +526,15 @@ def _labelled(
         split: LabelledRows(numbers, reads[split]) for split, numbers in found.numbers.items()
     }
     return Source(name, found.names, splits["train"], splits.get("test"), tuple(notes))
+
+
+def _tell_classes_apart(columns: Sequence[LabelColumn]) -> bool:
+    """Tell whether rows are of more than one class, at first sight."""
+    if not has_labels(columns):
+        return False
+    if any(column.names is not None for column in columns):
+        return len({name for column in columns for name in column.names or ()}) > 1
+    return len({number for column in columns for number in np.unique(column.numbers)}) > 1
 
 
 @contextmanager

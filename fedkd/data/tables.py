@@ -47,6 +47,10 @@ Features = Mapping[str, Any]
 """What ``datasets`` notes about columns: name -> ``{"_type": "Image"}`` and the like."""
 
 
+class NoLabelsError(ValueError):
+    """A source does not say which classes its rows are of."""
+
+
 class Table(ABC):
     """One file of rows."""
 
@@ -478,7 +482,7 @@ def _label_column(table: Table, settings: DataSettings) -> str:
     others = [name for name in OTHER_LABEL_COLUMNS if name in names]
     if others:
         return others[0]
-    raise ValueError(
+    raise NoLabelsError(
         f"data.label_column must name the column of classes of data.source {settings.source!r}; "
         f"known: {_columns(table)}"
     )

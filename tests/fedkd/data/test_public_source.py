@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedkd.data import DataSettings, build_federated_data, public_source_files
 from fedkd.data.public_source import LUMA, matched
@@ -116,3 +117,73 @@ def test_files_of_the_public_source_are_known(letters, others):
     (file,) = public_source_files(settings)
     assert file.parent.name == "others"
     assert public_source_files(DataSettings(source=letters)) == ()
+
+
+# --- without labels, and with columns that are named --------------------------------------------
+
+
+def write_flat_pictures(folder, count=60):
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(np.full((6, 4), number, np.uint8)).save(folder / f"{number:02}.png")
+
+
+def test_pictures_in_one_folder_are_public_rows_where_labels_are_not_needed(letters, tmp_path):
+    write_flat_pictures(tmp_path / "flat")
+    data = build(letters, source=str(tmp_path / "flat"))
+    shade = data.public_inputs * data.channel_std[0] + data.channel_mean[0]
+    assert len(np.unique(np.rint(shade[:, 0, 0, 0] * 255))) == 40
+    assert data.class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match="lies in no folder that is named after its class"):
+        build(letters, source=str(tmp_path / "flat"), labelled=True)
+    # Pictures in one folder more are of one class, which tells nothing apart.
+    (tmp_path / "flat").rename(tmp_path / "unknown")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "unknown").rename(tmp_path / "all" / "unknown")
+    assert build(letters, source=str(tmp_path / "all")).public_inputs.shape == (40, 1, 3, 2)
+
+
+@pytest.fixture
+def people(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f"{a:.3f},{b:.3f},{n % 3}" for n, (a, b) in enumerate(rng.normal(size=(150, 2)))]
+    (tmp_path / "people.csv").write_text("\n".join(["a,b,label", *rows]))
+    return str(tmp_path / "people.csv")
+
+
+def test_a_table_or_arrays_without_labels_are_public_rows(people, tmp_path):
+    rows = np.random.default_rng(1).normal(size=(80, 2)).round(3)
+    lines = [f"{n},{b},{a}" for n, (a, b) in enumerate(rows)]
+    (tmp_path / "others.csv").write_text("\n".join([",b,a", *lines]))  # as pandas writes it
+    np.savez(tmp_path / "others.npz", x=rows)
+    for name, table in (
+        ("others.csv", {"feature_columns": ["a", "b"]}),
+        ("others.npz", {}),
+    ):
+        data = build(people, source=str(tmp_path / name), **table)
+        found = data.public_inputs * data.channel_std + data.channel_mean
+        known = {tuple(row) for row in rows}
+        assert {tuple(row) for row in found.astype(float).round(3)} <= known
+        with pytest.raises(ValueError, match=r"data\.public\.(label_column|source)"):
+            build(people, source=str(tmp_path / name), labelled=True, **table)
+
+
+def test_the_text_column_of_the_public_source_is_named(tmp_path):
+    words = ["aab", "abb", "bab", "bba", "aaa", "bbb"]
+    for name, column in (("own", "said"), ("others", "written")):
+        lines = [f"{words[n % 6]}{n % 10},note {n},{n % 2}" for n in range(150)]
+        if name == "others":
+            lines = [f"{words[n % 6]}x{n % 7},note {n},{n % 2}" for n in range(150)]
+        (tmp_path / f"{name}.csv").write_text("\n".join([f"{column},note,label", *lines]))
+    table = {**SMALL, "source": str(tmp_path / "own.csv"), "text_column": "said"}
+    public = {"size": 40, "source": str(tmp_path / "others.csv"), "text_column": "written"}
+    settings = DataSettings.model_validate({**table, "public": public})
+    data = build_federated_data(settings, num_clients=3, seed=5)
+    assert data.public_inputs.shape == (40, data.train_inputs.shape[1])
+    public["text_column"] = "said"
+    with pytest.raises(ValueError, match=r"^data\.public\.text_column must name a column"):
+        build_federated_data(
+            DataSettings.model_validate({**table, "public": public}), num_clients=3, seed=5
+        )
+    with pytest.raises(ValueError, match=r"feature_columns and data\.public\.text_column name"):
+        DataSettings.model_validate({"public": {**public, "feature_columns": ["note"]}})
