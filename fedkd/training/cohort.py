@@ -396,6 +396,8 @@ class Cohort(ABC):
 
         Raises:
             VmapUnsupportedError: if the members are stacked and ``objective`` cannot be.
+            PrivacyError: under private learning, for what would tell of private rows past the
+                noise, and for more steps than were paid for.
             ValueError: for names that nobody has, tables and lessons that do not fit the members,
                 outputs to keep of a fit without private rows, and models whose head cannot be told
                 apart.

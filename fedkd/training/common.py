@@ -346,9 +346,11 @@ class BackendCohort(Cohort):
             )
         rules = rules_of(gradient, learning)
         key: FitKey | None = None
-        if self._private is not None and private is not None:
+        # An objective without a term in force takes no step.
+        idle = isinstance(objective, ComposedObjective) and objective.idle
+        if self._private is not None and private is not None and not idle:
             has_parts = bool(parts)
-            if isinstance(objective, ComposedObjective) and not objective.idle:
+            if isinstance(objective, ComposedObjective):
                 bound = self._pool.bound(
                     objective,
                     self._models | {name: self._models[own] for name, own in like.items()},

@@ -324,6 +324,27 @@ def test_both_backends_take_the_same_steps_with_ragged_and_empty_batches(options
         assert cohorts[1].metrics()[1][name] == pytest.approx(value, rel=1e-9), name
 
 
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_texts_are_read_in_empty_batches_too(name):
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 7, (sum(SIZES), 5), generator=draw).to(torch.float32)
+    data = TrainingData(
+        train_inputs=tokens,
+        train_labels=torch.randint(3, (sum(SIZES),), generator=draw),
+        public_inputs=tokens[:0],
+        public_labels=None,
+        num_classes=3,
+        vocabulary=7,
+    )
+    small = {"mlp": {"hidden": [6]}, "transformer": {"dim": 8, "depth": 1}}[name]
+    model = ModelSettings(name=name, options=small)
+    cohorts = [cohort_of(backend, model=model, data=data, batch_size=1) for backend in BOTH]
+    for cohort in cohorts:
+        cohort.fit(supervised, private=Passes(batch_size=1, steps=6))
+    assert difference(*cohorts) < 1e-5
+    assert all(np.isfinite(flat(own)).all() for own in cohorts[0].weights())
+
+
 def test_these_batches_are_ragged_and_some_are_empty():
     drawn = []
 
@@ -757,6 +778,16 @@ def test_other_batches_and_more_steps_than_were_paid_for_are_refused(backend):
     # A member without steps pays for none.
     none = Passes(batch_size=4, epochs=0)
     cohort.fit(supervised, private=[PASSES, PASSES, none])
+
+
+@BACKENDS
+def test_an_objective_without_a_term_in_force_pays_for_no_step(backend):
+    cohort = cohort_of(backend, most_steps=(0,) * 3)
+    off = ComposedObjective(
+        learners={"model": Learner(objective=Objective.model_validate({"ce": 0.0}))}
+    )
+    cohort.fit(off, private=PASSES)
+    untouched(cohort)
 
 
 @BACKENDS
