@@ -24,7 +24,8 @@ from fedkd.distillation.settings import DistillSettings
 from fedkd.exchange.adversaries import ADVERSARIES, Adversary
 from fedkd.exchange.codecs import CODECS, Codec
 from fedkd.exchange.kinds import Stage
-from fedkd.exchange.release import RELEASE_RULES, ReleaseRule
+from fedkd.exchange.mechanisms import MECHANISMS
+from fedkd.exchange.release import ReleaseRule
 from fedkd.exchange.views import VIEWS, View
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
@@ -63,7 +64,7 @@ CHOSEN = {
 STAGES: dict[type[Stage], Any] = {
     Codec: CODECS,
     View: VIEWS,
-    ReleaseRule: RELEASE_RULES,
+    ReleaseRule: MECHANISMS,
     Adversary: ADVERSARIES,
 }
 """Stages of the exchange: the table of their kinds."""

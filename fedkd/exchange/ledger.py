@@ -1,6 +1,6 @@
 """The ledger: what was released of whose data, and what that cost."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class Cost(Value):
     """
 
     mechanism: str
-    figures: Mapping[str, float]
+    figures: Mapping[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Charge(Value):
     """Releases of one round at one cost.
 
     Attributes:
-        round: of the run. Of a server: the round whose result is sent.
+        round: of the run.
         by: who released.
         cost: of each release.
-        clients: int64, whose answers, one entry a release; of a server: none.
+        clients: int64, whose answers: one entry a release of a client's own; of a server's release
+            all clients whose answers are in it.
         attempts: int64, the so many-th answer of that client in this round.
-        sent: of a server: what was sent, one entry a release.
+        sent: of a server: what was released, such as the mean of one architecture.
     """
 
     round: int
@@ -43,7 +44,7 @@ class Charge(Value):
     cost: Cost
     clients: np.ndarray
     attempts: np.ndarray
-    sent: tuple[str, ...] = ()
+    sent: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,12 @@ class Ledger(Value):
     charges: tuple[Charge, ...] = ()
 
     def of_client(self, client: int) -> list[tuple[int, Cost]]:
-        """Return (round, cost) of everything that a client itself released."""
+        """Return (round, cost) of everything that was released with a client's answer in it."""
         return [
             (charge.round, charge.cost)
             for charge in self.charges
-            if charge.by == "client"
             for other in charge.clients
             if other == client
-        ]
-
-    def of_server(self) -> list[tuple[int, Cost]]:
-        """Return (round, cost) of everything that the server released."""
-        return [
-            (charge.round, charge.cost)
-            for charge in self.charges
-            if charge.by == "server"
-            for _ in charge.sent
         ]
 
     def rows(self, since: int = 0) -> list[dict[str, Any]]:
@@ -83,10 +74,11 @@ class Ledger(Value):
                 "by": charge.by,
                 "mechanism": charge.cost.mechanism,
                 "figures": dict(charge.cost.figures),
+                "clients": charge.clients.tolist(),
                 **(
-                    {"clients": charge.clients.tolist(), "attempts": charge.attempts.tolist()}
+                    {"attempts": charge.attempts.tolist()}
                     if charge.by == "client"
-                    else {"sent": list(charge.sent)}
+                    else {"sent": charge.sent}
                 ),
             }
             for charge in self.charges[since:]
@@ -95,7 +87,7 @@ class Ledger(Value):
 
 @dataclass(slots=True)
 class OpenLedger:
-    """A ledger that a round writes into; what is sent again in one round costs once.
+    """A ledger that a round writes into.
 
     Attributes:
         before: the ledger that it goes on from.
@@ -103,29 +95,25 @@ class OpenLedger:
 
     before: Ledger
     _pages: dict[Any, "_Page"] = field(default_factory=dict)
-    _sent: set[tuple[int, str]] | None = None
 
     def charge_client(self, round: int, client: int, attempt: int, cost: Cost) -> None:
         """Enter what a client is about to release."""
-        page = self._page(round, "client", cost)
+        page = self._page(round, "client", cost, "")
         page.clients.append(client)
         page.attempts.append(attempt)
 
-    def charge_server(self, round: int, sent: str, cost: Cost) -> None:
-        """Enter what the server is about to release, unless it did so before.
+    def charge_server(self, round: int, sent: str, clients: Iterable[int], cost: Cost) -> None:
+        """Enter what a trusted server is about to release.
 
         Args:
-            round: whose result is sent.
-            sent: names it among all that the server sends of that round.
-            cost: of it.
+            round: of the answers.
+            sent: names it among all that the server releases of that round.
+            clients: whose answers are in it.
+            cost: to each of them.
         """
-        if self._sent is None:
-            self._sent = {
-                (charge.round, name) for charge in self.before.charges for name in charge.sent
-            }
-        if (round, sent) not in self._sent:
-            self._sent.add((round, sent))
-            self._page(round, "server", cost).sent.append(sent)
+        page = self._page(round, "server", cost, sent)
+        page.clients.extend(clients)
+        page.attempts.extend([1] * (len(page.clients) - len(page.attempts)))
 
     def closed(self) -> Ledger:
         """Return the ledger with all that was entered."""
@@ -133,9 +121,9 @@ class OpenLedger:
             return self.before
         return Ledger((*self.before.charges, *(page.charge() for page in self._pages.values())))
 
-    def _page(self, round: int, by: Releaser, cost: Cost) -> "_Page":
-        key = round, by, cost.mechanism, tuple(sorted(cost.figures.items()))
-        return self._pages.setdefault(key, _Page(round, by, cost))
+    def _page(self, round: int, by: Releaser, cost: Cost, sent: str) -> "_Page":
+        key = round, by, sent, cost.mechanism, tuple(sorted(cost.figures.items()))
+        return self._pages.setdefault(key, _Page(round, by, cost, sent))
 
 
 @dataclass(slots=True)
@@ -143,9 +131,9 @@ class _Page:
     round: int
     by: Releaser
     cost: Cost
+    sent: str
     clients: list[int] = field(default_factory=list)
     attempts: list[int] = field(default_factory=list)
-    sent: list[str] = field(default_factory=list)
 
     def charge(self) -> Charge:
         return Charge(
@@ -154,5 +142,5 @@ class _Page:
             self.cost,
             np.array(self.clients, np.int64),
             np.array(self.attempts, np.int64),
-            tuple(self.sent),
+            self.sent,
         )

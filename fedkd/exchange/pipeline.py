@@ -1,7 +1,8 @@
 """The exchange: what happens to a payload between the client that makes it and the server.
 
-Client: ``adversary`` -> ``release`` -> ``encode``. Server: ``decode`` -> ``check`` -> ``view`` ->
-aggregate -> ``release`` -> ``encode``, and the client decodes what comes down. `Stages` says which.
+Client: ``adversary`` -> ``release`` -> ``encode``. Server: ``decode`` -> ``check`` -> ``view``, or
+``release`` of the mean where the server is trusted -> aggregate -> ``encode``, and the client
+decodes what comes down. `Stages` says which.
 
 At a client, once a call::
 
@@ -32,7 +33,7 @@ memory, also where a client's state cannot be taken back. A client that lost its
 nothing, and says so; one that cannot decode raises `MemoryLostError`: then `ServerTurn.forget` it.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from types import MappingProxyType
@@ -43,12 +44,22 @@ import numpy as np
 from fedkd.exchange.adversaries import Adversary, NoAdversary
 from fedkd.exchange.budget import EXACT, LADDER, NO_BUDGET, BudgetError, Levels, Share, best_within
 from fedkd.exchange.codecs import Codec, Float32
-from fedkd.exchange.ledger import Ledger, OpenLedger
+from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
+from fedkd.exchange.mechanisms import WantedNoise
+from fedkd.exchange.mechanisms.sensitivity import form_of, form_of_payload
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads.encoded import Encoded
-from fedkd.exchange.release import NoRelease, Occasion, ReleaseRule, Where
-from fedkd.exchange.values import Arrays, Value, flatten
-from fedkd.exchange.views import All, Upload, View, Weighting
+from fedkd.exchange.release import (
+    Form,
+    NoRelease,
+    Occasion,
+    PrivateSteps,
+    ReleaseRule,
+    Where,
+)
+from fedkd.exchange.spending import PrivacyBudget
+from fedkd.exchange.values import Arrays, Value, digest, flatten
+from fedkd.exchange.views import All, Sum, Upload, View, Weighting
 from fedkd.randomness import Purpose, generator_for
 
 PREFIX = "exchange/"
@@ -75,7 +86,9 @@ class Stages:
         down: codec of what the server sends.
         view: what the server sees of the answers.
         release: how what is released is protected.
-        where: who protects it.
+        where: who protects it: each client its answer, or a trusted server the mean of all.
+        delta: of the guarantee.
+        budget: that no client's releases may exceed; None: there is none.
         adversary: who sends something else.
     """
 
@@ -83,7 +96,9 @@ class Stages:
     down: Codec = field(default_factory=Float32)
     view: View = field(default_factory=All)
     release: ReleaseRule = field(default_factory=NoRelease)
-    where: Where = "clients"
+    where: Where = "client"
+    delta: int | float = 1e-5
+    budget: PrivacyBudget | None = None
     adversary: Adversary = field(default_factory=NoAdversary)
 
     @property
@@ -109,12 +124,12 @@ class Stages:
             ValueError: names the setting and what would work.
         """
         up, down = list(up), list(down)
-        released = up if self.where == "clients" else down
         reasons = [
             *(("exchange.up", self.up.refuses(kind)) for kind in up),
             *(("exchange.down", self._refused_down(kind)) for kind in down),
             *(("exchange.view", self.view.refuses(kind, sums)) for kind in up),
-            *(("privacy.release", self.release.refuses(kind, self.where)) for kind in released),
+            *(("privacy.mechanism", self.release.refuses(kind, self.where)) for kind in up),
+            ("exchange.up", self._unwritable()),
         ]
         for setting, reason in reasons:
             if reason is not None:
@@ -133,6 +148,19 @@ class Stages:
         reason = self.view.refuses_asked(asked)
         if reason is not None:
             raise ValueError(f"exchange.view {self.view.kind}: {reason}")
+        reason = self.release.refuses_asked(asked)
+        if reason is not None:
+            raise ValueError(f"privacy.mechanism {self.release.kind}: {reason}")
+
+    def _unwritable(self) -> str | None:
+        """Return why a codec cannot write what is released at a client."""
+        known = self.release.codecs
+        if self.where != "client" or not known or self.up.kind in known:
+            return None
+        return (
+            f"it cannot write what privacy.mechanism {self.release.kind} releases, which are no "
+            f"distributions; use one of {', '.join(sorted(known))}"
+        )
 
     def _refused_down(self, kind: type[Payload]) -> str | None:
         if kind.is_added and not self.down.exact:
@@ -153,7 +181,7 @@ class Stages:
             "exchange.up": self.up,
             "exchange.down": self.down,
             "exchange.view": self.view,
-            "privacy.release": self.release,
+            "privacy.mechanism": self.release,
         }
         return stages[setting].kind
 
@@ -182,14 +210,12 @@ class ExchangeState(Value):
 
     Attributes:
         changed: the last round that was complete; what the server sends is of that round.
-        answers: how many answers were good in it.
         clients: what codecs remember, of those of whom they do.
         ledger: what was released so far.
         spent: bytes that were exchanged so far, both ways.
     """
 
     changed: int = 0
-    answers: int = 0
     clients: Mapping[int, Remembered] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     spent: int = 0
@@ -202,11 +228,13 @@ class Standing(NamedTuple):
         arrays: that it keeps, by name; others than ours are passed over.
         since: the round that the server names.
         levels: that the server has chosen under a budget.
+        releases: planned of it in the whole run.
     """
 
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
     since: int = 0
     levels: Levels = NO_BUDGET
+    releases: int = 1
 
 
 @dataclass(frozen=True)
@@ -250,7 +278,6 @@ class ClientTurn:
     Args:
         stages: of the run.
         seed: of the run.
-        rounds: of the run.
         round: of the call, 1-based.
         attempt: the so many-th in this round.
         clients: who is called, and where the exchange with each stands.
@@ -261,18 +288,17 @@ class ClientTurn:
         stages: Stages,
         *,
         seed: int,
-        rounds: int,
         round: int,
         attempt: int,
         clients: Mapping[int, Standing],
     ) -> None:
         self._stages = stages
         self._seed = seed
-        self._rounds = rounds
         self._round = round
         self._attempt = attempt
         self._since = {client: standing.since for client, standing in clients.items()}
         self._levels = {client: standing.levels for client, standing in clients.items()}
+        self._releases = {client: standing.releases for client, standing in clients.items()}
         self._before: dict[int, dict[int, _Snapshot]] = {}
         if stages.remember:
             self._before = {c: _snapshots_in(standing.arrays) for c, standing in clients.items()}
@@ -303,24 +329,19 @@ class ClientTurn:
         self._received |= opened
         return opened
 
-    def send(
-        self,
-        honest: Mapping[int, Payload | None],
-        asked: Mapping[int, Asked] = MappingProxyType({}),
-    ) -> dict[int, Payload | None]:
+    def send(self, honest: Mapping[int, Payload | None]) -> dict[int, Payload | None]:
         """Return what leaves each client.
 
         Args:
             honest: what the algorithm's client half returned, by client.
-            asked: what each has to answer, for rules that look at its form.
         """
         answers = {client: payload for client, payload in honest.items() if payload is not None}
         answers |= self._instead(answers)
         sent: dict[int, Payload | None] = dict.fromkeys(honest)
         for client, answer in answers.items():
             payload = answer
-            if self._stages.where == "clients":
-                payload = self._released(client, payload, asked.get(client))
+            if self._stages.where == "client":
+                payload = self._released(client, payload)
             sent[client] = self._encoded(client, payload)
         return sent
 
@@ -372,12 +393,21 @@ class ClientTurn:
             )
         return replaced
 
-    def _released(self, client: int, payload: Payload, asked: Asked | None) -> Payload:
+    def _released(self, client: int, payload: Payload) -> Payload:
         rule = self._stages.release
         if isinstance(rule, NoRelease):
             return payload
-        occasion = Occasion(where="clients", round=self._round, rounds=self._rounds, asked=asked)
-        return rule.release(payload, occasion, self._rng(Purpose.RELEASE, client))
+        occasion = Occasion(
+            where="client",
+            round=self._round,
+            releases=self._releases[client],
+            delta=self._stages.delta,
+            form=form_of_payload(payload),
+        )
+        bounded = rule.bounded(payload)
+        # Of another answer other noise: two answers with one noise would give their difference.
+        rng = self._rng(Purpose.RELEASE, client, told_apart(bounded))
+        return rule.release(bounded, occasion, rng)
 
     def _encoded(self, client: int, payload: Payload) -> Payload | None:
         levels = self._levels.get(client, NO_BUDGET)
@@ -400,12 +430,24 @@ class ClientTurn:
             return replace(sent, since=0 if held is None else self._since[client])
         return sent
 
-    def _rng(self, purpose: Purpose, client: int) -> np.random.Generator:
+    def _rng(self, purpose: Purpose, client: int, *more: int) -> np.random.Generator:
         # Of each attempt its own: noise that comes twice under two answers can be taken off.
-        return generator_for(self._seed, purpose, self._round, _UP, client, self._attempt)
+        return generator_for(self._seed, purpose, self._round, _UP, client, self._attempt, *more)
 
 
 # -- the server's side ---------------------------------------------------------------------------
+
+
+class Planned(NamedTuple):
+    """What a client releases in a run, as far as it is planned.
+
+    Attributes:
+        releases: how many, at most.
+        learning: what its learning in this round costs, where that is protected.
+    """
+
+    releases: int = 1
+    learning: PrivateSteps | None = None
 
 
 class Outgoing(NamedTuple):
@@ -429,8 +471,8 @@ class ServerTurn:
         stages: of the run.
         before: what the exchange remembers.
         seed: of the run.
-        rounds: of the run.
         round: 1-based.
+        plan: what each client releases in the run; None: once, and does not learn.
         shares: of each client under a budget; it may change between attempts. None: there is none.
 
     Attributes:
@@ -443,27 +485,27 @@ class ServerTurn:
         before: ExchangeState,
         *,
         seed: int,
-        rounds: int,
         round: int,
+        plan: Callable[[int], "Planned"] | None = None,
         shares: Mapping[int, Share] | None = None,
     ) -> None:
         self._stages = stages
         self._before = before
         self._seed = seed
-        self._rounds = rounds
         self._round = round
+        self._plan = plan or (lambda _: Planned())
+        self._form: Form | None = None
         self._ledger = OpenLedger(before.ledger)
         self._clients = dict(before.clients)
         self._forgotten: set[int] = set()
         self._wanted: dict[tuple[int, int | None], tuple[Asked, Asked]] = {}
         self._shares = shares
         self.levels: dict[int, Levels] = {}
-        self._released: dict[Hashable, Payload] = {}
+        self._made: dict[Hashable, Payload] = {}
         self._shared: dict[Hashable, Payload] = {}
         self._down: dict[int, Arrays] = {}
         self._told: dict[int, tuple[Payload, Arrays]] = {}
         self._received: dict[int, tuple[Payload, Arrays]] = {}
-        self._answers = 0
 
     def send(
         self,
@@ -472,6 +514,7 @@ class ServerTurn:
         make: Callable[[Hashable], Payload],
         *,
         asked: Asked | None,
+        trains: bool = True,
         attempt: int = 1,
         beside: int = 0,
     ) -> Outgoing:
@@ -483,6 +526,7 @@ class ServerTurn:
                 encoded once where the codec has no memory.
             make: returns what a key names.
             asked: what the client has to answer; None: nothing.
+            trains: whether it is to learn; else it is judged.
             attempt: the so many-th in this round.
             beside: bytes of what travels with it.
 
@@ -499,26 +543,57 @@ class ServerTurn:
             if payload is not None:
                 held = self._clients.get(client, Remembered(0, {}, {}))
                 self._told[client] = payload, dict(held.down)
-        if asked is not None and self._stages.where == "clients":
-            occasion = Occasion(
-                where="clients", round=self._round, rounds=self._rounds, asked=asked
-            )
-            cost = self._stages.release.cost(occasion)
-            if cost is not None:
-                self._ledger.charge_client(self._round, client, attempt, cost)
+        cost = self.cost(client, asked) if trains and self._stages.where == "client" else None
+        if cost is not None:
+            self._ledger.charge_client(self._round, client, attempt, cost)
+            if attempt > 1:
+                # Whether there is room for everybody's first was asked before the round.
+                self._check_budget(f"another answer of client {client} in round {self._round}")
         if self._shares is None or level is None:
             return Outgoing(payload, self._since(client))
         share = self._shares[client]
         self.levels[client] = Levels(level, share.up, share.up_bytes)
         return Outgoing(payload, 0, self.levels[client])
 
+    def cost(self, client: int, asked: Asked | None) -> Cost | None:
+        """Return what a round costs a client, as far as that is known before; None: nothing.
+
+        Args:
+            client: whom it costs.
+            asked: what it has to answer; None: nothing.
+        """
+        rule, where = self._stages.release, self._stages.where
+        if asked is None and not rule.learns:
+            return None
+        plan = self._plan(client)
+        return rule.cost(
+            Occasion(
+                where=where,
+                round=self._round,
+                releases=plan.releases,
+                delta=self._stages.delta,
+                form=None if asked is None else form_of(asked),
+                learning=plan.learning,
+            )
+        )
+
+    def _check_budget(self, what: str) -> None:
+        if self._stages.budget is not None:
+            self._stages.budget.check(self._ledger.closed(), what)
+
     def asked(self, asked: Asked, client: int) -> Asked:
         """Return what a client's answer looks like while it travels, before `receive`."""
         # Many clients are asked for one thing; the pair keeps the id from being another's.
         key = id(asked), self.levels.get(client, NO_BUDGET).up
         if key not in self._wanted:
-            self._wanted[key] = asked, self._codec_up(client).asked(asked)
+            self._wanted[key] = asked, self._codec_up(client).asked(self._released_form(asked))
         return self._wanted[key][1]
+
+    def _released_form(self, asked: Asked) -> Asked:
+        """Return what an answer looks like after it was released, and decoded."""
+        if self._stages.where == "server":
+            return asked
+        return self._stages.release.travelling(asked)
 
     def _codec_up(self, client: int) -> Codec:
         level = self.levels.get(client, NO_BUDGET).up
@@ -541,9 +616,9 @@ class ServerTurn:
             if sent is None:
                 raise BadPayloadError(f"expected {asked.kind.kind}, got nothing")
             payload, up = self._decoded(client, sent, asked)
+            self._form = form_of(asked)
         elif sent is not None:
             raise BadPayloadError(f"expected nothing, got {sent.kind}")
-        self._answers += 1
         if self._stages.remember:
             held = self._clients.get(client, Remembered(0, {}, {}))
             self._clients[client] = Remembered(
@@ -559,9 +634,113 @@ class ServerTurn:
         *,
         sums: Weighting | None = None,
         group: Callable[[int], Hashable] = lambda _client: None,
+        leaves_one_out: bool = False,
     ) -> Iterator[Upload]:
-        """Return what the aggregator sees of the answers; see `View.shown`."""
-        return self._stages.view.shown(uploads, sums, group)
+        """Return what the aggregator sees of the answers; see `View.shown`.
+
+        Where answers are released its mean is all that an algorithm sees that needs no more: noise
+        averages out before the best guess of what was released is taken. A trusted server protects
+        what the aggregator sees, so that all that is made of it is post-processing.
+
+        Args:
+            uploads: good ones, as they come.
+            sums: how clients are weighted in a mean, where the algorithm needs no more than that.
+            group: which clients' payloads have a mean with each other.
+            leaves_one_out: whether it needs, for each client, the mean of the others, and makes
+                nothing of answers that is not linear in them.
+
+        Raises:
+            PrivacyBudgetError: a release would exceed the budget; it is not shown.
+        """
+        rule, stages = self._stages.release, self._stages
+        if rule.learns or isinstance(rule, NoRelease):
+            return stages.view.shown(uploads, sums, group)
+        if isinstance(rule, WantedNoise):
+            # Tables of all architectures have one mean.
+            group = _everybody
+        if stages.where == "server":
+            if sums is None and leaves_one_out:
+                return self._others_protected(uploads)
+            return self._means_protected(uploads, sums, group)
+        shown = stages.view.shown if sums is None else Sum().shown
+        return map(self._read, shown(uploads, sums, group))
+
+    def _read(self, upload: Upload) -> Upload:
+        """Return an answer, or a mean of some, as it is best guessed."""
+        occasion = self._occasion(upload.client, upload.clients)
+        return replace(upload, payload=self._stages.release.read(upload.payload, occasion))
+
+    def _occasion(self, client: int, clients: int, releases: int | None = None) -> Occasion:
+        return Occasion(
+            where=self._stages.where,
+            round=self._round,
+            releases=self._plan(client).releases if releases is None else releases,
+            delta=self._stages.delta,
+            clients=clients,
+            form=self._form,
+        )
+
+    def _means_protected(
+        self,
+        uploads: Iterable[Upload],
+        sums: Weighting | None,
+        group: Callable[[int], Hashable],
+    ) -> Iterator[Upload]:
+        """Yield each group's mean, released."""
+        rule = self._stages.release
+        members: dict[Hashable, list[int]] = {}
+
+        def bounded() -> Iterator[Upload]:
+            for upload in uploads:
+                members.setdefault(group(upload.client), []).append(upload.client)
+                yield replace(upload, payload=rule.bounded(upload.payload))
+
+        for mean in Sum().shown(bounded(), sums, group):
+            of = group(mean.client)
+            clients = members[of]
+            # Of the clients in it, the one that releases most often has the most noise.
+            releases = max(self._plan(client).releases for client in clients)
+            occasion = self._occasion(mean.client, len(clients), releases)
+            named = "mean" if of is None else f"mean of {of}"
+            released = rule.release(mean.payload, occasion, self._noise(named, mean.payload))
+            self._charge(named, clients, rule.cost_of(released, occasion))
+            yield replace(mean, payload=rule.read(released, occasion))
+
+    def _others_protected(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
+        """Yield every answer with one noise in all of them, for means of all others.
+
+        With n answers u and one noise N for a sum, each answer becomes ``u + N / (n - 1)``. The
+        mean of all but one is then ``(sum u + N - own u) / (n - 1)``: made of the released sum and
+        of what that client itself has sent. The mean of all has a little more noise.
+        """
+        rule = self._stages.release
+        held = [replace(each, payload=rule.bounded(each.payload)) for each in uploads]
+        if len(held) < 2:
+            # A lone answer would be the mean of all, for clients that sent nothing.
+            return
+        clients = [upload.client for upload in held]
+        releases = max(self._plan(client).releases for client in clients)
+        occasion = self._occasion(clients[0], len(held) - 1, releases)
+        total = held[0].payload.weighted(1.0)
+        for upload in held[1:]:
+            total = total.plus(upload.payload.weighted(1.0))
+        nothing = _scaled(held[0].payload, 0)
+        noise = rule.release(nothing, occasion, self._noise("sum", total))
+        self._charge("sum", clients, rule.cost_of(noise, occasion))
+        for upload in held:
+            yield replace(upload, payload=_with(upload.payload, noise))
+
+    def _charge(self, named: str, clients: Sequence[int], cost: Cost | None) -> None:
+        if cost is None:
+            return
+        self._ledger.charge_server(self._round, named, clients, cost)
+        self._check_budget(f"the {named} of round {self._round}")
+
+    def _noise(self, named: str, payload: Payload) -> np.random.Generator:
+        key = int.from_bytes(sha256(named.encode()).digest()[:4], "big")
+        return generator_for(
+            self._seed, Purpose.RELEASE, self._round, _DOWN, key, told_apart(payload)
+        )
 
     def forget(self, client: int) -> None:
         """Start anew with a client that lost its memory: from nothing, on both sides."""
@@ -573,7 +752,6 @@ class ServerTurn:
         """Return what is remembered once the round is complete."""
         return ExchangeState(
             self._round,
-            self._answers,
             self._clients,
             self._ledger.closed(),
             self._before.spent,
@@ -595,11 +773,11 @@ class ServerTurn:
         if not codec.remembers:
             if key not in self._shared:
                 rng = self._rng(Purpose.CODEC, key)
-                self._shared[key] = codec.encode(self._to_release(key, make), {}, rng)[0]
+                self._shared[key] = codec.encode(self._made_of(key, make), {}, rng)[0]
             return self._shared[key]
         held = self._clients.get(client, Remembered(0, {}, {}))
         rng = self._rng(Purpose.CODEC, key)
-        sent, memory = codec.encode(self._to_release(key, make), dict(held.down), rng)
+        sent, memory = codec.encode(self._made_of(key, make), dict(held.down), rng)
         self._down[client] = memory
         return replace(sent, since=held.round) if isinstance(sent, Encoded) else sent
 
@@ -614,7 +792,7 @@ class ServerTurn:
                     "bytes more than are left for them"
                 )
             return EXACT, None
-        payload = self._to_release(key, make)
+        payload = self._made_of(key, make)
 
         def encoded(level: int) -> Payload:
             place = (key, level)
@@ -625,23 +803,15 @@ class ServerTurn:
 
         return best_within(payload, most_bytes, encoded)
 
-    def _to_release(self, key: Hashable, make: Callable[[Hashable], Payload]) -> Payload:
-        if key not in self._released:
-            self._released[key] = self._protected(key, make(key))
-        return self._released[key]
-
-    def _protected(self, key: Hashable, payload: Payload) -> Payload:
-        rule, of = self._stages.release, self._before.changed
-        # Before the first round nothing of any client is in what is sent.
-        if self._stages.where != "server" or of == 0:
-            return payload
-        occasion = Occasion(
-            where="server", round=of, rounds=self._rounds, clients=self._before.answers
-        )
-        cost = rule.cost(occasion)
-        if cost is not None:
-            self._ledger.charge_server(of, repr(key), cost)
-        return rule.release(payload, occasion, self._rng(Purpose.RELEASE, key))
+    def _made_of(self, key: Hashable, make: Callable[[Hashable], Payload]) -> Payload:
+        if key not in self._made:
+            made, rule = make(key), self._stages.release
+            if self._stages.where == "server" and isinstance(rule, WantedNoise):
+                form = form_of_payload(made)
+                # Means of all others are not read before: each is one of its own.
+                made = made if form is None else rule.tidied(made, form)
+            self._made[key] = made
+        return self._made[key]
 
     def _decoded(
         self, client: int, sent: Payload, asked: Asked
@@ -662,7 +832,7 @@ class ServerTurn:
             memory = self._came_down(client)
         payload, memory = codec.decode(sent, dict(memory))
         if payload is not sent:
-            reason = payload.problem(asked)
+            reason = payload.problem(self._released_form(asked))
             if reason is not None:
                 raise BadPayloadError(reason)
         return payload, memory
@@ -696,3 +866,23 @@ class ServerTurn:
 def _shown(asked: Asked) -> str:
     inner = asked.about.get("inner")
     return asked.kind.kind if inner is None else f"{inner.kind.kind} encoded"
+
+
+def _everybody(_: int) -> Hashable:
+    return None
+
+
+def told_apart(payload: Payload) -> int:
+    """Return a number that differs for different content, for the stream of a release."""
+    return int(digest(payload)[:8], 16)
+
+
+def _scaled(payload: Payload, factor: int | float) -> Payload:
+    arrays = {"values": (factor * flatten(payload).arrays["values"]).astype(np.float32)}
+    return payload.with_arrays(arrays)
+
+
+def _with(payload: Payload, noise: Payload) -> Payload:
+    values = flatten(payload).arrays["values"].astype(np.float64)
+    values = values + flatten(noise).arrays["values"]
+    return payload.with_arrays({"values": values.astype(np.float32)})

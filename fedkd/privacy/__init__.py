@@ -1,7 +1,12 @@
 """What private data cost to speak of: events, their composition, and noise for a wanted epsilon."""
 
-from fedkd.privacy.accounting import Spent, spent
-from fedkd.privacy.calibration import noise_for_gaussian, noise_for_sampled_gaussian
+from fedkd.privacy.accounting import Spent, bound, spent
+from fedkd.privacy.calibration import (
+    epsilon_for_randomized_response,
+    noise_for_gaussian,
+    noise_for_laplace,
+    noise_for_sampled_gaussian,
+)
 from fedkd.privacy.events import (
     Event,
     Gaussian,
@@ -17,7 +22,10 @@ __all__ = [
     "RandomizedResponse",
     "SampledGaussian",
     "Spent",
+    "bound",
+    "epsilon_for_randomized_response",
     "noise_for_gaussian",
+    "noise_for_laplace",
     "noise_for_sampled_gaussian",
     "spent",
 ]

@@ -69,8 +69,7 @@ def spent(events: Iterable[Event], *, delta: int | float, grid: int | float = GR
     Raises:
         ValueError: if ``delta`` or ``grid`` is out of range, or ``dp-accounting`` is not there.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}")
+    _check_delta(delta)
     if not 0 < grid <= 1:
         raise ValueError(f"grid must be in (0, 1], got {grid}")
     together = merged(events)
@@ -78,9 +77,38 @@ def spent(events: Iterable[Event], *, delta: int | float, grid: int | float = GR
         return Spent(0.0, 0.0, 0.0)
     pure = sum((event.pure for event in together), start=0.0)
     renyi = renyi_epsilon(together, delta=delta)
-    bound = min(renyi, pure)
-    by_loss = _by_loss(together, delta, max(grid, bound / _MOST_BINS))
-    return Spent(min(by_loss, bound), bound, pure)
+    most = min(renyi, pure)
+    by_loss = _by_loss(together, delta, max(grid, most / _MOST_BINS))
+    return Spent(min(by_loss, most), most, pure)
+
+
+def bound(events: Iterable[Event], *, delta: int | float) -> float:
+    """Return a bound on epsilon that takes no loss distributions, so milliseconds.
+
+    By Renyi divergences and the pure sum; exact where all events are Gaussian, or all randomised
+    response.
+
+    Args:
+        events: as for `spent`.
+        delta: in (0, 1).
+
+    Raises:
+        ValueError: if ``delta`` is out of range.
+    """
+    _check_delta(delta)
+    together = merged(events)
+    if not together:
+        return 0.0
+    exact = _exactly(together, delta)
+    if exact is not None:
+        return exact
+    pure = sum((event.pure for event in together), start=0.0)
+    return min(renyi_epsilon(together, delta=delta), pure)
+
+
+def _check_delta(delta: int | float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}")
 
 
 def merged(events: Iterable[Event]) -> tuple[Event, ...]:
@@ -130,12 +158,9 @@ def renyi_epsilon(events: Sequence[Event], *, delta: int | float) -> float:
 
 def _by_loss(events: Sequence[Event], delta: int | float, grid: int | float) -> float:
     """Return epsilon by the distribution of the loss of all events; exactly where that is known."""
-    if len(events) == 1:
-        (event,) = events
-        if isinstance(event, Gaussian):
-            return gaussian_epsilon(math.sqrt(event.count) / event.noise_multiplier, delta=delta)
-        if isinstance(event, RandomizedResponse):
-            return randomized_epsilon(event, delta=delta)
+    exact = _exactly(events, delta)
+    if exact is not None:
+        return exact
     if grid > 1:
         return math.inf  # Of a million and more, nobody asks how much exactly.
     made, *others = (_distribution(event, grid) for event in events)
@@ -149,6 +174,16 @@ def _by_loss(events: Sequence[Event], delta: int | float, grid: int | float) -> 
     while epsilon < math.inf and made.get_delta_for_epsilon(epsilon) > delta:
         epsilon, step = epsilon + step, 2 * step
     return epsilon
+
+
+def _exactly(events: Sequence[Event], delta: int | float) -> float | None:
+    """Return epsilon where it is known in closed form: of one kind of Gaussian or of answers."""
+    match events:
+        case [Gaussian(count, noise)]:
+            return gaussian_epsilon(math.sqrt(count) / noise, delta=delta)
+        case [RandomizedResponse() as event]:
+            return randomized_epsilon(event, delta=delta)
+    return None
 
 
 @lru_cache(maxsize=16)

@@ -1,10 +1,11 @@
 """How much noise a wanted epsilon takes."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 from fedkd.privacy.accounting import GRID, gaussian_delta, renyi_epsilon, spent
-from fedkd.privacy.events import SampledGaussian
+from fedkd.privacy.events import Laplace, RandomizedResponse, SampledGaussian
 
 _CLOSE = 1e-6
 """How close to the least noise a search ends, with the finest bins; wider ones need no more."""
@@ -133,3 +134,66 @@ def _bracket(
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return max(high / 1.15, _LEAST), high
+
+
+def noise_for_laplace(epsilon: int | float, delta: int | float, *, count: int = 1) -> float:
+    """Return the scale, over L1 sensitivity, of each of so many Laplace releases.
+
+    Args:
+        epsilon: of all releases together, > 0.
+        delta: in (0, 1).
+        count: releases, >= 1.
+
+    Raises:
+        ValueError: naming what is out of range.
+    """
+    _check(epsilon, delta, count)
+
+    def costs(scale: float) -> float:
+        return spent([Laplace(count, scale)], delta=delta).epsilon
+
+    # Pure composition is always enough; less noise may be.
+    enough = count / epsilon
+    low = enough
+    while costs(low / 2) <= epsilon:
+        low /= 2
+    return _least(costs, epsilon, low / 2, enough)
+
+
+def epsilon_for_randomized_response(
+    epsilon: int | float, delta: int | float, *, count: int, classes: int
+) -> float:
+    """Return the epsilon of each of so many answers.
+
+    Args:
+        epsilon: of all answers together, > 0.
+        delta: in (0, 1).
+        count: answers, >= 1.
+        classes: to choose from, >= 2.
+
+    Raises:
+        ValueError: naming what is out of range.
+    """
+    _check(epsilon, delta, count)
+
+    def costs(inverse: float) -> float:
+        return spent([RandomizedResponse(count, 1 / inverse, classes)], delta=delta).epsilon
+
+    enough = count / epsilon
+    low = enough
+    while costs(low / 2) <= epsilon:
+        low /= 2
+    return 1 / _least(costs, epsilon, low / 2, enough)
+
+
+def _least(
+    costs: Callable[[float], float], epsilon: int | float, low: float, enough: float
+) -> float:
+    """Return the least noise that costs no more than epsilon, to a millionth from above."""
+    while enough > low * (1 + _CLOSE):
+        middle = math.sqrt(low * enough)
+        if costs(middle) <= epsilon:
+            enough = middle
+        else:
+            low = middle
+    return enough

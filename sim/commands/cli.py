@@ -434,6 +434,54 @@ def data(
     typer.echo(f"figure {shown.figure}")
 
 
+@app.command(cls=_Command)
+def privacy(
+    arguments: ConfigAndOverrides = None,
+    wide: Wide = False,
+    allow: Allow = None,
+    json: AsJson = False,
+) -> None:
+    """Say what a run would spend of each client's privacy, without running it.
+
+    Epsilon of each client over the whole run, and the noise that a wanted epsilon takes; what that
+    rests on, in words. What would break the promise is refused, with what would be sound. Of a
+    study every arm.
+
+    Examples:
+    - `fedkd privacy privacy.mechanism=dp_sgd privacy.epsilon=8`
+    - `fedkd privacy conf/examples/dp.yaml privacy.epsilon=1`
+    - `fedkd privacy strategy.name=fedmd privacy.mechanism=gaussian privacy.noise=4 rounds=50`
+    - `fedkd privacy conf/examples/privacy-tradeoff.yaml`
+    """
+    from sim.commands.arms import load_study
+    from sim.commands.privacy import privacy as outlook_of
+    from sim.keeping.records import to_json
+    from sim.settings import load_settings, read_settings
+
+    config, words = _split(arguments)
+    arms = read_settings(config, words).study.arms
+    if arms:
+        study = load_study(config, words, arms=None, allow=allow or ())
+        outlooks = [outlook_of(own, name) for name, own in study.arms.items()]
+    else:
+        outlooks = [outlook_of(load_settings(config, words, allow=allow or ()))]
+    if json:
+        rows = [outlook.to_row() for outlook in outlooks]
+        typer.echo(to_json(rows[0] if not arms else {"arms": rows}))
+        return
+    said: dict[str, None] = {}
+    for outlook in outlooks:
+        if outlook.groups:
+            _print(outlook.table(), wide=wide)
+            most = f"largest epsilon of any client: {outlook.epsilon:.4g}"
+            budget = "" if outlook.budget is None else f"; the run ends at {outlook.budget:g}"
+            _print_words(most + budget)
+        else:
+            _print_words(f"{outlook.name or 'this run'}: no guarantee")
+        said |= dict.fromkeys(outlook.assumptions)
+    _print_words("", *said)
+
+
 Model = Annotated[
     str | None,
     typer.Option(

@@ -40,6 +40,7 @@ from sim.keeping.resume import Persistence, read_history
 from sim.server.budgets import plan_of
 from sim.server.history import History, summary
 from sim.server.observers import Observer, Row
+from sim.server.privacy import check_privacy
 from sim.server.replies import QuorumError, TooLateError
 from sim.server.rounds import RoundLoop
 from sim.settings import (
@@ -133,6 +134,7 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
         strategy.check(data.input_shape)
         check_keep(settings, strategy, nodes=nodes)
         _check_brought(settings, strategy, data, nodes=nodes)
+        check_privacy(settings, strategy, data, nodes=nodes)
         settings.stages.check(up=strategy.up, down=strategy.down, sums=strategy.sums)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)

@@ -533,7 +533,6 @@ def the_client_half_uses_nothing_but_its_arguments(case: Case) -> None:
             turn = ClientTurn(
                 settings.stages,
                 seed=settings.seed,
-                rounds=settings.rounds,
                 round=number,
                 attempt=1,
                 clients={client: Standing({} if state is None else state.arrays, told.since)},

@@ -51,7 +51,6 @@ class ReplayedServer:
             self._settings.stages,
             self._exchange,
             seed=self._settings.seed,
-            rounds=self._settings.rounds,
             round=self._round,
         )
         return ReplayedRound(self.strategy, self.server, self.state, self.round, turn)

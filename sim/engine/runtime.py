@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fedkd.data import FederatedData
 from fedkd.exchange.budget import NO_BUDGET
+from fedkd.exchange.mechanisms import DPSGD
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.pipeline import PREFIX, ClientTurn, MemoryLostError, Standing
 from fedkd.metrics.classification import (
@@ -32,6 +33,7 @@ from fedkd.training import (
     Cohort,
     Member,
     ModelPool,
+    PrivateLearning,
     Streams,
     TrainingData,
     Work,
@@ -44,6 +46,7 @@ from sim.devices.clock import Clock
 from sim.devices.presence import Presence
 from sim.engine.deadline import DeadlineError, deadline
 from sim.engine.mistakes import NotFiniteError, author_traceback, is_misfortune
+from sim.server.privacy import PrivacyPlan
 from sim.settings import Settings, SettingsError
 from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
@@ -236,6 +239,7 @@ class ClientRuntime:
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
         self._stages = settings.stages
+        self._plan = PrivacyPlan(settings, self._strategy)
         self._places = [
             _Place.of(each, settings, self._device, first_weights_of(settings, data, view))
             for view, each in enumerate((data, *data.views))
@@ -395,6 +399,27 @@ class ClientRuntime:
             streams=Streams(
                 seed=self._settings.seed, round=call.round, rounds=self._settings.rounds
             ),
+            private=self._private_learning(call, states) if call.phase == "train" else None,
+        )
+
+    def _private_learning(
+        self, call: CohortCall, states: Sequence[ClientState | None]
+    ) -> PrivateLearning | None:
+        """Return how the members learn by DP-SGD, where that protects them."""
+        rule = self._stages.release
+        if not isinstance(rule, DPSGD):
+            return None
+        plan = self._plan
+        steps = [
+            plan.learning(client, first=state is None)
+            for client, state in zip(call.clients, states, strict=True)
+        ]
+        return PrivateLearning(
+            clip=rule.clip,
+            batch_size=self._federation.local.batch_size,
+            noise_multipliers=tuple(plan.noise(client) for client in call.clients),
+            most_steps=tuple(each.steps for each in steps),
+            attempt=call.attempt,
         )
 
     def _call(self, call: CohortCall, states: Sequence[ClientState | None]) -> Call:
@@ -408,11 +433,12 @@ class ClientRuntime:
         return ClientTurn(
             self._stages,
             seed=self._settings.seed,
-            rounds=self._settings.rounds,
             round=call.round,
             attempt=call.attempt,
             clients={
-                client: Standing({} if state is None else state.arrays, own, chosen)
+                client: Standing(
+                    {} if state is None else state.arrays, own, chosen, self._plan.releases(client)
+                )
                 for client, state, own, chosen in zip(
                     call.clients, states, since, levels, strict=True
                 )

@@ -70,6 +70,7 @@ class Outbox:
                 key,
                 self._make,
                 asked=asked,
+                trains=self._server is not None,
                 attempt=attempt,
                 beside=0 if orders is None else orders.payload_bytes,
             )

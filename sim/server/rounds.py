@@ -18,6 +18,7 @@ from fedkd.data import FederatedData
 from fedkd.exchange.budget import BudgetError, Levels, Plan, Purse
 from fedkd.exchange.codecs import Float32
 from fedkd.exchange.pipeline import ExchangeState, ServerTurn
+from fedkd.exchange.release import NoRelease
 from fedkd.exchange.values import Value, read_only
 from fedkd.exchange.views import All
 from fedkd.metrics.classification import accuracy, confusion_counts
@@ -43,6 +44,7 @@ from sim.server.history import History
 from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
+from sim.server.privacy import PrivacyPlan
 from sim.server.replies import Quorum, QuorumError, Replies
 from sim.server.validation import Expected, RejectedReplyError, authors_code, valid_answer
 from sim.settings import Settings, SettingsError
@@ -95,6 +97,7 @@ class RoundLoop:
         self._strategy = build_strategy(settings, self._federation)
         self._server = server_tools(settings, self._strategy, data)
         self._stages = settings.stages
+        self._privacy = PrivacyPlan(settings, self._strategy)
         self._clock = clock_of(settings, data)
         self._presence = presence_of(settings)
         self._observers_know = False
@@ -120,7 +123,9 @@ class RoundLoop:
         Raises:
             SettingsError: names the stage's setting.
         """
-        if isinstance(self._stages.up, Float32) and isinstance(self._stages.view, All):
+        stages = self._stages
+        plain = isinstance(stages.up, Float32) and isinstance(stages.view, All)
+        if plain and isinstance(stages.release, NoRelease):
             return
         round = self._federation.round(1)
         for client in self._federation.first_clients.values():
@@ -188,7 +193,8 @@ class RoundLoop:
             for observer in self._observers:
                 observer.returned(self.boundary.round)
         while self._standing.round < self._settings.rounds:
-            self._round(self._standing)
+            if not self._round(self._standing):
+                break
             after_round()
         return self.history
 
@@ -212,7 +218,8 @@ class RoundLoop:
             raise RuntimeError("the loop was not started")
         return self.boundary
 
-    def _round(self, before: Boundary) -> None:
+    def _round(self, before: Boundary) -> bool:
+        """Go on to the next boundary; False: no room for another round in the privacy budget."""
         round = self._begun(before)
         strategy = self._strategy
         where = f"round {round.number}, the server's half"
@@ -229,6 +236,8 @@ class RoundLoop:
         purse = self._purse(round, clients, before.exchange) if clients else None
         turn = self._turn(before.exchange, round, purse)
         outbox = Outbox(strategy, before.state, round, turn, server=self._server)
+        if self._is_spent(before, round, clients, turn, outbox):
+            return False
         replies = Replies(
             round=round,
             clients=clients,
@@ -247,7 +256,10 @@ class RoundLoop:
             if not clients:
                 raise NobodyThereError
             uploads = turn.view(
-                replies, sums=strategy.sums, group=self._federation.architectures.__getitem__
+                replies,
+                sums=strategy.sums,
+                group=self._federation.architectures.__getitem__,
+                leaves_one_out=strategy.leaves_one_out,
             )
             with authors_code(where, lambda: replies.failure):
                 state = strategy.aggregate(before.state, uploads, round, self._server)
@@ -311,6 +323,31 @@ class RoundLoop:
         with uninterrupted():
             charged = len(before.exchange.ledger.charges)
             self._complete(after, rows, replies.exchanged, charged)
+        return True
+
+    def _is_spent(
+        self,
+        before: Boundary,
+        round: Round,
+        clients: Sequence[int],
+        turn: ServerTurn,
+        outbox: Outbox,
+    ) -> bool:
+        """Tell whether a round would exceed ``privacy.budget``; nothing of it has left yet."""
+        budget = self._stages.budget
+        if budget is None:
+            return False
+        costs = {client: turn.cost(client, outbox.asked(client)) for client in clients}
+        reason = budget.room_for(before.exchange.ledger, round.number, costs)
+        if reason is None:
+            return False
+        if before.round == 0:
+            raise SettingsError(
+                f"privacy.budget: {reason}; nothing was released. A larger budget, fewer rounds or "
+                "more noise would work"
+            )
+        self.tell({"round": before.round, "event": "privacy budget spent", "reason": reason})
+        return True
 
     def _forgotten(self, state: Value, where: str) -> Value:
         """Let the algorithm know whose nodes have lost what they kept."""
@@ -335,8 +372,8 @@ class RoundLoop:
             self._stages,
             before,
             seed=self._settings.seed,
-            rounds=self._settings.rounds,
             round=round.number,
+            plan=self._privacy.after(before.ledger),
             shares=None if purse is None else purse.shares,
         )
 

@@ -36,8 +36,10 @@ from fedkd.data import DataSettings
 from fedkd.exchange.adversaries import AdversaryField, NoAdversary
 from fedkd.exchange.budget import Allocation
 from fedkd.exchange.codecs import CodecField, Float32
+from fedkd.exchange.mechanisms import MECHANISMS, MechanismField
 from fedkd.exchange.pipeline import Stages
-from fedkd.exchange.release import NoRelease, ReleaseField, Where
+from fedkd.exchange.release import NoRelease, Unit, Where
+from fedkd.exchange.spending import PrivacyBudget
 from fedkd.exchange.views import All, ViewField
 from fedkd.models import ModelSettings
 from fedkd.names import check_name
@@ -185,13 +187,85 @@ class ExchangeSettings(_Section):
 
 
 class PrivacySettings(_Section):
-    """How what is released is protected (``privacy``)."""
+    """How what is released is protected (``privacy``).
 
-    release: ReleaseField = Field(NoRelease(), description="the rule: none")
-    where: Where = Field(
-        "clients",
-        description="clients: each protects its answer; server: a trusted server what it sends",
+    Settings of the mechanism stand beside its name: ``{mechanism: dp_sgd, epsilon: 8, clip: 1}``.
+    """
+
+    mechanism: MechanismField = Field(
+        NoRelease(),
+        description="none; dp_sgd: clients learn by DP-SGD; gaussian, laplace: noise on what is "
+        "sent; votes: noisy counts of classes; randomized_response: classes told at random",
     )
+    where: Where = Field(
+        "client",
+        description="client: each protects its answer, the server is curious; server: it is "
+        "trusted, and protects the mean of all answers",
+    )
+    unit: Unit | None = Field(
+        None,
+        description="whose presence is protected: example, one row of a client's (dp_sgd), or "
+        "client, all of its rows; none: what the mechanism can promise",
+    )
+    delta: Real = Field(1e-5, ge=1e-300, lt=1, description="of the guarantee")
+    budget: Real | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="epsilon after which the run ends; none: the wanted epsilon, if there is one",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_its_name(cls, given: object) -> object:
+        """Hand the mechanism its own settings, which stand beside its name."""
+        if not isinstance(given, Mapping):
+            return given
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        if not own:
+            return given
+        named = given.get("mechanism", "none")
+        table = {"kind": named} if isinstance(named, str) else named
+        if not isinstance(table, Mapping) or table.get("kind") == "none":
+            first = next(iter(own))
+            raise ValueError(
+                f"{first} belongs to a mechanism, and privacy.mechanism is none: set "
+                f"privacy.mechanism to one of {', '.join(list(MECHANISMS)[1:])} as well, or leave "
+                "it out"
+            )
+        rest = {key: value for key, value in given.items() if key in cls.model_fields}
+        own = _one_noise(dict(table), own)
+        return {**rest, "mechanism": own}
+
+    @model_validator(mode="after")
+    def _unit_is_kept(self) -> "PrivacySettings":
+        if self.unit == "client" and self.mechanism.learns:
+            raise ValueError(
+                "unit must be example under privacy.mechanism: dp_sgd, which protects a row of a "
+                "client's, got client: gaussian, laplace, votes and randomized_response protect "
+                "clients"
+            )
+        return self
+
+    @property
+    def promised(self) -> Unit:
+        """Whose presence is protected."""
+        return self.unit or ("example" if self.mechanism.learns else "client")
+
+    @property
+    def limit(self) -> PrivacyBudget | None:
+        """The epsilon that no client may exceed."""
+        wanted = getattr(self.mechanism, "epsilon", None)
+        epsilon = wanted if self.budget is None else self.budget
+        return None if epsilon is None else PrivacyBudget(epsilon, self.delta)
+
+
+def _one_noise(table: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Put settings over those of a mechanism; of epsilon and noise the last one counts."""
+    for one, other in (("epsilon", "noise"), ("noise", "epsilon")):
+        if own.get(one) is not None and own.get(other) is None:
+            table.pop(other, None)
+    return {**table, **own}
 
 
 class EngineSettings(_Section):
@@ -425,8 +499,10 @@ class Settings(_Section):
             up=exchange.up,
             down=exchange.down,
             view=exchange.view,
-            release=privacy.release,
+            release=privacy.mechanism,
             where=privacy.where,
+            delta=privacy.delta,
+            budget=privacy.limit,
             adversary=self.adversary,
         )
 

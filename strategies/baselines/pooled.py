@@ -20,6 +20,7 @@ from strategies.contract import (
     Call,
     Card,
     FinishedModel,
+    PrivateUse,
     Received,
     Round,
     ServerTools,
@@ -52,6 +53,13 @@ class Pooled(Strategy[PooledSettings, GlobalModels]):
     up = (Weights,)
     down = (Weights,)
     judges_received = True
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """There is nothing private in it."""
+        return super().private_use._replace(
+            pooled="one client learns from the rows of all",
+        )
 
     def begin(self, server: ServerTools) -> GlobalModels:
         """No model yet."""

@@ -2,6 +2,7 @@
 
 from fedkd.exchange.views import Upload
 from strategies.contract.card import Card
+from strategies.contract.private_use import PrivateUse
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
     Brought,
@@ -31,6 +32,7 @@ __all__ = [
     "FinishedModel",
     "GivenRows",
     "Nothing",
+    "PrivateUse",
     "Received",
     "Round",
     "ServerModel",

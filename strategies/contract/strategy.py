@@ -22,10 +22,11 @@ from fedkd.exchange.values import Value
 from fedkd.exchange.views import Upload, Weighting
 from fedkd.inputs import Shape
 from fedkd.models import ModelSettings
-from fedkd.training import Architecture, Cohort, ComposedObjective, stacking_of
+from fedkd.training import Architecture, Cohort, ComposedObjective, Passes, stacking_of
 from fedkd.training.binding import Stacking
 from fedkd.training.cohort import named_models
 from strategies.contract.card import NO_CARD, Card
+from strategies.contract.private_use import PrivateUse
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
     Brought,
@@ -155,6 +156,32 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         algorithm could do, and have its bits. Decides only how clients are trained.
         """
         return False
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether `aggregate` makes nothing of uploads but, for each client, the others' mean.
+
+        In the numbers that are sent: then one noise on their sum protects all of them.
+        """
+        return False
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """What it does with private rows beside learning from them by `Cohort.fit`.
+
+        Guarantees rest on it: what is not told here is refused when it happens under DP-SGD.
+        """
+        counted = getattr(self.settings, "weighting", "equal")
+        by_rows = counted in ("examples", "count") or self.sums == "examples"
+        return PrivateUse(counts=f"strategy.weighting: {counted}" if by_rows else "")
+
+    def private_passes(self, *, first: bool) -> tuple[Passes, ...]:
+        """Return the passes over its private rows that a client takes in a call, at most.
+
+        Args:
+            first: whether it is the first call of that client.
+        """
+        return (self.federation.local,)
 
     def composed(self) -> ComposedObjective | None:
         """Return what clients minimise where it is made of terms.

@@ -35,6 +35,7 @@ from fedkd.training import (
 from strategies.contract import (
     Call,
     Card,
+    PrivateUse,
     Received,
     Round,
     ServerTools,
@@ -134,6 +135,18 @@ class FD(Strategy[FDSettings, Tables]):
     State: ClassVar[type[Value]] = Tables
     up = (ClassTable,)
     down = (ClassTable,)
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """A client learns the mean of the others; where all hold each class it is one."""
+        return self.settings.weighting == "equal"
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Class means are made of private rows."""
+        return super().private_use._replace(
+            sent="means of what a model says of the private rows of each class",
+        )
 
     @property
     def learns_alone(self) -> bool:

@@ -41,6 +41,7 @@ from strategies.baselines.fedavg import AveragingSettings, GlobalModels, GlobalM
 from strategies.contract import (
     Call,
     Card,
+    PrivateUse,
     Received,
     Round,
     ServerTools,
@@ -103,6 +104,13 @@ class FedDistillPlus(GlobalModelsServer[FedDistillPlusSettings, ModelsAndTables]
     State: ClassVar[type[Value]] = ModelsAndTables
     up = (Bundle,)
     down = (Bundle, Weights)
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Class means are made of private rows."""
+        return super().private_use._replace(
+            sent="mean logits of the private rows of each class",
+        )
 
     # -- client half ---------------------------------------------------------------------
 

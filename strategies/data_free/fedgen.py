@@ -47,6 +47,7 @@ from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalMode
 from strategies.contract import (
     Call,
     Card,
+    PrivateUse,
     Received,
     Round,
     ServerTools,
@@ -184,6 +185,13 @@ class FedGen(Averaging[FedGenSettings, Generating]):
     def sums(self) -> None:
         """Each client's last layer teaches by itself."""
         return None
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Counts are those of private rows."""
+        return super().private_use._replace(
+            sent="how many private rows of each class there are",
+        )
 
     def check(self, input_shape: Shape) -> None:
         """Refuse models of different widths, and those whose last layer cannot be told apart."""

@@ -91,6 +91,12 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
     takes_views = True
     State: ClassVar[type[Value]] = HeardPeers
 
+    @property
+    def leaves_one_out(self) -> bool:
+        """Means of the others' logits are made of their sum."""
+        settings = self.settings
+        return settings.peers == "all" and settings.average == "logit" and not settings.include_self
+
     def receives(self, state: HeardPeers, client: int, round: Round) -> Hashable | None:
         """What those taught that the client hears; those who hear the same share it."""
         if self.settings.peers == "all" or self.learns_alone:

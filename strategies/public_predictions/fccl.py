@@ -128,6 +128,12 @@ class FCCL(SharedLesson[FCCLSettings, Lesson]):
         if self.learns(CLIENTS) and self.settings.public_epochs:
             yield from self.clients_public_steps(self.federation.rows_per_round)
 
+    def private_passes(self, *, first: bool) -> tuple[Passes, ...]:
+        """Before its first round a client is pretrained at home."""
+        once = (self.federation.round(1).passes(self.settings.pretrain_epochs),)
+        own = once if first and self.learns(CLIENTS) else ()
+        return (*super().private_passes(first=first), *own)
+
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Pretrain once; go with the others; train at home beside what one was; send scores."""
         if not self.learns(CLIENTS):

@@ -30,7 +30,7 @@ from fedkd.losses.distances import logit_l1_rows, logit_mse_rows
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import soft_target_rows
 from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
-from fedkd.training import Batch, Cohort, Losses, Outputs, supervised, supervised_public
+from fedkd.training import Batch, Cohort, Losses, Outputs, Passes, supervised, supervised_public
 from strategies.contract import (
     CLIENTS,
     Call,
@@ -125,6 +125,12 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
             lessons.append(federation.public_size)
         for rows in lessons:
             yield from self.clients_public_steps(rows)
+
+    def private_passes(self, *, first: bool) -> tuple[Passes, ...]:
+        """Before its first round a client may train at home."""
+        epochs = self.settings.private_transfer_epochs
+        once = (self.federation.round(1).passes(epochs),) if first and epochs else ()
+        return (*super().private_passes(first=first), *once)
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Digest the consensus first, then revisit private data, then communicate scores."""

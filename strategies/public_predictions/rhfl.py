@@ -36,6 +36,7 @@ from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    PrivateUse,
     Received,
     Round,
     ServerTools,
@@ -156,6 +157,13 @@ class RHFL(Strategy[RHFLSettings, Trust]):
     needs_public = True
     has_ensemble = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the other clients"}
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Losses are those of private rows."""
+        return super().private_use._replace(
+            sent="the loss on private rows",
+        )
 
     @property
     def learns_alone(self) -> bool:

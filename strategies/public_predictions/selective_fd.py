@@ -30,6 +30,7 @@ from strategies.contract import (
     Call,
     Card,
     Federation,
+    PrivateUse,
     Received,
     Round,
     ServerTools,
@@ -143,6 +144,13 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
     takes_views = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the clients that claim a row"}
     sums = "equal"
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Which rows are claimed depends on private rows."""
+        return super().private_use._replace(
+            sent="which public rows are near to private ones",
+        )
 
     def __init__(self, settings: SelectiveFDSettings, federation: Federation) -> None:
         super().__init__(settings, federation)

@@ -34,7 +34,16 @@ from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.targets import soften
 from fedkd.training import MODEL, Batch, Cohort, Losses, Outputs, supervised
 from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalModels
-from strategies.contract import Call, Card, Received, Round, ServerTools, StrategySettings, Upload
+from strategies.contract import (
+    Call,
+    Card,
+    PrivateUse,
+    Received,
+    Round,
+    ServerTools,
+    StrategySettings,
+    Upload,
+)
 from strategies.shared.means import received_part, received_weights
 
 MEAN, VOTES = "mean", "votes"
@@ -132,6 +141,12 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
     def before_evaluation(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Judge the global model."""
         cohort.load_weights(received_weights(received_part(received, MODEL)))
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Past models may vote by their loss on validation rows."""
+        votes = "how much each past model counts" if self.settings.teacher == "vote" else ""
+        return super().private_use._replace(validation=votes)
 
     def learn(self, cohort: Cohort, received: Received, call: Call) -> None:
         """Train on private rows, with the last global models as teachers after round 1."""

@@ -33,6 +33,7 @@ from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalMode
 from strategies.contract import (
     Call,
     Card,
+    PrivateUse,
     Received,
     Round,
     ServerModelSettings,
@@ -94,6 +95,11 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
     )
     Settings: ClassVar[type[StrategySettings]] = FedDFSettings
     needs_public = True
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Students stop by validation rows, and teachers may count by them."""
+        return super().private_use._replace(validation="how long students learn")
 
     @property
     def sums(self) -> None:

@@ -44,6 +44,7 @@ from strategies.contract import (
     Call,
     Card,
     GivenRows,
+    PrivateUse,
     Received,
     Round,
     ServerModel,
@@ -155,6 +156,13 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
     State: ClassVar[type[Value]] = Server
     up = (RowFeatures,)
     down = (RowLogits,)
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """What is sent is of private rows."""
+        return super().private_use._replace(
+            sent="features, logits and labels of private rows",
+        )
 
     @property
     def learns_alone(self) -> bool:

@@ -34,6 +34,7 @@ from strategies.contract import (
     Call,
     Card,
     Federation,
+    PrivateUse,
     Received,
     Round,
     ServerModel,
@@ -190,6 +191,15 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
             usable = federation.public_labelled and not federation.other_classes
             return "public" if usable else "largest_client"
         return source
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """A teacher may have learnt from private rows, at the server."""
+        trained = self.settings.direction == "teacher_to_clients" and not self._comes_trained
+        pools = trained and self._teacher_source != "public"
+        return super().private_use._replace(
+            pooled="the teacher learns from private rows at the server" if pools else ""
+        )
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Learn from own labels and, where something was received, from the teacher."""

@@ -17,7 +17,15 @@ from fedkd.losses.reduction import PerRow
 from fedkd.objectives.taps import PENULTIMATE
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 from fedkd.training import Batch, Cohort, Losses, Outputs, Table, supervised
-from strategies.contract import Call, Received, Round, ServerTools, Strategy, StrategySettings
+from strategies.contract import (
+    Call,
+    PrivateUse,
+    Received,
+    Round,
+    ServerTools,
+    Strategy,
+    StrategySettings,
+)
 from strategies.shared.class_means import Collect, class_means, fit_and_collect
 from strategies.shared.features import feature_widths, features_of, nearness, pooled
 
@@ -56,6 +64,13 @@ class SharedPrototypes(Strategy[SettingsT, StateT]):
     up = (Prototypes,)
     down = (Prototypes,)
     judges_received = True
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """Class means are made of private rows."""
+        return super().private_use._replace(
+            sent="mean features of the private rows of each class",
+        )
 
     @property
     def counted(self) -> bool:

@@ -39,6 +39,7 @@ from fedkd.training import Architecture, Batch, Cohort, Losses, Outputs, PerRow,
 from strategies.contract import (
     Call,
     Card,
+    PrivateUse,
     Received,
     Round,
     ServerModel,
@@ -186,6 +187,13 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
     def architecture(self, client: int) -> Architecture:
         """A mentor and a mentee."""
         return {MENTOR: self.federation.models[client], MENTEE: self.settings.mentee}
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """The mentee learns from a mentor, on private rows."""
+        return super().private_use._replace(
+            peer="a mentor, which is not protected, teaches the mentee on private rows",
+        )
 
     @property
     def learns_alone(self) -> bool:

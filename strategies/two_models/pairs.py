@@ -6,7 +6,7 @@ from typing import ClassVar
 from fedkd.models import ModelSettings
 from fedkd.objectives import Objective
 from fedkd.training import Architecture, ComposedObjective, Learner
-from strategies.contract import Federation, Step, Strategy
+from strategies.contract import Federation, PrivateUse, Step, Strategy
 from strategies.contract.strategy import SettingsT, StateT
 
 PRIVATE = "private"
@@ -74,6 +74,14 @@ class Pair(Strategy[SettingsT, StateT]):
     def architecture(self, client: int) -> Architecture:
         """A private model and the one that travels."""
         return {PRIVATE: self.federation.models[client], self.travels: self.travelling}
+
+    @property
+    def private_use(self) -> PrivateUse:
+        """The model that travels learns from a private one, on private rows."""
+        return super().private_use._replace(
+            peer="a private model, which is not protected, teaches the one that travels on "
+            "private rows",
+        )
 
     @property
     def learns_alone(self) -> bool:

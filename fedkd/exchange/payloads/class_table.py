@@ -72,7 +72,7 @@ class ClassTable(Payload):
         if self.scale != asked.about["scale"]:
             return f"scale {self.scale!r}, expected {asked.about['scale']!r}"
         reason = super().problem(asked)
-        if reason is None and self.scale == "probabilities":
+        if reason is None and self.scale == "probabilities" and not asked.about.get("released"):
             held = self.values[self.held]
             if len(held) and not are_distributions(held):
                 return "class means are no distributions: negative, or a sum other than 1"

@@ -160,7 +160,8 @@ class Predictions(Payload):
         if not _are_of(self.rows, rows, self.ids):
             kind = "the" if self.ids == "planned" else "of the"
             return f"rows are not {kind} {len(rows)} public rows of the round"
-        return self._bad_scale()
+        # What a release rule made of soft labels is no distribution any more.
+        return None if asked.about.get("released") else self._bad_scale()
 
     def not_kept(self, extent: Extent) -> str | None:
         """They are of rows of the public set, in order, with a score for each class."""

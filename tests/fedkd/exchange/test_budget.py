@@ -195,7 +195,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
 
 
 def turns(share):
-    return ServerTurn(Stages(), ExchangeState(), seed=0, rounds=3, round=1, shares={2: share})
+    return ServerTurn(Stages(), ExchangeState(), seed=0, round=1, shares={2: share})
 
 
 def test_both_sides_use_the_levels_that_the_server_chose():
@@ -206,7 +206,7 @@ def test_both_sides_use_the_levels_that_the_server_chose():
     sent = server.send(2, "mean", lambda _: mean, asked=ASKED)
     assert sent.payload.payload_bytes <= share.down_bytes
     standing = Standing(levels=sent.levels)
-    client = ClientTurn(Stages(), seed=0, rounds=3, round=1, attempt=1, clients={2: standing})
+    client = ClientTurn(Stages(), seed=0, round=1, attempt=1, clients={2: standing})
     opened = client.open({2: sent.payload})[2]
     bits = BITS[sent.levels.down]
     assert 1 < bits < 32
@@ -233,7 +233,7 @@ def test_orders_beside_it_leave_less_for_a_payload():
 def test_what_no_codec_takes_stays_at_home():
     """Numbers that are none would travel in full and take what others are to have."""
     standing = Standing(levels=Levels(EXACT, 0, 25))
-    client = ClientTurn(Stages(), seed=0, rounds=3, round=1, attempt=1, clients={2: standing})
+    client = ClientTurn(Stages(), seed=0, round=1, attempt=1, clients={2: standing})
     broken = Predictions(
         rows=np.arange(50), values=np.full((50, 10), np.nan, np.float32), scale="probabilities"
     )

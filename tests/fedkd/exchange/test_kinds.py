@@ -10,14 +10,15 @@ from fedkd.bounds import Whole
 from fedkd.exchange.adversaries import AdversaryField, NoAdversary
 from fedkd.exchange.codecs import CodecField, Float16, Float32
 from fedkd.exchange.kinds import UnreadStage
-from fedkd.exchange.release import NoRelease, ReleaseField
+from fedkd.exchange.mechanisms import MechanismField
+from fedkd.exchange.release import NoRelease
 from fedkd.exchange.views import All, Sum, ViewField
 
 
 class Section(BaseModel):
     up: CodecField = Float32()
     view: ViewField = All()
-    release: ReleaseField = NoRelease()
+    release: MechanismField = NoRelease()
     adversary: AdversaryField = NoAdversary()
 
 
@@ -91,7 +92,7 @@ def test_every_stage_has_its_kinds():
     assert section == Section(view=Sum())
     for field, told in (
         ("view", "unknown view 'x'; known: all, sum"),
-        ("release", "unknown release rule 'x'; known: none"),
+        ("release", "unknown mechanism 'x'; known: none"),
         ("adversary", "unknown adversary 'x'; known: none"),
     ):
         with pytest.raises(ValidationError, match=told):

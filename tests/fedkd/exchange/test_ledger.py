@@ -42,17 +42,22 @@ def test_releases_of_one_round_and_cost_are_one_charge():
     assert ledger.rows(since=1) == ledger.rows()[1:]
 
 
-def test_what_a_server_sends_again_costs_once_also_later():
-    first = OpenLedger(Ledger())
-    for name in ("'mean'", "'mean'", "'other'"):
-        first.charge_server(2, name, CHEAP)
-    ledger = first.closed()
-    assert ledger.of_server() == [(2, CHEAP), (2, CHEAP)]
-    later = OpenLedger(ledger)
-    later.charge_server(2, "'mean'", CHEAP)
-    assert later.closed() is ledger
-    later.charge_server(3, "'mean'", CHEAP)
-    assert later.closed().of_server() == [(2, CHEAP), (2, CHEAP), (3, CHEAP)]
+def test_a_servers_release_costs_all_clients_whose_answers_are_in_it():
+    opened = OpenLedger(Ledger())
+    opened.charge_server(2, "mean", [1, 4], CHEAP)
+    opened.charge_server(2, "sum", [4], CHEAP)
+    ledger = opened.closed()
+    assert ledger.of_client(1) == [(2, CHEAP)]
+    assert ledger.of_client(4) == [(2, CHEAP), (2, CHEAP)]
+    assert ledger.rows()[0] == {
+        "of_round": 2,
+        "by": "server",
+        "mechanism": "gaussian",
+        "figures": {"noise_multiplier": 2.0},
+        "clients": [1, 4],
+        "sent": "mean",
+    }
+    assert OpenLedger(ledger).closed() is ledger
 
 
 def test_a_ledger_is_a_value():

@@ -156,15 +156,13 @@ def test_a_model_that_diverged_is_named():
 def test_both_sides_go_on_from_what_came_down_whatever_happened_before(down):
     """Nothing is remembered: a lost answer, another attempt or a lost state changes nothing."""
     stages = Stages(up=LowRankChanges(energy=0.999), down=down)
-    server = ServerTurn(stages, ExchangeState(), seed=0, rounds=3, round=1)
+    server = ServerTurn(stages, ExchangeState(), seed=0, round=1)
     after = Weights(arrays=changed(1))
     for attempt in (1, 2):
         sent_down = server.send(
             4, "model", lambda key: Weights(arrays=BEFORE), asked=ASKED, attempt=attempt
         ).payload
-        client = ClientTurn(
-            stages, seed=0, rounds=3, round=1, attempt=attempt, clients={4: Standing()}
-        )
+        client = ClientTurn(stages, seed=0, round=1, attempt=attempt, clients={4: Standing()})
         received = client.open({4: sent_down})[4]
         sent = client.send({4: after})[4]
         assert client.kept() == {}
@@ -176,7 +174,7 @@ def test_both_sides_go_on_from_what_came_down_whatever_happened_before(down):
     assert digest(itself) == digest(decoded)
     assert sent.payload_bytes == 4 * (27 + 33 + 12) + 8
     # A client that nothing was sent to is not taken to have received what others have.
-    other = ClientTurn(stages, seed=0, rounds=3, round=1, attempt=1, clients={5: Standing()})
+    other = ClientTurn(stages, seed=0, round=1, attempt=1, clients={5: Standing()})
     server.send(5, None, lambda key: after, asked=ASKED)
     whole = other.send({5: after})[5]
     assert digest(server.receive(5, whole, ASKED)) == digest(after)

@@ -53,7 +53,7 @@ def outbox(tiny_settings, tiny_data, monkeypatch):
     round = federation_of(settings, tiny_data()).round(2)
 
     def build(names, **options):
-        turn = ServerTurn(Stages(), ExchangeState(1), seed=0, rounds=3, round=2)
+        turn = ServerTurn(Stages(), ExchangeState(1), seed=0, round=2)
         return Outbox(names, Nothing(), round, turn, **options)
 
     return build
