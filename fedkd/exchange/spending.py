@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
 from fedkd.privacy import (
+    GRID,
     Event,
     Gaussian,
     Laplace,
@@ -15,6 +16,9 @@ from fedkd.privacy import (
     bound,
     spent,
 )
+
+COARSE = 1e-3
+"""Width of bins in which budgets are looked at, as in the search for noise: rounded up."""
 
 
 class PrivacyBudgetError(RuntimeError):
@@ -96,8 +100,8 @@ def _times(cost: Cost, count: int) -> Iterable[Event]:
 
 
 @lru_cache(maxsize=4096)
-def _spent(events: tuple[Event, ...], delta: float) -> Spent:
-    return spent(events, delta=delta)
+def _spent(events: tuple[Event, ...], delta: float, grid: float = GRID) -> Spent:
+    return spent(events, delta=delta, grid=grid)
 
 
 @lru_cache(maxsize=4096)
@@ -124,7 +128,7 @@ class PrivacyBudget:
             # What is computed in no time first: it is larger, and so it is enough where it fits.
             if _bound(events, self.delta) <= most:
                 continue
-            exact = _spent(events, self.delta).epsilon
+            exact = _spent(events, self.delta, COARSE).epsilon
             if exact > most:
                 return client, exact
         return None

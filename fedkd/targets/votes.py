@@ -10,4 +10,5 @@ def one_hot(scores: np.ndarray) -> np.ndarray:
         scores: ``[rows, classes]``; what is no number is the lowest of all.
     """
     classes = np.nan_to_num(scores, nan=-np.inf).argmax(-1)
-    return np.eye(scores.shape[-1], dtype=np.float32)[classes]
+    made: np.ndarray = np.eye(scores.shape[-1], dtype=np.float32)[classes]
+    return made

@@ -207,10 +207,10 @@ class PrivacySettings(_Section):
         description="whose presence is protected: example, one row of a client's (dp_sgd), or "
         "client, all of its rows; none: what the mechanism can promise",
     )
-    delta: Real = Field(1e-5, ge=1e-300, lt=1, description="of the guarantee")
+    delta: Real = Field(1e-5, ge=1e-12, lt=1, description="of the guarantee")
     budget: Real | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         le=1e6,
         description="epsilon after which the run ends; none: the wanted epsilon, if there is one",
     )

@@ -13,7 +13,7 @@ from fedkd.exchange.payload import Payload
 from fedkd.exchange.release import Occasion, PrivateSteps, Where
 from fedkd.privacy import noise_for_sampled_gaussian
 
-GRID = 1e-3
+COARSE = 1e-3
 """Width of the bins of losses while noise is looked for: rounded up, so never too little."""
 
 
@@ -86,5 +86,5 @@ class DPSGD(WantedNoise):
 @lru_cache(maxsize=4096)
 def _noise(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     return noise_for_sampled_gaussian(
-        epsilon, delta, sample_rate=sample_rate, steps=steps, grid=GRID
+        epsilon, delta, sample_rate=sample_rate, steps=steps, grid=COARSE
     )

@@ -72,7 +72,7 @@ def form_of_payload(payload: Payload) -> Form | None:
     """Return the same of a client's answer, so that the client needs not be told."""
     match payload:
         case Predictions(values=values, scale=scale) | ClassTable(values=values, scale=scale):
-            return Form(*values.shape, scale == "probabilities")
+            return Form(len(values), values.shape[1], scale == "probabilities")
         case Prototypes(values=values, num_classes=classes):
             return Form(classes, values.shape[1], False)
     return None

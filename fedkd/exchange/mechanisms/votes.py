@@ -42,7 +42,7 @@ class Votes(WantedNoise):
 
     threshold: Real | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         le=1,
         description="share of the clients that has to agree; none: every row is answered",
     )

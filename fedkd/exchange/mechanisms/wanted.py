@@ -19,7 +19,7 @@ class WantedNoise(ReleaseRule):
 
     epsilon: Real | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         le=1e6,
         description="wanted for the whole run, for each client; the noise follows from it",
     )

@@ -269,8 +269,8 @@ def test_what_an_algorithm_refuses_by_itself_is_told_first(broken: Path) -> None
     [
         ["exchange.up={kind: top_k, k: 2}", "exchange.view=sum"],
         ["exchange.up=own_stages:Changes", "exchange.down=own_stages:Changes"],
-        ["privacy.release=own_stages:Noise"],
-        ["privacy.release=own_stages:Noise", "privacy.where=server", "exchange.down=float16"],
+        ["privacy.mechanism=own_stages:Noise"],
+        ["privacy.mechanism=own_stages:Noise", "privacy.where=server", "exchange.down=float16"],
     ],
     ids=" ".join,
 )
