@@ -1,7 +1,7 @@
 """Runs all benchmarks one after the other and prints one table of what they measured.
 
-    python benchmarks/table.py                       # about 40 minutes
-    python benchmarks/table.py --data FOLDER         # B2 on the images of a Parquet folder
+    python benchmarks/table.py                       # about 50 minutes
+    python benchmarks/table.py --data FOLDER         # B2, X2, X3 on a Parquet folder of images
     python benchmarks/table.py --only balance scale  # some of them
     python benchmarks/table.py --quick               # tiny, to see that they run; says nothing
 
@@ -28,13 +28,18 @@ SCRIPTS = (
     "objective_overhead",
     "gradients",
     "private_steps",
+    "codecs",
+    "traffic",
 )
+ON_IMAGES = ("loop_ratio", "traffic")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
-    parser.add_argument("--data", metavar="FOLDER", help="Parquet files of 28x28 images, for B2")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="Parquet files of 28x28 images: B2, X2, X3"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no verdict")
     options = parser.parse_args()
     table: list[str] = []
@@ -43,7 +48,7 @@ def main() -> int:
         command = [sys.executable, str(Path(__file__).with_name(f"{name}.py"))]
         if options.quick:
             command.append("--quick")
-        if options.data is not None and name == "loop_ratio":
+        if options.data is not None and name in ON_IMAGES:
             command += ["--data", options.data]
         print(f"== {name}", flush=True)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -12,6 +12,7 @@ import ray
 from sim.commands.running import open_grid, run
 from sim.engine.resources import available_cpus, check_engine
 from sim.engine.session import RaySession
+from sim.keeping.records import read_rows
 from sim.settings import EngineSettings, Settings, SettingsError
 
 # One process of a parallel test run starts Ray, not each of them.
@@ -43,6 +44,21 @@ def test_ray_and_inline_end_with_the_same_bits(
     by_ray = run(on_ray(*overrides), session=session)
     inline = run(on_ray(*overrides, "engine.backend=inline"))
     assert by_ray.weights_sha256 == inline.weights_sha256
+
+
+@pytest.mark.slow
+def test_ray_and_inline_keep_the_same_plan_under_a_budget(
+    on_ray: Small, session: RaySession
+) -> None:
+    overrides = "strategy.name=dsfl", "exchange.budget_kb=20", "clients.count=6", "rounds=3"
+    by_ray = run(on_ray(*overrides), session=session)
+    inline = run(on_ray(*overrides, "engine.backend=inline"))
+    assert by_ray.weights_sha256 == inline.weights_sha256
+    rows = [read_rows(found.folder / "exchange.jsonl") for found in (by_ray, inline)]
+    assert rows[0] == rows[1]
+    # Transfers have different numbers of bits, so that something was chosen.
+    assert len({row["bits"] for row in rows[0]}) > 1
+    assert sum(row["bytes"] for row in rows[0]) <= 20_000
 
 
 def test_one_worker_and_two_end_with_the_same_bits(on_ray: Small, session: RaySession) -> None:

@@ -25,11 +25,13 @@ def write_run(
     silent: bool = False,
     federation: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    bits: dict[str, int] | None = None,
 ) -> Path:
     """Write a run of two clients, 0.1 below and above each round's mean accuracy.
 
     Each client sends 1000 and receives 3000 bytes a round unless ``silent``. ``status`` None
-    leaves out the result, as a run does that is killed.
+    leaves out the result, as a run does that is killed. ``bits`` are those of a number in the first
+    round by direction, twice as many in each round after it.
     """
     folder.mkdir(parents=True)
     table = {
@@ -78,6 +80,7 @@ def write_run(
                             "direction": direction,
                             "kind": "logits",
                             "bytes": size,
+                            **({"bits": 2 ** (number - 1) * bits[direction]} if bits else {}),
                         }
                         for client in range(CLIENTS)
                         for direction, size in (("up", 1000), ("down", 3000))

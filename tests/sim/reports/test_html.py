@@ -78,6 +78,17 @@ def test_the_report_says_what_was_measured(make_run, tmp_path):
         assert text in page.text
 
 
+def test_the_report_has_columns_of_bits_where_a_run_had_a_budget(make_run, tmp_path):
+    # Rounds of 2 and 4 bits up, 4 and 8 down.
+    runs = {"budget": [make_run(bits={"up": 2, "down": 4})], "without": [make_run(seed=1)]}
+    text = page_of(write_report(runs, tmp_path / "both", title="budget")).text
+    assert "kB up kB down bits up bits down seconds" in text
+    assert "2.0 6.0 3.0 6.0 7.5" in text
+    assert "2.0 6.0 – – 7.5" in text  # noqa: RUF001
+    del runs["budget"]
+    assert "bits" not in page_of(write_report(runs, tmp_path / "one", title="none")).text
+
+
 def test_the_report_is_one_file_that_asks_nothing_of_a_network(make_run, tmp_path):
     path = write_report(study(make_run), tmp_path, title="t")
     page = page_of(path)

@@ -57,6 +57,21 @@ def test_the_baseline_is_what_others_are_compared_with(make_run):
     assert json.loads(json.dumps(pairs, allow_nan=False)) == pairs
 
 
+def test_mean_bits_of_a_number_stand_beside_the_bytes_of_runs_under_a_budget(make_run):
+    # Two rounds of 2 and 4, 4 and 8 bits; a seed more of 4 and 8, 8 and 16: 3 and 6, 6 and 12.
+    budgeted = [
+        make_run(seed=0, bits={"up": 2, "down": 4}),
+        make_run(seed=1, bits={"up": 4, "down": 8}),
+    ]
+    runs = {"without": [make_run(seed=0), make_run(seed=1)], "budget": budgeted}
+    first, second, without, budget = printed(runs, 200).splitlines()[1:5]
+    assert "kB   kB bits bits" in first
+    assert "up down   up down" in second
+    assert " ".join(without.split()[7:11]) == "2.0 6.0 – –"  # noqa: RUF001
+    assert " ".join(budget.split()[7:11]) == "2.0 6.0 4.5 9.0"
+    assert "bits" not in printed({"without": [make_run(seed=2)]}, 200)
+
+
 def test_few_seeds_are_marked_and_many_are_not(make_run):
     def runs(count):
         return {

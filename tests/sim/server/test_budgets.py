@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedkd.exchange.budget import BITS, Levels
+from fedkd.exchange.budget import BITS, NO_BUDGET, Levels
 from sim.commands import running
 from sim.commands.running import run
 from sim.keeping.records import read_rows
@@ -145,10 +145,8 @@ def test_what_was_chosen_travels_to_workers_and_nodes():
     records = payload_records(None)
     written = node_instruction(2, 1, records, told, Assignment("{}"))
     assert read_instruction(written).levels == (3, 1, 77)
-    assert (
-        read_instruction(node_instruction(2, 1, records, Told(), Assignment("{}"))).levels == ()[:0]
-        or True
-    )
+    written = node_instruction(2, 1, records, Told(), Assignment("{}"))
+    assert read_instruction(written).levels == NO_BUDGET
 
 
 class Stopping(Observer):
