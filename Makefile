@@ -14,7 +14,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff and the floors (import-linter)"
 	@echo "make types     mypy --strict"
-	@echo "make bench     run all benchmarks (about 45 minutes) and print their table"
+	@echo "make bench     run all benchmarks (about an hour) and print their table"
 	@echo "make clean     remove the virtual environment and caches"
 
 $(VENV)/.installed: pyproject.toml constraints.txt

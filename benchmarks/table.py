@@ -1,6 +1,6 @@
 """Runs all benchmarks one after the other and prints one table of what they measured.
 
-    python benchmarks/table.py                       # about 50 minutes
+    python benchmarks/table.py                       # about an hour
     python benchmarks/table.py --data FOLDER         # B2, X2, X3 on a Parquet folder of images
     python benchmarks/table.py --only balance scale  # some of them
     python benchmarks/table.py --quick               # tiny, to see that they run; says nothing

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sim.settings import Settings, load_settings
@@ -31,3 +32,26 @@ def small(tmp_path: Path) -> Callable[..., Settings]:
         return load_settings(None, [*SMALL, f"output={tmp_path / 'runs'}", *overrides])
 
     return settings
+
+
+@pytest.fixture
+def on_wards(tmp_path: Path) -> tuple[str, ...]:
+    """Set a run on a table of four wards, with all that makes clients differ, and a budget."""
+    rng = np.random.default_rng(0)
+    lines = ["a,b,c,d,ward,label"]
+    for place, row in enumerate(rng.normal(size=(320, 4))):
+        words = [*(f"{number:.3f}" for number in row), f"w{place % 4}", f"c{int(row[0] > row[1])}"]
+        lines.append(",".join(words))
+    path = tmp_path / "wards.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return (
+        f"data.source={path}",
+        "data.partition={kind: natural, column: ward, min_rows: 2}",
+        "data.label_noise.rate=[0.3,0]",
+        "data.feature_shift.shifts=[{kind: none},{kind: noise}]",
+        "clients.models=[mlp]",
+        "strategy.name=dsfl",
+        "exchange.budget_kb=6",
+        "clock.profiles=[phone,laptop]",
+        "clock.latency_s=0.05",
+    )

@@ -205,6 +205,16 @@ def test_flower_s_runtimes_compute_what_fedkd_run_computes(
     assert theirs["result"]["status"] == "finished"
 
 
+def test_nodes_see_the_data_of_their_ward_and_keep_the_budget_and_the_clock(
+    small: Callable[..., Settings], words: Any, serve: Any, on_wards: tuple[str, ...]
+) -> None:
+    # Nodes are never stacked.
+    ours = of_run(small(*on_wards, "engine.vectorize=loop"))
+    theirs = serve(Runtime(range(4), 4), words(*on_wards))
+    assert {key: theirs[key] for key in ours} == ours
+    assert theirs["result"]["status"] == "finished"
+
+
 def test_the_server_s_models_are_kept_and_those_of_nodes_are_not(words: Any, serve: Any) -> None:
     of_server = words("strategy.name=fedavg", "rounds=1", "keep_models=server")
     left = serve(Runtime(range(4), 4), of_server)

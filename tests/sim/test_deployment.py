@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sim.commands.running import run
 from sim.keeping.records import read_rows
-from sim.settings import load_settings
+from sim.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -464,15 +464,39 @@ def test_flwr_run_simulates_as_many_clients_as_the_settings_say(
 ) -> None:
     # What people bring is installed where the runtime is.
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "own"))
-    words = ["rounds=2", "clients.count=2", f"strategy.name={strategy}", f"output={tmp_path}/runs"]
-    deployment = Deployment(tmp_path, secure=False, apart=False)
+    left = simulated(tmp_path, monkeypatch, 2, "rounds=2", f"strategy.name={strategy}")
+    assert left["result"]["rounds"] == 2
+    assert left["events"] == []
+
+
+@pytest.mark.slow
+def test_flwr_run_simulates_clients_that_differ_under_a_budget_and_a_clock(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small: Callable[..., Settings],
+    small_words: tuple[str, ...],
+    on_wards: tuple[str, ...],
+) -> None:
+    left = simulated(tmp_path, monkeypatch, 4, *small_words, *on_wards)
+    # Nodes are never stacked.
+    ours = left_in(run(small(*on_wards, "engine.vectorize=loop")).folder)
+    for kind in ("metrics", "exchange", "events"):
+        assert left[kind] == ours[kind]
+
+
+def simulated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, count: int, *overrides: str
+) -> dict[str, Any]:
+    """Let Flower's simulation runtime run a federation of so many clients."""
+    words = [*overrides, f"clients.count={count}", f"output={folder}/runs"]
+    deployment = Deployment(folder, secure=False, apart=False)
     # Flower's local SuperLink listens at the same ports of a machine for everybody.
     monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", str(free_port()))
     monkeypatch.setenv("FLWR_LOCAL_CONTROL_API_PORT", str(free_port()))
-    home = tmp_path / "homes" / "user" / "config.toml"
+    home = folder / "homes" / "user" / "config.toml"
     home.write_text(
         '[superlink]\ndefault = "local"\n\n[superlink.local]\n'
-        'options.num-supernodes = 2\naddress = ":local:"\n'
+        f'options.num-supernodes = {count}\naddress = ":local:"\n'
     )
     try:
         deployment.start(
@@ -480,8 +504,6 @@ def test_flwr_run_simulates_as_many_clients_as_the_settings_say(
             *("flwr", "run", ROOT, "--stream", "--run-config"),
             f"overrides={json.dumps(shlex.join(words))}",
         )
-        left = deployment.finished()
+        return deployment.finished()
     finally:
         deployment.close()
-    assert left["result"]["rounds"] == 2
-    assert left["events"] == []
