@@ -111,16 +111,20 @@ def _run(grid: Grid, context: Context) -> None:
         loop = RoundLoop(grid, settings, data, [recorder, _RoundLog(settings)])
         keeper = ModelKeeper(folder, settings, data, loop, None)
         models: Mapping[str, Row] = {}
+        privacy: Row = {}
         try:
             loop.run(keeper.after_round)
             models = keeper.finish()
+            privacy = loop.spent()
             status = "finished"
         except (KeyboardInterrupt, SystemExit):
             # ``flwr stop``, or whoever ends the SuperLink.
             status = "interrupted"
             raise
         finally:
-            result = run_result(settings, folder, loop.history, status=status, models=models)
+            result = run_result(
+                settings, folder, loop.history, status=status, models=models, privacy=privacy
+            )
             recorder.result(result.to_row())
 
 

@@ -6,7 +6,6 @@ from functools import lru_cache
 
 from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
 from fedkd.privacy import (
-    GRID,
     Event,
     Gaussian,
     Laplace,
@@ -18,7 +17,7 @@ from fedkd.privacy import (
 )
 
 COARSE = 1e-3
-"""Width of bins in which budgets are looked at, as in the search for noise: rounded up."""
+"""Width of the bins of losses, as in the search for noise: rounded up, so never too little."""
 
 
 class PrivacyBudgetError(RuntimeError):
@@ -68,7 +67,8 @@ def spent_of(costs: Iterable[tuple[Cost, int]], *, delta: int | float) -> Spent:
 def spent_by_client(ledger: Ledger, *, delta: int | float) -> dict[int, Spent]:
     """Return what each client that released anything has spent, by client in order.
 
-    By privacy loss distributions: seconds where clients learn by DP-SGD and differ in their rows.
+    By privacy loss distributions: a tenth of a second for each client that learns by DP-SGD and has
+    rows as no other.
     """
     return {client: _spent(events, delta) for client, events in sorted(_events_by_client(ledger))}
 
@@ -100,8 +100,8 @@ def _times(cost: Cost, count: int) -> Iterable[Event]:
 
 
 @lru_cache(maxsize=4096)
-def _spent(events: tuple[Event, ...], delta: float, grid: float = GRID) -> Spent:
-    return spent(events, delta=delta, grid=grid)
+def _spent(events: tuple[Event, ...], delta: float) -> Spent:
+    return spent(events, delta=delta, grid=COARSE)
 
 
 @lru_cache(maxsize=4096)
@@ -128,7 +128,7 @@ class PrivacyBudget:
             # What is computed in no time first: it is larger, and so it is enough where it fits.
             if _bound(events, self.delta) <= most:
                 continue
-            exact = _spent(events, self.delta, COARSE).epsilon
+            exact = _spent(events, self.delta).epsilon
             if exact > most:
                 return client, exact
         return None

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -126,27 +127,31 @@ class SampledGaussian(Event):
         is the series of the paper. With hardly any noise the grid would be long, and the moment is
         bounded instead, by convexity: ``(1 - q) + q e^(a (a - 1) / (2 sigma^2))``.
         """
-        sigma, rate = self.noise_multiplier, self.sample_rate
-        if rate == 1:
-            return self.count * order / (2 * sigma**2)
-        if sigma < _LITTLE:
-            bound = np.logaddexp(
-                math.log1p(-rate), math.log(rate) + order * (order - 1) / (2 * sigma**2)
-            )
-            return self.count * _divergence(bound, order)
-        step = sigma / _STEPS
-        z = np.arange(-_TAIL * sigma, order + _TAIL * sigma, step)
-        ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * sigma**2))
-        bell = order * ratio - z**2 / (2 * sigma**2)
-        moment = float(np.logaddexp.reduce(bell)) + math.log(
-            step / (sigma * math.sqrt(2 * math.pi))
-        )
-        return self.count * _divergence(moment, order)
+        return self.count * _sampled_divergence(self.noise_multiplier, self.sample_rate, order)
 
     @property
     def pure(self) -> float:
         """There is none."""
         return math.inf
+
+
+# Ledgers ask for the same steps again and again, as their number grows.
+@lru_cache(maxsize=2**16)
+def _sampled_divergence(sigma: int | float, rate: int | float, order: int | float) -> float:
+    """Return the Renyi divergence of one step, see `SampledGaussian.renyi`."""
+    if rate == 1:
+        return order / (2 * sigma**2)
+    if sigma < _LITTLE:
+        bound = np.logaddexp(
+            math.log1p(-rate), math.log(rate) + order * (order - 1) / (2 * sigma**2)
+        )
+        return _divergence(bound, order)
+    step = sigma / _STEPS
+    z = np.arange(-_TAIL * sigma, order + _TAIL * sigma, step)
+    ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * sigma**2))
+    bell = order * ratio - z**2 / (2 * sigma**2)
+    moment = float(np.logaddexp.reduce(bell)) + math.log(step / (sigma * math.sqrt(2 * math.pi)))
+    return _divergence(moment, order)
 
 
 @dataclass(frozen=True, slots=True)

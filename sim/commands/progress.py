@@ -255,6 +255,12 @@ class ProgressObserver(Observer):
     def started(self, settings: "Settings", data: "FederatedData") -> None:
         """The first round is about to start."""
         self._total = settings.rounds
+        privacy = settings.privacy
+        if privacy.on:
+            self._signs.say(
+                f"{self._label}: privacy of each {privacy.promised}, delta {privacy.delta:g}: "
+                f"{privacy.mechanism.told(privacy.where)}"
+            )
 
     def returned(self, round: int) -> None:
         """The run goes on after this round, if need be after its last one was shown as over."""

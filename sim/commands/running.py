@@ -75,6 +75,7 @@ class RunResult:
         seconds: wall time of the rounds, without loading data and starting workers.
         backends: what trained the clients of each architecture: ``loop``, ``vmap`` or both.
         models: what is kept in ``models/``, by name; see `sim.keeping.models.ModelKeeper.finish`.
+        privacy: what was promised and spent; empty where nothing is.
     """
 
     settings: Settings
@@ -85,6 +86,7 @@ class RunResult:
     seconds: float
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     models: Mapping[str, Row] = field(default_factory=dict)
+    privacy: Row = field(default_factory=dict)
 
     def to_row(self) -> Row:
         """Return the result as plain values: the content of ``result.json``."""
@@ -99,7 +101,10 @@ class RunResult:
             "backends": {model: list(names) for model, names in self.backends.items()},
             "models": {name: dict(row) for name, row in self.models.items()},
             "folder": str(self.folder),
-            **summary(self.history, self.settings.clients.count),
+            **({"privacy": dict(self.privacy)} if self.privacy else {}),
+            **summary(
+                self.history, self.settings.clients.count, selects=not self.settings.privacy.on
+            ),
         }
 
 
@@ -288,6 +293,7 @@ def run(
     loop: RoundLoop | None = None
     backends: Mapping[str, Sequence[str]] = {}
     models: Mapping[str, Row] = {}
+    privacy: Row = {}
     with RunFolder(place, settings, made_of.to_row()) as recorder:
         try:
             with interruptible(), open_grid(settings, data, session) as grid:
@@ -304,6 +310,7 @@ def run(
                     digest = _run_rounds(loop, keeper, shelf, grid, settings)
                     backends = grid.backends()
                     models = shelf.finish()
+                    privacy = loop.spent()
                 except BaseException:
                     # Whatever the last of it was, what is complete shall not be lost. Where even
                     # this fails, what happened first is what matters.
@@ -332,6 +339,7 @@ def run(
                 digest=digest,
                 backends=backends,
                 models=models,
+                privacy=privacy,
             )
             with suppress(StorageError) if status != "finished" else nullcontext():
                 recorder.result(result.to_row())
@@ -423,6 +431,7 @@ def _finished_result(folder: Path, settings: Settings) -> RunResult:
         digest=result.get("weights_sha256"),
         backends=result.get("backends", {}),
         models=result.get("models", {}),
+        privacy=result.get("privacy", {}),
     )
 
 
@@ -450,10 +459,13 @@ def run_result(
     digest: str | None = None,
     backends: Mapping[str, Sequence[str]] = MappingProxyType({}),
     models: Mapping[str, Row] = MappingProxyType({}),
+    privacy: Row | None = None,
 ) -> RunResult:
     """Gather what a run measured."""
     seconds = math.fsum(row["seconds"] for row in history.federation)
-    return RunResult(settings, folder, status, digest, history, seconds, backends, models)
+    return RunResult(
+        settings, folder, status, digest, history, seconds, backends, models, privacy or {}
+    )
 
 
 def _digest(grid: CohortGrid[Any], settings: Settings) -> str:

@@ -167,7 +167,12 @@ class ModelKeeper:
         yield from self._clients(clients)  # type: ignore[arg-type]
 
     def _best(self) -> Sequence[int]:
-        """Return the client whose model is best on the validation rows; of equals, the first."""
+        """Return the client whose model is best on the validation rows; of equals, the first.
+
+        Where something is promised, which does not cover validation rows, it is the first client.
+        """
+        if self._settings.privacy.on:
+            return sorted(self._grid.trained_clients())[:1] if self._grid else ()
         return best_client(self._loop.history, self._grid.trained_clients() if self._grid else ())
 
     def _clients(self, clients: Sequence[int]) -> Iterator[_Kept]:

@@ -64,12 +64,18 @@ def selected_round(history: History) -> Row:
     return judged[best]
 
 
-def summary(history: History, num_clients: int) -> dict[str, Any]:
-    """Return the last round, the selected round, each client's last row and bytes by client."""
+def summary(history: History, num_clients: int, *, selects: bool = True) -> dict[str, Any]:
+    """Return the last round, the selected round, each client's last row and bytes by client.
+
+    Args:
+        history: of the run.
+        num_clients: registered clients.
+        selects: whether a round may be selected by validation rows; a guarantee does not cover it.
+    """
     judged = [row for row in history.federation if "accuracy" in row]
     return {
         "last": judged[-1] if judged else {},
-        "selected": selected_round(history),
+        "selected": selected_round(history) if selects else {},
         "clients": [row for _, row in sorted(history.clients.items())],
         "server": history.server,
         "bytes_up": [history.bytes_up.get(client, 0) for client in range(num_clients)],

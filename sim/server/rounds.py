@@ -17,8 +17,11 @@ from flwr.serverapp import Grid
 from fedkd.data import FederatedData
 from fedkd.exchange.budget import BudgetError, Levels, Plan, Purse
 from fedkd.exchange.codecs import Float32
+from fedkd.exchange.ledger import Ledger
+from fedkd.exchange.mechanisms import WantedNoise
 from fedkd.exchange.pipeline import ExchangeState, ServerTurn
 from fedkd.exchange.release import NoRelease
+from fedkd.exchange.spending import PrivacyBudgetError, bounds_by_client, spent_by_client
 from fedkd.exchange.values import Value, read_only
 from fedkd.exchange.views import All
 from fedkd.metrics.classification import accuracy, confusion_counts
@@ -193,10 +196,35 @@ class RoundLoop:
             for observer in self._observers:
                 observer.returned(self.boundary.round)
         while self._standing.round < self._settings.rounds:
-            if not self._round(self._standing):
+            before = self._standing
+            goes_on = self._round(before)
+            if self.boundary is not before:
+                after_round()
+            if not goes_on:
                 break
-            after_round()
         return self.history
+
+    def spent(self) -> Row:
+        """Return what was promised, and what the releases so far have spent of it."""
+        privacy = self._settings.privacy
+        if not privacy.on:
+            return {}
+        try:
+            by_client = spent_by_client(self._standing.exchange.ledger, delta=privacy.delta)
+        except ValueError as error:
+            # A mechanism of one's own costs what its author knows.
+            return {"mechanism": privacy.mechanism.kind, "unknown": str(error)}
+        most = [max(own, default=0.0) for own in zip(*by_client.values(), strict=True)] or [0.0] * 3
+        return {
+            "mechanism": privacy.mechanism.kind,
+            "where": privacy.where,
+            "unit": privacy.promised,
+            "delta": privacy.delta,
+            "budget": None if privacy.limit is None else privacy.limit.epsilon,
+            "promise": privacy.mechanism.told(privacy.where),
+            **dict(zip(("epsilon", "renyi", "pure"), most, strict=True)),
+            "clients": {str(client): own.epsilon for client, own in by_client.items()},
+        }
 
     @property
     def architectures(self) -> Sequence[str]:
@@ -219,7 +247,7 @@ class RoundLoop:
         return self.boundary
 
     def _round(self, before: Boundary) -> bool:
-        """Go on to the next boundary; False: no room for another round in the privacy budget."""
+        """Go on to the next boundary; False: the privacy budget ends the run."""
         round = self._begun(before)
         strategy = self._strategy
         where = f"round {round.number}, the server's half"
@@ -251,7 +279,7 @@ class RoundLoop:
             purse=purse,
             delays_vary=bool(self._settings.faults),
         )
-        skipped = False
+        skipped = spent_up = False
         try:
             if not clients:
                 raise NobodyThereError
@@ -266,6 +294,10 @@ class RoundLoop:
             replies.drain()
             with authors_code(where):
                 state = self._checked(state, "aggregate")
+        except PrivacyBudgetError as error:
+            # What has left has left and is accounted for; nothing is made of it.
+            state, skipped, spent_up = before.state, True, True
+            self._skip(round, str(error))
         except QuorumError as error:
             if self._settings.engine.below_quorum != "skip":
                 raise
@@ -312,6 +344,7 @@ class RoundLoop:
                 row["bytes"] for row in replies.exchanged if row["direction"] == "down"
             ),
             **({} if self._clock is None else {"simulated_s": simulated_s}),
+            **self._bound(exchange.ledger),
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
@@ -323,7 +356,14 @@ class RoundLoop:
         with uninterrupted():
             charged = len(before.exchange.ledger.charges)
             self._complete(after, rows, replies.exchanged, charged)
-        return True
+        return not spent_up
+
+    def _bound(self, ledger: Ledger) -> Row:
+        """Return a bound on what any client has spent, where that is known."""
+        if not isinstance(self._stages.release, WantedNoise):
+            return {}
+        bounds = bounds_by_client(ledger, delta=self._stages.delta)
+        return {"epsilon_bound": max(bounds.values(), default=0.0)}
 
     def _is_spent(
         self,

@@ -20,6 +20,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedkd.exchange.payload import Asked, Limit, Payload
+from fedkd.exchange.spending import PrivacyBudgetError
 from fedkd.targets.scale import are_distributions
 from sim.engine.mistakes import author_traceback, is_misfortune
 from sim.wire.messages import MEMORY_LOST, MISTAKE, ClientReply, is_unencoded, read_reply
@@ -126,7 +127,8 @@ def authors_code(
     """
     try:
         yield
-    except AuthorError:
+    except (AuthorError, PrivacyBudgetError):
+        # The second comes out of the answers that it was handed.
         raise
     except Exception as error:
         if error is passed_on() or is_misfortune(error):

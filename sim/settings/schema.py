@@ -248,6 +248,11 @@ class PrivacySettings(_Section):
         return self
 
     @property
+    def on(self) -> bool:
+        """Whether anything is promised."""
+        return not isinstance(self.mechanism, NoRelease)
+
+    @property
     def promised(self) -> Unit:
         """Whose presence is protected."""
         return self.unit or ("example" if self.mechanism.learns else "client")
