@@ -88,6 +88,18 @@ class FederatedData:
         number = client % (1 + len(self.views))
         return self.views[number - 1] if number else self
 
+    def without_private_rows(self) -> "FederatedData":
+        """Return the same for a server that must not reach what clients hold."""
+        return replace(
+            self,
+            train_inputs=self.train_inputs[:0],
+            train_labels=self.train_labels[:0],
+            client_rows=tuple(rows[:0] for rows in self.client_rows),
+            wrong_labels=None,
+            client_shifts=None,
+            views=tuple(view.without_private_rows() for view in self.views),
+        )
+
     @property
     def input_shape(self) -> InputShape:
         """What one input is."""

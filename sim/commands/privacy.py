@@ -27,6 +27,8 @@ from strategies.contract import Strategy
 OUTSIDE = (
     "Noise is pseudo-random and comes from the run's seed: whoever knows the seed can take it off.",
     "Floating-point arithmetic is not hidden, see Mironov, 2012.",
+    "What is known of all rows before learning is taken for public: how inputs are standardised, "
+    "categories of tables, and how many rows each client has.",
     "Metrics, test accuracy and models that a run keeps of clients (but for dp_sgd) are outside of "
     "the guarantee: they are for whoever simulates.",
 )

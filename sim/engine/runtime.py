@@ -168,10 +168,10 @@ def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, 
 def server_tools(
     settings: Settings, strategy: Strategy[Any, Any], data: FederatedData
 ) -> ServerTools:
-    """Return what an algorithm's server half may use."""
+    """Return what an algorithm's server half may use; no private row where these are protected."""
     return ServerTools(
         federation=strategy.federation,
-        data=data,
+        data=data.without_private_rows() if settings.privacy.on else data,
         optimizer=settings.clients.optimizer,
         device=torch.device("cpu"),
         models=strategy.server_models(),

@@ -10,7 +10,7 @@ from fedkd.exchange.values import digest
 from fedkd.metrics.diversity import target_entropy
 from sim.engine.grid import FIRST_NODE_ID, Outcome
 from sim.engine.inline import InlineGrid
-from sim.engine.runtime import judge
+from sim.engine.runtime import build_strategy, federation_of, judge, server_tools
 from sim.server.history import History, selected_round, summary
 from sim.server.replies import QuorumError
 from sim.server.rounds import RoundLoop
@@ -660,3 +660,15 @@ def test_a_stage_that_cannot_take_what_is_asked_is_refused_before_the_first_roun
     loop = RoundLoop(InlineGrid(settings, data), settings, data, [])
     with pytest.raises(SettingsError, match=told):
         loop.start()
+
+
+def test_a_server_that_must_not_know_private_rows_has_none(tiny_settings, tiny_data):
+    data = tiny_data()
+    held = sum(map(len, data.client_rows))
+    for privacy, rows in (({}, held), ({"mechanism": "gaussian", "noise": 1.0}, 0)):
+        settings = tiny_settings("fedmd", privacy=privacy)
+        strategy = build_strategy(settings, federation_of(settings, data))
+        seen = server_tools(settings, strategy, data).data
+        assert sum(map(len, seen.client_rows)) == rows
+        assert bool(len(seen.train_inputs)) == bool(len(seen.train_labels)) == bool(rows)
+        assert len(seen.public_inputs) == len(data.public_inputs)
