@@ -711,7 +711,9 @@ class ServerTurn:
 
         With n answers u and one noise N for a sum, each answer becomes ``u + N / (n - 1)``. The
         mean of all but one is then ``(sum u + N - own u) / (n - 1)``: made of the released sum and
-        of what that client itself has sent. The mean of all has a little more noise.
+        of what that client itself has sent. For those that sent nothing there is ``Upload.of_all``,
+        ``(sum u + N) / n``. A mean of what is yielded would have ``n / (n - 1)`` of the noise, and
+        a client that has it and one that has a mean of others could take the noise off together.
         """
         rule = self._stages.release
         held = [replace(each, payload=rule.bounded(each.payload)) for each in uploads]
@@ -727,8 +729,11 @@ class ServerTurn:
         nothing = _scaled(held[0].payload, 0)
         noise = rule.release(nothing, occasion, self._noise("sum", total))
         self._charge("sum", clients, rule.cost_of(noise, occasion))
+        count = len(held)
+        mean = total.over(count, held[0].payload)
+        of_all = _with(mean, _scaled(noise, (count - 1) / count))
         for upload in held:
-            yield replace(upload, payload=_with(upload.payload, noise))
+            yield replace(upload, payload=_with(upload.payload, noise), of_all=of_all)
 
     def _charge(self, named: str, clients: Sequence[int], cost: Cost | None) -> None:
         if cost is None:

@@ -23,12 +23,16 @@ class Upload:
         payload: what was sent; of several, their weighted mean.
         num_examples: private rows of the client; of several, of all of them.
         clients: how many are in it.
+        of_all: the mean of all answers, where one noise on their sum protects the means of all
+            others: what is to be used in the place of a mean of the payloads, whose noise is a
+            multiple of that one, so that the two together would give it away.
     """
 
     client: int
     payload: Payload
     num_examples: int
     clients: int = 1
+    of_all: Payload | None = None
 
     def weight(self, by: Weighting) -> int:
         """Return how much it counts in a mean."""

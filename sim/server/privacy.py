@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fedkd.data import FederatedData
+from fedkd.exchange.budget import LADDER
 from fedkd.exchange.ledger import Ledger
 from fedkd.exchange.mechanisms import WantedNoise
 from fedkd.exchange.payload import Payload
@@ -156,14 +157,26 @@ def check_privacy(
             f"keep_models: best chooses by validation rows, which {named} does not protect; name "
             "clients, or use server, clients or none"
         )
+    if settings.exchange.budget_kb is not None and privacy.where == "client" and rule.codecs:
+        unfit = sorted({codec.kind for codec in LADDER} - rule.codecs)
+        if unfit:
+            raise ValueError(
+                f"exchange.budget_kb {settings.exchange.budget_kb:g} may choose {unfit[0]}, which "
+                f"cannot write what {named} releases; leave the budget out and use exchange.up: "
+                f"{sorted(rule.codecs)[-1]} or {', '.join(sorted(rule.codecs)[:-1])}, or "
+                "privacy.mechanism: dp_sgd"
+            )
     if rule.learns:
         first, later = (strategy.private_passes(first=each) for each in (True, False))
-        if first != later and (nodes or settings.engine.below_quorum == "skip"):
+        forgets = (
+            nodes or settings.engine.below_quorum == "skip" or settings.clock.deadline_s is not None
+        )
+        if first != later and forgets:
             raise ValueError(
                 f"{named} with strategy {settings.strategy.name}, whose clients train longer when "
-                "they are new: a client that lost its state, or whose round was left out, would "
-                "train so again without being charged; use engine.below_quorum: retry or abort and "
-                "fedkd run, or no training before the first round"
+                "they are new: a client that lost its state, was late, or whose round was left "
+                "out, would train so again without being charged; use engine.below_quorum: retry "
+                "or abort, no clock.deadline_s and fedkd run, or no training before the first round"
             )
         _check_rows_apart(strategy, data, named)
 

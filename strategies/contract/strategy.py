@@ -161,7 +161,8 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
     def leaves_one_out(self) -> bool:
         """Whether `aggregate` makes nothing of uploads but, for each client, the others' mean.
 
-        In the numbers that are sent: then one noise on their sum protects all of them.
+        In the numbers that are sent: then one noise on their sum protects all of them. Who sent
+        nothing may have the mean of all, which is ``Upload.of_all`` where there is one.
         """
         return False
 

@@ -7,7 +7,7 @@ part learn from all that did. The paper names no weight of its second term; here
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import ClassTable
 from fedkd.exchange.values import Value
 from fedkd.losses.reduction import PerRow
@@ -76,11 +76,13 @@ class Tables(Value):
         total: float64 ``[classes, classes]``, the weighted sum of their tables.
         weight: float64 ``[classes]``, the sum of the weights of those that hold a class.
         own: each client's table.
+        of_all: the mean of all tables, where it was released; else it is made of the sum.
     """
 
     total: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
     own: Mapping[int, ClassTable] = field(default_factory=dict)
+    of_all: ClassTable | None = None
 
 
 def holding(table: ClassTable) -> np.ndarray:
@@ -186,6 +188,8 @@ class FD(Strategy[FDSettings, Tables]):
 
     def payload(self, state: Tables, key: int | str) -> ClassTable:
         """The mean over the other holders of each class."""
+        if isinstance(key, str) and state.of_all is not None:
+            return state.of_all
         return mean_over_other_holders(state, None if isinstance(key, str) else key)
 
     def asks(self, state: Tables, client: int, round: Round, server: ServerTools) -> Asked:
@@ -198,5 +202,9 @@ class FD(Strategy[FDSettings, Tables]):
         self, state: Tables, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Tables:
         """Add up this round's tables; without any there is nothing to learn from."""
-        sent = {upload.client: table for upload, table in payloads_of(uploads, ClassTable)}
-        return added_up(sent) if sent else Tables()
+        sent: dict[int, ClassTable] = {}
+        of_all: ClassTable | None = None
+        for upload, table in payloads_of(uploads, ClassTable):
+            sent[upload.client] = table
+            of_all = None if upload.of_all is None else expect(upload.of_all, ClassTable)
+        return replace(added_up(sent), of_all=of_all) if sent else Tables()

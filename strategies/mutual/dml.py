@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedkd.bounds import Count
-from fedkd.exchange.payload import Payload
+from fedkd.exchange.payload import Payload, expect
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
 from fedkd.metrics.agreement import agreement_matrix
@@ -31,7 +31,7 @@ from fedkd.mutual.graphs import (
     exponentially_before,
     random_peers,
 )
-from fedkd.mutual.peers import constants
+from fedkd.mutual.peers import PeerTable, constants
 from fedkd.targets import Scale, StreamingMean
 from strategies.contract import Card, Round, ServerTools, StrategySettings, Upload, payloads_of
 from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
@@ -139,17 +139,19 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
         settings = self.settings
         temperature = settings.softening(round.next().progress)
         mean = PeerMean(temperature=temperature, average=settings.average)
-        own = {
-            upload.client: mean.add(sent.values)
-            for upload, sent in payloads_of(uploads, Predictions)
-        }
+        own: dict[int, PeerTable] = {}
+        of_all: Payload | None = None
+        for upload, sent in payloads_of(uploads, Predictions):
+            own[upload.client] = mean.add(sent.values)
+            of_all = upload.of_all
         if not mean.count:
             return HeardPeers()
 
         def taught(values: Tensor) -> Predictions:
             return lesson(round.public_rows, values, settings.scale, temperature)
 
-        shared = taught(mean.of_all())
+        released = None if of_all is None else constants(expect(of_all, Predictions).values)
+        shared = taught(mean.of_all() if released is None else released)
         if settings.peers != "all":
             tables = {client: taught(constants(values)) for client, values in own.items()}
             best = {}

@@ -109,7 +109,8 @@ class _NoisedTable(WantedNoise):
             "there are",
             "server": "the server is trusted and sees the answers as they are; it adds noise to "
             "their mean, so the guarantee holds against clients and whoever sees what is made of "
-            "the mean",
+            "the mean. Where each client is sent a mean of all others (dml, fd), it holds against "
+            "clients, also together, and not against who reads what several of them are sent",
         }
         return f"{self.kind} noise: {whose[where]}"
 

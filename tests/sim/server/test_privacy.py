@@ -1,0 +1,302 @@
+"""What would break a promise is refused before the run, and what is promised is kept in a run."""
+
+import numpy as np
+import pytest
+
+from sim.commands.running import load_data
+from sim.contract import sections_of
+from sim.contract.toy import (
+    ListeningGrid,
+    simulate,
+    toy_data,
+    toy_parts,
+    toy_table,
+)
+from sim.server.privacy import PrivacyPlan, check_privacy, unsound
+from sim.server.validation import AuthorError
+from sim.settings import SettingsError, merge_tables, settings_from_table
+from sim.wire.messages import read_reply
+from strategies import STRATEGIES
+from strategies.contract import PrivateUse
+
+MLP = [{"name": "mlp", "options": {"hidden": [8]}}]
+DP_SGD = {"mechanism": "dp_sgd", "noise": 1.0}
+GAUSSIAN = {"mechanism": "gaussian", "noise": 0.5}
+AT_SERVER = {**GAUSSIAN, "where": "server"}
+VOTES = {"mechanism": "votes", "noise": 1.0, "where": "server"}
+ANSWERS = {"mechanism": "randomized_response", "noise": 1.0}
+
+
+def parts_of(strategy, privacy, *, options=None, **sections):
+    """Return settings, an algorithm and its data; sections that its card asks for are filled in."""
+    needs = sections_of(STRATEGIES[strategy].card.needs)
+    labelled = bool(needs.get("data", {}).get("public", {}).get("labelled"))
+    table = toy_table(strategy, options=options)
+    for more in (needs, sections, {"privacy": privacy}):
+        table = merge_tables(table, more)
+    settings = settings_from_table(table)
+    data = toy_data(labelled=labelled)
+    return settings, toy_parts(settings, data)[0], data
+
+
+def reason(strategy, privacy, **options):
+    settings, made, _ = parts_of(strategy, privacy, options=options)
+    return unsound(made, settings.privacy.mechanism, settings.privacy.where)
+
+
+def check(strategy, privacy, **sections):
+    settings, made, data = parts_of(strategy, privacy, **sections)
+    check_privacy(settings, made, data, nodes=False)
+    settings.stages.check(up=made.up, down=made.down, sums=made.sums)
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+EQUAL = {"weighting": "equal"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "words"),
+    [
+        ("fml", EQUAL, "private model, which is not protected, teaches the one that travels"),
+        ("proxyfl", {}, "private model, which is not protected, teaches the one that travels"),
+        ("fedkd", EQUAL, "a mentor, which is not protected, teaches the mentee"),
+        ("fd", {}, "clients also send means of what a model says of the private rows"),
+        ("feddistill_plus", EQUAL, "clients also send mean logits of the private rows"),
+        ("fedproto", {}, "clients also send mean features of the private rows"),
+        ("fedtgp", {}, "clients also send mean features of the private rows"),
+        ("fedgen", EQUAL, "clients also send how many private rows of each class"),
+        ("fedgkt", {}, "clients also send features, logits and labels of private rows"),
+        ("rhfl", {}, "clients also send the loss on private rows"),
+        ("selective_fd", {}, "clients also send which public rows are near to private ones"),
+    ],
+)
+def test_what_is_made_of_private_rows_past_dp_sgd_is_refused(strategy, options, words):
+    told = reason(strategy, DP_SGD, **options)
+    assert words in told
+    assert "such as dml" in told
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "feddf", "fedkd", "fedgen"])
+@pytest.mark.parametrize("privacy", [DP_SGD, GAUSSIAN, AT_SERVER])
+def test_weights_by_private_counts_are_refused(strategy, privacy):
+    told = reason(strategy, privacy)
+    assert "weighs clients by how many private rows they have" in told
+    assert "strategy.weighting: equal" in told
+
+
+def test_equal_weights_are_taken():
+    assert reason("fedavg", DP_SGD, **EQUAL) is None
+    assert "strategy.weighting: count" in reason("fd", GAUSSIAN, weighting="count")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "words"),
+    [
+        ("feddf", EQUAL, "how long students learn is chosen by validation rows"),
+        ("fedgkd", {**EQUAL, "teacher": "vote"}, "how much each past model counts is chosen by"),
+    ],
+)
+def test_what_validation_rows_choose_is_refused(strategy, options, words):
+    assert words in reason(strategy, DP_SGD, **options)
+
+
+@pytest.mark.parametrize("privacy", [DP_SGD, GAUSSIAN, AT_SERVER])
+def test_rows_of_several_clients_in_one_place_are_refused(privacy):
+    assert "one client learns from the rows of all" in reason("pooled", privacy)
+    for rows in ("pooled", "largest_client"):
+        told = reason("one_way", privacy, teacher_data=rows)
+        assert "the teacher learns from private rows at the server" in told
+        assert "strategy.teacher_data: public" in told
+
+
+def test_a_teacher_of_public_rows_is_taken():
+    assert reason("one_way", DP_SGD, direction="clients_to_server") is None
+
+
+@pytest.mark.parametrize("strategy", ["fedmd", "dml"])
+@pytest.mark.parametrize("privacy", [DP_SGD, GAUSSIAN])
+def test_a_round_or_models_chosen_by_validation_rows_are_refused(strategy, privacy):
+    with pytest.raises(ValueError, match=r"^keep_models: best chooses by validation rows"):
+        check(strategy, privacy, keep_models="best")
+    with pytest.raises(ValueError, match=r"^keep_round: selected chooses by validation rows"):
+        check(strategy, privacy, keep_round="selected")
+
+
+def test_batch_norm_is_refused_and_group_norm_is_what_to_use():
+    norm = {"name": "cnn", "options": {"channels": [4], "norm": "batch"}}
+    with pytest.raises(ValueError, match=r"BatchNorm2d, which mixes the rows.*{norm: group}"):
+        check("dml", DP_SGD, clients={"models": [*MLP, norm]})
+    group = {"name": "cnn", "options": {"channels": [8], "norm": "group"}}
+    check("dml", DP_SGD, clients={"models": [*MLP, group]})
+    # It is learning that it breaks, not noise on what is sent.
+    check("dml", GAUSSIAN, clients={"models": [norm]})
+
+
+def test_terms_that_compare_rows_are_refused():
+    options = {"objective": {"ce": 1.0, "dist": 1.0}}
+    with pytest.raises(ValueError, match="no row has a gradient of its own; use terms of each row"):
+        check("dml", DP_SGD, options=options)
+
+
+@pytest.mark.parametrize("codec", [{"kind": "top_k", "k": 2}, {"kind": "hard_label"}])
+@pytest.mark.parametrize("privacy", [GAUSSIAN, {**GAUSSIAN, "mechanism": "laplace"}])
+def test_codecs_that_cannot_write_noise_are_refused_behind_it(codec, privacy):
+    with pytest.raises(ValueError, match=rf"^exchange.up {codec['kind']}: it cannot write what"):
+        check("dml", privacy, exchange={"up": codec})
+
+
+@pytest.mark.parametrize("privacy", [GAUSSIAN, {**GAUSSIAN, "mechanism": "laplace"}, ANSWERS])
+def test_a_byte_budget_whose_codecs_cannot_write_noise_is_refused(privacy):
+    words = rf"^exchange.budget_kb 100 may choose .* {privacy['mechanism']} releases; leave the"
+    with pytest.raises(ValueError, match=words):
+        check("fedmd", privacy, exchange={"budget_kb": 100})
+    # What a protected model says are predictions like others, and a trusted server adds its noise
+    # to what it has decoded.
+    check("fedmd", DP_SGD, exchange={"budget_kb": 100})
+    check("fedmd", AT_SERVER, exchange={"budget_kb": 100})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("dml", {}),
+        ("dml", {"peers": "ring", "average": "logit"}),
+        ("dml", {"average": "logit", "include_self": True}),
+        ("fedmd", {"aggregation": "median"}),
+        ("ktpfl", {}),
+        ("cronus", {}),
+        ("codistillation", {}),
+    ],
+)
+@pytest.mark.parametrize("privacy", [AT_SERVER, VOTES])
+def test_who_needs_each_answer_is_refused_at_a_trusted_server(strategy, options, privacy):
+    told = reason(strategy, privacy, **options)
+    assert "this algorithm needs each of them; use privacy.where: client" in told
+
+
+def test_means_of_all_others_have_noise_and_no_votes():
+    assert reason("dml", AT_SERVER, average="logit") is None
+    assert "each client gets a mean of its own" in reason("dml", VOTES, average="logit")
+
+
+def test_a_mechanism_refuses_what_it_cannot_bound_and_the_wrong_place():
+    assert "got weights, of which nothing bounds" in reason("fedavg", GAUSSIAN, **EQUAL)
+    assert "nothing that clients send is released" in reason("local", GAUSSIAN)
+    assert "privacy.where: client" in reason("dml", {**DP_SGD, "where": "server"})
+    assert "privacy.where: server" in reason("fedmd", {**VOTES, "where": "client"})
+
+
+def test_a_budget_without_a_mechanism_is_refused():
+    with pytest.raises(ValueError, match=r"^privacy.budget 4 needs a mechanism"):
+        check("dml", {"budget": 4.0})
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"engine": {"below_quorum": "skip"}},
+        {"clock": {"speed": 1.0, "deadline_s": 5.0}},
+    ],
+)
+def test_clients_that_may_be_new_twice_are_refused_where_being_new_costs_more(sections):
+    transfer = {"private_transfer_epochs": 1}
+    with pytest.raises(ValueError, match="would train so again without being charged"):
+        check("fedmd", DP_SGD, options=transfer, **sections)
+    check("fedmd", DP_SGD, options=transfer)
+    check("fedmd", DP_SGD, **sections)
+    # Noise on what is sent costs the same, whoever is new.
+    check("fedmd", GAUSSIAN, options=transfer, **sections)
+
+
+def test_refusals_come_from_loading_data_and_name_the_setting():
+    table = merge_tables(toy_table("fml", options=EQUAL), {"privacy": DP_SGD})
+    with pytest.raises(SettingsError, match=r"^privacy.mechanism dp_sgd with strategy fml: "):
+        load_data(settings_from_table(table))
+
+
+# -- what an algorithm says of itself is true ------------------------------------------------------
+
+FAST = ("dml", "fedmd", "fedavg", "fedproto", "kdcl")
+EVERY = [
+    pytest.param(
+        strategy,
+        privacy,
+        marks=[pytest.mark.slow] * (strategy not in FAST),
+        id=f"{strategy}-{privacy['mechanism']}-{privacy.get('where', 'client')}",
+    )
+    for strategy in STRATEGIES
+    for privacy in (DP_SGD, GAUSSIAN, AT_SERVER)
+]
+
+
+@pytest.mark.parametrize(("strategy", "privacy"), EVERY)
+def test_every_algorithm_is_refused_with_a_remedy_or_runs_and_is_charged(strategy, privacy):
+    settings, made, data = parts_of(strategy, privacy, rounds=1)
+    if "strategy.weighting: equal" in (unsound(made, settings.privacy.mechanism, "client") or ""):
+        settings, made, data = parts_of(strategy, privacy, options=EQUAL, rounds=1)
+    told = unsound(made, settings.privacy.mechanism, settings.privacy.where)
+    if told is not None:
+        assert "use " in told
+        return
+    check_privacy(settings, made, data, nodes=False)
+    if strategy == "selective_fd":
+        # What is asked for is known when the run begins; nothing has left by then.
+        with pytest.raises(SettingsError, match="which public rows a client sends says something"):
+            simulate(settings, data)
+        return
+    run = simulate(settings, data)
+    assert not [row for row in run.events if row["event"] == "rejected"], "refused while it ran"
+    charged = sorted(client for row in run.charges for client in row["clients"])
+    assert charged == [0, 1, 2, 3]
+    if privacy is DP_SGD:
+        plan = PrivacyPlan(settings, made)
+        paid = {c: row["figures"]["count"] for row in run.charges for c in row["clients"]}
+        assert paid == {c: plan.learning(c, first=True).steps for c in range(4)}
+
+
+@pytest.mark.parametrize("strategy", ["fml", "proxyfl", "fedkd", "fd", "fedproto", "rhfl"])
+def test_an_algorithm_that_lied_would_be_refused_when_it_learns(strategy, monkeypatch):
+    """The second lock, for algorithms of one's own: what is not told fails, and nothing leaves."""
+    monkeypatch.setattr(STRATEGIES[strategy], "private_use", PrivateUse())
+    settings, made, data = parts_of(strategy, DP_SGD, rounds=1)
+    assert unsound(made, settings.privacy.mechanism, "client") is None
+    with pytest.raises(AuthorError, match="PrivacyError: "):
+        simulate(settings, data)
+
+
+# -- means of all others -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("dml", {"average": "logit", "kd_weight": 1.0}), ("fd", {})]
+)
+def test_clients_that_compare_what_they_were_sent_cannot_take_the_noise_off(strategy, options):
+    """Who took part has a mean of the others, who did not that of all: of one noisy sum.
+
+    Were the second one a plain mean of the protected answers, the two would have different
+    multiples of one noise, and together would give the exact sum away.
+    """
+    settings, made, data = parts_of(
+        strategy, AT_SERVER, options=options, rounds=1, clients={"participants": 3}
+    )
+    grid = ListeningGrid(settings, data)
+    state = simulate(settings, data, grid).loop.boundary.state
+    rule = settings.privacy.mechanism
+    answers = {
+        client: rule.bounded(read_reply(reply.content).payload).values.astype(np.float64)
+        for client, reply in grid.replies["train"][0].items()
+    }
+    (away,) = set(range(4)) - set(answers)
+    following = made.federation.round(2)
+
+    def told(client):
+        return made.payload(state, made.receives(state, client, following)).values
+
+    noisy_sum = 3 * told(away).astype(np.float64)
+    for client, own in answers.items():
+        of_others = (noisy_sum - own) / 2
+        if strategy == "fd":
+            of_others = np.maximum(of_others, 0)
+        np.testing.assert_allclose(told(client), of_others, atol=1e-4)
+    assert np.abs(noisy_sum - sum(answers.values())).mean() > 0.5
