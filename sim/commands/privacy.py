@@ -21,7 +21,7 @@ from sim.reports.terminal import Column, FittedTable
 from sim.server.observers import Row
 from sim.server.privacy import PrivacyPlan
 from sim.server.validation import authors_code
-from sim.settings import Settings
+from sim.settings import Settings, SettingsError
 from strategies.contract import Strategy
 
 OUTSIDE = (
@@ -193,6 +193,9 @@ def _groups(settings: Settings, strategy: Strategy[Any, Any], data: FederatedDat
         }
     alike: dict[Any, list[int]] = {}
     for client, answer in asked.items():
+        reason = None if answer is None else plan.rule.refuses_asked(answer)
+        if reason is not None:
+            raise SettingsError(f"privacy.mechanism {plan.rule.kind}: {reason}")
         learning = plan.learning(client, first=True) if plan.rule.learns else None
         form = None if answer is None else form_of(answer)
         alike.setdefault((plan.releases(client), learning, form), []).append(client)

@@ -215,6 +215,24 @@ def test_nodes_see_the_data_of_their_ward_and_keep_the_budget_and_the_clock(
     assert theirs["result"]["status"] == "finished"
 
 
+@pytest.mark.parametrize(
+    "mechanism",
+    ["privacy={mechanism: dp_sgd, noise: 1}", "privacy={mechanism: gaussian, noise: 1}"],
+)
+def test_nodes_protect_what_they_send_as_workers_do(
+    small: Callable[..., Settings], words: Any, serve: Any, mechanism: str
+) -> None:
+    protected = mechanism, "strategy.name=dml", "clients.models=[mlp]"
+    ours = of_run(small(*protected, "engine.vectorize=loop"))
+    theirs = serve(Runtime(range(4), 4), words(*protected))
+    assert {key: theirs[key] for key in ours} == ours
+    assert theirs["result"]["privacy"]["epsilon"] > 0
+    charged = [row for row in theirs["exchange"] if row["direction"] == "release"]
+    # Once a round for each client, in as many entries as there are noises.
+    told = sorted((row["round"], client) for row in charged for client in row["clients"])
+    assert told == [(round, client) for round in (1, 2) for client in range(4)]
+
+
 def test_the_server_s_models_are_kept_and_those_of_nodes_are_not(words: Any, serve: Any) -> None:
     of_server = words("strategy.name=fedavg", "rounds=1", "keep_models=server")
     left = serve(Runtime(range(4), 4), of_server)
