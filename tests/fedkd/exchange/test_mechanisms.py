@@ -91,6 +91,22 @@ def test_soft_labels_of_500_rows_have_the_published_sensitivity():
     assert l1 == pytest.approx(1000, rel=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("rows", "clients", "rounds", "deviation"),
+    [(500, 10, 1, 1.90), (500, 10, 10, 6.00), (1000, 100, 10, 0.849), (1000, 1000, 10, 0.085)],
+)
+def test_noise_on_mean_soft_labels_for_epsilon_8_is_what_theory_says(
+    rows, clients, rounds, deviation
+):
+    """By the exact composition of Balle and Wang, 2018, with sensitivity sqrt(2 N) / K."""
+    rule = GaussianRelease(epsilon=8.0)
+    occasion = Occasion(
+        where="server", round=1, releases=rounds, clients=clients, form=Form(rows, 10, True)
+    )
+    made = rule.multiplier(occasion) * rule.sensitivity(occasion)
+    assert made == pytest.approx(deviation, rel=3e-3)
+
+
 def test_what_a_client_answers_has_the_form_that_is_asked_for():
     rows = np.arange(ROWS)
     for asked, answer in (
