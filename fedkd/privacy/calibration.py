@@ -136,13 +136,17 @@ def _bracket(
     return max(high / 1.15, _LEAST), high
 
 
-def noise_for_laplace(epsilon: int | float, delta: int | float, *, count: int = 1) -> float:
+def noise_for_laplace(
+    epsilon: int | float, delta: int | float, *, count: int = 1, grid: int | float = GRID
+) -> float:
     """Return the scale, over L1 sensitivity, of each of so many Laplace releases.
 
     Args:
         epsilon: of all releases together, > 0.
         delta: in (0, 1).
         count: releases, >= 1.
+        grid: width of the bins that losses are rounded up to, in (0, 1]: that by which the releases
+            are accounted for, or else they seem to cost a little more than is wanted.
 
     Raises:
         ValueError: naming what is out of range.
@@ -150,7 +154,7 @@ def noise_for_laplace(epsilon: int | float, delta: int | float, *, count: int = 
     _check(epsilon, delta, count)
 
     def costs(scale: float) -> float:
-        return spent([Laplace(count, scale)], delta=delta).epsilon
+        return spent([Laplace(count, scale)], delta=delta, grid=grid).epsilon
 
     # Pure composition is always enough; less noise may be.
     enough = count / epsilon

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedkd.bounds import Real
 from fedkd.exchange.ledger import Cost
+from fedkd.exchange.mechanisms.dp_sgd import COARSE
 from fedkd.exchange.mechanisms.sensitivity import (
     Norm,
     bounded,
@@ -174,4 +175,4 @@ def _gaussian_noise(epsilon: float, delta: float, count: int) -> float:
 
 @lru_cache(maxsize=256)
 def _laplace_noise(epsilon: float, delta: float, count: int) -> float:
-    return noise_for_laplace(epsilon, delta, count=count)
+    return noise_for_laplace(epsilon, delta, count=count, grid=COARSE)

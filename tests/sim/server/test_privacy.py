@@ -1,12 +1,17 @@
 """What would break a promise is refused before the run, and what is promised is kept in a run."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
+from fedkd.exchange.spending import spent_by_client
+from fedkd.privacy import Gaussian, spent
 from sim.commands.running import load_data
 from sim.contract import sections_of
 from sim.contract.toy import (
     ListeningGrid,
+    losing,
     simulate,
     toy_data,
     toy_parts,
@@ -300,3 +305,102 @@ def test_clients_that_compare_what_they_were_sent_cannot_take_the_noise_off(stra
             of_others = np.maximum(of_others, 0)
         np.testing.assert_allclose(told(client), of_others, atol=1e-4)
     assert np.abs(noisy_sum - sum(answers.values())).mean() > 0.5
+
+
+# -- what is spent -------------------------------------------------------------------------------
+
+GAUSSIAN_2 = {"mechanism": "gaussian", "noise": 2.0}
+
+
+def epsilon_of(rounds):
+    """Return what so many releases of `GAUSSIAN_2` cost a client."""
+    return spent([Gaussian(rounds, 2.0)], delta=1e-5).epsilon
+
+
+def limited(budget, *, rounds=4, change=None, **sections):
+    """Run `fedmd` with noise of every client and a budget; return the run and its grid."""
+    settings, _, data = parts_of(
+        "fedmd",
+        {**GAUSSIAN_2, "budget": budget, **sections.pop("privacy", {})},
+        **sections,
+        rounds=rounds,
+    )
+    grid = ListeningGrid(settings, data, change)
+    return simulate(settings, data, grid), grid
+
+
+@pytest.mark.parametrize("where", ["client", "server"])
+@pytest.mark.parametrize(("budget", "done"), [(epsilon_of(2), 2), (epsilon_of(3) - 1e-4, 2)])
+def test_a_run_ends_before_the_round_that_would_exceed_its_budget(where, budget, done):
+    """Also where two rounds take the budget to its last digit."""
+    run, grid = limited(budget, privacy={"where": where})
+    assert run.loop.boundary.round == done
+    (event,) = [row for row in run.events if row["event"] == "privacy budget spent"]
+    assert event["round"] == done
+    assert f"round {done + 1} would bring client 0 to epsilon" in event["reason"]
+    assert f"privacy.budget is {budget:g}" in event["reason"]
+    assert len(grid.told["train"]) == done
+    assert [row["round"] for row in run.charges] == [1, 2]
+    by_client = spent_by_client(run.loop.boundary.exchange.ledger, delta=1e-5)
+    for own in by_client.values():
+        assert own.epsilon == pytest.approx(epsilon_of(done))
+        assert own.epsilon <= budget * (1 + 1e-9)
+    assert list(by_client) == [0, 1, 2, 3]
+
+
+def test_a_budget_below_one_round_is_refused_before_anything_leaves():
+    with pytest.raises(SettingsError, match=r"^privacy.budget: round 1 would bring client 0"):
+        limited(epsilon_of(1) - 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "privacy"),
+    [
+        ("dml", {"mechanism": "gaussian", "epsilon": 4.0}),
+        pytest.param("fedmd", {"mechanism": "laplace", "epsilon": 4.0}, marks=pytest.mark.slow),
+        ("fedmd", {"mechanism": "gaussian", "epsilon": 4.0, "where": "server"}),
+        ("fedmd", {"mechanism": "randomized_response", "epsilon": 4.0}),
+        ("fedmd", {"mechanism": "votes", "epsilon": 4.0, "where": "server"}),
+        pytest.param("dml", {"mechanism": "dp_sgd", "epsilon": 4.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_noise_for_a_wanted_epsilon_lasts_for_all_rounds_and_spends_it(strategy, privacy):
+    settings, _, data = parts_of(strategy, privacy, rounds=3, clients={"models": MLP})
+    run = simulate(settings, data)
+    assert run.loop.boundary.round == 3
+    for own in spent_by_client(run.loop.boundary.exchange.ledger, delta=1e-5).values():
+        assert 3.99 < own.epsilon <= 4.0 * (1 + 1e-9)
+
+
+def test_who_is_asked_again_is_charged_again_and_answers_with_other_noise():
+    engine = {"backend": "inline", "quorum": 1.0, "below_quorum": "retry"}
+    run, grid = limited(100.0, rounds=1, engine=engine, change=losing([1], "lost"))
+    charged = [
+        (c, a) for row in run.charges for c, a in zip(row["clients"], row["attempts"], strict=True)
+    ]
+    assert sorted(charged) == [(0, 1), (1, 1), (1, 2), (2, 1), (3, 1)]
+    by_client = spent_by_client(run.loop.boundary.exchange.ledger, delta=1e-5)
+    assert by_client[0].epsilon == pytest.approx(epsilon_of(1))
+    assert by_client[1].epsilon == pytest.approx(epsilon_of(2))
+    assert [sorted(asked) for asked in grid.told["train"]] == [[0, 1, 2, 3], [1]]
+
+
+def test_an_answer_for_which_there_is_no_room_is_not_asked_for_again():
+    engine = {"backend": "inline", "quorum": 1.0, "below_quorum": "retry"}
+    run, grid = limited(epsilon_of(1), rounds=2, engine=engine, change=losing([1], "lost"))
+    assert [sorted(asked) for asked in grid.told["train"]] == [[0, 1, 2, 3]]
+    assert any(
+        "another answer of client 1 in round 1" in row.get("reason", "") for row in run.events
+    )
+    # What the others sent has left, and counts, though nothing was made of it.
+    ledger = run.loop.boundary.exchange.ledger
+    assert {client for charge in ledger.charges for client in charge.clients} == {0, 1, 2, 3}
+
+
+def test_who_takes_part_less_often_spends_less():
+    run, _ = limited(100.0, rounds=3, clients={"participants": 2})
+    by_client = spent_by_client(run.loop.boundary.exchange.ledger, delta=1e-5)
+    counts = Counter(client for row in run.charges for client in row["clients"])
+    assert sum(counts.values()) == 6
+    for client, own in by_client.items():
+        assert own.epsilon == pytest.approx(epsilon_of(counts[client]))
