@@ -166,7 +166,9 @@ def _by_loss(events: Sequence[Event], delta: int | float, grid: int | float) -> 
     made, *others = (_distribution(event, grid) for event in events)
     for other in others:
         made = made.compose(other, tail_mass_truncation=_TAIL)
-    left = delta - _ROUNDING * (sum(event.count for event in events) + len(others))
+    # Answers are counted exactly, and convolved with others once.
+    convolved = sum(1 if isinstance(event, RandomizedResponse) else event.count for event in events)
+    left = delta - _ROUNDING * (convolved + len(others))
     if left <= 0:
         return math.inf
     epsilon, step = float(made.get_epsilon_for_delta(left)), 1e-12

@@ -100,6 +100,19 @@ def test_there_is_a_least_noise(epsilon, delta):
     assert found == 0.1
 
 
+@pytest.mark.parametrize("epsilon", [0.8, 1.1, 1.7, 2.3])
+def test_a_search_ends_on_the_side_of_more_noise(epsilon):
+    found = noise_for_sampled_gaussian(epsilon, 1e-5, sample_rate=0.2, steps=20, grid=1e-2)
+    bought = spent([SampledGaussian(20, found, 0.2)], delta=1e-5, grid=1e-2).epsilon
+    assert epsilon * (1 - 0.02) < bought <= epsilon
+
+
+def test_noise_where_delta_alone_may_be_enough():
+    # With a fifth more of it, epsilon is 0.
+    found = noise_for_sampled_gaussian(0.05, 0.3, sample_rate=0.5, steps=10, grid=1e-2)
+    assert 0 < spent([SampledGaussian(10, found, 0.5)], delta=0.3, grid=1e-2).epsilon <= 0.05
+
+
 def test_noise_for_an_epsilon_that_renyi_divergences_never_show():
     found = noise_for_sampled_gaussian(0.002, 1e-5, sample_rate=0.01, steps=100)
     assert spent([SampledGaussian(100, found, 0.01)], delta=1e-5).epsilon <= 0.002
