@@ -85,9 +85,8 @@ def test_the_sensitivity_is_reached():
 
 
 def test_soft_labels_of_500_rows_have_the_published_sensitivity():
-    assert sensitivity(Form(500, 10, True), clip=1, norm="l2") == pytest.approx(
-        math.sqrt(1000), rel=2e-6
-    )
+    l1, l2 = (sensitivity(Form(500, 10, True), clip=1, norm=norm) for norm in ("l1", "l2"))
+    assert l2 == pytest.approx(math.sqrt(1000), rel=2e-6)
     assert l1 == pytest.approx(1000, rel=2e-6)
 
 
@@ -175,8 +174,8 @@ def test_the_noise_on_a_mean_is_that_of_those_who_answered(rule, law, lost):
     seen = []
     for round in range(1, 101):
         server = ServerTurn(stages, ExchangeState(), seed=1, round=round)
-        for client in range(clients):
-            server.receive(client, zeros, asked)
+        # One of them is enough to know the form of all.
+        server.receive(0, zeros, asked)
         (mean,) = server.view(uploads, sums="equal")
         seen.append(mean.payload.values.ravel())
     one = sensitivity(Form(rows, classes, False), clip=1.0, norm=type(rule).norm)
