@@ -46,7 +46,7 @@ from fedkd.exchange.budget import EXACT, LADDER, NO_BUDGET, BudgetError, Levels,
 from fedkd.exchange.codecs import Codec, Float32
 from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
 from fedkd.exchange.mechanisms import WantedNoise
-from fedkd.exchange.mechanisms.sensitivity import form_of, form_of_payload
+from fedkd.exchange.mechanisms.sensitivity import acceptable, form_of, form_of_payload
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads.encoded import Encoded
 from fedkd.exchange.release import (
@@ -342,6 +342,9 @@ class ClientTurn:
             payload = answer
             if self._stages.where == "client":
                 payload = self._released(client, payload)
+            elif isinstance(self._stages.release, WantedNoise):
+                # No honest answer is refused: who is in the mean must tell of nobody's rows.
+                payload = acceptable(payload)
             sent[client] = self._encoded(client, payload)
         return sent
 
@@ -506,6 +509,11 @@ class ServerTurn:
         self._down: dict[int, Arrays] = {}
         self._told: dict[int, tuple[Payload, Arrays]] = {}
         self._received: dict[int, tuple[Payload, Arrays]] = {}
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything is promised of what clients send."""
+        return not isinstance(self._stages.release, NoRelease)
 
     def send(
         self,

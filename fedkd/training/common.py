@@ -216,7 +216,14 @@ class BackendCohort(Cohort):
 
     def _count_fit(self, position: int, fit: Fit, feed: Feed) -> None:
         """Note that a member takes these steps."""
-        rows = sum(len(batch) for batch in [*(feed.private or []), *(feed.public or [])])
+        rows = sum(len(batch) for batch in feed.public or [])
+        if fit.private_models:
+            # Expected rows, not those that were drawn: how long a client takes is seen by others.
+            own = fit.passes(position)
+            assert own is not None and feed.private is not None  # noqa: S101, PT018
+            rows += len(feed.private) * min(own.batch_size, len(self._given[position].rows))
+        else:
+            rows += sum(len(batch) for batch in feed.private or [])
         work = self.work[position]
         for name in fit.learning:
             work.trained[self._network(name)] += rows

@@ -29,6 +29,8 @@ OUTSIDE = (
     "Floating-point arithmetic is not hidden, see Mironov, 2012.",
     "What is known of all rows before learning is taken for public: how inputs are standardised, "
     "categories of tables, and how many rows each client has.",
+    "So are weights that were trained before the run, such as those of clients.first_weights: what "
+    "they know of private rows is not counted.",
     "Metrics, test accuracy and models that a run keeps of clients (but for dp_sgd) are outside of "
     "the guarantee: they are for whoever simulates.",
 )

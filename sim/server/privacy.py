@@ -12,7 +12,7 @@ from torch import nn
 from fedkd.data import FederatedData
 from fedkd.exchange.budget import LADDER
 from fedkd.exchange.ledger import Ledger
-from fedkd.exchange.mechanisms import WantedNoise
+from fedkd.exchange.mechanisms import DPSGD, WantedNoise
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.pipeline import Planned
 from fedkd.exchange.release import NoRelease, PrivateSteps, ReleaseRule, Where
@@ -33,10 +33,19 @@ def unsound(strategy: Strategy[Any, Any], rule: ReleaseRule, where: Where) -> st
     """
     if isinstance(rule, NoRelease):
         return None
+    if rule.learns and not isinstance(rule, DPSGD):
+        return (
+            "it says that it protects how clients learn, and they learn by none but DP-SGD; use a "
+            "subclass of fedkd.exchange.mechanisms.DPSGD, or learns = False and protect what is "
+            "sent"
+        )
+    if rule.learns and where == "server":
+        # Also where nothing is sent: the models that a run keeps are protected.
+        return rule.refuses(Payload, where)
     use = strategy.private_use
     first = _first(
         _pooled(use),
-        _counted(use),
+        _counted(use, strategy),
         _validated(use),
         _refused_kinds(strategy.up, rule, where),
     )
@@ -67,11 +76,13 @@ def _pooled(use: PrivateUse) -> str | None:
     )
 
 
-def _counted(use: PrivateUse) -> str | None:
-    if not use.counts:
+def _counted(use: PrivateUse, strategy: Strategy[Any, Any]) -> str | None:
+    # The noise on a mean is that of equal weights, whatever an algorithm says of itself.
+    counts = use.counts or ("its mean" if strategy.sums == "examples" else "")
+    if not counts:
         return None
     return (
-        f"{use.counts} weighs clients by how many private rows they have, which is private itself; "
+        f"{counts} weighs clients by how many private rows they have, which is private itself; "
         "use strategy.weighting: equal"
     )
 

@@ -257,6 +257,7 @@ class Replies:
         expected = Expected(
             round=self._round.number,
             asked=None if asked is None else self._turn.asked(asked, client),
+            any_loss=self._turn.protects,
             checks_payload=False,
         )
         reply = valid_answer(message, expected, again=client in self.metrics)

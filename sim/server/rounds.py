@@ -537,7 +537,8 @@ class RoundLoop:
                 break
         else:
             too_few = quorum.error(len(rows), failed)
-            if self._settings.engine.below_quorum != "skip":
+            # Where something is promised no model's failure, which tells of private rows, ends it.
+            if self._settings.engine.below_quorum != "skip" and not self._settings.privacy.on:
                 raise too_few
             event = "evaluation skipped"
             self.tell({"round": round.number, "event": event, "reason": str(too_few)})

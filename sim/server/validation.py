@@ -145,6 +145,8 @@ class Expected:
         asked: what it has to send; None: nothing.
         test: of its predictions of the test split, where it sends them.
         judged: whether it is judged, and does not train.
+        any_loss: whether losses of training may be any numbers. Where a mechanism protects what is
+            sent they decide nothing: whether an answer counts would tell of private rows.
         checks_payload: whether the payload is looked at here; if not, whoever decodes it does.
     """
 
@@ -152,6 +154,7 @@ class Expected:
     asked: Asked | None = None
     test: Limit | None = None
     judged: bool = False
+    any_loss: bool = False
     checks_payload: bool = True
 
     @classmethod
@@ -364,7 +367,7 @@ def bad_reply(reply: ClientReply, expected: Expected) -> str | None:
     return (
         _bad_round(reply.round, expected.round)
         or _bad_metric_types(reply.metrics)
-        or _bad_metrics(reply.metrics, judged=expected.judged)
+        or _bad_metrics(reply.metrics, judged=expected.judged, any_loss=expected.any_loss)
         or (bad_payload(reply.payload, expected.asked) if expected.checks_payload else None)
         or _bad_test(reply.test_probabilities, expected.test)
     )
@@ -378,7 +381,7 @@ def _bad_round(answered: object, asked: int) -> str | None:
     return f"the reply {said}, expected round {asked}"
 
 
-def _bad_metrics(metrics: Mapping[str, float], *, judged: bool) -> str | None:
+def _bad_metrics(metrics: Mapping[str, float], *, judged: bool, any_loss: bool) -> str | None:
     if len(metrics) > MOST_METRICS:
         return f"{len(metrics)} metrics, expected at most {MOST_METRICS}"
     for name, value in metrics.items():
@@ -393,6 +396,8 @@ def _bad_metrics(metrics: Mapping[str, float], *, judged: bool) -> str | None:
             no_number = name == "personal_accuracy" and math.isnan(value)
             if not (0 <= value <= 1 or no_number):
                 return f"metric {name!r} is {value:g}, expected a number in [0, 1]"
+        elif any_loss and name.startswith("loss/"):
+            continue
         elif not math.isfinite(value):
             return f"metric {name!r} is {value:g}, expected a finite number"
         elif abs(value) > LARGEST_METRIC:

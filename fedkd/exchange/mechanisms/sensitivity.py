@@ -19,6 +19,8 @@ import numpy as np
 
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import ClassTable, Predictions, Prototypes
+from fedkd.exchange.payloads.predictions import LARGEST_SCORE
+from fedkd.exchange.payloads.prototypes import LARGEST_FEATURE
 from fedkd.exchange.release import Form, Occasion
 
 Norm = Literal["l1", "l2"]
@@ -125,6 +127,28 @@ def bounded(payload: Payload, *, clip: int | float, norm: Norm) -> Payload:
                 num_classes=classes,
             )
     raise TypeError(f"nothing bounds what one client changes in {payload.kind}")
+
+
+def acceptable(payload: Payload) -> Payload:
+    """Return an answer whose numbers no server refuses; the same object where they are.
+
+    What is no number counts as 0, what is beyond the limit as the limit; a distribution without any
+    mass becomes the uniform one.
+    """
+    if not isinstance(payload, Predictions | ClassTable | Prototypes):
+        return payload
+    largest = LARGEST_FEATURE if isinstance(payload, Prototypes) else LARGEST_SCORE
+    with np.errstate(invalid="ignore"):
+        odd = ~(np.abs(payload.values) <= largest).all(-1)
+    if not odd.any():
+        return payload
+    values = payload.values.copy()
+    if not isinstance(payload, Prototypes) and payload.scale == "probabilities":
+        values[odd] = bounded_rows(values[odd], "probabilities", 1, "l2")
+    else:
+        finite = np.nan_to_num(values[odd], posinf=largest, neginf=-largest)
+        values[odd] = np.clip(finite, -largest, largest)
+    return replace(payload, values=values)
 
 
 def bounded_rows(values: np.ndarray, scale: str, clip: int | float, norm: Norm) -> np.ndarray:

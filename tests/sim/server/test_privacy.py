@@ -1,10 +1,13 @@
 """What would break a promise is refused before the run, and what is promised is kept in a run."""
 
 from collections import Counter
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
 
+from fedkd.exchange.release import ReleaseRule
 from fedkd.exchange.spending import spent_by_client
 from fedkd.privacy import Gaussian, spent
 from sim.commands.running import load_data
@@ -404,3 +407,90 @@ def test_who_takes_part_less_often_spends_less():
     assert sum(counts.values()) == 6
     for client, own in by_client.items():
         assert own.epsilon == pytest.approx(epsilon_of(counts[client]))
+
+
+# -- what tells of private rows without being sent -----------------------------------------------
+
+
+def with_odd_row(data, client):
+    """Return the data where one row of a client is so large that its loss is beyond any limit."""
+    inputs = data.train_inputs.copy()
+    inputs[data.client_rows[client][0]] = 3e38
+    return replace(data, train_inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "privacy", "options"),
+    [("fedavg", DP_SGD, EQUAL), ("fedmd", GAUSSIAN, {}), ("fedmd", AT_SERVER, {})],
+)
+def test_whether_an_answer_counts_depends_on_no_private_row(strategy, privacy, options):
+    """Nobody's loss leaves them out: who is missing would tell of one row, past all noise."""
+    settings, _, data = parts_of(strategy, privacy, options=options, rounds=1)
+    run = simulate(settings, with_odd_row(data, 0))
+    (round,) = [row for row in run.metrics if row["scope"] == "federation"]
+    assert round["replies"] == 4
+    assert not [row for row in run.events if row["event"] == "rejected"]
+    # The losses of a run that promises nothing are still looked at.
+    settings, _, data = parts_of(strategy, {}, options=options, rounds=1)
+    assert simulate(settings, with_odd_row(data, 0)).events
+
+
+@pytest.mark.parametrize("privacy", [AT_SERVER, VOTES])
+def test_a_model_that_diverged_is_in_the_mean_of_a_trusted_server(privacy, monkeypatch):
+    """Without it the mean would be of fewer, which others would see."""
+    settings, made, data = parts_of("fedmd", privacy, rounds=1)
+    honest = type(made).client
+
+    def diverged(self, cohort, received, call):
+        answers = honest(self, cohort, received, call)
+        spoilt = [np.full_like(each.values, np.nan) for each in answers]
+        return [
+            replace(each, values=odd) if client == 0 else each
+            for client, each, odd in zip(cohort.clients, answers, spoilt, strict=True)
+        ]
+
+    monkeypatch.setattr(type(made), "client", diverged)
+    run = simulate(settings, data)
+    (charge,) = run.charges
+    assert charge["clients"] == [0, 1, 2, 3]
+    assert not [row for row in run.events if row["event"] == "rejected"]
+
+
+def test_how_long_a_client_takes_does_not_depend_on_the_rows_that_were_drawn():
+    """A deadline would tell how many they are, which amplification by sampling takes for secret."""
+    seconds = set()
+    for seed in (1, 2, 3):
+        settings, _, data = parts_of(
+            "fedavg", DP_SGD, options=EQUAL, rounds=1, seed=seed, clock={"speed": 1e6}
+        )
+        run = simulate(settings, data)
+        seconds.add(tuple(r["simulated_s"] for r in run.metrics if r["scope"] == "client"))
+    assert len(seconds) == 1
+
+
+def test_models_that_are_kept_are_charged_where_nothing_is_sent():
+    assert "privacy.where: client" in reason("local", {**DP_SGD, "where": "server"})
+    settings, _, data = parts_of("local", DP_SGD, rounds=1)
+    assert simulate(settings, data).loop.spent()["epsilon"] > 1
+
+
+def test_a_mean_by_private_counts_is_refused_whatever_an_algorithm_says_of_itself(monkeypatch):
+    monkeypatch.setattr(STRATEGIES["fedmd"], "sums", "examples")
+    monkeypatch.setattr(STRATEGIES["fedmd"], "private_use", PrivateUse())
+    assert "its mean weighs clients by how many private rows" in reason("fedmd", AT_SERVER)
+
+
+def test_a_mechanism_of_ones_own_cannot_say_that_it_protects_learning():
+    _, made, _ = parts_of("dml", {})
+
+    class Own(ReleaseRule):
+        kind: Literal["own"] = "own"
+        learns: ClassVar[bool] = True
+
+        def cost(self, occasion):
+            return None
+
+        def release(self, payload, occasion, rng):
+            return payload
+
+    assert "they learn by none but DP-SGD" in unsound(made, Own(), "client")
