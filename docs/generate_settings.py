@@ -1,4 +1,4 @@
-"""Rewrite the tables of settings in the pages beside this file from the settings models.
+"""Rewrite the tables in the pages beside this file from the settings models and the algorithms.
 
 ``python docs/generate_settings.py`` rewrites them, ``--check`` says with exit status 1 whether a
 page is stale. A table stands between ``<!-- generated: <name> -->`` and ``<!-- end -->``; the
@@ -25,7 +25,8 @@ from fedkd.exchange.adversaries import ADVERSARIES, Adversary
 from fedkd.exchange.codecs import CODECS, Codec
 from fedkd.exchange.kinds import Stage
 from fedkd.exchange.mechanisms import MECHANISMS
-from fedkd.exchange.release import ReleaseRule
+from fedkd.exchange.payload import Asked
+from fedkd.exchange.release import ReleaseRule, Where
 from fedkd.exchange.views import VIEWS, View
 from fedkd.models import _MODELS as MODELS
 from fedkd.models import ModelSettings, describe_models
@@ -33,12 +34,15 @@ from fedkd.objectives import Objective
 from fedkd.schedules import Between, Schedule
 from sim.adversity.faults import FaultRule
 from sim.commands.algorithms import algorithms
+from sim.contract.toy import toy_data, toy_parts, toy_settings
+from sim.server.privacy import unsound
 from sim.settings import Settings
 from sim.settings.shorthand import shorthand
 from strategies import STRATEGIES
+from strategies.contract import Strategy
 
 DOCS = Path(__file__).parent
-PAGES = ("algorithms.md", "settings.md", "strategies.md")
+PAGES = ("algorithms.md", "privacy.md", "settings.md", "strategies.md")
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SCHEDULES = get_args(get_args(Schedule)[0])
@@ -344,6 +348,74 @@ def direction_table() -> str:
     return "\n".join(lines)
 
 
+PROTECTED: dict[str, tuple[tuple[str, ...], Where]] = {
+    "`dp_sgd`": (("dp_sgd",), "client"),
+    "`gaussian`, `laplace`; client": (("gaussian", "laplace"), "client"),
+    "`gaussian`, `laplace`; server": (("gaussian", "laplace"), "server"),
+    "`votes`; server": (("votes",), "server"),
+    "`randomized_response`; client": (("randomized_response",), "client"),
+}
+"""Columns of `mechanism_table`: mechanisms that are refused for the same reasons, and where."""
+
+
+def mechanism_table() -> str:
+    """Write which mechanism can protect which algorithm, and why it cannot, as Markdown.
+
+    Asked of the code that refuses a run, for a toy federation of MLPs. Reasons stand below, each
+    once and without what would be sound instead.
+    """
+    lines = [
+        f"| name | sends | {' | '.join(PROTECTED)} |",
+        f"|---|---|{'---|' * len(PROTECTED)}",
+    ]
+    reasons: dict[str, int] = {}
+    for name in STRATEGIES:
+        strategy, asked, named = _toy_algorithm(name)
+        cells = [named, ", ".join(f"`{kind.kind}`" for kind in strategy.up) or "nothing"]
+        for kinds, where in PROTECTED.values():
+            found = {_refusal(strategy, asked, kind, where) for kind in kinds}
+            if len(found) > 1:
+                raise ValueError(f"{name}: {' and '.join(kinds)} differ at the {where}: {found}")
+            (reason,) = found
+            cells.append(
+                f"no [{reasons.setdefault(reason, len(reasons) + 1)}]" if reason else "yes"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in reasons.items())]
+    return "\n".join(lines)
+
+
+def _toy_algorithm(name: str) -> tuple[Strategy[Any, Any], Asked | None, str]:
+    """Return an algorithm with its defaults, what it asks for first, and its name for the table."""
+    options = {}
+    if "weighting" in STRATEGIES[name].Settings.model_fields:
+        options = {"weighting": "equal"}
+    labelled = any("labelled=true" in need for need in _needs(name))
+    settings = toy_settings(
+        name, options=options, clients={"models": [{"name": "mlp", "options": {"hidden": [8]}}]}
+    )
+    strategy, server = toy_parts(settings, toy_data(labelled=labelled))
+    asked = strategy.asks(strategy.begin(server), 0, strategy.federation.round(1), server)
+    return strategy, asked, f"`{name}`" + ("*" if options else "")
+
+
+def _needs(name: str) -> Sequence[str]:
+    return next(each.description.card.needs for each in algorithms() if each.name == name)
+
+
+def _refusal(
+    strategy: Strategy[Any, Any], asked: Asked | None, kind: str, where: Where
+) -> str | None:
+    """Return why a mechanism cannot protect an algorithm, without the remedy; None: it can."""
+    rule = MECHANISMS.read({"kind": kind, "epsilon": 8})
+    reason = unsound(strategy, rule, where)
+    if reason is None and asked is not None and not rule.learns:
+        reason = rule.refuses_asked(asked)
+    if reason is None:
+        return None
+    return re.sub(r"\bgot \w+", "got another kind", reason.partition("; ")[0])
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -358,6 +430,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "algorithms": algorithm_table,
     "algorithm cards": algorithm_cards,
     "directions": direction_table,
+    "mechanisms": mechanism_table,
     **{f"strategy {name}": partial(_strategy_table, name) for name in STRATEGIES},
 }
 """What can stand between the marks, by name."""

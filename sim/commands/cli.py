@@ -887,8 +887,22 @@ def _run_table(result: "RunResult") -> "FittedTable":
         title=f"{row['name']}: {row['strategy']}, seed {row['seed']}",
         caption=f"{sent} kB up and {received} kB down per client; {row['seconds']:.1f} s"
         + spent
+        + _privacy_text(result.privacy)
         + simulated,
     )
+
+
+def _privacy_text(privacy: Mapping[str, Any]) -> str:
+    """Say what was spent of each client's privacy; nothing where nothing was promised."""
+    from sim.reports.runs import number
+    from sim.reports.tables import epsilon_text
+
+    if not privacy:
+        return ""
+    epsilon, budget = number(privacy, "epsilon"), number(privacy, "budget")
+    of = "" if budget is None else f" of {budget:,.10g}"
+    delta = "" if (value := number(privacy, "delta")) is None else f", delta {value:g}"
+    return f"; epsilon {epsilon_text(epsilon)}{of} for each {privacy.get('unit', 'client')}{delta}"
 
 
 def _bits_text(bits: Mapping[str, Mapping[int, int]]) -> str:

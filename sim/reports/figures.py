@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from sim.reports.runs import RunRecord, number
-from sim.reports.statistics import counted, estimate
+from sim.reports.statistics import SHARES, counted, epsilon_of, estimate, values_by_seed
 
 Runs = Mapping[str, Sequence[RunRecord]]
 
@@ -263,6 +264,90 @@ def _clock_by_round(runs: Sequence[RunRecord], rounds: np.ndarray) -> np.ndarray
     return np.asarray(np.mean(np.array(of_runs, np.float64), axis=0))
 
 
+def accuracy_by_epsilon(runs: Runs) -> Figure | None:
+    """Draw mean client accuracy in the last judged round against epsilon, and bytes beside it.
+
+    Arms that promise nothing have no place on the axis: a line shows their accuracy. Arms that
+    differ in nothing but their epsilon are joined.
+    """
+    measured = {
+        arm: found
+        for arm, of_arm in runs.items()
+        if (found := estimate([*values_by_seed(of_arm, "accuracy", "last").values()], SHARES))
+    }
+    spent = {arm: epsilon_of(counted(runs[arm])) for arm in measured}
+    # Who released nothing spent nothing, and has no place on a logarithmic axis either.
+    private = {arm: value for arm, value in spent.items() if value}
+    if not private:
+        return None
+    looks = _looks(runs)
+    figure, (axes, beside) = new_figure(2, height=max(4.4, 1.9 + 0.3 * len(measured)))
+    if max(private.values()) / min(private.values()) >= 5:
+        axes.set_xscale("log")
+    families: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    taken: list[float] = []
+    for arm, found in measured.items():
+        look, mean = looks[arm], 100 * found.mean
+        low, high = (100 * (found.mean if end is None else end) for end in (found.low, found.high))
+        if arm not in private:
+            axes.axhline(mean, color=look.color, linestyle=(0, (6, 3)), lw=1.6)
+            continue
+        families.setdefault(_family(runs[arm][0]), []).append((private[arm], mean))
+        # Arms of one epsilon stand side by side, or their bars would hide each other.
+        beside_others = ScaledTranslation(
+            taken.count(private[arm]) * 8 / 72, 0, figure.dpi_scale_trans
+        )
+        taken.append(private[arm])
+        axes.errorbar(
+            [private[arm]],
+            [mean],
+            yerr=[[mean - low], [high - mean]],
+            color=look.color,
+            marker=look.marker,
+            markersize=6,
+            capsize=3,
+            lw=1.4,
+            transform=axes.transData + beside_others,
+        )
+    for joined in families.values():
+        axes.plot(*zip(*sorted(joined), strict=True), color="#999999", lw=1, zorder=1)
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain_kilobytes))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    several = any(found.n > 1 for found in measured.values())
+    title_axes(
+        axes,
+        "Mean client accuracy (%) against epsilon",
+        ("bars: 95 % t-interval over seeds" if several else "one seed each")
+        + ("; dashed: no guarantee" if None in spent.values() else "")
+        + ("; dashed: nothing spent" if 0 in spent.values() else ""),
+    )
+    axes.set_xlabel("epsilon" + (" (logarithmic)" if axes.get_xscale() == "log" else ""))
+    axes.set_ylabel("mean client accuracy (%)")
+    totals = [_kilobytes_of_run(runs[arm]) for arm in measured]
+    beside.barh(range(len(measured)), totals, color=[looks[arm].color for arm in measured])
+    beside.set_yticks(range(len(measured)), _short(measured))
+    beside.set_ylim(len(measured) - 0.5, -0.5)
+    beside.grid(visible=False, axis="y")
+    title_axes(beside, "kB sent and received per client", "over the whole run; mean over seeds")
+    beside.set_xlabel("kB per client")
+    _legend(figure, runs, list(measured), dashed=[arm for arm in measured if arm not in private])
+    return figure
+
+
+def _family(run: RunRecord) -> tuple[str, ...]:
+    """Return what arms have in common whose points are joined."""
+    told = run.privacy
+    return str(run.settings["strategy"]), *(str(told.get(key)) for key in ("mechanism", "where"))
+
+
+def _kilobytes_of_run(runs: Sequence[RunRecord]) -> float:
+    totals = [
+        (sum(run.bytes_up.values()) + sum(run.bytes_down.values())) / run.num_clients / 1e3
+        for run in counted(runs)
+    ]
+    return sum(totals) / len(totals)
+
+
 def accuracy_by_client(runs: Runs) -> Figure | None:
     """Draw each client's accuracy in the last judged round, in a lane for each architecture."""
     points = {
@@ -368,6 +453,7 @@ FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
         "accuracy_by_round": accuracy_by_round,
         "accuracy_by_exchange": accuracy_by_exchange,
         "accuracy_by_time": accuracy_by_time,
+        "accuracy_by_epsilon": accuracy_by_epsilon,
         "accuracy_by_client": accuracy_by_client,
         "targets_by_round": targets_by_round,
     }

@@ -29,11 +29,13 @@ from sim.reports.statistics import (
     compare_pairs,
     corrected,
     counted,
+    epsilon_of,
     summarize,
 )
 from sim.reports.tables import (
     FEW,
     bits,
+    epsilon_text,
     kilobytes,
     p_text,
     percent,
@@ -54,6 +56,7 @@ ALT_TEXTS: Mapping[str, str] = {
     "accuracy_by_round": "Mean client accuracy by round for each arm",
     "accuracy_by_exchange": "Mean client accuracy against kilobytes exchanged for each arm",
     "accuracy_by_time": "Mean client accuracy against simulated seconds for each arm",
+    "accuracy_by_epsilon": "Mean client accuracy against epsilon, and kilobytes, for each arm",
     "accuracy_by_client": "Accuracy of every client in the last round for each arm",
     "targets_by_round": "Entropy of shared targets and peer disagreement by round",
 }
@@ -106,6 +109,8 @@ def write_report(
         verdicts=verdicts(runs, baseline),
         differences=_difference_table(runs, baseline),
         pairs=_pair_table(runs),
+        privacy=_privacy_table(runs),
+        promises=promises_of(runs),
         figures=[
             Image(name, ALT_TEXTS[name], base64.b64encode(image).decode())
             for name, image in images.items()
@@ -348,9 +353,13 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
         if key == "accuracy" or any(key in summary.last for summary in summaries)
     ]
     header = ["arm", "seeds", "last round", f"{ACCURACIES['accuracy']} (%)"]
-    header += ["same, at selected round (%)", "selected round"]
+    # Runs that promise privacy select no round by validation rows.
+    selects = any(summary.selected for summary in summaries)
+    header += ["same, at selected round (%)", "selected round"] * selects
     header += [f"{ACCURACIES[key]} (%)" for key in shown[1:]]
     budgeted = any(summary.bits_up or summary.bits_down for summary in summaries)
+    private = any(summary.epsilon is not None for summary in summaries)
+    header += ["epsilon"] * private
     header += ["kB up", "kB down", *(["bits up", "bits down"] if budgeted else []), "seconds"]
     clocked = any(summary.simulated_s is not None for summary in summaries)
     aimed = any(summary.targets for summary in summaries)
@@ -363,9 +372,9 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
             + (f" (+{summary.left_out} interrupted)" if summary.left_out else ""),
             _span(summary.last_rounds),
             percent(summary.last.get("accuracy")),
-            percent(summary.selected.get("accuracy")),
-            _span(summary.selected_rounds),
+            *[percent(summary.selected.get("accuracy")), _span(summary.selected_rounds)] * selects,
             *(percent(summary.last.get(key)) for key in shown[1:]),
+            *[epsilon_text(summary.epsilon)] * private,
             kilobytes(summary.bytes_up),
             kilobytes(summary.bytes_down),
             *([bits(summary.bits_up), bits(summary.bits_down)] if budgeted else []),
@@ -375,6 +384,42 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
         ]
         rows.append(row)
     return Table(header, rows)
+
+
+def _privacy_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
+    """Say what each arm promises; None where none does."""
+    if not any(run.privacy for of_arm in runs.values() for run in counted(of_arm)):
+        return None
+    rows = []
+    for arm, of_arm in runs.items():
+        chosen = counted(of_arm)
+        told = [run.privacy for run in chosen]
+        words = [_told(told, key) for key in ("mechanism", "where", "unit")]
+        bound = [value for each in told if (value := number(each, "renyi")) is not None]
+        rows.append(
+            [
+                arm,
+                *words,
+                epsilon_text(epsilon_of(chosen)),
+                epsilon_text(max(bound, default=None)),
+                *(_told(told, key) for key in ("delta", "budget")),
+            ]
+        )
+    header = ["arm", "mechanism", "where", "unit", "epsilon", "Renyi bound", "delta", "budget"]
+    return Table(header, rows, left=4)
+
+
+def _told(tables: Sequence[Mapping[str, Any]], key: str) -> str:
+    found = dict.fromkeys(
+        NOTHING if (value := table.get(key)) is None else value_text(value) for table in tables
+    )
+    return " | ".join(found)
+
+
+def promises_of(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """Return the sentences of what is promised to whom, each once."""
+    said = (run.privacy.get("promise") for of_arm in runs.values() for run in counted(of_arm))
+    return list(dict.fromkeys(text for text in said if isinstance(text, str)))
 
 
 def _span(rounds: Sequence[int | None]) -> str:
@@ -393,6 +438,8 @@ def _difference_table(
     rows = []
     for key, at, title in COMPARED:
         differences = compare_arms(runs, key, at, baseline)
+        if at == "selected" and not any(differences.values()):
+            continue
         p_holm = corrected(differences)
         rows += [
             [title, arm, *_difference_cells(difference, p_holm[arm])]

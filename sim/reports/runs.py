@@ -93,8 +93,11 @@ class RunRecord:
     def selected(self) -> Row:
         """The federation's row of the round with the best mean validation accuracy.
 
-        The earliest of equals; empty if there is none. The test split has no say in it.
+        The earliest of equals; empty if there is none. The test split has no say in it. Under a
+        mechanism of privacy no round is selected: no guarantee covers validation rows.
         """
+        if self.protected:
+            return {}
         known = self.result.get("selected")
         if known:
             return dict(known)
@@ -105,6 +108,27 @@ class RunRecord:
             if value is not None and value > highest:
                 best, highest = row, value
         return best
+
+    @property
+    def protected(self) -> bool:
+        """Whether a mechanism of privacy was asked for."""
+        privacy = self.settings.get("privacy")
+        mechanism = privacy.get("mechanism") if isinstance(privacy, dict) else None
+        return isinstance(mechanism, dict) and mechanism.get("kind", "none") != "none"
+
+    @property
+    def privacy(self) -> Row:
+        """What was promised and spent, as ``result.json`` says; empty where nothing is known."""
+        told = self.result.get("privacy")
+        return dict(told) if isinstance(told, dict) else {}
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest that any client has spent; None where nothing was promised, or nobody knows.
+
+        Accountants report infinity where they find no bound, which is no number to show.
+        """
+        return number(self.privacy, "epsilon")
 
     @property
     def last_clients(self) -> tuple[Row, ...]:

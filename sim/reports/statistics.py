@@ -141,6 +141,8 @@ class ArmSummary:
             that had it.
         targets: the target accuracies of the runs that have a clock and a target.
         bits_up, bits_down: under a budget the mean bits of a number.
+        epsilon: the largest that a client of any of the runs has spent; None where a run promises
+            nothing.
     """
 
     arm: str
@@ -159,6 +161,7 @@ class ArmSummary:
     targets: tuple[float, ...] = ()
     bits_up: Estimate | None = None
     bits_down: Estimate | None = None
+    epsilon: float | None = None
 
 
 def estimate(values: Sequence[float], bounds: Bounds = ANYTHING) -> Estimate | None:
@@ -319,6 +322,16 @@ def counted(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return chosen
 
 
+def epsilon_of(runs: Sequence[RunRecord]) -> float | None:
+    """Return the largest epsilon of some runs: no mean, since a promise is kept by the worst.
+
+    None where one of them has none: an arm promises nothing that one of its runs does not.
+    """
+    spent = [run.epsilon for run in runs]
+    known = [epsilon for epsilon in spent if epsilon is not None]
+    return max(known) if known and len(known) == len(spent) else None
+
+
 def values_by_seed(runs: Sequence[RunRecord], key: str, at: At) -> dict[int, float]:
     """Return what the runs that count measured; seeds without a finite value are left out."""
     return {
@@ -419,4 +432,5 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
         targets=tuple(run.target_accuracy for run in chosen if run.target_accuracy is not None),
         bits_up=estimate([run.bits["up"] for run in chosen if "up" in run.bits]),
         bits_down=estimate([run.bits["down"] for run in chosen if "down" in run.bits]),
+        epsilon=epsilon_of(chosen),
     )

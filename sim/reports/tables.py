@@ -87,6 +87,11 @@ def bits(value: Estimate | None) -> str:
     return NOTHING if value is None else f"{value.mean:.1f}"
 
 
+def epsilon_text(value: float | None) -> str:
+    """Write what of privacy was spent."""
+    return NOTHING if value is None else f"{value:.4g}"
+
+
 def p_text(p_value: float | None, *, few: bool = False) -> str:
     """Write a p-value as reports do, marked where it rests on few seeds."""
     if p_value is None:
@@ -137,6 +142,8 @@ def summary_table(
             for key, title in ACCURACIES.items()
             if key != "accuracy"
         ),
+        # Of runs that promise something.
+        column("epsilon", 4, [epsilon_text(summary.epsilon) for summary in summaries]),
         column(target_title(summaries), 5, [seconds_to_target(summary) for summary in summaries]),
         column("sim. s", 6, [simulated_seconds(summary.simulated_s) for summary in summaries]),
         column("kB up", 6, [kilobytes(summary.bytes_up) for summary in summaries]),
@@ -204,6 +211,8 @@ def _caption(summaries: Sequence[ArmSummary], *, several: bool) -> str:
         + (f", {FEW} few: see docs/runs.md" if _marked(summaries) else ""),
         "kB per client over the run; s: seconds of the rounds, without start-up",
     ]
+    if any(summary.epsilon is not None for summary in summaries):
+        parts.append("epsilon: the largest of any client, over the whole run")
     if any(summary.simulated_s is not None for summary in summaries):
         parts.append("sim. s: by the simulated clock, as is the time to a target accuracy")
     if len(summaries) > 1:
@@ -235,7 +244,8 @@ def summary_rows(
     the round with the best validation accuracy; ``difference...`` is mean client accuracy at the
     last round minus the baseline's (by default the first arm), paired by seed.
     ``difference_p_holm`` is corrected for all rows, ``difference_p_sign_flip`` that of the exact
-    sign-flip test. ``simulated_s`` is what the simulated clock showed at the end,
+    sign-flip test. ``epsilon`` is the largest that any client of any seed has spent; None where
+    nothing is promised. ``simulated_s`` is what the simulated clock showed at the end,
     ``simulated_s_to_target`` when the mean client first had ``clock.target_accuracy``, which
     ``reached_target`` runs had.
     """
@@ -258,6 +268,7 @@ def summary_rows(
         row.update(_flat("bytes_down_per_client", summary.bytes_down))
         row.update(_flat("bits_up", summary.bits_up))
         row.update(_flat("bits_down", summary.bits_down))
+        row["epsilon"] = summary.epsilon
         row.update(_flat("seconds", summary.seconds))
         row.update(_flat("simulated_s", summary.simulated_s))
         row.update(_flat("simulated_s_to_target", summary.to_target))

@@ -48,7 +48,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return [body for kind, body in FENCE.findall(text) if kind == language]
 
 
-@pytest.mark.parametrize("name", ["algorithms.md", "settings.md", "strategies.md"])
+@pytest.mark.parametrize("name", ["algorithms.md", "privacy.md", "settings.md", "strategies.md"])
 def test_tables_of_settings_are_fresh(generator: Any, name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert generator.rewritten(text) == text, "run: python docs/generate_settings.py"
@@ -165,3 +165,39 @@ def test_links_between_pages_lead_somewhere() -> None:
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_table_of_mechanisms_says_what_a_run_would_be_refused_for(generator: Any) -> None:
+    table, _, reasons = generator.mechanism_table().partition("\n\n")
+    rows = {
+        cells[1].strip(" *`"): [cell.strip() for cell in cells[3:-1]]
+        for line in table.splitlines()[2:]
+        for cells in [line.split("|")]
+    }
+    from strategies import STRATEGIES
+
+    assert list(rows) == list(STRATEGIES)
+    assert rows["dsfl"] == ["yes"] * 5
+    told = dict(line.split(". ", 1) for line in reasons.splitlines())
+
+    def why(name: str, column: int) -> str:
+        return told[rows[name][column].removeprefix("no [").removesuffix("]")]
+
+    assert why("proxyfl", 0).startswith("a private model, which is not protected, teaches")
+    assert why("dml", 2).startswith("a trusted server adds noise to the mean of all answers")
+    assert why("fedavg", 1).startswith("it protects predictions, class_table, prototypes")
+    assert why("selective_fd", 1).startswith("which public rows a client sends")
+    # What would be sound instead is for whoever is refused.
+    assert not any("; use" in reason or "; set" in reason for reason in told.values())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "conf" / "examples").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_example_is_valid(path: Path) -> None:
+    from sim.commands.arms import study_of
+    from sim.settings import load_settings
+
+    settings = load_settings(path)
+    assert settings.name == path.stem
+    study_of(settings)

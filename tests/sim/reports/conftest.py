@@ -9,7 +9,7 @@ import pytest
 
 from sim.keeping.records import RunFolder
 from sim.reports.runs import RunRecord, load_run
-from sim.settings import settings_from_table
+from sim.settings import Settings, settings_from_table
 
 CLIENTS = 2
 
@@ -26,12 +26,14 @@ def write_run(
     federation: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     bits: dict[str, int] | None = None,
+    privacy: dict[str, Any] | None = None,
 ) -> Path:
     """Write a run of two clients, 0.1 below and above each round's mean accuracy.
 
     Each client sends 1000 and receives 3000 bytes a round unless ``silent``. ``status`` None
     leaves out the result, as a run does that is killed. ``bits`` are those of a number in the first
-    round by direction, twice as many in each round after it.
+    round by direction, twice as many in each round after it. ``privacy`` is the section of the
+    settings; the run has then spent the epsilon that it says.
     """
     folder.mkdir(parents=True)
     table = {
@@ -39,10 +41,12 @@ def write_run(
         "rounds": max(len(accuracies), 1),
         "strategy": {"name": strategy},
         "clients": {"count": CLIENTS, "models": ["mlp", "gru"]},
+        **({"privacy": privacy} if privacy else {}),
         **(settings or {}),
     }
     rows = []
-    with RunFolder(folder, settings_from_table(table)) as run:
+    resolved = settings_from_table(table)
+    with RunFolder(folder, resolved) as run:
         for number, accuracy in enumerate(accuracies, start=1):
             chosen = accuracy if validation is None else validation[number - 1]
             row: dict[str, Any] = {
@@ -96,11 +100,31 @@ def write_run(
                     "weights_sha256": "ab" * 32,
                     "last": judged[-1] if judged else {},
                     "selected": max(judged, key=lambda row: row["validation_accuracy"])
-                    if judged
+                    if judged and not privacy
                     else {},
+                    **({"privacy": spent(resolved)} if privacy else {}),
                 }
             )
     return folder
+
+
+def spent(settings: Settings) -> dict[str, Any]:
+    """Return what a run says that has spent the whole of its epsilon."""
+    privacy = settings.privacy
+    assert privacy.limit is not None
+    epsilon = privacy.limit.epsilon
+    return {
+        "mechanism": privacy.mechanism.kind,
+        "where": privacy.where,
+        "unit": privacy.promised,
+        "delta": privacy.delta,
+        "budget": epsilon,
+        "promise": privacy.mechanism.told(privacy.where),
+        "epsilon": epsilon,
+        "renyi": 1.1 * epsilon,
+        "pure": None,
+        "clients": {str(client): epsilon for client in range(CLIENTS)},
+    }
 
 
 @pytest.fixture

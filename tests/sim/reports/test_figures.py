@@ -12,6 +12,7 @@ from sim.reports.figures import (
     FIGURES,
     PALETTE,
     accuracy_by_client,
+    accuracy_by_epsilon,
     accuracy_by_exchange,
     accuracy_by_round,
     accuracy_by_time,
@@ -127,7 +128,8 @@ def test_titles_name_the_units(make_run):
 
 def test_one_run_draws_every_figure_and_twice_the_same(make_run):
     measured = {**EXCHANGED, "simulated_s": 12.5}
-    runs = {"dml": [make_run(accuracies=(0.5,), federation=measured)]}
+    privacy = {"mechanism": "dp_sgd", "epsilon": 8}
+    runs = {"dml": [make_run(accuracies=(0.5,), federation=measured, privacy=privacy)]}
     first = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
     assert list(first) == list(FIGURES)
     assert all(is_png(content) for content in first.values())
@@ -189,3 +191,38 @@ def test_accuracy_over_simulated_time_stands_where_there_is_a_clock(make_run):
     assert [2.0, 4.0] in lines
     assert figure.axes[0].get_xlabel() == "simulated seconds"
     assert accuracy_by_time({"plain": plain}) is None
+
+
+def test_accuracy_against_epsilon_has_intervals_and_a_line_for_who_promises_nothing(make_run):
+    runs = {"none": seeds(make_run, 3)} | {
+        f"dp-{epsilon}": seeds(make_run, 3, privacy={"mechanism": "dp_sgd", "epsilon": epsilon})
+        for epsilon in (16, 1)
+    }
+    figure = accuracy_by_epsilon(runs)
+    axes, beside = figure.axes
+    assert axes.get_xscale() == "log"
+    # 0.6, 0.7, 0.8 in the last round: t(0.975, 2) * 0.1 / sqrt(3).
+    half = 100 * stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    bars = [container.lines for container in axes.containers]
+    assert [marks.get_xydata().tolist() for marks, *_ in bars] == [
+        [[16, pytest.approx(70)]],
+        [[1, pytest.approx(70)]],
+    ]
+    for _, _, (span,) in bars:
+        (low, high) = span.get_segments()[0][:, 1]
+        assert (low, high) == (pytest.approx(70 - half), pytest.approx(70 + half))
+    levels = [line for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    assert [line.get_ydata()[0] for line in levels] == [pytest.approx(70)]
+    joined = [line.get_xdata() for line in axes.lines if line.get_color() == "#999999"]
+    assert [list(line) for line in joined] == [[1, 16]]
+    # 2 rounds of 1000 and 3000 bytes.
+    assert [bar.get_width() for bar in beside.patches] == [pytest.approx(8)] * 3
+    assert "dashed: no guarantee" in axes.texts[0].get_text()
+    assert legend(figure) == ["none", "dp-16", "dp-1"]
+    assert is_png(to_png(figure))
+
+
+def test_without_a_promise_nothing_is_drawn_against_epsilon(make_run):
+    assert accuracy_by_epsilon({"none": seeds(make_run, 2)}) is None
+    killed = make_run(status=None, privacy={"mechanism": "dp_sgd", "epsilon": 8})
+    assert accuracy_by_epsilon({"killed": [killed]}) is None

@@ -310,3 +310,35 @@ def test_a_folder_that_cannot_be_written_is_named(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot write to"):
         write_report({"dml": [make_run()]}, tmp_path / "file", title="t")
+
+
+PROMISED = {"mechanism": "dp_sgd", "epsilon": 8, "clip": 1.0}
+
+
+def test_a_run_says_what_it_promises_to_whom(make_run, tmp_path):
+    page = page_of(write_report({"dp": [make_run(privacy=PROMISED)]}, tmp_path, title="dp"))
+    head = "arm mechanism where unit epsilon Renyi bound delta budget"
+    assert f"{head} dp dp_sgd client example 8 8.8 1e-05 8" in page.text
+    assert "DP-SGD at each client: its models are protected while they learn" in page.text
+    assert "same, at selected round" not in page.text
+    assert (tmp_path / "figures" / "accuracy_by_epsilon.png").is_file()
+
+
+def test_arms_with_and_without_a_promise_stand_side_by_side(make_run, tmp_path):
+    runs = {
+        "none": [make_run(seed=seed) for seed in range(3)],
+        "dp": [make_run(seed=seed, privacy=PROMISED) for seed in range(3)],
+    }
+    page = page_of(write_report(runs, tmp_path, title="dp"))
+    assert "none – – – – – – – dp dp_sgd client example 8" in page.text  # noqa: RUF001
+    assert "same, at selected round" in page.text
+    # Nothing to compare at a selected round, so no line of it.
+    assert "mean client, selected round" not in page.text
+    assert "worst client, last round" in page.text
+
+
+def test_a_report_without_a_promise_says_nothing_of_privacy(make_run, tmp_path):
+    page = page_of(write_report({"none": [make_run()]}, tmp_path, title="none"))
+    assert "Renyi" not in page.text
+    assert "epsilon" not in page.text
+    assert "same, at selected round" in page.text

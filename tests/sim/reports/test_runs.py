@@ -190,3 +190,27 @@ def test_models_of_another_version_still_have_a_label():
     assert model_label({"name": "mlp", "options": {"hidden": [8]}}) == "mlp(hidden=[8])"
     assert "gone" in model_label({"name": "gone"})
     assert model_label("gone") == "gone"
+
+
+def test_no_round_of_a_run_that_promises_privacy_is_selected_by_validation_rows(
+    tmp_path, run_folder
+):
+    folder = run_folder(tmp_path / "run", privacy={"mechanism": "dp_sgd", "epsilon": 8})
+    record = load_run(folder)
+    assert record.federation[0]["validation_accuracy"] == 0.5
+    assert record.selected == {}
+    assert record.protected
+    assert record.epsilon == 8
+    # Nor of one that was killed, and says nothing of what it has spent.
+    (folder / "result.json").unlink()
+    record = load_run(folder)
+    assert record.selected == {}
+    assert record.protected
+    assert record.epsilon is None
+
+
+def test_a_run_without_a_mechanism_promises_nothing(tmp_path, run_folder):
+    record = load_run(run_folder(tmp_path / "run"))
+    assert not record.protected
+    assert record.epsilon is None
+    assert record.privacy == {}

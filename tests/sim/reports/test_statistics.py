@@ -261,3 +261,15 @@ def test_arms_are_compared_with_the_first(make_run):
 def test_two_runs_of_one_seed_in_an_arm_are_refused(make_run):
     with pytest.raises(SettingsError, match=r"two runs with seed 4: .*run-1.*run-2"):
         values_by_seed([make_run(seed=4), make_run(seed=4)], "accuracy", "last")
+
+
+def test_the_epsilon_of_an_arm_is_the_largest_of_its_runs_and_none_where_one_promises_nothing(
+    make_run,
+):
+    kept = [
+        make_run(seed=seed, privacy={"mechanism": "dp_sgd", "epsilon": epsilon})
+        for seed, epsilon in enumerate([2, 8, 4])
+    ]
+    assert summarize("kept", kept).epsilon == 8
+    assert summarize("mixed", [*kept, make_run(seed=3)]).epsilon is None
+    assert summarize("none", [make_run(seed=3)]).epsilon is None

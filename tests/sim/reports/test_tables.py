@@ -182,3 +182,49 @@ def test_time_to_target_fits_80_columns_and_is_not_there_without_a_clock(make_ru
     assert max(map(len, text.splitlines())) <= 80
     assert "s to" not in printed({"plain": [make_run(seed=0)]}, 200)
     assert "sim. s" not in printed({"plain": [make_run(seed=0)]}, 200)
+
+
+def tradeoff(make_run):
+    """Two seeds of an arm without a promise, and of two with."""
+    return {
+        "none": [make_run(seed=s, accuracies=(0.9, 0.8 + s / 50)) for s in range(2)],
+        "weak": [
+            make_run(
+                seed=s,
+                accuracies=(0.7, 0.6 + s / 50),
+                privacy={"mechanism": "gaussian", "epsilon": 16, "where": "server"},
+            )
+            for s in range(2)
+        ],
+        "strong": [
+            make_run(
+                seed=s, accuracies=(0.4, 0.3), privacy={"mechanism": "dp_sgd", "epsilon": 0.125}
+            )
+            for s in range(2)
+        ],
+    }
+
+
+def test_epsilon_stands_beside_arms_that_promise_it_and_validation_does_not(make_run):
+    runs = tradeoff(make_run)
+    text = printed(runs, 200)
+    none, weak, strong = (
+        next(line for line in text.splitlines() if line.startswith(arm)).split() for arm in runs
+    )
+    # Arm, mean client with its interval, and the same at the best round by validation.
+    assert none[3] == "90.0"
+    assert weak[3] == strong[3] == "–"  # noqa: RUF001
+    assert "16" in weak
+    assert "0.125" in strong
+    assert "epsilon: the largest of any client" in " ".join(text.split())
+    assert [row["epsilon"] for row in summary_rows(runs)] == [None, 16, 0.125]
+    assert [row["accuracy_selected"] for row in summary_rows(runs)] == [0.9, None, None]
+
+
+def test_without_a_promise_there_is_no_column_and_with_one_alone_none_of_validation(make_run):
+    runs = tradeoff(make_run)
+    assert "epsilon" not in printed({"none": runs["none"]}, 200)
+    assert "at best" in printed({"none": runs["none"]}, 200)
+    promised = printed({"weak": runs["weak"], "strong": runs["strong"]}, 200)
+    assert "epsilon" in promised
+    assert "at best" not in promised
