@@ -294,10 +294,9 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
             continue
         families.setdefault(_family(runs[arm][0]), []).append((private[arm], mean))
         # Arms of one epsilon stand side by side, or their bars would hide each other.
-        beside_others = ScaledTranslation(
-            taken.count(private[arm]) * 8 / 72, 0, figure.dpi_scale_trans
-        )
+        company = sum(math.isclose(other, private[arm], rel_tol=0.03) for other in taken)
         taken.append(private[arm])
+        beside_others = ScaledTranslation(company * 8 / 72, 0, figure.dpi_scale_trans)
         axes.errorbar(
             [private[arm]],
             [mean],
@@ -309,8 +308,11 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
             lw=1.4,
             transform=axes.transData + beside_others,
         )
+        # What is moved aside is not looked at when the axes are scaled.
+        axes.update_datalim([(private[arm], low), (private[arm], high)])
     for joined in families.values():
         axes.plot(*zip(*sorted(joined), strict=True), color="#999999", lw=1, zorder=1)
+    axes.autoscale_view()
     axes.xaxis.set_major_formatter(FuncFormatter(_plain_kilobytes))
     axes.xaxis.set_minor_formatter(NullFormatter())
     several = any(found.n > 1 for found in measured.values())

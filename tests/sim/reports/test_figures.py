@@ -211,6 +211,8 @@ def test_accuracy_against_epsilon_has_intervals_and_a_line_for_who_promises_noth
     for _, _, (span,) in bars:
         (low, high) = span.get_segments()[0][:, 1]
         assert (low, high) == (pytest.approx(70 - half), pytest.approx(70 + half))
+        assert axes.get_ylim()[0] < low
+        assert axes.get_ylim()[1] > high
     levels = [line for line in axes.lines if list(line.get_xdata()) == [0, 1]]
     assert [line.get_ydata()[0] for line in levels] == [pytest.approx(70)]
     joined = [line.get_xdata() for line in axes.lines if line.get_color() == "#999999"]
