@@ -142,7 +142,7 @@ class CheckpointStore:
         if not self._folder.is_dir():
             self._folder.mkdir()
             _sync_folder(self._folder.parent)
-        self._remove_leftovers()
+        self.remove_leftovers()
         try:
             partial.mkdir()
             self._write_files(partial, round, values, tables)
@@ -197,7 +197,12 @@ class CheckpointStore:
         os.rename(folder, removed)
         shutil.rmtree(removed)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Remove what a process has left that was killed while it wrote or removed a checkpoint.
+
+        Raises:
+            OSError: if something cannot be removed.
+        """
         for pattern in (".round-*.partial", ".round-*.removed"):
             for leftover in self._folder.glob(pattern):
                 shutil.rmtree(leftover)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -179,6 +180,9 @@ class Persistence:
         """
         # From here until it is done, the loop and the grid do not fit together.
         self._loop.boundary = None
+        # After the last round nothing is written that would do so.
+        with suppress(OSError):
+            self._store.remove_leftovers()
         checkpoint, problems = self._store.newest(self._reason_against)
         lost: list[str] = []
         if checkpoint is None and problems:

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save
 import sim
 from fedkd.exchange.pipeline import Remembered
 from fedkd.exchange.values import flatten
+from fedkd.privacy import Gaussian, spent
 from sim.commands import running
 from sim.commands.running import RunResult, run, settings_of_run
 from sim.contract import sections_of
@@ -166,6 +167,24 @@ def test_every_entry_of_the_ledger_is_written_once_also_in_a_resumed_run(
         assert len(clients) == sum(len(row["clients"]) for row in charges) == 3 * len(rounds)
     assert {row["mechanism"] for row in charges} == {"mixture"}
     assert load_run(folder).bytes_up == load_run(whole.folder).bytes_up
+
+
+@pytest.mark.parametrize("where", ["client", "server"])
+def test_a_resumed_run_goes_on_with_its_privacy_budget(make: Make, where: str) -> None:
+    budget = spent([Gaussian(3, 2.0)], delta=1e-5).epsilon
+    privacy = {"mechanism": "gaussian", "noise": 2.0, "where": where, "budget": budget}
+    settings = make("fedmd", privacy=privacy)
+    whole = run(settings)
+    folder = stopped(settings, 3)
+    run(resume=folder)
+    assert bits(folder) == bits(whole.folder)
+    # Of four rounds three were paid for, however often the run was begun.
+    assert charged_in(folder) == [(r, client, 1) for r in (1, 2, 3) for client in range(4)]
+    assert len(events(folder, "privacy budget spent")) == 1
+    # Nor does it release more when it is begun once more.
+    before = (folder / "exchange.jsonl").read_bytes()
+    run(resume=folder)
+    assert (folder / "exchange.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -678,7 +697,7 @@ def test_files_that_are_none_with_right_checksums_are_named(
 # -- killed ------------------------------------------------------------------------------------
 
 WATCHED = {
-    str(Path(sim.__file__).parent / path)
+    str((Path(sim.__file__).parent / path).resolve())
     for path in (
         "commands/interruption.py",
         "commands/running.py",
@@ -691,6 +710,9 @@ WATCHED = {
         "server/outbox.py",
         "server/replies.py",
         "server/rounds.py",
+        "../fedkd/exchange/ledger.py",
+        "../fedkd/exchange/pipeline.py",
+        "../fedkd/exchange/spending.py",
     )
 }
 """Between any two lines of these a process may be killed."""
@@ -742,8 +764,21 @@ def killed_at(visit: Visit, call: Callable[[], object]) -> bool:
     return status != 0
 
 
-def survives(make: Make, strategy: str, count: int) -> None:
-    settings = make(strategy, rounds=3, clients={"participants": 3})
+def charged_in(folder: Path) -> list[tuple[int, int, int]]:
+    """Return (round, client, attempt) of each entry of the ledger; a server's is its first."""
+    return [
+        (row["of_round"], client, attempt)
+        for row in read_rows(folder / "exchange.jsonl")
+        if row["direction"] == "release"
+        for client, attempt in zip(
+            row["clients"], row.get("attempts", [1] * len(row["clients"])), strict=True
+        )
+    ]
+
+
+def survives(make: Make, strategy: str, count: int, **changes: Any) -> None:
+    clients = {"participants": 3, **changes.pop("clients", {})}
+    settings = make(strategy, rounds=3, clients=clients, **changes)
     whole = bits(run(settings).folder)
     folder = settings.output / "counted"
     folder.mkdir()
@@ -770,6 +805,8 @@ def survives(make: Make, strategy: str, count: int) -> None:
         else:
             run(settings, folder=folder)
         assert bits(folder) == whole, visit
+        charged = charged_in(folder)
+        assert len(set(charged)) == len(charged)
         assert not list((folder / CHECKPOINTS_FOLDER).glob(".*"))
         shutil.rmtree(folder)
 
@@ -782,6 +819,22 @@ def test_sigkill_anywhere_costs_no_bit(make: Make) -> None:
 @pytest.mark.parametrize("strategy", ["dml", "fedavg", "one_way"])
 def test_sigkill_at_a_hundred_points_costs_no_bit(make: Make, strategy: str) -> None:
     survives(make, strategy, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "privacy"),
+    [
+        ("dml", {"mechanism": "dp_sgd", "noise": 1.0}),
+        ("fedmd", {"mechanism": "gaussian", "noise": 2.0, "where": "server"}),
+    ],
+    ids=["dp_sgd", "gaussian at the server"],
+)
+def test_sigkill_releases_and_charges_nothing_twice(
+    make: Make, strategy: str, privacy: dict[str, Any]
+) -> None:
+    mlp = [{"name": "mlp", "options": {"hidden": [8]}}]
+    survives(make, strategy, 10, clients={"models": mlp}, privacy=privacy)
 
 
 # -- signals -----------------------------------------------------------------------------------
