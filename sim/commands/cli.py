@@ -846,6 +846,7 @@ def _settings_to_resume(
 def _run_table(result: "RunResult") -> "FittedTable":
     """Two columns of what a run ended with."""
     from sim.reports.runs import number
+    from sim.reports.tables import kilobytes
     from sim.reports.terminal import NOTHING, Column, FittedTable
 
     row = result.to_row()
@@ -866,8 +867,8 @@ def _run_table(result: "RunResult") -> "FittedTable":
         return Column(title=f"{title} ({of_round.get('round', NOTHING)})", cells=cells, rank=rank)
 
     clients = max(len(row["clients"]), 1)
-    sent = f"{sum(row['bytes_up']) / clients / 1e3:,.1f}"
-    received = f"{sum(row['bytes_down']) / clients / 1e3:,.1f}"
+    sent = kilobytes(sum(row["bytes_up"]) / clients)
+    received = kilobytes(sum(row["bytes_down"]) / clients)
     clock = (
         number(result.history.federation[-1], "simulated_s") if result.history.federation else None
     )

@@ -56,6 +56,9 @@ def load_model(
 SHOWN = 20
 """Predictions that a table shows; a file holds all."""
 
+TOLD = 8
+"""Classes that the line below a table counts, the most frequent ones."""
+
 TRIED_ROWS = 256
 """Inputs from files on which an export is compared with the model, at most."""
 
@@ -113,7 +116,10 @@ class Predictions:
         """Return the first predictions as a table."""
         shown = [each for each in self.each if not each.problem][:SHOWN]
         more = self.count - len(shown)
-        told = [f"{number} x {name}" for name, number in self.counts.most_common(8)]
+        ranked = self.counts.most_common()
+        told = [f"{number} x {name}" for name, number in ranked[:TOLD]]
+        if others := [number for _, number in ranked[TOLD:]]:
+            told.append(f"{sum(others)} of {len(others)} more class{'es' * (len(others) > 1)}")
         caption = f"{self.count} inputs: {', '.join(told)}" if self.count > 1 else ""
         if more:
             caption += f"; {more} not shown"

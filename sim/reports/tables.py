@@ -52,9 +52,12 @@ def _end(share: float, *, signed: bool) -> str:
     return points(share, signed=signed).removesuffix(".0")
 
 
-def kilobytes(value: Estimate | None) -> str:
-    """Write bytes as kB of 1000 bytes."""
-    return NOTHING if value is None else f"{value.mean / 1e3:,.1f}"
+def kilobytes(value: Estimate | float | None) -> str:
+    """Write bytes as kB of 1000 bytes; few bytes are not written as none."""
+    if value is None:
+        return NOTHING
+    amount = (value.mean if isinstance(value, Estimate) else value) / 1e3
+    return f"{amount:.2g}" if 0 < amount < 0.1 else f"{amount:,.1f}"
 
 
 def simulated_seconds(value: Estimate | None) -> str:

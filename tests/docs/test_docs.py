@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,3 +202,41 @@ def test_every_example_is_valid(path: Path) -> None:
     settings = load_settings(path)
     assert settings.name == path.stem
     study_of(settings)
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The commands with settings that a page shows, in blocks and in sentences."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    lines = [line for body in blocks.findall(text) for line in body.splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", blocks.sub("", text))]
+    return (line for line in lines if re.match(r"fedkd (run|compare|distill|data|privacy)\b", line))
+
+
+# Code of the reader's own, what is left open, and a mistake that is made to show what is said of it.
+NOT_OURS = {
+    *("strategy.name=my_package.my_module:MyMethod", "strategy.name=vote:Vote"),
+    *("data.source=...", "rouns=3"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_a_page_name_settings_that_there_are(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sim.settings import SettingsError, load_distill_settings, load_settings
+
+    monkeypatch.chdir(ROOT)
+    wrong = []
+    for command in commands(page):
+        _, name, *words = shlex.split(command, comments=True)
+        load = load_distill_settings if name == "distill" else load_settings
+        config = next((word for word in words if word.endswith(".yaml")), None)
+        given = [word for word in words if "=" in word and not word.startswith("--")]
+        if NOT_OURS & {*given}:
+            continue
+        try:
+            load(config if config is None or Path(config).exists() else None, given)
+        except SettingsError as error:
+            wrong.append(f"{command}: {error}")
+    assert not wrong, "\n".join(wrong)

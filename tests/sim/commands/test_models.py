@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from sim.commands import cli
-from sim.commands.models import export, load_model, predict
+from sim.commands.models import Predictions, export, load_model, predict
 from sim.commands.running import run
 from sim.settings import Settings, SettingsError
 
@@ -82,6 +83,17 @@ def test_a_csv_file_to_predictions(
     (only,) = json.loads(out)["predictions"]
     assert (only["row"], only["class"]) == (0, "old")
     assert sum(only["probabilities"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_line_below_predictions_leaves_no_class_out(small: Small) -> None:
+    model = load_model(run(small("clients.models=mlp", "strategy.name=fedavg", "rounds=1")).folder)
+    counts = Counter({str(digit): 100 - digit for digit in range(10)})
+    caption = Predictions(model, counts=counts).table().caption
+    # 1000 - 45 inputs; the two rarest classes have 92 and 91 of them.
+    assert "955 inputs: 100 x 0, " in str(caption)
+    assert "93 x 7, 183 of 2 more classes" in str(caption)
+    del counts["9"]
+    assert "93 x 7, 92 of 1 more class;" in str(Predictions(model, counts=counts).table().caption)
 
 
 def test_export_says_how_well_the_file_agrees(

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sim.reports import pair_rows, summary_rows, summary_table
 from sim.reports.statistics import Difference, Estimate
-from sim.reports.tables import p_text, percent
+from sim.reports.tables import kilobytes, p_text, percent
 
 
 def printed(runs, width):
@@ -136,6 +136,10 @@ def test_texts_of_numbers():
     assert p_text(0.0004) == "<0.001"
     assert p_text(0.0123, few=True) == "0.012*"
     assert p_text(None, few=True) == "–"  # noqa: RUF001
+    assert [kilobytes(value) for value in (0.0, 6.0, 99.9, 100.0, 12345.6)] == [
+        *("0.0", "0.006", "0.1", "0.1", "12.3")
+    ]
+    assert kilobytes(Estimate(45.0, None, None, 1)) == "0.045"
 
 
 # -- the simulated clock -----------------------------------------------------------------------
