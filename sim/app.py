@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd.data import build_federated_data
 from fedkd.training import ClientState
+from sim.commands.privacy import assumptions
 from sim.commands.running import load_data, run_result
 from sim.engine.nodes import NodesError, introduction
 from sim.engine.runtime import ClientRuntime, presence_of
@@ -108,6 +109,10 @@ def _run(grid: Grid, context: Context) -> None:
     status = "failed"
     with RunFolder(folder, settings, provenance_of(settings).to_row()) as recorder:
         _LOG.info("run folder: %s", folder.resolve())
+        if settings.privacy.on:
+            # Here there is a server that reads what nodes report beside their answers.
+            for words in assumptions(settings):
+                _LOG.info("privacy: %s", words)
         loop = RoundLoop(grid, settings, data, [recorder, _RoundLog(settings)])
         keeper = ModelKeeper(folder, settings, data, loop, None)
         models: Mapping[str, Row] = {}

@@ -12,8 +12,10 @@ from fedkd.exchange.mechanisms import DPSGD, Votes
 from fedkd.exchange.mechanisms.noise import GaussianRelease, LaplaceRelease
 from fedkd.exchange.mechanisms.randomized import RandomizedAnswers
 from fedkd.exchange.mechanisms.sensitivity import form_of, sensitivity
+from fedkd.exchange.payload import Asked
 from fedkd.exchange.release import NoRelease, Occasion, PrivateSteps
 from fedkd.exchange.spending import spent_of
+from fedkd.exchange.values import Value
 from fedkd.privacy import Spent
 from sim.commands.running import load_data
 from sim.engine.runtime import build_strategy, federation_of, server_tools
@@ -22,7 +24,7 @@ from sim.server.observers import Row
 from sim.server.privacy import PrivacyPlan
 from sim.server.validation import authors_code
 from sim.settings import Settings, SettingsError
-from strategies.contract import Strategy
+from strategies.contract import ServerTools, Strategy
 
 OUTSIDE = (
     "Noise is pseudo-random and comes from the run's seed: whoever knows the seed can take it off.",
@@ -32,7 +34,8 @@ OUTSIDE = (
     "So are weights that were trained before the run, such as those of clients.first_weights: what "
     "they know of private rows is not counted.",
     "Metrics, test accuracy and models that a run keeps of clients (but for dp_sgd) are outside of "
-    "the guarantee: they are for whoever simulates.",
+    "the guarantee: they are for whoever simulates. Under flwr run they do reach the server: "
+    "losses on private rows, accuracies under a client's mix of classes, predictions of test rows.",
 )
 """What no mechanism here promises."""
 
@@ -54,7 +57,7 @@ class Planned:
     rows: tuple[int, int]
     releases: int
     noise: float
-    figures: Mapping[str, float]
+    figures: Mapping[str, int | float]
     spent: Spent
 
 
@@ -190,7 +193,7 @@ def _groups(settings: Settings, strategy: Strategy[Any, Any], data: FederatedDat
     with authors_code("before round 1, the server's half"):
         state = strategy.begin(server)
         asked = {
-            client: strategy.asks(state, client, strategy.federation.round(1), server)
+            client: _first_asked(strategy, state, client, server)
             for client in range(strategy.federation.num_clients)
         }
     alike: dict[Any, list[int]] = {}
@@ -216,6 +219,20 @@ def _groups(settings: Settings, strategy: Strategy[Any, Any], data: FederatedDat
     return found
 
 
+def _first_asked(
+    strategy: Strategy[Any, Any], state: Value, client: int, server: ServerTools
+) -> Asked | None:
+    """Return what a client is asked for first, rounds that ask for no row left out."""
+    answers = (
+        strategy.asks(state, client, strategy.federation.round(number), server)
+        for number in range(1, strategy.federation.rounds + 1)
+    )
+    first = asked = next(answers)
+    while asked is not None and (form := form_of(asked)) is not None and not form.rows:
+        asked = next(answers, None)
+    return first if asked is None else asked
+
+
 def _planned(
     settings: Settings,
     clients: Sequence[int],
@@ -224,7 +241,7 @@ def _planned(
 ) -> Planned:
     rule, learning = settings.privacy.mechanism, occasion.learning
     costs: list[tuple[Cost, int]] = []
-    figures: dict[str, float] = {}
+    figures: dict[str, int | float] = {}
     noise = 0.0
     if isinstance(rule, DPSGD) and learning is not None:
         noise = rule.noise_of(learning, occasion.delta)

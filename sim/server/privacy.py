@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fedkd.data import FederatedData
@@ -14,11 +15,15 @@ from fedkd.exchange.budget import LADDER
 from fedkd.exchange.ledger import Ledger
 from fedkd.exchange.mechanisms import DPSGD, WantedNoise
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Prototypes
 from fedkd.exchange.pipeline import Planned
 from fedkd.exchange.release import NoRelease, PrivateSteps, ReleaseRule, Where
 from fedkd.models import build_model
 from sim.settings import Settings
 from strategies.contract import PrivateUse, Strategy
+
+OF_ONE_SIZE = frozenset({"float32", "float16", "int8"})
+"""Codecs that write any numbers of one form in as many bytes."""
 
 SOUND = "use an algorithm in which nothing but predictions of public rows is sent, such as dml"
 
@@ -158,6 +163,9 @@ def check_privacy(
     reason = unsound(strategy, rule, privacy.where)
     if reason is not None:
         raise ValueError(f"{named} with strategy {settings.strategy.name}: {reason}")
+    _check_rows_owned(strategy, data, f"{named} with strategy {settings.strategy.name}")
+    if privacy.where == "server":
+        _check_sizes_untold(settings, strategy, named)
     if settings.keep_round == "selected":
         raise ValueError(
             f"keep_round: selected chooses by validation rows, which {named} does not protect; use "
@@ -190,6 +198,45 @@ def check_privacy(
                 "or abort, no clock.deadline_s and fedkd run, or no training before the first round"
             )
         _check_rows_apart(strategy, data, named)
+
+
+def _check_rows_owned(strategy: Strategy[Any, Any], data: FederatedData, named: str) -> None:
+    """Refuse clients that learn from other rows than their own: their number says what rows cost.
+
+    A row that two clients hold, or that one holds twice, is learnt from more often than is charged.
+    """
+    views = strategy.federation.view_of
+    held: dict[int, list[np.ndarray]] = {}
+    for client, own in enumerate(data.client_rows):
+        held.setdefault(views(client), []).append(own)
+        learnt = strategy.private_rows(client, data)
+        if not np.array_equal(np.sort(learnt), np.sort(own)):
+            raise ValueError(
+                f"{named}: client {client} learns from {len(learnt)} rows that are not the "
+                f"{len(own)} rows of its own, by which is charged; leave Strategy.private_rows as "
+                "it is"
+            )
+    for rows in map(np.concatenate, held.values()):
+        values, counts = np.unique(rows, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"{named}: row {values[counts.argmax()]} of the data is dealt out "
+                f"{counts.max()} times, and charged for once; deal out each row once"
+            )
+
+
+def _check_sizes_untold(settings: Settings, strategy: Strategy[Any, Any], named: str) -> None:
+    """Refuse a clock that lets others see how many bytes an answer has before it is protected."""
+    seen = settings.clock.on and (settings.clock.deadline_s is not None or settings.presence.on)
+    sizes = settings.exchange.up.kind
+    if not seen or (sizes in OF_ONE_SIZE and Prototypes not in strategy.up):
+        return
+    raise ValueError(
+        f"{named} with privacy.where: server and exchange.up: {sizes}: by the simulated clock who "
+        "is late, or there, depends on how many bytes an answer has before it is protected; use "
+        f"exchange.up: {' or '.join(sorted(OF_ONE_SIZE))} and answers of one size, or no "
+        "clock.deadline_s and no presence"
+    )
 
 
 def _check_rows_apart(strategy: Strategy[Any, Any], data: FederatedData, named: str) -> None:

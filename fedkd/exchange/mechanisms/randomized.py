@@ -52,6 +52,8 @@ class RandomizedAnswers(WantedNoise):
     def answer(self, occasion: Occasion) -> RandomizedResponse:
         """Return all answers of a release: one for each row that is asked for."""
         rows, classes, _ = known(occasion)
+        # An answer of no row, as some rounds have it, is no release; its noise is never used.
+        rows = max(rows, 1)
         if self.noise is not None:
             each = 1 / self.noise
         else:
@@ -82,6 +84,8 @@ class RandomizedAnswers(WantedNoise):
 
     def cost(self, occasion: Occasion) -> Cost | None:
         """As many answers as rows."""
+        if not known(occasion).rows:
+            return None
         answer = self.answer(occasion)
         return Cost(
             self.kind,

@@ -79,7 +79,7 @@ class Votes(WantedNoise):
         """Return ``s2 / sqrt(2)``."""
         if self.noise is not None:
             return float(self.noise)
-        rows = known(occasion).rows
+        rows = max(known(occasion).rows, 1)
         # Of a row's answer 1 / m^2, of its check 1 / (check_noise * sqrt(2) m)^2 = less than that.
         checked = 0.0 if self.threshold is None else 1 / (2 * self.check_noise**2)
         one = _noise(self.epsilon, occasion.delta, rows * occasion.releases)

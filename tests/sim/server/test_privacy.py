@@ -10,6 +10,7 @@ import pytest
 from fedkd.exchange.release import ReleaseRule
 from fedkd.exchange.spending import spent_by_client
 from fedkd.privacy import Gaussian, spent
+from sim.commands.privacy import privacy as outlook
 from sim.commands.running import load_data
 from sim.contract import sections_of
 from sim.contract.toy import (
@@ -494,3 +495,42 @@ def test_a_mechanism_of_ones_own_cannot_say_that_it_protects_learning():
             return payload
 
     assert "they learn by none but DP-SGD" in unsound(made, Own(), "client")
+
+
+def test_clients_learn_from_their_own_rows_alone_by_which_they_are_charged(monkeypatch):
+    """Of half of its rows a client draws each with twice the probability that is charged."""
+    cls = STRATEGIES["fedavg"]
+    settings, made, data = parts_of("fedavg", DP_SGD, options=EQUAL)
+    check_privacy(settings, made, data, nodes=False)
+    twice = tuple(np.append(rows, rows[:1]) for rows in data.client_rows)
+    with pytest.raises(ValueError, match=r"of the data is dealt out 2 times, and charged for once"):
+        check_privacy(settings, made, replace(data, client_rows=twice), nodes=False)
+    monkeypatch.setattr(
+        cls, "private_rows", lambda self, client, data: data.client_rows[client][::2]
+    )
+    with pytest.raises(ValueError, match=r"client 0 learns from 6 rows that are not the 12 rows"):
+        check_privacy(settings, made, data, nodes=False)
+
+
+def test_a_clock_that_shows_sizes_of_unprotected_answers_is_refused():
+    clock = {"clock": {"speed": 1.0, "up": 100.0, "deadline_s": 5.0}}
+    check("fedmd", AT_SERVER, **clock)
+    check("fedmd", GAUSSIAN, exchange={"up": "int8"}, **clock)
+    top_k = {"exchange": {"up": {"kind": "top_k", "k": 2}}}
+    with pytest.raises(ValueError, match="how many bytes an answer has before it is protected"):
+        check("fedmd", AT_SERVER, **top_k, **clock)
+    check("fedmd", AT_SERVER, **top_k)
+
+
+def test_rounds_that_ask_for_no_row_cost_no_answers_and_the_others_are_foreseen(monkeypatch):
+    settings, _, data = parts_of(
+        "codistillation", ANSWERS, options={"burn_in": 2, "interval": 1}, rounds=3
+    )
+    run = simulate(settings, data)
+    assert [row["of_round"] for row in run.charges] == [2, 3]
+    monkeypatch.setattr("sim.commands.privacy.load_data", lambda settings: data)
+    spent_most = max(
+        own.epsilon
+        for own in spent_by_client(run.loop.boundary.exchange.ledger, delta=1e-5).values()
+    )
+    assert outlook(settings).epsilon >= spent_most > 1
