@@ -126,6 +126,7 @@ def load(name: str, setting: str) -> Any:
         raise ValueError(
             f"{setting} {name!r}: cannot import {module_name!r}: {_told(error)}"
             + _hidden(module_name)
+            + _nowhere(module_name, error)
         ) from error
     for part in attribute.split("."):
         if isinstance(target, ModuleType) and isinstance(getattr(target, part, None), ModuleType):
@@ -277,3 +278,14 @@ def _hidden(module_name: str) -> str:
         return ""
     whose = "fedkd's own package" if top in ("fedkd", "sim", "strategies") else "another package"
     return f"; {top!r} is {whose} ({os.path.dirname(found)}), which hides {mine!r}: rename yours"
+
+
+def _nowhere(module_name: str, error: BaseException) -> str:
+    """Say where a package is looked for, if it is itself what was not found."""
+    top = module_name.partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or error.name != top:
+        return ""
+    return (
+        "; it is looked for in the working folder and among installed packages: install it, or add "
+        "its folder to PYTHONPATH"
+    )

@@ -392,7 +392,8 @@ class InputColumns(NamedTuple):
     Attributes:
         kind: pictures and texts are in one column, features in one or several.
         columns: their names, in the order of the features.
-        left_aside: columns that hold the numbers of rows.
+        left_aside: columns that hold the numbers of rows, and beside a text those that could be
+            features.
     """
 
     kind: Kind
@@ -451,7 +452,8 @@ def choose_inputs(table: Table, settings: DataSettings, label_column: str) -> In
     texts = [name for name in plain if holds_text(_type(table, name))]
     for candidates in ([name for name in TEXT_COLUMNS if name in texts][:1], plain):
         if candidates and candidates == texts[:1]:
-            return InputColumns("text", (candidates[0],))
+            beside = tuple(name for name in plain if name != candidates[0])
+            return InputColumns("text", (candidates[0],), beside)
     if not plain:
         raise ValueError(_nothing_to_see(table))
     return InputColumns("features", tuple(plain), numbers)

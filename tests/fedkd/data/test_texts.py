@@ -40,6 +40,9 @@ def test_a_longer_text_keeps_its_end_and_other_characters_are_unknown(tmp_path):
 def test_a_text_beside_other_columns_is_found_by_its_name_or_by_the_setting(tmp_path):
     write(tmp_path / "train.parquet", text=["a", "b"], role=[5, 6], label=[0, 1])
     assert opened(tmp_path).kind == "text"
+    # Whoever has numbers beside a text may have meant them to be learnt from.
+    assert "not read: column 'role'" in opened(tmp_path).notes[0]
+    assert opened(tmp_path, text_column="text").notes == ()
     write(tmp_path / "train.parquet", words=["a", "b"], role=[5, 6], label=[0, 1])
     assert opened(tmp_path).kind == "features"
     assert opened(tmp_path, text_column="words").kind == "text"
