@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedkd.randomness import Purpose, torch_seed_for
+from fedkd.randomness import Purpose, seeded_for, torch_seed_for
 from fedkd.training.batches import Passes, PoissonPasses
 from fedkd.training.cohort import Member, Streams
 from fedkd.training.feeds import FitKey
@@ -243,6 +243,25 @@ def check_module(name: str, module: nn.Module, inputs: Tensor) -> None:
     with torch.no_grad():
         module.train()(inputs)
     before.check(name, dict(module.named_buffers()))
+    if _mixes_rows(module, inputs):
+        raise PrivacyError(
+            f"model {name!r} puts out other numbers for a row beside other rows: what it says of "
+            "public rows would tell of the private ones of a step; use a model that looks at each "
+            "row by itself"
+        )
+
+
+def _mixes_rows(module: nn.Module, inputs: Tensor) -> bool:
+    """Tell whether what a model says of the first row depends on the others."""
+    others = torch.ones_like(inputs)
+    others[:1] = inputs[:1]
+    said = []
+    for rows in (inputs, others):
+        # The same dropout both times.
+        with torch.no_grad(), seeded_for(own_code=True, seed=0):
+            said.append(module.train()(rows.clone())[:1])
+    alone, beside = said
+    return not torch.allclose(alone, beside, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def method_of(module: nn.Module, inputs: Tensor, *, own_code: bool) -> Method:

@@ -65,6 +65,13 @@ class EvalNoise(Plain):
         return self.head(F.dropout(self.first(x), 0.5, training=True))
 
 
+class Centred(Plain):
+    """Takes the mean of a batch off, by hand."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
 class Cached(Plain):
     """Remembers what changes nothing: its last features, and a table by size."""
 
