@@ -28,6 +28,7 @@ SCRIPTS = (
     "objective_overhead",
     "gradients",
     "private_steps",
+    "privacy",
     "codecs",
     "traffic",
 )
