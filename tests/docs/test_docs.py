@@ -213,7 +213,7 @@ def commands(page: Path) -> Iterator[str]:
     return (line for line in lines if re.match(r"fedkd (run|compare|distill|data|privacy)\b", line))
 
 
-# Code of the reader's own, what is left open, and a mistake that is made to show what is said of it.
+# Code of the reader's own, what is left open, and a mistake made to show what is said of it.
 NOT_OURS = {
     *("strategy.name=my_package.my_module:MyMethod", "strategy.name=vote:Vote"),
     *("data.source=...", "rouns=3"),
