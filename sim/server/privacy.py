@@ -163,6 +163,12 @@ def check_privacy(
     reason = unsound(strategy, rule, privacy.where)
     if reason is not None:
         raise ValueError(f"{named} with strategy {settings.strategy.name}: {reason}")
+    if settings.adversary.together and not rule.learns:
+        raise ValueError(
+            f"{named} with adversary {settings.adversary.kind}: what it sends is made of answers "
+            "of others before they are protected, and is charged to none of them; use an adversary "
+            "whose clients act each alone (together = False), or privacy.mechanism: dp_sgd"
+        )
     _check_rows_owned(strategy, data, f"{named} with strategy {settings.strategy.name}")
     if privacy.where == "server":
         _check_sizes_untold(settings, strategy, named)

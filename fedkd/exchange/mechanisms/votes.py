@@ -132,7 +132,8 @@ class Votes(WantedNoise):
             "noisy votes: the server is trusted and counts the classes that clients give each "
             "public row; the guarantee holds against clients and whoever sees what is made of the "
             "winners. The epsilon does not depend on the votes; a smaller one that does would "
-            "itself be private"
+            "itself be private. With a threshold what is reported counts the rows that were "
+            "answered, as is seen afterwards; what can be promised before is every row's"
         )
 
 

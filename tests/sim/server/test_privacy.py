@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 
+from fedkd.exchange.adversaries import NoAdversary
 from fedkd.exchange.release import ReleaseRule
 from fedkd.exchange.spending import spent_by_client
 from fedkd.privacy import Gaussian, spent
@@ -534,3 +535,21 @@ def test_rounds_that_ask_for_no_row_cost_no_answers_and_the_others_are_foreseen(
         for own in spent_by_client(run.loop.boundary.exchange.ledger, delta=1e-5).values()
     )
     assert outlook(settings).epsilon >= spent_most > 1
+
+
+class Together(NoAdversary):
+    """Its clients see what the others of their cohort would send."""
+
+    together: ClassVar[bool] = True
+
+
+def test_an_adversary_that_sees_unprotected_answers_is_refused():
+    """What it sends is made of them, and charged to its own clients alone."""
+    settings, made, data = parts_of("fedmd", GAUSSIAN)
+    check_privacy(settings, made, data, nodes=False)
+    watched = settings.model_copy(update={"adversary": Together()})
+    with pytest.raises(ValueError, match="made of answers of others before they are protected"):
+        check_privacy(watched, made, data, nodes=False)
+    settings, made, data = parts_of("fedmd", DP_SGD)
+    watched = settings.model_copy(update={"adversary": Together()})
+    check_privacy(watched, made, data, nodes=False)
