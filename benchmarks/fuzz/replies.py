@@ -148,7 +148,7 @@ def _message(content: RecordDict) -> Message:
 
 
 def _attempt(chosen: Asked, message: Message, again: bool) -> str:
-    turn = ServerTurn(chosen.stages, ExchangeState(), seed=0, rounds=3, round=ROUND)
+    turn = ServerTurn(chosen.stages, ExchangeState(), seed=0, round=ROUND)
     expected = chosen.expected
     if expected is None and chosen.payload is not None:
         on_the_way = turn.asked(chosen.payload, 0)
