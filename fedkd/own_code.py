@@ -215,6 +215,8 @@ def by_name(
         return name if isinstance(name, str) and name in table else OTHER_PACKAGE
 
     def read(value: Any) -> BaseModel:
+        if not isinstance(value, BaseModel | Mapping):
+            raise ValueError(f"must be a name or a table with a name, got {shown(value)}")
         given = value.model_dump() if isinstance(value, BaseModel) else dict(value)
         if not may_load(given["name"]):
             return unread.model_validate(given)
