@@ -208,7 +208,8 @@ def test_a_word_that_cannot_be_read_is_named_alone() -> None:
 
 NONSENSE = {
     "strategy.name=[a]": "strategy: unknown strategy ['a']",
-    "strategy=[a]": "strategy",
+    "strategy=[a]": "strategy: must be a name or a table with a name, got ['a']",
+    "strategy=true": "strategy: must be a name or a table with a name, got True",
     "strategy.name={a: b}": "strategy: unknown strategy {'a': 'b'}",
     "rounds=true": "rounds: must be a valid integer, got True",
     "rounds=12:30": "rounds: must be a valid integer, got '12:30'",
