@@ -331,6 +331,10 @@ def run(
             raise
         finally:
             history = loop.history if loop is not None else History()
+            if status != "finished" and loop is not None and loop.boundary is not None:
+                # What has left has left, also of a round that was broken off.
+                with suppress(Exception):
+                    privacy = loop.spent()
             result = run_result(
                 settings,
                 place,

@@ -106,6 +106,7 @@ class RoundLoop:
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
+        self._opened: ServerTurn | None = None
 
     def start(self) -> None:
         """Stand before the first round."""
@@ -205,12 +206,17 @@ class RoundLoop:
         return self.history
 
     def spent(self) -> Row:
-        """Return what was promised, and what the releases so far have spent of it."""
+        """Return what was promised, and what the releases so far have spent of it.
+
+        Those of a round that was broken off have left as well.
+        """
         privacy = self._settings.privacy
         if not privacy.on:
             return {}
         try:
-            by_client = spent_by_client(self._standing.exchange.ledger, delta=privacy.delta)
+            opened = self._opened
+            ledger = (self._standing.exchange if opened is None else opened.skipped()).ledger
+            by_client = spent_by_client(ledger, delta=privacy.delta)
         except ValueError as error:
             # A mechanism of one's own costs what its author knows.
             return {"mechanism": privacy.mechanism.kind, "unknown": str(error)}
@@ -262,7 +268,7 @@ class RoundLoop:
         # What was done to judge the last round takes no time.
         self._server.take_work()
         purse = self._purse(round, clients, before.exchange) if clients else None
-        turn = self._turn(before.exchange, round, purse)
+        turn = self._opened = self._turn(before.exchange, round, purse)
         outbox = Outbox(strategy, before.state, round, turn, server=self._server)
         if self._is_spent(before, round, clients, turn, outbox):
             return False
@@ -449,6 +455,7 @@ class RoundLoop:
         self.history.add_metrics(rows)
         self.history.add_exchange(exchanged)
         self.boundary = after
+        self._opened = None
         for observer in self._observers:
             observer.completed(after.round)
 

@@ -22,7 +22,9 @@ from sim.contract.toy import (
     toy_parts,
     toy_table,
 )
+from sim.engine.inline import InlineGrid
 from sim.server.privacy import PrivacyPlan, check_privacy, unsound
+from sim.server.rounds import RoundLoop
 from sim.server.validation import AuthorError
 from sim.settings import SettingsError, merge_tables, settings_from_table
 from sim.wire.messages import read_reply
@@ -553,3 +555,23 @@ def test_an_adversary_that_sees_unprotected_answers_is_refused():
     settings, made, data = parts_of("fedmd", DP_SGD)
     watched = settings.model_copy(update={"adversary": Together()})
     check_privacy(watched, made, data, nodes=False)
+
+
+def test_what_a_round_has_spent_that_was_broken_off_is_told(tiny_settings, tiny_data):
+    """Answers of it have left, whatever became of the round."""
+    settings = tiny_settings("fedmd", privacy={"mechanism": "gaussian", "noise": 2.0}, rounds=2)
+    data = tiny_data()
+
+    class Broken(InlineGrid):
+        def send_and_receive(self, messages, *given, **named):
+            asked = list(messages)
+            if asked[0].metadata.group_id == "2" and asked[0].metadata.message_type == "train":
+                raise KeyboardInterrupt
+            return super().send_and_receive(asked, *given, **named)
+
+    loop = RoundLoop(Broken(settings, data), settings, data, [])
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert loop.boundary.round == 1
+    two = spent([Gaussian(2, 2.0)], delta=settings.privacy.delta).epsilon
+    assert loop.spent()["epsilon"] == pytest.approx(two)
