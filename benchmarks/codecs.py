@@ -7,6 +7,7 @@ same rounds, so that both share whatever else the machine does.
 
     python benchmarks/codecs.py
     python benchmarks/codecs.py --only fedavg --clients 20
+    python benchmarks/codecs.py --only fedavg --epochs 5    # as many passes as by default
 """
 
 import argparse
@@ -99,6 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--rows", type=int, default=300, help="private rows of a client")
+    parser.add_argument("--epochs", type=int, default=1, help="passes of a client; a run's: 5")
     parser.add_argument("--public", type=int, default=500, help="public rows")
     parser.add_argument("--only", nargs="+", default=["fedavg", "cfd", "dsfl"], metavar="NAME")
     add_common_arguments(parser, repeats=3, at_most=0.05)
@@ -113,7 +115,11 @@ def main() -> int:
         settings = Settings.model_validate(
             {
                 "rounds": 1 + options.repeats,
-                "clients": {"count": clients, "models": ["lenet"], "local": {"epochs": 1}},
+                "clients": {
+                    "count": clients,
+                    "models": ["lenet"],
+                    "local": {"epochs": options.epochs},
+                },
                 "data": {"public": {"size": options.public}},
                 "strategy": strategy,
                 "exchange": {"up": up, "down": down},

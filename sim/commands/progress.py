@@ -42,6 +42,7 @@ class Signs(AbstractContextManager["Signs"]):
 
     def __init__(self, unit: str = "rounds") -> None:
         self._unit = unit
+        self._said: set[str] = set()
 
     def __exit__(
         self,
@@ -63,6 +64,12 @@ class Signs(AbstractContextManager["Signs"]):
 
     def say(self, line: str) -> None:
         """Something happened that is worth a line."""
+
+    def say_once(self, label: str, line: str) -> None:
+        """Say it for the first of several runs of which it holds."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(f"{label}: {line}")
 
 
 class Bars(Signs):
@@ -257,9 +264,10 @@ class ProgressObserver(Observer):
         self._total = settings.rounds
         privacy = settings.privacy
         if privacy.on:
-            self._signs.say(
-                f"{self._label}: privacy of each {privacy.promised}, delta {privacy.delta:g}: "
-                f"{privacy.mechanism.told(privacy.where)}"
+            self._signs.say_once(
+                self._label,
+                f"privacy of each {privacy.promised}, delta {privacy.delta:g}: "
+                f"{privacy.mechanism.told(privacy.where)}",
             )
 
     def returned(self, round: int) -> None:

@@ -175,3 +175,13 @@ def test_silence_takes_everything() -> None:
         observer = ProgressObserver(signs, "dml")
         observer.metrics([{"accuracy": 0.5}])
         observer.event({"round": 1, "event": "rejected"})
+
+
+def test_what_several_runs_promise_alike_is_said_once(small: Callable[..., Settings]) -> None:
+    console, file = screen(terminal=False)
+    settings = small("strategy.name=fedmd", "privacy.mechanism=gaussian", "privacy.noise=1")
+    with Lines(console, "rounds") as signs:
+        for arm in ("one", "other"):
+            run(settings, observers=[ProgressObserver(signs, arm)])
+    assert "one: privacy of each client, delta 1e-05: gaussian noise: each" in file.getvalue()
+    assert file.getvalue().count("privacy of each") == 1
