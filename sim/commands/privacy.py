@@ -160,7 +160,22 @@ def privacy(settings: Settings, name: str = "") -> Outlook:
         delta=own.delta,
         groups=groups,
         budget=None if limit is None else limit.epsilon,
-        assumptions=assumptions(settings),
+        assumptions=(*_too_large(own.delta, groups), *assumptions(settings)),
+    )
+
+
+def _too_large(delta: float, groups: Sequence[Planned]) -> tuple[str, ...]:
+    """Say where a guarantee may be empty: with probability delta anything may be told.
+
+    Source:
+        Dwork and Roth, 2014, section 2.3: delta is to be below the inverse of the number of rows.
+    """
+    rows = max((group.rows[1] for group in groups), default=0)
+    if not rows or delta < 1 / rows:
+        return ()
+    return (
+        f"privacy.delta {delta:g} is no less than 1 / rows ({rows} rows of a client): to publish a "
+        f"row at random would keep such a promise; choose one far below {1 / rows:.1g}.",
     )
 
 

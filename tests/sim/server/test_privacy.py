@@ -26,7 +26,7 @@ from sim.engine.inline import InlineGrid
 from sim.server.privacy import PrivacyPlan, check_privacy, unsound
 from sim.server.rounds import RoundLoop
 from sim.server.validation import AuthorError
-from sim.settings import SettingsError, merge_tables, settings_from_table
+from sim.settings import SettingsError, load_settings, merge_tables, settings_from_table
 from sim.wire.messages import read_reply
 from strategies import STRATEGIES
 from strategies.contract import PrivateUse
@@ -575,3 +575,12 @@ def test_what_a_round_has_spent_that_was_broken_off_is_told(tiny_settings, tiny_
     assert loop.boundary.round == 1
     two = spent([Gaussian(2, 2.0)], delta=settings.privacy.delta).epsilon
     assert loop.spent()["epsilon"] == pytest.approx(two)
+
+
+@pytest.mark.parametrize(("delta", "is_said"), [(1e-5, False), (0.2, True)])
+def test_a_delta_that_would_let_a_row_be_published_is_said(delta, is_said):
+    words = ["strategy.name=fedmd", "privacy.mechanism=gaussian", "privacy.noise=4"]
+    said = outlook(
+        load_settings(None, [*words, f"privacy.delta={delta}", "clients.models=[mlp]"])
+    ).assumptions
+    assert said[0].startswith(f"privacy.delta {delta:g} is no less than 1 / rows") == is_said
