@@ -571,7 +571,7 @@ class ServerTurn:
             asked: what it has to answer; None: nothing.
         """
         rule, where = self._stages.release, self._stages.where
-        if asked is None and not rule.learns:
+        if isinstance(rule, NoRelease) or (asked is None and not rule.learns):
             return None
         plan = self._plan(client)
         return rule.cost(

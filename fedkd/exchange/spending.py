@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
 from fedkd.privacy import (
+    COARSE,
     Event,
     Gaussian,
     Laplace,
@@ -15,9 +16,6 @@ from fedkd.privacy import (
     bound,
     spent,
 )
-
-COARSE = 1e-3
-"""Width of the bins of losses, as in the search for noise: rounded up, so never too little."""
 
 
 class PrivacyBudgetError(RuntimeError):

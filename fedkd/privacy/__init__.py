@@ -1,6 +1,6 @@
 """What private data cost to speak of: events, their composition, and noise for a wanted epsilon."""
 
-from fedkd.privacy.accounting import Spent, bound, spent
+from fedkd.privacy.accounting import COARSE, Spent, bound, spent
 from fedkd.privacy.calibration import (
     epsilon_for_randomized_response,
     noise_for_gaussian,
@@ -16,6 +16,7 @@ from fedkd.privacy.events import (
 )
 
 __all__ = [
+    "COARSE",
     "Event",
     "Gaussian",
     "Laplace",

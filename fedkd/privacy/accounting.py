@@ -27,6 +27,9 @@ from fedkd.privacy.events import (
 GRID = 1e-4
 """Width of the bins that privacy losses are rounded up to."""
 
+COARSE = 1e-3
+"""The same for runs, which look for noise and add up what was spent: never too little."""
+
 _MOST_BINS = 10**6
 """In an epsilon: a larger one gets wider bins, or memory would end."""
 

@@ -290,7 +290,13 @@ class PrivacyPlan:
         """In how many rounds each client takes part at most."""
         federation, rounds = self._federation, self._federation.rounds
         chooses = type(self._strategy).participants is not Strategy.participants
-        if chooses or self._settings.presence.on or federation.participation == 1:
+        # Without a promise nothing is shared out, and draws of all rounds are work for nothing.
+        if (
+            not self._settings.privacy.on
+            or chooses
+            or self._settings.presence.on
+            or federation.participation == 1
+        ):
             # Who is asked may depend on what nobody knows yet.
             return [rounds] * federation.num_clients
         counts = [0] * federation.num_clients

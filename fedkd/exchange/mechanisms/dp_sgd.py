@@ -11,10 +11,7 @@ from fedkd.exchange.ledger import Cost
 from fedkd.exchange.mechanisms.wanted import WantedNoise
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.release import Occasion, PrivateSteps, Where
-from fedkd.privacy import noise_for_sampled_gaussian
-
-COARSE = 1e-3
-"""Width of the bins of losses while noise is looked for: rounded up, so never too little."""
+from fedkd.privacy import COARSE, noise_for_sampled_gaussian
 
 
 class DPSGD(WantedNoise):

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from fedkd.bounds import Real
 from fedkd.exchange.ledger import Cost
-from fedkd.exchange.mechanisms.dp_sgd import COARSE
 from fedkd.exchange.mechanisms.sensitivity import (
     Norm,
     bounded,
@@ -19,12 +18,12 @@ from fedkd.exchange.mechanisms.sensitivity import (
     refuses_table,
     sensitivity,
 )
-from fedkd.exchange.mechanisms.wanted import WantedNoise
+from fedkd.exchange.mechanisms.wanted import WantedNoise, gaussian_noise
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import ClassTable, Predictions, Prototypes
 from fedkd.exchange.payloads.predictions import LARGEST_SCORE
 from fedkd.exchange.release import Form, Occasion, Where
-from fedkd.privacy import noise_for_gaussian, noise_for_laplace
+from fedkd.privacy import COARSE, noise_for_laplace
 
 LARGEST_NOISED = 1e9
 """Released numbers beyond this are refused: no noise that anybody would want makes them."""
@@ -131,7 +130,7 @@ class GaussianRelease(_NoisedTable):
         """Return the standard deviation over L2 sensitivity."""
         if self.noise is not None:
             return float(self.noise)
-        return _gaussian_noise(self.epsilon, occasion.delta, occasion.releases)
+        return gaussian_noise(self.epsilon, occasion.delta, occasion.releases)
 
     def draws(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Return standard normal numbers."""
@@ -166,11 +165,6 @@ class LaplaceRelease(_NoisedTable):
     def cost(self, occasion: Occasion) -> Cost | None:
         """One Laplace event."""
         return Cost("laplace", {"scale": self.multiplier(occasion)})
-
-
-@lru_cache(maxsize=256)
-def _gaussian_noise(epsilon: float, delta: float, count: int) -> float:
-    return noise_for_gaussian(epsilon, delta, count=count)
 
 
 @lru_cache(maxsize=256)

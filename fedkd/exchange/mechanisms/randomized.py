@@ -7,13 +7,18 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedkd.exchange.ledger import Cost
-from fedkd.exchange.mechanisms.sensitivity import as_logits, known, on_simplex, refuses_table
+from fedkd.exchange.mechanisms.sensitivity import (
+    as_logits,
+    known,
+    on_simplex,
+    refuses_table,
+    voted,
+)
 from fedkd.exchange.mechanisms.wanted import WantedNoise
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.release import Occasion, Where
 from fedkd.privacy import RandomizedResponse, epsilon_for_randomized_response
-from fedkd.targets.votes import one_hot
 
 
 class RandomizedAnswers(WantedNoise):
@@ -66,10 +71,7 @@ class RandomizedAnswers(WantedNoise):
 
     def bounded(self, payload: Payload) -> Payload:
         """Return the class of each row, as a distribution."""
-        if not isinstance(payload, Predictions):
-            raise TypeError(f"{self.kind} protects no {payload.kind}")
-        values = one_hot(payload.values)
-        return replace(payload, values=values, scale="probabilities", temperature=1.0)
+        return voted(payload)
 
     def release(self, payload: Payload, occasion: Occasion, rng: np.random.Generator) -> Payload:
         """Replace some classes by others, drawn uniformly."""

@@ -22,6 +22,8 @@ from fedkd.exchange.payloads import ClassTable, Predictions, Prototypes
 from fedkd.exchange.payloads.predictions import LARGEST_SCORE
 from fedkd.exchange.payloads.prototypes import LARGEST_FEATURE
 from fedkd.exchange.release import Form, Occasion
+from fedkd.targets import nearest_shares
+from fedkd.targets.votes import one_hot
 
 Norm = Literal["l1", "l2"]
 
@@ -170,18 +172,22 @@ def bounded_rows(values: np.ndarray, scale: str, clip: int | float, norm: Norm) 
 
 
 def on_simplex(values: np.ndarray) -> np.ndarray:
-    """Return the nearest distribution to each row, by Euclidean distance, in float32.
+    """Return the nearest distribution to each row, by Euclidean distance, in float32."""
+    # Of large numbers rounding leaves a sum that is not quite 1.
+    shares = nearest_shares(values)
+    return np.asarray(shares / shares.sum(-1, keepdims=True), np.float32)
 
-    Source:
-        Duchi et al., 2008, Efficient Projections onto the l1-Ball, figure 1.
-        https://doi.org/10.1145/1390156.1390191
+
+def voted(payload: Payload) -> Predictions:
+    """Return a client's votes: for each row its class, as a distribution.
+
+    Raises:
+        TypeError: it is no table of predictions, so it has none.
     """
-    table = values.astype(np.float64)
-    falling = -np.sort(-table, axis=-1)
-    excess = (np.cumsum(falling, -1) - 1) / np.arange(1, table.shape[-1] + 1)
-    last = (falling > excess).sum(-1, keepdims=True) - 1
-    found = np.maximum(table - np.take_along_axis(excess, last, -1), 0)
-    return np.asarray(found / found.sum(-1, keepdims=True), np.float32)
+    if not isinstance(payload, Predictions):
+        raise TypeError(f"{payload.kind} gives no row of the public set a class")
+    values = one_hot(payload.values)
+    return replace(payload, values=values, scale="probabilities", temperature=1.0)
 
 
 LEAST = 1e-4

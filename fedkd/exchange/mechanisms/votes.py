@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -10,13 +9,11 @@ from pydantic import Field
 
 from fedkd.bounds import Real
 from fedkd.exchange.ledger import Cost
-from fedkd.exchange.mechanisms.sensitivity import as_logits, known, refuses_table
-from fedkd.exchange.mechanisms.wanted import WantedNoise
+from fedkd.exchange.mechanisms.sensitivity import as_logits, known, refuses_table, voted
+from fedkd.exchange.mechanisms.wanted import WantedNoise, gaussian_noise
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.release import Occasion, Where
-from fedkd.privacy import noise_for_gaussian
-from fedkd.targets.votes import one_hot
 
 SENSITIVITY = math.sqrt(2)
 """Of the counts of a row: a client in another's place takes a vote from one class to another."""
@@ -70,10 +67,7 @@ class Votes(WantedNoise):
 
     def bounded(self, payload: Payload) -> Payload:
         """Return a client's votes: one for each row."""
-        if not isinstance(payload, Predictions):
-            raise TypeError(f"{self.kind} protects no {payload.kind}")
-        values = one_hot(payload.values)
-        return replace(payload, values=values, scale="probabilities", temperature=1.0)
+        return voted(payload)
 
     def multiplier(self, occasion: Occasion) -> float:
         """Return ``s2 / sqrt(2)``."""
@@ -82,7 +76,7 @@ class Votes(WantedNoise):
         rows = max(known(occasion).rows, 1)
         # Of a row's answer 1 / m^2, of its check 1 / (check_noise * sqrt(2) m)^2 = less than that.
         checked = 0.0 if self.threshold is None else 1 / (2 * self.check_noise**2)
-        one = _noise(self.epsilon, occasion.delta, rows * occasion.releases)
+        one = gaussian_noise(self.epsilon, occasion.delta, rows * occasion.releases)
         return one * math.sqrt(1 + checked)
 
     def release(self, payload: Payload, occasion: Occasion, rng: np.random.Generator) -> Payload:
@@ -135,8 +129,3 @@ class Votes(WantedNoise):
             "itself be private. With a threshold what is reported counts the rows that were "
             "answered, as is seen afterwards; what can be promised before is every row's"
         )
-
-
-@lru_cache(maxsize=256)
-def _noise(epsilon: float, delta: float, count: int) -> float:
-    return noise_for_gaussian(epsilon, delta, count=count)

@@ -1,5 +1,6 @@
 """A rule whose noise is said by the epsilon that is wanted, or as it is."""
 
+from functools import lru_cache
 from typing import ClassVar, TypeVar
 
 from pydantic import Field, model_validator
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 from fedkd.bounds import Real
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.release import Form, ReleaseRule
+from fedkd.privacy import noise_for_gaussian
 
 RuleT = TypeVar("RuleT", bound="WantedNoise")
 
@@ -43,3 +45,9 @@ class WantedNoise(ReleaseRule):
                 f"both, such as privacy.epsilon=8; got {got}"
             )
         return self
+
+
+@lru_cache(maxsize=256)
+def gaussian_noise(epsilon: float, delta: float, count: int) -> float:
+    """Return `fedkd.privacy.noise_for_gaussian`, which every release of a run asks for."""
+    return noise_for_gaussian(epsilon, delta, count=count)
