@@ -196,7 +196,7 @@ def balanced_advantage(
         ValueError: if a score is NaN, or all rows are of one kind.
 
     Source:
-        Yeom et al., 2018, definition 4 (membership advantage). https://arxiv.org/abs/1709.01604
+        Yeom et al., 2018 (membership advantage). https://arxiv.org/abs/1709.01604
     """
     curve = roc(scores, members)
     return float((curve.true_positive_rates - curve.false_positive_rates).max())
