@@ -19,10 +19,10 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.data import build_federated_data
 from fedkd.training import ClientState
 from sim.commands.privacy import assumptions
 from sim.commands.running import load_data, run_result
+from sim.engine.data import data_of
 from sim.engine.nodes import NodesError, introduction
 from sim.engine.runtime import ClientRuntime, presence_of
 from sim.keeping.models import ModelKeeper
@@ -247,9 +247,7 @@ def _runtime(text: str) -> ClientRuntime:
     """Return what serves this node's client; whether it can was seen when the node was asked."""
     settings = settings_from_table(json.loads(text))
     try:
-        data = build_federated_data(
-            settings.data, num_clients=settings.clients.count, seed=settings.seed
-        )
+        data = data_of(settings)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     return ClientRuntime(settings, data)

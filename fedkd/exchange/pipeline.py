@@ -1,6 +1,7 @@
 """The exchange: what happens to a payload between the client that makes it and the server.
 
-Client: ``adversary`` -> ``release`` -> ``encode``. Server: ``decode`` -> ``check`` -> ``view``, or
+Client: ``adversary`` -> ``release`` -> ``encode``. Server: ``decode`` -> ``check`` -> ``adversary``
+(one whose clients know the others' answers; ``check`` of what it sends) -> ``view``, or
 ``release`` of the mean where the server is trusted -> aggregate -> ``encode``, and the client
 decodes what comes down. `Stages` says which.
 
@@ -18,6 +19,8 @@ At the server, once a round, `ExchangeState` being part of the run's boundary::
     turn = ServerTurn(stages, before, seed=seed, rounds=rounds, round=round)
     outgoing = turn.send(client, key, make, asked=asked, attempt=attempt)   # .payload, .since
     payload = turn.receive(client, sent, asked)             # raises BadPayloadError
+    lies = turn.lies({client: payload, ...})                # where turn.gathers(clients)
+    turn.check_lie(lie, asked)                              # raises BadPayloadError
     uploads = turn.view(uploads, sums=sums, group=group)    # for the aggregator
     after = turn.committed()                                # or turn.skipped()
 
@@ -41,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedkd.exchange.adversaries import Adversary, NoAdversary
+from fedkd.exchange.adversaries import Adversary, NoAdversary, Seen
 from fedkd.exchange.budget import EXACT, LADDER, NO_BUDGET, BudgetError, Levels, Share, best_within
 from fedkd.exchange.codecs import Codec, Float32
 from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
@@ -89,7 +92,8 @@ class Stages:
         where: who protects it: each client its answer, or a trusted server the mean of all.
         delta: of the guarantee.
         budget: that no client's releases may exceed; None: there is none.
-        adversary: who sends something else.
+        adversary: who sends something else, or learns from something else.
+        controlled: its clients.
     """
 
     up: Codec = field(default_factory=Float32)
@@ -100,6 +104,7 @@ class Stages:
     delta: int | float = 1e-5
     budget: PrivacyBudget | None = None
     adversary: Adversary = field(default_factory=NoAdversary)
+    controlled: frozenset[int] = frozenset()
 
     @property
     def remember(self) -> bool:
@@ -130,6 +135,7 @@ class Stages:
             *(("exchange.view", self.view.refuses(kind, sums)) for kind in up),
             *(("privacy.mechanism", self.release.refuses(kind, self.where)) for kind in up),
             ("exchange.up", self._unwritable()),
+            ("adversary", self._nothing_to_lie_about(up)),
         ]
         for setting, reason in reasons:
             if reason is not None:
@@ -151,6 +157,16 @@ class Stages:
         reason = self.release.refuses_asked(asked)
         if reason is not None:
             raise ValueError(f"privacy.mechanism {self.release.kind}: {reason}")
+        reason = self.adversary.refuses_asked(asked)
+        if reason is not None:
+            raise ValueError(f"adversary {self.adversary.kind}: {reason}")
+
+    def _nothing_to_lie_about(self, up: Sequence[type[Payload]]) -> str | None:
+        """Return why an adversary's lies cannot reach anybody."""
+        if not up and self.adversary.lies:
+            return "clients send nothing that it could replace; use an algorithm whose clients do"
+        reasons = [self.adversary.refuses(kind) for kind in up]
+        return reasons[0] if reasons and all(reasons) else None
 
     def _unwritable(self) -> str | None:
         """Return why a codec cannot write what is released at a client."""
@@ -182,6 +198,7 @@ class Stages:
             "exchange.down": self.down,
             "exchange.view": self.view,
             "privacy.mechanism": self.release,
+            "adversary": self.adversary,
         }
         return stages[setting].kind
 
@@ -379,21 +396,19 @@ class ClientTurn:
         return payload
 
     def _instead(self, honest: Mapping[int, Payload]) -> dict[int, Payload]:
-        adversary = self._stages.adversary
-        controlled = [client for client in honest if adversary.controls(client)]
-        if not controlled:
+        stages = self._stages
+        if stages.adversary.together or not stages.adversary.lies_in(self._round):
             return {}
-        groups = [dict(honest)] if adversary.together else [{c: honest[c]} for c in controlled]
         replaced: dict[int, Payload] = {}
-        for group in groups:
-            rng = self._rng(Purpose.ADVERSARY, min(set(group).intersection(controlled)))
-            replaced |= adversary.replaces(self._round, group, rng)
-        others = replaced.keys() - set(controlled)
-        if others:
-            raise ValueError(
-                f"adversary {adversary.kind} replaces what client {min(others)} sends, which it "
-                "does not control"
+        for client in sorted(stages.controlled & honest.keys()):
+            received = self._received.get(client)
+            seen = Seen(
+                round=self._round,
+                own={client: honest[client]},
+                received={} if received is None else {client: received},
             )
+            rng = self._rng(Purpose.ADVERSARY, client)
+            replaced |= _replaced(stages.adversary, seen, rng)
         return replaced
 
     def _released(self, client: int, payload: Payload) -> Payload:
@@ -636,6 +651,43 @@ class ServerTurn:
             )
         return payload
 
+    def gathers(self, clients: Iterable[int]) -> bool:
+        """Tell whether all answers of these clients are needed before any of them is used."""
+        adversary = self._stages.adversary
+        return (
+            adversary.together
+            and adversary.lies_in(self._round)
+            and not self._stages.controlled.isdisjoint(clients)
+        )
+
+    def lies(self, answers: Mapping[int, Payload]) -> dict[int, Payload]:
+        """Return what an adversary that knows all answers sends instead of those of its clients.
+
+        Args:
+            answers: all good ones, as `receive` returned them, by client.
+        """
+        controlled = self._stages.controlled
+        own = {client: answers[client] for client in sorted(controlled & answers.keys())}
+        if not own:
+            return {}
+        others = {client: answer for client, answer in answers.items() if client not in own}
+        rng = generator_for(self._seed, Purpose.ADVERSARY, self._round, _DOWN)
+        seen = Seen(round=self._round, own=own, others=others)
+        return dict(_replaced(self._stages.adversary, seen, rng))
+
+    def check_lie(self, lie: Payload, asked: Asked) -> None:
+        """Look at what an adversary sends as at any other answer that is decoded.
+
+        Raises:
+            BadPayloadError: it cannot be used.
+        """
+        wanted = self._released_form(asked)
+        if type(lie) is not wanted.kind:
+            raise BadPayloadError(f"expected {_shown(wanted)}, got {lie.kind}")
+        reason = lie.problem(wanted)
+        if reason is not None:
+            raise BadPayloadError(reason)
+
     def view(
         self,
         uploads: Iterable[Upload],
@@ -874,6 +926,22 @@ class ServerTurn:
         # What is sent of one round has one noise, however often it is sent.
         named = int.from_bytes(sha256(repr(key).encode()).digest()[:4], "big")
         return generator_for(self._seed, purpose, self._before.changed, _DOWN, named)
+
+
+def _replaced(adversary: Adversary, seen: Seen, rng: np.random.Generator) -> Mapping[int, Payload]:
+    """Return what an adversary sends, by client.
+
+    Raises:
+        ValueError: it speaks for a client that it does not control.
+    """
+    replaced = adversary.replaces(seen, rng)
+    others = replaced.keys() - seen.own.keys()
+    if others:
+        raise ValueError(
+            f"adversary {adversary.kind} replaces what client {min(others)} sends, which it does "
+            "not control"
+        )
+    return replaced
 
 
 def _shown(asked: Asked) -> str:

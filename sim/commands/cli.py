@@ -853,11 +853,14 @@ def _run_table(result: "RunResult") -> "FittedTable":
     last, selected = row["last"], row["selected"]
     names = {
         "accuracy": "mean client accuracy",
+        "honest_accuracy": "mean accuracy of honest clients",
         "worst_accuracy": "worst client accuracy",
         "personal_accuracy": "accuracy under own label mix",
         "macro_recall": "macro recall",
         "ensemble_accuracy": "ensemble accuracy",
         "server_accuracy": "server model accuracy",
+        "attack_success": "attack success, honest clients",
+        "server_attack_success": "attack success, server model",
     }
     shown = [key for key in names if key in last]
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkd.data import build_federated_data
 from fedkd.data.overview import plot_split, shortened, split_table
+from sim.engine.data import data_of
 from sim.keeping.records import make_folder
 from sim.reports.terminal import Column, FittedTable
 from sim.server.observers import Row
@@ -89,9 +89,7 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
         _check_figure(figure)
     # Rows are counted: no model is built and no algorithm made, so no code of these runs.
     try:
-        loaded = build_federated_data(
-            settings.data, num_clients=settings.clients.count, seed=settings.seed
-        )
+        loaded = data_of(settings)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if figure is None:

@@ -269,6 +269,18 @@ class ProgressObserver(Observer):
                 f"privacy of each {privacy.promised}, delta {privacy.delta:g}: "
                 f"{privacy.mechanism.told(privacy.where)}",
             )
+        # Imported late: the command line shows its help without any of that.
+        from sim.engine.data import adversary_of
+
+        adversary = adversary_of(settings)
+        if adversary:
+            controlled = adversary["controlled"]
+            whom = ", ".join(map(str, controlled[:20])) + ", ..." * (len(controlled) > 20)
+            self._signs.say_once(
+                self._label,
+                f"adversary {adversary['kind']} controls {len(controlled)} of "
+                f"{settings.clients.count} clients: {whom or 'none'}",
+            )
 
     def returned(self, round: int) -> None:
         """The run goes on after this round, if need be after its last one was shown as over."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fedkd.data import FederatedData, build_federated_data
+from fedkd.data import FederatedData
 from fedkd.data.room import FewRowsError
 from fedkd.models import models_for, takes_kind
 from fedkd.own_code import Permit
 from fedkd.trained.beginnings import weights_from
 from fedkd.training import initial_model_seed, weights_digest
 from sim.commands.interruption import Interruption, interruptible
+from sim.engine.data import adversary_of, data_of
 from sim.engine.grid import CohortGrid, EngineLostError, StatesLostError
 from sim.engine.inline import InlineGrid
 from sim.engine.resources import check_engine
@@ -102,6 +103,7 @@ class RunResult:
             "models": {name: dict(row) for name, row in self.models.items()},
             "folder": str(self.folder),
             **({"privacy": dict(self.privacy)} if self.privacy else {}),
+            **({"adversary": adversary} if (adversary := adversary_of(self.settings)) else {}),
             **summary(
                 self.history, self.settings.clients.count, selects=not self.settings.privacy.on
             ),
@@ -120,9 +122,7 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
     """
     check_engine(settings.engine)
     try:
-        data = build_federated_data(
-            settings.data, num_clients=settings.clients.count, seed=settings.seed
-        )
+        data = data_of(settings)
         strategy = build_strategy(settings, federation_of(settings, data))
         if strategy.needs_public and not len(data.public_inputs):
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.data import FederatedData
+from fedkd.exchange.adversaries import Goal
 from fedkd.exchange.budget import NO_BUDGET
 from fedkd.exchange.mechanisms import DPSGD
 from fedkd.exchange.payload import Payload
@@ -44,9 +45,11 @@ from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
 from sim.devices.clock import Clock
 from sim.devices.presence import Presence
+from sim.engine.data import goal_of
 from sim.engine.deadline import DeadlineError, deadline
 from sim.engine.mistakes import NotFiniteError, author_traceback, is_misfortune
 from sim.server.privacy import PrivacyPlan
+from sim.server.validation import ATTACK_SUCCESS
 from sim.settings import Settings, SettingsError
 from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
@@ -207,6 +210,7 @@ class _Place:
     pool: ModelPool
     test_inputs: torch.Tensor
     validation_inputs: torch.Tensor
+    goal: Goal | None
 
     @classmethod
     def of(
@@ -223,6 +227,7 @@ class _Place:
             ModelPool(tensors, settings.clients.optimizer, first_weights),
             as_tensor(data.test_inputs).to(device),
             as_tensor(data.validation_inputs).to(device),
+            goal_of(data, settings),
         )
 
 
@@ -528,6 +533,10 @@ class ClientRuntime:
         test_scores = strategy.scores(cohort, received, place.test_inputs)
         validation_scores = strategy.scores(cohort, received, place.validation_inputs)
         own_scores = self._own_scores(cohort, received, call.clients)
+        goal, aimed = place.goal, None
+        if goal is not None:
+            inputs = as_tensor(goal.inputs).to(self._device)
+            aimed = strategy.scores(cohort, received, inputs)
         replies = []
         for position, client in enumerate(call.clients):
             mix = self._label_counts[client] / max(self._label_counts[client].sum(), 1)
@@ -538,6 +547,8 @@ class ClientRuntime:
                 mix,
                 own_scores.get(position),
             )
+            if goal is not None and aimed is not None:
+                metrics[ATTACK_SUCCESS] = goal.success(aimed[position])
             probabilities = None
             if has_ensemble(strategy, self._data):
                 probabilities = F.softmax(torch.from_numpy(test_scores[position]), -1).numpy()

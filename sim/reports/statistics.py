@@ -37,11 +37,13 @@ Key = TypeVar("Key")
 ACCURACIES: Mapping[str, str] = MappingProxyType(
     {
         "accuracy": "mean client",
+        "honest_accuracy": "honest clients",
         "worst_accuracy": "worst client",
         "personal_accuracy": "own mix",
         "macro_recall": "macro recall",
         "server_accuracy": "server model",
         "ensemble_accuracy": "ensemble",
+        "attack_success": "attack success",
     }
 )
 """What is measured on the common test split, in [0, 1]: key of a federation row and its title."""

@@ -190,6 +190,9 @@ def summary_table(
 
 
 _RANKS = {
+    # Of runs with an adversary alone.
+    "honest_accuracy": 4,
+    "attack_success": 4,
     "worst_accuracy": 5,
     "server_accuracy": 8,
     "ensemble_accuracy": 9,

@@ -166,8 +166,14 @@ def check_privacy(
     if settings.adversary.together and not rule.learns:
         raise ValueError(
             f"{named} with adversary {settings.adversary.kind}: what it sends is made of answers "
-            "of others before they are protected, and is charged to none of them; use an adversary "
-            "whose clients act each alone (together = False), or privacy.mechanism: dp_sgd"
+            "of others "
+            + (
+                "before they are protected, and is charged to none of them"
+                if privacy.where == "server"
+                else "as they travel, with their noise, which are no scores yet"
+            )
+            + "; use an adversary whose clients act each alone, such as fdla or sign_flip with "
+            "mode: naive, or privacy.mechanism: dp_sgd"
         )
     _check_rows_owned(strategy, data, f"{named} with strategy {settings.strategy.name}")
     if privacy.where == "server":

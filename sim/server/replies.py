@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
@@ -192,11 +192,20 @@ class Replies:
 
     def _all_uploads(self, ask: Ask) -> Iterator[Upload]:
         clients = self._clients
+        gathers = self._turn.gathers(clients)
+        gathered: dict[int, Upload] = {}
+        told: Sequence[Upload] = ()
         for attempt in self._quorum.attempts():
             if attempt > 1:
                 self._event(self._quorum.retry(self.valid, attempt))
-            yield from self._read(ask(clients, attempt))
+            read = self._read(ask(clients, attempt))
+            if gathers:
+                gathered |= {upload.client: upload for upload in read}
+                told = self._with_lies(gathered)
+            else:
+                yield from map(self._voted, read)
             if self._quorum.is_reached(self.valid):
+                yield from map(self._voted, told)
                 return
             error = self._quorum.error(self.valid, self.rejected)
             if isinstance(error, TooLateError) and not self._delays_vary:
@@ -205,6 +214,27 @@ class Replies:
             if self._purse is not None:
                 clients = self._purse.again(clients)
         raise self._quorum.error(self.valid, self.rejected)
+
+    def _with_lies(self, gathered: dict[int, Upload]) -> list[Upload]:
+        """Return the answers with those that an adversary replaces.
+
+        Args:
+            gathered: all good answers so far; those whose lie is refused are taken out.
+        """
+        lies = self._turn.lies({client: each.payload for client, each in gathered.items()})
+        told = dict(gathered)
+        for client, lie in lies.items():
+            asked = self._outbox.asked(client)
+            try:
+                if asked is not None:
+                    self._turn.check_lie(lie, asked)
+            except BadPayloadError as error:
+                del gathered[client], told[client], self.metrics[client]
+                self.rejected[client] = RejectedReplyError(str(error)).told
+                self._tell_of(client)
+            else:
+                told[client] = replace(told[client], payload=lie)
+        return list(told.values())
 
     def _read(self, messages: Iterator[tuple[int, Message]]) -> Iterator[Upload]:
         slowest, waits = 0.0, False
@@ -238,7 +268,6 @@ class Replies:
             if reply.payload is not None:
                 self._count(client, "up", reply.payload)
             if payload is not None:
-                self._vote(payload)
                 yield Upload(client, payload, self._num_examples[client])
         if 1 < len(late) == asked:
             self._tell_of_all(late)
@@ -266,15 +295,17 @@ class Replies:
         except BadPayloadError as error:
             raise RejectedReplyError(str(error), reply.payload) from error
 
-    def _vote(self, payload: Payload) -> None:
-        votes = payload.votes()
+    def _voted(self, upload: Upload) -> Upload:
+        """Count the classes of an upload, and return it."""
+        votes = upload.payload.votes()
         if votes is None:
-            return
+            return upload
         rows, classes = votes
         if self._votes is None:
             federation = self._round.federation
             self._votes = VoteCounter(federation.public_size, federation.num_classes)
         self._votes.add(classes, rows)
+        return upload
 
     def _tell_of(self, client: int) -> None:
         self._event(

@@ -15,6 +15,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data import FederatedData
+from fedkd.exchange.adversaries import NoAdversary
 from fedkd.exchange.budget import BudgetError, Levels, Plan, Purse
 from fedkd.exchange.codecs import Float32
 from fedkd.exchange.ledger import Ledger
@@ -30,6 +31,7 @@ from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
 from fedkd.training import Architecture, as_tensor
 from sim.commands.interruption import uninterrupted
+from sim.engine.data import goal_of
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
 from sim.engine.runtime import (
@@ -49,7 +51,13 @@ from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
 from sim.server.privacy import PrivacyPlan
 from sim.server.replies import Quorum, QuorumError, Replies
-from sim.server.validation import Expected, RejectedReplyError, authors_code, valid_answer
+from sim.server.validation import (
+    ATTACK_SUCCESS,
+    Expected,
+    RejectedReplyError,
+    authors_code,
+    valid_answer,
+)
 from sim.settings import Settings, SettingsError
 from sim.wire.messages import Phase, instruction
 from strategies.contract import FinishedModel, Round
@@ -100,6 +108,7 @@ class RoundLoop:
         self._strategy = build_strategy(settings, self._federation)
         self._server = server_tools(settings, self._strategy, data)
         self._stages = settings.stages
+        self._goal = goal_of(data, settings)
         self._privacy = PrivacyPlan(settings, self._strategy)
         self._clock = clock_of(settings, data)
         self._presence = presence_of(settings)
@@ -129,7 +138,7 @@ class RoundLoop:
         """
         stages = self._stages
         plain = isinstance(stages.up, Float32) and isinstance(stages.view, All)
-        if plain and isinstance(stages.release, NoRelease):
+        if plain and isinstance(stages.release, NoRelease) and not stages.adversary.lies:
             return
         round = self._federation.round(1)
         for client in self._federation.first_clients.values():
@@ -335,6 +344,8 @@ class RoundLoop:
             servers = self._evaluate_server(round, state)
             if servers:
                 federation["server_accuracy"] = servers[0]["accuracy"]
+                if ATTACK_SUCCESS in servers[0]:
+                    federation[f"server_{ATTACK_SUCCESS}"] = servers[0][ATTACK_SUCCESS]
         federation = {
             "round": round.number,
             "scope": "federation",
@@ -557,11 +568,23 @@ class RoundLoop:
                 federation[name] = fmean(values)
         if rows:
             federation["worst_accuracy"] = min(row["accuracy"] for row in rows.values())
+        if not isinstance(self._stages.adversary, NoAdversary):
+            federation |= self._of_honest(rows)
         if ensemble.count:
             classes = ensemble.mean().numpy().argmax(-1)
             counts = confusion_counts(self._data.test_labels, classes, self._data.num_classes)
             federation["ensemble_accuracy"] = accuracy(counts)
         return rows, federation
+
+    def _of_honest(self, rows: Mapping[int, Row]) -> Row:
+        """Return what honest clients' models show, and how many fell for what is wanted of them."""
+        honest = [row for client, row in rows.items() if client not in self._stages.controlled]
+        means = {"accuracy": "honest_accuracy", ATTACK_SUCCESS: ATTACK_SUCCESS}
+        return {
+            title: fmean(row[name] for row in honest)
+            for name, title in means.items()
+            if honest and name in honest[0]
+        }
 
     def _check_that_anybody_was_judged(self, federation: Row) -> None:
         """Refuse to end a run that says nothing about any client's model."""
@@ -586,6 +609,9 @@ class RoundLoop:
                 event = {"round": round.number, "event": "evaluation failed", "reason": reason}
                 self.tell(event)
                 continue
+            if self._goal is not None:
+                aimed = self._server.predict(model, as_tensor(self._goal.inputs))
+                judged[ATTACK_SUCCESS] = self._goal.success(aimed)
             # The first of them leads; where there are several, each says which it is.
             more = {"model": name} if rows else {}
             rows.append({"round": round.number, "scope": "server", **more, **judged})

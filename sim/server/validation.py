@@ -50,6 +50,9 @@ ACCURACIES = (
 )
 """What every evaluation reports, in [0, 1]; nothing that a client measures in training."""
 
+ATTACK_SUCCESS = "attack_success"
+"""What an evaluation reports beside where an adversary wants test rows to be given a class."""
+
 HEADER_BYTES = 4096
 """Room for an array's own header beside its numbers."""
 
@@ -391,7 +394,7 @@ def _bad_metrics(metrics: Mapping[str, float], *, judged: bool, any_loss: bool) 
             return f"metric {name[:20]!r}... has a name of {len(name)} letters"
         if not judged and name in ACCURACIES:
             return f"metric {name!r} is for evaluations, and this is a reply to training"
-        if judged and name in ACCURACIES:
+        if judged and name in (*ACCURACIES, ATTACK_SUCCESS):
             # A client none of whose classes occurs in the test split has no accuracy of its own.
             no_number = name == "personal_accuracy" and math.isnan(value)
             if not (0 <= value <= 1 or no_number):

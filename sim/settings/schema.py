@@ -33,7 +33,7 @@ from fedkd.bounds import (
     shown,
 )
 from fedkd.data import DataSettings
-from fedkd.exchange.adversaries import AdversaryField, NoAdversary
+from fedkd.exchange.adversaries import AdversaryField, Controlling, NoAdversary
 from fedkd.exchange.budget import Allocation
 from fedkd.exchange.codecs import CodecField, Float32
 from fedkd.exchange.mechanisms import MECHANISMS, MechanismField
@@ -420,7 +420,11 @@ class Settings(_Section):
     strategy: StrategyField = Field(STRATEGIES["dml"].Settings(name="dml"))
     exchange: ExchangeSettings = ExchangeSettings()
     privacy: PrivacySettings = PrivacySettings()
-    adversary: AdversaryField = Field(NoAdversary(), description="who sends what else: none")
+    adversary: AdversaryField = Field(
+        NoAdversary(),
+        description="who controls some of the clients, and what these send or learn from instead; "
+        "what each kind has beside its name: docs/adversaries.md",
+    )
     clock: ClockSettings = ClockSettings()
     presence: PresenceSettings = PresenceSettings()
     engine: EngineSettings = EngineSettings()
@@ -488,6 +492,8 @@ class Settings(_Section):
             raise ValueError(
                 f"keep_models must name clients below clients.count ({count}), got {strangers[0]}"
             )
+        if isinstance(self.adversary, Controlling):
+            self.adversary.check_clients(count)
         kinds = [rule.kind for rule in self.faults if rule.kind in PROCESS_FAULTS]
         if kinds and self.engine.backend == "inline":
             raise ValueError(
@@ -509,6 +515,7 @@ class Settings(_Section):
             delta=privacy.delta,
             budget=privacy.limit,
             adversary=self.adversary,
+            controlled=self.adversary.controlled(self.clients.count, seed=self.seed),
         )
 
     def model_of(self, client: int) -> ModelSettings:

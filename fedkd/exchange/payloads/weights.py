@@ -12,6 +12,11 @@ LARGEST_PARAMETER = 1e8
 """Weights and statistics beyond this are refused: one of them ruins every client's model."""
 
 
+def only_counts(name: str) -> bool:
+    """Tell whether an array cannot be negative: BatchNorm's variance and its counter."""
+    return name.endswith(("running_var", "num_batches_tracked"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights(Payload):
     """A model's parameters and buffers, by name.
@@ -42,8 +47,7 @@ class Weights(Payload):
         for name, array in like.items():
             subject = f"parameter {name!r}"
             finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
-            # BatchNorm takes the root of its variance, and its counter only counts.
-            is_count = name.endswith(("running_var", "num_batches_tracked"))
+            is_count = only_counts(name)
             limits[f"arrays/{name}"] = Limit(
                 shape=array.shape,
                 dtype=array.dtype,

@@ -87,31 +87,35 @@ class Flip(Adversary):
 
     client: int
 
-    def controls(self, client):
-        return client == self.client
+    def controlled(self, clients, *, seed):
+        return frozenset({self.client})
 
-    def replaces(self, round, honest, rng):
-        assert honest.keys() == {self.client}
-        values = -honest[self.client].values
+    def replaces(self, seen, rng):
+        assert seen.own.keys() == {self.client}
+        assert not seen.others
+        values = -seen.own[self.client].values
         values[0, 0] = rng.normal()
-        return {self.client: replace(honest[self.client], values=values)}
+        return {self.client: replace(seen.own[self.client], values=values)}
 
 
 class Copycat(Adversary):
-    """Sends the mean of what its whole cohort would send."""
+    """Sends the mean of what honest clients have sent."""
 
     together: ClassVar[bool] = True
 
-    def controls(self, client):
-        return client % 2 == 0
+    def controlled(self, clients, *, seed):
+        return frozenset(range(0, clients, 2))
 
-    def replaces(self, round, honest, rng):
-        mean = np.mean([payload.values for payload in honest.values()], axis=0)
-        return {
-            client: replace(payload, values=mean)
-            for client, payload in honest.items()
-            if self.controls(client)
-        }
+    def replaces(self, seen, rng):
+        mean = np.mean([payload.values for payload in seen.others.values()], axis=0)
+        return {client: replace(payload, values=mean) for client, payload in seen.own.items()}
+
+
+class Echo(Flip):
+    """Sends what it received."""
+
+    def replaces(self, seen, rng):
+        return dict(seen.received)
 
 
 DELTA = Delta(kind="delta")
@@ -153,7 +157,10 @@ def test_by_default_the_same_objects_pass_and_nothing_is_kept():
 
 def test_an_adversary_comes_before_release_and_release_before_the_codec():
     stages = Stages(
-        up=Float16(), release=Noise(kind="noise", sigma=0.1), adversary=Flip(kind="flip", client=1)
+        up=Float16(),
+        release=Noise(kind="noise", sigma=0.1),
+        adversary=Flip(kind="flip", client=1),
+        controlled=frozenset({1}),
     )
     honest = {0: predictions(*[100] * 6), 1: predictions(*[100] * 6)}
     sent = client_turn(stages, clients=(0, 1)).send(honest)
@@ -167,7 +174,7 @@ def test_an_adversary_comes_before_release_and_release_before_the_codec():
 
 
 def test_an_adversary_that_acts_alone_sends_the_same_in_any_cohort():
-    stages = Stages(adversary=Flip(kind="flip", client=1))
+    stages = Stages(adversary=Flip(kind="flip", client=1), controlled=frozenset({1}))
     honest = {client: predictions(*[client] * 6) for client in range(3)}
     alone = client_turn(stages, clients=(1,)).send({1: honest[1]})
     in_cohort = client_turn(stages, clients=(0, 1, 2)).send(honest)
@@ -177,19 +184,42 @@ def test_an_adversary_that_acts_alone_sends_the_same_in_any_cohort():
     assert later[1].values[0, 0] != alone[1].values[0, 0]
 
 
-def test_adversaries_together_see_their_cohort_and_replace_only_their_own():
-    honest = {client: predictions(*[client] * 6) for client in (1, 2, 6)}
-    sent = client_turn(Stages(adversary=Copycat(kind="copy")), clients=(1, 2, 6)).send(honest)
-    assert sent[1] is honest[1]
-    assert [sent[client].values[0, 0] for client in (2, 6)] == [3, 3]
+def test_who_acts_alone_knows_what_it_has_received():
+    stages = Stages(
+        down=Float16(), adversary=Echo(kind="echo", client=1), controlled=frozenset({1})
+    )
+    came = Float16().encode(predictions(1, 2, 3, 4, 5, 6), {}, np.random.default_rng(0))[0]
+    turn = client_turn(stages, clients=(0, 1))
+    turn.open({0: came, 1: came})
+    honest = {client: predictions(*[9] * 6) for client in (0, 1)}
+    sent = turn.send(honest)
+    assert sent[0] is honest[0]
+    assert sent[1].values.ravel().tolist() == [1, 2, 3, 4, 5, 6]
+    assert client_turn(stages, clients=(0, 1)).send(honest) == honest
+
+
+def test_adversaries_together_sit_at_the_server_and_replace_only_their_own():
+    honest = {client: predictions(*[client] * 6) for client in (1, 2, 3, 6)}
+    stages = Stages(adversary=Copycat(kind="copy"), controlled=frozenset({0, 2, 6}))
+    assert client_turn(stages, clients=(1, 2, 3, 6)).send(honest) == honest
+    server = server_turn(stages)
+    assert server.gathers([1, 2])
+    assert not server.gathers([1, 3])
+    lies = server.lies(honest)
+    assert {client: lie.values[0, 0] for client, lie in lies.items()} == {2: 2, 6: 2}
+    server.check_lie(lies[2], ASKED)
+    with pytest.raises(BadPayloadError, match="NaN or infinity among the scores"):
+        server.check_lie(predictions(np.nan, 2, 3, 4, 5, 6), ASKED)
+    with pytest.raises(BadPayloadError, match="expected predictions, got class_table"):
+        server.check_lie(ClassTable(values=np.zeros((2, 2), np.float32)), ASKED)
 
     class Greedy(Copycat):
-        def replaces(self, round, honest, rng):
+        def replaces(self, seen, rng):
             return {1: honest[1]}
 
-    greedy = client_turn(Stages(adversary=Greedy(kind="greedy")), clients=(1, 2, 6))
+    greedy = server_turn(replace(stages, adversary=Greedy(kind="greedy")))
     with pytest.raises(ValueError, match="what client 1 sends, which it does not control"):
-        greedy.send(honest)
+        greedy.lies(honest)
 
 
 def test_what_is_no_answer_passes_as_none():

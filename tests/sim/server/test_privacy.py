@@ -540,7 +540,7 @@ def test_rounds_that_ask_for_no_row_cost_no_answers_and_the_others_are_foreseen(
 
 
 class Together(NoAdversary):
-    """Its clients see what the others of their cohort would send."""
+    """Its clients see what the others have sent."""
 
     together: ClassVar[bool] = True
 
@@ -549,6 +549,10 @@ def test_an_adversary_that_sees_unprotected_answers_is_refused():
     """What it sends is made of them, and charged to its own clients alone."""
     settings, made, data = parts_of("fedmd", GAUSSIAN)
     check_privacy(settings, made, data, nodes=False)
+    watched = settings.model_copy(update={"adversary": Together()})
+    with pytest.raises(ValueError, match="made of answers of others as they travel, with their"):
+        check_privacy(watched, made, data, nodes=False)
+    settings, made, data = parts_of("fedmd", AT_SERVER)
     watched = settings.model_copy(update={"adversary": Together()})
     with pytest.raises(ValueError, match="made of answers of others before they are protected"):
         check_privacy(watched, made, data, nodes=False)

@@ -1,0 +1,51 @@
+"""The rows of a run: as its settings deal them, changed where an adversary changes them."""
+
+from typing import Any
+
+from fedkd.data import FederatedData, build_federated_data
+from fedkd.exchange.adversaries import Goal, NoAdversary, Poisoning
+from sim.settings import Settings
+
+
+def data_of(settings: Settings) -> FederatedData:
+    """Load the rows of a run.
+
+    Raises:
+        ValueError: names the setting that cannot work.
+    """
+    data = build_federated_data(
+        settings.data, num_clients=settings.clients.count, seed=settings.seed
+    )
+    return poisoned(data, settings)
+
+
+def poisoned(data: FederatedData, settings: Settings) -> FederatedData:
+    """Return data with the private rows of an adversary's clients as it wants them."""
+    adversary = settings.adversary
+    if not isinstance(adversary, Poisoning):
+        return data
+    return adversary.poisoned(data, seed=settings.seed)
+
+
+def adversary_of(settings: Settings) -> dict[str, Any]:
+    """Return who is controlled and how, as plain values; empty where everybody is honest."""
+    adversary = settings.adversary
+    if isinstance(adversary, NoAdversary):
+        return {}
+    seat = "private rows" if isinstance(adversary, Poisoning) else "client"
+    return {
+        "kind": adversary.kind,
+        "seat": "server" if adversary.together else seat,
+        "controlled": sorted(settings.stages.controlled),
+    }
+
+
+def goal_of(data: FederatedData, settings: Settings) -> Goal | None:
+    """Return what an adversary wants models to say of test rows; None: nothing special.
+
+    Args:
+        data: whose test rows.
+        settings: of the run.
+    """
+    adversary = settings.adversary
+    return adversary.goal(data) if isinstance(adversary, Poisoning) else None
