@@ -8,7 +8,7 @@ from jaxtyping import Float, Integer, Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedkd.figures.style import STYLE, check_names, new_figure
+from fedkd.figures.style import STYLE, check_names, new_figure, readable_on
 
 MOST_NUMBERED_CELLS = 400
 """A heat map with more cells shows colours only: numbers would overlap."""
@@ -265,16 +265,10 @@ def _heat_map(
                         ha="center",
                         va="center",
                         fontsize=8 if len(text) <= 5 else 6.5,
-                        color=_readable_on(shades[row, column]),
+                        color=readable_on(shades[row, column]),
                     )
         figure.colorbar(image, ax=axes, label=color_label, shrink=0.9)
     return figure
-
-
-def _readable_on(background: Float[np.ndarray, "4"]) -> str:
-    """Return black or white, whichever stands out from a colour."""
-    red, green, blue = background[:3]
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def _name_ticks(axes: Axes, axis: str, names: Sequence[str], *, rotation: int) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -74,3 +76,9 @@ def integer_steps(axes: Axes, steps: Sequence[int | float]) -> None:
 def whole_numbers(axes: Axes, axis: str) -> None:
     """Write whole numbers only along an axis of counts."""
     getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def readable_on(background: Float[np.ndarray, "4"]) -> str:
+    """Return black or white, whichever stands out from a colour."""
+    red, green, blue = background[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"

@@ -1,8 +1,8 @@
 """The arms of a study: what they have in common, what each says itself, what holds for all.
 
-From weak to strong: defaults; what the file says for all; what an arm says; what the command line
-says for all; what the command line says for an arm. A setting of a strategy holds for every arm
-whose strategy has it. Which strategy an arm has is the arm's own to say.
+From weak to strong: defaults; what the file says for all; what an arm says; what a sweep says; what
+the command line says for all; what the command line says for an arm. A setting of a strategy holds
+for every arm whose strategy has it. Which strategy an arm has is the arm's, or the sweep's, to say.
 """
 
 import json
@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkd.names import nearest
+from sim.commands.sweeps import Draft, drafts, grid_of, patch_of, settle
 from sim.keeping.identity import fingerprint, numbers_of
+from sim.reports.grids import Grid
 from sim.settings import (
     Settings,
     SettingsError,
@@ -43,12 +45,14 @@ class Study:
         arms: the settings of each, in the order of the table.
         remarks: arms that do not have what was said for all.
         notes: arms that are equal, and what makes them so.
+        grid: how arms that come from a sweep lie side by side.
     """
 
     settings: Settings
     arms: Mapping[str, Settings]
     remarks: Sequence[str] = ()
     notes: Sequence[str] = ()
+    grid: Grid | None = None
 
     @property
     def differs(self) -> dict[str, dict[str, Any]]:
@@ -68,8 +72,9 @@ def load_study(
     Args:
         config: a YAML file.
         words: such as ``strategy.temperature=8``; over what an arm says itself, too.
-        arms: names from ``study.arms``, or of strategies with their defaults; by default all of
-            ``study.arms``, or a standard set where there are none.
+        arms: names from ``study.arms``, of strategies with their defaults, or of arms that
+            ``study.sweep`` makes; by default all of ``study.arms``, or a standard set where there
+            are none and nothing is swept over.
         allow: packages, or ``package.module:callable``, whose code the file may name.
 
     Raises:
@@ -145,7 +150,7 @@ class _Reader:
     Attributes:
         table: what the file says.
         words: what the command line says.
-        absent: settings said for all, each with the arms that do not have it.
+        absent: settings said for all, each with the labels of drafts that do not have it.
     """
 
     table: Table
@@ -158,33 +163,79 @@ class _Reader:
         bare = {key: value for key, value in self.table.items() if key != "strategy"}
         # Without the strategy, whose settings are the arms': mistakes of all are told once.
         settings = settings_from_table(read_over(bare, [*of_all, *said.study]))
-        known: Table = settings.study.arms
-        names = list(chosen or known or DEFAULT_ARMS)
-        arms = {name: self._arm(name, known, said, said.common) for name in names}
-        self._check_absent(names)
-        return Study(settings, arms, self._remarks(names), self._equal(arms, known, said))
+        known, sweep = settings.study.arms, settings.study.sweep
+        # With a sweep a name may be one that the sweep makes, which is known when it is made.
+        swept_arms = [name for name in chosen or () if sweep and not _is_arm(name, known)]
+        bases = [name for name in chosen or () if name not in swept_arms]
+        if not chosen or swept_arms:
+            of_all = list(known) or ([""] if sweep else list(DEFAULT_ARMS))
+            bases = list(dict.fromkeys([*of_all, *bases]))
+        made = drafts(bases, sweep)
+        read = [(draft, self._arm(draft, known, said, said.common)) for draft in made]
+        names, found = settle(read)
+        self._check_absent([draft.label for draft in made])
+        arms = {
+            name: found[name]
+            for draft, name in zip(made, names, strict=True)
+            if not chosen or draft.base in chosen or name in chosen
+        }
+        for name in swept_arms:
+            if name not in arms:
+                raise _unknown(name, [*known, *found])
+        kept = {name: draft for draft, name in zip(made, names, strict=True) if name in arms}
+        labels = {draft.label: name for draft, name in zip(made, names, strict=True)}
+        remarks = self._remarks({label: name for label, name in labels.items() if name in arms})
+        if len(found) < len(made):
+            remarks.append(
+                f"study.sweep: {len(made)} combinations are {len(found)} arms: those that are "
+                "equal in effect run once"
+            )
+        return Study(
+            settings,
+            arms,
+            remarks,
+            self._equal(arms, kept, known, said),
+            grid_of(bases, sweep, names, arms) if sweep else None,
+        )
 
-    def _arm(self, name: str, known: Table, said: _Words, words: Sequence[str]) -> Settings:
+    def _arm(self, draft: Draft, known: Table, said: _Words, words: Sequence[str]) -> Settings:
+        name, label = draft.base, draft.label
         if name in known:
             patch = known[name]
         elif name in STRATEGIES:
             patch = {"strategy": {"name": name}}
+        elif name:
+            raise _unknown(name, [*known, *(each for each in STRATEGIES if each not in known)])
         else:
-            names = [*known, *(strategy for strategy in STRATEGIES if strategy not in known)]
-            raise SettingsError(
-                f"unknown arm {name!r}; known: {', '.join(names)}"
-                + (_COMMAS if name.split()[1:] else nearest(name, names))
-            )
+            patch = {}
         common = {key: value for key, value in self.table.items() if key != "study"}
         if said.strategy is not None:
             common = merge_tables(common, {"strategy": {"name": said.strategy}})
         try:
-            table = self._laid_over(common, patch, name)
-            table = read_over(table, self._had(words, table, name))
+            patch = self._swept_over(common, patch, draft)
+            table = self._laid_over(common, patch, label)
+            table = read_over(table, self._had(words, table, label))
             own = said.arms.get(name)
             return settings_from_table(merge_tables(table, own) if own else table)
         except SettingsError as error:
-            raise SettingsError(f"study.arms.{name}: {error}") from None
+            where = f"study.arms.{name}" if not draft.swept else f"study.sweep, arm {label}"
+            raise SettingsError(f"{where}: {error}") from None
+
+    def _swept_over(self, common: Table, patch: Table, draft: Draft) -> Table:
+        """Lay a combination over what its arm says, as far as the strategy of both has it."""
+        if not draft.swept:
+            return patch
+        whole = merge_tables(patch, patch_of(draft.swept))
+        shared, own = (named("strategy", table.get("strategy", {})) for table in (common, whole))
+        name = own.get("name", shared.get("name", _default_strategy()))
+        had = {}
+        for setting, value in draft.swept.items():
+            section, _, key = setting.partition(".")
+            if section == "strategy" and key and not _has(name, key.partition(".")[0]):
+                self.absent.setdefault(setting, []).append(draft.label)
+            else:
+                had[setting] = value
+        return merge_tables(patch, patch_of(had))
 
     def _laid_over(self, common: Table, patch: Table, arm: str) -> dict[str, Any]:
         """Lay what an arm says over what all have in common, as far as its strategy has it."""
@@ -227,26 +278,45 @@ class _Reader:
                     f"{nearest(key, sorted(known - {'name'}))}"
                 )
 
-    def _remarks(self, names: Sequence[str]) -> list[str]:
+    def _remarks(self, names: Mapping[str, str]) -> list[str]:
+        """Say which arms are without a setting; names of arms by the labels of their drafts."""
         together: dict[tuple[str, ...], list[str]] = {}
-        for setting, arms in self.absent.items():
-            without = tuple(name for name in names if name in arms)
+        for setting, drafted in self.absent.items():
+            without = tuple(dict.fromkeys(names[label] for label in names if label in drafted))
             together.setdefault(without, []).append(setting)
         return [
             f"{', '.join(settings)}: not for {', '.join(arms)}, without such a setting"
             for arms, settings in together.items()
+            if arms
         ]
 
-    def _equal(self, arms: Mapping[str, Settings], known: Table, said: _Words) -> list[str]:
+    def _equal(
+        self,
+        arms: Mapping[str, Settings],
+        made: Mapping[str, Draft],
+        known: Table,
+        said: _Words,
+    ) -> list[str]:
         notes = []
         for group in _groups(arms):
-            before = {name: self._arm(name, known, said, ()) for name in group}
+            before = {name: self._arm(made[name], known, said, ()) for name in group}
             if len(set(map(fingerprint, before.values()))) > 1:
                 why = f"have become equal: {', '.join(said.common)} holds for every arm"
             else:
                 why = "are equal: they differ in nothing that changes a number"
             notes.append(f"arms {', '.join(group)} {why}")
         return notes
+
+
+def _is_arm(name: str, known: Table) -> bool:
+    return name in known or name in STRATEGIES
+
+
+def _unknown(name: str, names: Sequence[str]) -> SettingsError:
+    return SettingsError(
+        f"unknown arm {name!r}; known: {', '.join(names)}"
+        + (_COMMAS if name.split()[1:] else nearest(name, names))
+    )
 
 
 def _groups(arms: Mapping[str, Settings]) -> list[list[str]]:
@@ -287,10 +357,23 @@ def difference_notes(differs: Mapping[str, Mapping[str, Any]], most: int = 6) ->
         alike: dict[str, list[str]] = {}
         for arm, value in of_arms.items():
             alike.setdefault(_short(value), []).append(arm)
-        values = [f"{text} in {', '.join(some)}" for text, some in alike.items()]
+        values = [f"{text} in {_first(some)}" for text, some in alike.items()]
         told.append(f"{path} ({'; '.join(values)})")
     more = f" and {len(differs) - most} more" if len(differs) > most else ""
     return [f"arms differ in {', '.join(told)}{more}"]
+
+
+def refused_notes(refused: Mapping[str, str]) -> list[str]:
+    """Say which arms could not run, and why: those with one reason together."""
+    together: dict[str, list[str]] = {}
+    for arm, reason in refused.items():
+        together.setdefault(reason, []).append(arm)
+    return [f"refused: {', '.join(arms)}: {reason}" for reason, arms in together.items()]
+
+
+def _first(arms: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(arms) - most} more" if len(arms) > most else ""
+    return ", ".join(arms[:most]) + more
 
 
 def _short(value: Any) -> str:

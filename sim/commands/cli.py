@@ -245,7 +245,10 @@ def compare(
     arguments: ConfigAndOverrides = None,
     arms: Annotated[
         str | None,
-        typer.Option(help="Which arms, separated by commas: names from study.arms, or strategies."),
+        typer.Option(
+            help="Which arms, separated by commas: names from study.arms, strategies, or arms that "
+            "study.sweep makes."
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -283,7 +286,7 @@ def compare(
     from sim.commands.progress import ProgressObserver, signs_of_life
     from sim.commands.study import compare as compare_arms
     from sim.keeping.records import to_json
-    from sim.reports import summary_table, verdicts
+    from sim.reports import plane_tables, summary_table, verdicts
 
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     folder = planned.settings.output / planned.settings.name
@@ -307,11 +310,16 @@ def compare(
     if json:
         typer.echo(to_json(study.to_row()))
     elif not quiet:
-        _print(summary_table(study.runs, study.baseline), wide=wide)
+        _print(summary_table(study.runs, study.baseline, study.refused), wide=wide)
         _print_words(*(note for note in study.notes if note not in told))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
-        _print_words("", *verdicts(study.runs, study.baseline))
+        if study.grid is None:
+            _print_words("", *verdicts(study.runs, study.baseline))
+            return
+        for table in plane_tables(study.runs, study.grid, study.refused):
+            typer.echo()
+            _print(table, wide=wide)
 
 
 @app.command(cls=_Command)
@@ -453,21 +461,30 @@ def privacy(
     - `fedkd privacy strategy.name=fedmd privacy.mechanism=gaussian privacy.noise=4 rounds=50`
     - `fedkd privacy conf/examples/privacy-tradeoff.yaml`
     """
-    from sim.commands.arms import load_study
+    from sim.commands.arms import load_study, refused_notes
     from sim.commands.privacy import privacy as outlook_of
     from sim.keeping.records import to_json
-    from sim.settings import load_settings, read_settings
+    from sim.settings import SettingsError, load_settings, read_settings
 
     config, words = _split(arguments)
-    arms = read_settings(config, words).study.arms
+    asked = read_settings(config, words).study
+    arms = asked.arms or asked.sweep
+    refused: dict[str, str] = {}
     if arms:
         study = load_study(config, words, arms=None, allow=allow or ())
-        outlooks = [outlook_of(own, name) for name, own in study.arms.items()]
+        outlooks = []
+        for name, own in study.arms.items():
+            try:
+                outlooks.append(outlook_of(own, name))
+            except SettingsError as error:
+                if asked.refused == "stop":
+                    raise
+                refused[name] = str(error)
     else:
         outlooks = [outlook_of(load_settings(config, words, allow=allow or ()))]
     if json:
         rows = [outlook.to_row() for outlook in outlooks]
-        typer.echo(to_json(rows[0] if not arms else {"arms": rows}))
+        typer.echo(to_json(rows[0] if not arms else {"arms": rows, "refused": refused}))
         return
     said: dict[str, None] = {}
     for outlook in outlooks:
@@ -479,6 +496,7 @@ def privacy(
         else:
             _print_words(f"{outlook.name or 'this run'}: no guarantee")
         said |= dict.fromkeys(outlook.assumptions)
+    _print_words(*refused_notes(refused))
     _print_words("", *said)
 
 

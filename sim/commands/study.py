@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.names import nearest
-from sim.commands.arms import Study, difference_notes, study_of
+from sim.commands.arms import Study, difference_notes, refused_notes, study_of
 from sim.commands.running import load_data, open_session, run
 from sim.engine.resources import check_engine
 from sim.keeping.identity import fingerprint
@@ -24,6 +24,7 @@ from sim.keeping.records import (
     write_text,
 )
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
+from sim.reports.grids import Grid
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError, check_seeds
@@ -46,6 +47,8 @@ class StudyResult:
             that are equal, runs that were kept and made anew or taken as they are, models that
             arms did not train alike.
         differs: each setting that arms differ in, with its value in every arm that has it.
+        refused: arms that could not run, each with the reason; they have no runs.
+        grid: how arms that come from a sweep lie side by side.
     """
 
     folder: Path
@@ -54,6 +57,8 @@ class StudyResult:
     baseline: str
     notes: Sequence[str] = ()
     differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    grid: Grid | None = None
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -66,6 +71,8 @@ class StudyResult:
             "verdicts": list(verdicts(self.runs, self.baseline)),
             "notes": list(self.notes),
             "differs": {path: dict(values) for path, values in self.differs.items()},
+            "refused": dict(self.refused),
+            **({"grid": self.grid.to_row()} if self.grid is not None else {}),
             "weights_sha256": {
                 arm: [record.result.get("weights_sha256") for record in records]
                 for arm, records in self.runs.items()
@@ -117,6 +124,9 @@ def compare(
     A finished run is taken again only where settings, data, code and libraries are what they were;
     else it is kept, and run anew beside it.
 
+    An arm whose settings cannot work together ends the study before anything runs, or, with
+    ``study.refused: show``, is listed with the reason while the others run.
+
     Args:
         settings: common settings and ``study``; or a study that was read, whose arms are settled.
         arms: which arms, in the order of the table.
@@ -140,6 +150,7 @@ def compare(
     settings, by_arm = study.settings, study.arms
     count = seeds if seeds is not None else settings.study.seeds
     check_seeds(settings.seed, count)
+    named = baseline is not None or settings.study.baseline in by_arm
     baseline = baseline_arm(settings, by_arm, baseline)
     check_engine(settings.engine)
     folder = make_folder(settings.output, settings.output / settings.name)
@@ -158,7 +169,17 @@ def compare(
         for of_run, run_folder in [(plan[arm][offset], folders[arm][offset])]
         if not is_finished(run_folder)
     ]
-    _run_all(unfinished, observer_of, accept_code=accept_code)
+    refused = _check_all(unfinished, show=settings.study.refused == "show")
+    notes += refused_notes(refused)
+    for note in refused_notes(refused):
+        (tell or _ignore)(note)
+    baseline = _of_those_left(baseline, named=named, arms=by_arm, refused=refused)
+    folders = {arm: [] if arm in refused else of_arm for arm, of_arm in folders.items()}
+    _run_all(
+        [each for each in unfinished if each[0] not in refused],
+        observer_of,
+        accept_code=accept_code,
+    )
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
@@ -175,9 +196,18 @@ def compare(
             },
             "differs": study.differs,
             "notes": notes,
+            "refused": refused,
+            **({"grid": study.grid.to_row()} if study.grid is not None else {}),
         }
         write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")
-        report = write_report(runs, place, title=settings.name, baseline=baseline)
+        report = write_report(
+            runs,
+            place,
+            title=settings.name,
+            baseline=baseline,
+            refused=refused,
+            grid=study.grid,
+        )
     return StudyResult(
         folder=place,
         report=report,
@@ -185,6 +215,8 @@ def compare(
         baseline=baseline,
         notes=notes,
         differs=study.differs,
+        refused=refused,
+        grid=study.grid,
     )
 
 
@@ -280,19 +312,64 @@ def _holds(mine: Reported, theirs: Reported) -> bool:
     )
 
 
+def _check_all(runs: Sequence[tuple[str, Settings, Path]], *, show: bool) -> dict[str, str]:
+    """Check what can be checked before the first run, not before the last.
+
+    Args:
+        runs: those that are to run.
+        show: whether an arm that cannot work is left out of the study.
+
+    Returns:
+        The reason of each arm that is left out.
+
+    Raises:
+        SettingsError: what cannot work, where nothing is left out.
+    """
+    checked: dict[str, str | None] = {}
+    refused: dict[str, str] = {}
+    for arm, settings, _ in runs:
+        key = fingerprint(settings.model_copy(update={"seed": 0}))
+        if key not in checked:
+            try:
+                load_data(settings)
+                checked[key] = None
+            except SettingsError as error:
+                if not show:
+                    raise
+                checked[key] = str(error)
+        reason = checked[key]
+        if reason is not None:
+            refused[arm] = reason
+    return refused
+
+
+def _of_those_left(
+    baseline: str, *, named: bool, arms: Mapping[str, object], refused: Mapping[str, str]
+) -> str:
+    """Return an arm to compare with that runs: the baseline, or the first where none was named.
+
+    Raises:
+        SettingsError: if the baseline that was named is refused, or every arm is.
+    """
+    left = [arm for arm in arms if arm not in refused]
+    if not left:
+        raise SettingsError(
+            f"every arm is refused: {'; '.join(f'{arm}: {why}' for arm, why in refused.items())}"
+        )
+    if baseline in refused and named:
+        raise SettingsError(
+            f"the baseline {baseline} is refused, so nothing can be compared with it: "
+            f"{refused[baseline]}; choose another of {', '.join(left)}"
+        )
+    return left[0] if baseline in refused else baseline
+
+
 def _run_all(
     runs: Sequence[tuple[str, Settings, Path]],
     observer_of: Callable[[str, int], Sequence[Observer]] | None,
     *,
     accept_code: bool,
 ) -> None:
-    # What cannot work should fail before the first run, not before the last.
-    checked: set[str] = set()
-    for _, settings, _ in runs:
-        key = fingerprint(settings.model_copy(update={"seed": 0}))
-        if key not in checked:
-            load_data(settings)
-            checked.add(key)
     session: RaySession | None = None
     try:
         for arm, settings, folder in runs:

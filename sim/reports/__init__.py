@@ -2,7 +2,7 @@
 
 from sim.reports.html import report, write_report
 from sim.reports.runs import RunRecord, load_run, load_study
-from sim.reports.tables import pair_rows, summary_rows, summary_table
+from sim.reports.tables import pair_rows, plane_tables, summary_rows, summary_table
 from sim.reports.verdicts import verdicts
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "load_run",
     "load_study",
     "pair_rows",
+    "plane_tables",
     "report",
     "summary_rows",
     "summary_table",

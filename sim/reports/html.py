@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedkd.names import printable
 from sim.keeping.records import SETTINGS_FILE, make_folder, write_text
+from sim.reports.grids import Grid
 from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,
@@ -18,6 +20,8 @@ from sim.reports.runs import (
     model_label,
     number,
     study_baseline,
+    study_grid,
+    study_refused,
 )
 from sim.reports.statistics import (
     ACCURACIES,
@@ -30,6 +34,7 @@ from sim.reports.statistics import (
     corrected,
     counted,
     epsilon_of,
+    measured_title,
     summarize,
 )
 from sim.reports.tables import (
@@ -39,6 +44,7 @@ from sim.reports.tables import (
     kilobytes,
     p_text,
     percent,
+    plane_tables,
     points,
     seconds_to_target,
     simulated_seconds,
@@ -53,6 +59,8 @@ FIGURES_FOLDER = "figures"
 TEMPLATES = Path(__file__).parent
 
 ALT_TEXTS: Mapping[str, str] = {
+    "accuracy_in_grid": "Accuracy of every arm of the sweep in colours and numbers",
+    "accuracy_by_value": "Accuracy against a number that is swept over",
     "accuracy_by_round": "Mean client accuracy by round for each arm",
     "accuracy_by_exchange": "Mean client accuracy against kilobytes exchanged for each arm",
     "accuracy_by_time": "Mean client accuracy against simulated seconds for each arm",
@@ -70,6 +78,9 @@ COMPARED: Sequence[tuple[str, At, str]] = (
 )
 """What arms are compared in: key, round and title."""
 
+MOST_BY_ARM = 24
+"""With more arms a sweep has no figure with a line for each, and no table of every pair."""
+
 _NOT_COMPARED = ("name", "output", "seed", "study")
 _NO_NUMBERS = ("engine",)
 
@@ -80,6 +91,8 @@ def write_report(
     *,
     title: str,
     baseline: str | None = None,
+    refused: Mapping[str, str] = MappingProxyType({}),
+    grid: Grid | None = None,
 ) -> Path:
     """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
 
@@ -88,6 +101,8 @@ def write_report(
         folder: is made if it does not exist; an older report in it is replaced.
         title: the heading.
         baseline: the arm that the others are compared with; the first by default.
+        refused: arms that could not run, each with the reason.
+        grid: how arms that come from a sweep lie side by side.
 
     Raises:
         SettingsError: if there is no run, an arm has two runs with one seed, the baseline is none
@@ -95,26 +110,39 @@ def write_report(
     """
     # matplotlib takes a second, and whoever reads or lists runs draws nothing.
     from sim.reports.figures import FIGURES, draw_figures, to_png
+    from sim.reports.grid_figures import GRID_FIGURES, NARROW, draw_grid
 
+    order = list(runs)
     runs = {arm: tuple(of_arm) for arm, of_arm in runs.items() if of_arm}
     if not runs:
         raise SettingsError("a report needs at least one run, got none")
     summaries = [summarize(arm, of_arm) for arm, of_arm in runs.items()]
-    images = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
+    crowded = grid is not None and len(runs) > MOST_BY_ARM
+    images = {} if crowded else {name: to_png(each) for name, each in draw_figures(runs).items()}
+    narrow: dict[str, bytes] = {}
+    if grid is not None:
+        images = {name: to_png(each) for name, each in draw_grid(runs, grid).items()} | images
+        narrow = {name: to_png(each) for name, each in draw_grid(runs, grid, NARROW).items()}
+    pictures = [
+        Image(name, ALT_TEXTS[name], _base64(image), _base64(narrow.get(name, b"")))
+        for name, image in images.items()
+    ]
     differing, common = split_settings(runs)
     text = template("report.html").render(
         title=title,
         overview=_overview(summaries, runs),
-        summary=_summary_table(summaries),
+        summary=_summary_table(summaries, [arm for arm in order if arm in runs or arm in refused]),
+        refused=Table(["arm", "reason"], [*refused.items()], left=2) if refused else None,
+        planes=_plane_tables(runs, grid, refused) if grid is not None else [],
+        measured=measured_title(runs),
+        crowded=MOST_BY_ARM if crowded else 0,
         verdicts=verdicts(runs, baseline),
         differences=_difference_table(runs, baseline),
-        pairs=_pair_table(runs),
+        pairs=None if crowded else _pair_table(runs),
         privacy=_privacy_table(runs),
         promises=promises_of(runs),
-        figures=[
-            Image(name, ALT_TEXTS[name], base64.b64encode(image).decode())
-            for name, image in images.items()
-        ],
+        figures=[each for each in pictures if each.name not in GRID_FIGURES],
+        grid_figures=[each for each in pictures if each.name in GRID_FIGURES],
         arms=list(runs),
         differing=differing,
         common=common,
@@ -127,7 +155,7 @@ def write_report(
     )
     make_folder(folder, folder)
     figures = make_folder(folder, folder / FIGURES_FOLDER)
-    for name in FIGURES:
+    for name in (*FIGURES, *GRID_FIGURES):
         if name in images:
             write_bytes(figures / f"{name}.png", images[name])
         else:
@@ -182,10 +210,24 @@ def report(
         output = Path(os.path.commonpath(parents)) / "report"
     names = list(dict.fromkeys(str(record.settings.get("name", "")) for record in records))
     arms = group_by_arm(records)
-    if baseline is None and len(unique) == 1:
-        of_study = study_baseline(unique[0])
-        baseline = of_study if of_study in arms else None
-    return write_report(arms, output, title=", ".join(filter(None, names)), baseline=baseline)
+    title = ", ".join(filter(None, names))
+    if len(unique) > 1 or not (unique[0] / STUDY_FILE).is_file():
+        return write_report(arms, output, title=title, baseline=baseline)
+    (study,) = unique
+    of_study = study_baseline(study)
+    if baseline is None and of_study in arms:
+        baseline = of_study
+    refused = study_refused(study)
+    # In the place that each arm has in the study.
+    in_order = {arm: arms.get(arm, []) for arm in load_study(study) if arm in {*arms, *refused}}
+    return write_report(
+        {**in_order, **arms},
+        output,
+        title=title,
+        baseline=baseline,
+        refused=refused,
+        grid=study_grid(study),
+    )
 
 
 def group_by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -299,11 +341,19 @@ def split_settings(
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A figure to embed: PNG bytes in base64, and what it shows for those who cannot see it."""
+    """A figure to embed: PNG bytes in base64, and what it shows for those who cannot see it.
+
+    Where there is a narrow form it is shown on a narrow screen.
+    """
 
     name: str
     alt: str
     data: str
+    narrow: str = ""
+
+
+def _base64(image: bytes) -> str:
+    return base64.b64encode(image).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +396,24 @@ def _overview(summaries: Sequence[ArmSummary], runs: Mapping[str, Sequence[RunRe
     )
 
 
-def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
+def _plane_tables(
+    runs: Mapping[str, Sequence[RunRecord]], grid: Grid, refused: Mapping[str, str]
+) -> list[Table]:
+    return [
+        Table(
+            [plane.label, *(column.title for column in plane.columns)],
+            [
+                [label, *(column.cells[row] for column in plane.columns)]
+                for row, label in enumerate(plane.labels)
+            ],
+            title=plane.title,
+        )
+        for plane in plane_tables(runs, grid, refused)
+    ]
+
+
+def _summary_table(summaries: Sequence[ArmSummary], order: Sequence[str]) -> Table:
+    """Return a line for each arm, without numbers for those that could not run."""
     shown = [
         key
         for key in ACCURACIES
@@ -364,9 +431,9 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
     clocked = any(summary.simulated_s is not None for summary in summaries)
     aimed = any(summary.targets for summary in summaries)
     header += ["simulated s"] * clocked + [target_title(summaries)] * aimed
-    rows = []
+    rows = {}
     for summary in summaries:
-        row = [
+        rows[summary.arm] = [
             summary.arm + ("" if summary.finished else " (interrupted)"),
             str(len(summary.seeds))
             + (f" (+{summary.left_out} interrupted)" if summary.left_out else ""),
@@ -382,8 +449,8 @@ def _summary_table(summaries: Sequence[ArmSummary]) -> Table:
             *[simulated_seconds(summary.simulated_s)] * clocked,
             *[seconds_to_target(summary)] * aimed,
         ]
-        rows.append(row)
-    return Table(header, rows)
+    empty = [NOTHING] * (len(header) - 1)
+    return Table(header, [rows.get(arm, [f"{arm} (refused)", *empty]) for arm in order])
 
 
 def _privacy_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:

@@ -21,6 +21,7 @@ from sim.keeping.records import (
     read_result,
     read_rows,
 )
+from sim.reports.grids import Grid
 from sim.server.observers import Row
 from sim.settings import SettingsError
 from sim.settings.tables import fill_in, read_yaml
@@ -286,6 +287,23 @@ def study_baseline(folder: Path) -> str | None:
     """Return the arm that a study compares its others with, where its file names one."""
     baseline = _read_json(folder, STUDY_FILE).get("baseline")
     return baseline if isinstance(baseline, str) else None
+
+
+def study_refused(folder: Path) -> dict[str, str]:
+    """Return the reason of each arm of a study that could not run."""
+    refused = _read_json(folder, STUDY_FILE).get("refused", {})
+    if not isinstance(refused, dict):
+        raise _damaged(folder, STUDY_FILE, "'refused' must be a table of arms")
+    return {str(arm): str(reason) for arm, reason in refused.items()}
+
+
+def study_grid(folder: Path) -> Grid | None:
+    """Return how the arms of a study lie side by side, where they come from a sweep."""
+    row = _read_json(folder, STUDY_FILE).get("grid")
+    try:
+        return None if row is None else Grid.of_row(row)
+    except ValueError as error:
+        raise _damaged(folder, STUDY_FILE, error) from None
 
 
 def _study_root(folder: Path) -> Path:

@@ -48,6 +48,9 @@ ACCURACIES: Mapping[str, str] = MappingProxyType(
 )
 """What is measured on the common test split, in [0, 1]: key of a federation row and its title."""
 
+HONEST = "honest_accuracy"
+"""The key of the mean accuracy over honest clients, in rows of runs that have dishonest ones."""
+
 At = Literal["last", "selected"]
 """The last judged round, or the round with the best mean validation accuracy."""
 
@@ -436,3 +439,18 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
         bits_down=estimate([run.bits["down"] for run in chosen if "down" in run.bits]),
         epsilon=epsilon_of(chosen),
     )
+
+
+def measured(runs: Sequence[RunRecord]) -> Estimate | None:
+    """Return the mean accuracy of honest clients at the last judged round, over seeds.
+
+    Of all clients where nobody is dishonest; None where nothing was measured.
+    """
+    values = values_by_seed(runs, HONEST, "last") or values_by_seed(runs, "accuracy", "last")
+    return estimate([*values.values()], SHARES)
+
+
+def measured_title(runs: Mapping[str, Sequence[RunRecord]]) -> str:
+    """Say whose accuracy `measured` is."""
+    honest = any(values_by_seed(of_arm, HONEST, "last") for of_arm in runs.values())
+    return "Mean accuracy of honest clients" if honest else "Mean client accuracy"

@@ -1,8 +1,10 @@
 """The summary for the terminal and for programs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from sim.reports.grids import Grid
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
     ACCURACIES,
@@ -13,6 +15,8 @@ from sim.reports.statistics import (
     compare_arms,
     compare_pairs,
     corrected,
+    measured,
+    measured_title,
     summarize,
 )
 from sim.reports.terminal import NOTHING, Column, FittedTable
@@ -103,13 +107,16 @@ def p_text(p_value: float | None, *, few: bool = False) -> str:
 
 
 def summary_table(
-    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None = None
+    runs: Mapping[str, Sequence[RunRecord]],
+    baseline: str | None = None,
+    refused: Collection[str] = (),
 ) -> FittedTable:
     """Return one line an arm for the terminal: the last round, and accuracy at the selected one.
 
     Args:
         runs: of each arm, one a seed.
         baseline: the arm that the others are compared with; the first by default.
+        refused: arms that could not run; each has a line without numbers.
 
     Raises:
         SettingsError: if the baseline is none of the arms.
@@ -178,15 +185,61 @@ def summary_table(
     if several:
         cells = [against(p_text(p_holm.get(arm), few=few.get(arm, False)), arm) for arm in arms]
         columns.append(column("p (Holm)", 4, cells, needs="p"))
+    labels = {
+        summary.arm: summary.arm + ("" if summary.finished else " (interrupted)")
+        for summary in summaries
+    }
+    shown = [arm for arm in runs if arm in labels or arm in refused]
     return FittedTable(
         label="arm",
-        labels=[
-            summary.arm + ("" if summary.finished else " (interrupted)") for summary in summaries
+        labels=[labels.get(arm, f"{arm} (refused)") for arm in shown],
+        columns=[
+            replace(each, cells=_in_places(dict(zip(arms, each.cells, strict=True)), shown))
+            for each in columns
         ],
-        columns=columns,
         title="test split, % at the last round; mean over seeds ± 95 % t-interval",
         caption=_caption(summaries, several=several),
     )
+
+
+def _in_places(cells: Mapping[str, str], arms: Sequence[str]) -> list[str]:
+    return [cells.get(arm, NOTHING) for arm in arms]
+
+
+def plane_tables(
+    runs: Mapping[str, Sequence[RunRecord]], grid: Grid, refused: Collection[str] = ()
+) -> list[FittedTable]:
+    """Return the accuracies of a sweep as tables: rows x columns, one for each third value.
+
+    Args:
+        runs: of each arm, one a seed.
+        grid: of the sweep.
+        refused: arms that could not run.
+
+    Returns:
+        Nothing where more than three settings are swept over.
+    """
+    title = f"{measured_title(runs)}, last round, %"
+
+    def cell(arm: str) -> str:
+        return "refused" if arm in refused else percent(measured(runs.get(arm, ())))
+
+    return [
+        FittedTable(
+            label=plane.rows.title,
+            labels=plane.rows.labels,
+            columns=[
+                Column(
+                    title=f"{plane.columns.title} {label}",
+                    cells=[cell(line[place]) for line in plane.arms],
+                    rank=place,
+                )
+                for place, label in enumerate(plane.columns.labels)
+            ],
+            title=f"{plane.title} ({title})" if plane.title else title,
+        )
+        for plane in grid.planes
+    ]
 
 
 _RANKS = {

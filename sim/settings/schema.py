@@ -3,7 +3,7 @@
 Below this line code takes typed objects or plain values, never a table of text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -52,6 +52,7 @@ from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
 
 MOST_SEEDS = 1000
+MOST_ARMS = 1000
 
 
 class SettingsError(ValueError):
@@ -371,6 +372,14 @@ class CheckpointSettings(_Section):
     keep: Few = Field(2, description="checkpoints kept; an older one serves if one is bad")
 
 
+_NOT_SWEPT = {
+    "name": "it names the study's folder",
+    "output": "all runs of a study are in one folder",
+    "seed": "study.seeds is the number of seeds of every arm",
+    "study": "a study is no part of an arm",
+}
+"""Settings that arms cannot differ in, and why."""
+
 _Kept = Literal["auto", "none", "server", "clients", "best"]
 _Client = Annotated[Whole, Field(ge=0, le=99_999)]
 
@@ -380,8 +389,19 @@ class StudySettings(_Section):
 
     arms: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        max_length=1000,
+        max_length=MOST_ARMS,
         description="by name, the settings in which an arm differs; a strategy replaces the whole",
+    )
+    sweep: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict,
+        max_length=20,
+        description="by setting, a list of values: every combination of them is an arm, of every "
+        "arm there is; combinations that are equal in effect are one",
+    )
+    refused: Literal["stop", "show"] = Field(
+        "stop",
+        description="arms whose settings cannot work together, such as a guarantee that would be "
+        "unsound; stop: nothing runs; show: the others run, and these are listed with the reason",
     )
     seeds: Few = Field(3, description="paired seeds: seed, seed + 1, ...")
     baseline: Text | None = Field(
@@ -394,6 +414,44 @@ class StudySettings(_Section):
         for name in arms:
             check_name(name, "the name of an arm")
         return arms
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _by_dotted_names(cls, sweep: object) -> object:
+        """Open tables: ``{adversary: {kind: [lma, cpa]}}`` is ``{adversary.kind: [lma, cpa]}``."""
+        return dict(_swept(sweep)) if isinstance(sweep, Mapping) else sweep
+
+    @field_validator("sweep")
+    @classmethod
+    def _can_be_swept(cls, sweep: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for setting, values in sweep.items():
+            section = setting.partition(".")[0]
+            if section in _NOT_SWEPT:
+                raise ValueError(f"{setting} cannot be swept: {_NOT_SWEPT[section]}")
+            if not 1 <= len(values) <= MOST_ARMS:
+                raise ValueError(
+                    f"sweep.{setting} must have 1 to {MOST_ARMS} values, got {len(values)}"
+                )
+            twice = [value for place, value in enumerate(values) if value in values[:place]]
+            if twice:
+                raise ValueError(f"sweep.{setting} has the value {shown(twice[0])} twice")
+            inside = [other for other in sweep if other.startswith(f"{setting}.")]
+            if inside:
+                raise ValueError(
+                    f"{inside[0]} is part of {setting}, which is swept as well: put its "
+                    f"values into those of {setting}"
+                )
+        return sweep
+
+
+def _swept(table: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _swept(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", value
+        else:
+            raise ValueError(f"sweep.{prefix}{key} must be a list of values, got {shown(value)}")
 
 
 class UnreadStrategy(StrategySettings):

@@ -17,7 +17,7 @@ from sim.commands.running import run
 from sim.commands.study import StudyResult, baseline_arm, compare
 from sim.keeping.identity import fingerprint
 from sim.keeping.records import is_finished, only_one
-from sim.reports import load_study
+from sim.reports import load_study, report
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError
 
@@ -141,6 +141,70 @@ def test_paired_seeds_share_the_split(small: Small, tmp_path: Path) -> None:
         for split in splits
         for rows, others in zip(split, splits[0], strict=True)
     )
+
+
+# -- sweeps, and arms that cannot run ----------------------------------------------------------
+
+SWEPT = (
+    "study={seeds: 1, refused: show, sweep: {strategy.name: [fedmd, fedavg], "
+    "exchange.up: [float32, {kind: top_k, k: 2}]}}"
+)
+
+
+def test_a_sweep_runs_and_its_grid_is_in_the_files(small: Small) -> None:
+    study = compare(small(SWEPT))
+    table = json.loads((study.folder / "study.json").read_text())
+    names = ["fedmd-float32", "fedmd-top_k-2", "fedavg-float32", "fedavg-top_k-2"]
+    assert table["grid"]["arms"] == study.to_row()["grid"]["arms"] == list(study.runs) == names
+    assert (study.folder / "figures" / "accuracy_in_grid.png").is_file()
+    # What is finished is found by its settings, however it is named by the sweep.
+    started: list[tuple[str, int]] = []
+    compare(small(SWEPT), observer_of=lambda a, s: [Counting(started, a, s)])
+    assert started == []
+
+
+def test_an_arm_that_cannot_run_is_listed_with_the_reason_or_stops_the_study(small: Small) -> None:
+    told: list[str] = []
+    started: list[tuple[str, int]] = []
+    study = compare(
+        small(SWEPT), tell=told.append, observer_of=lambda a, s: [Counting(started, a, s)]
+    )
+    assert [arm for arm, _ in started] == ["fedmd-float32", "fedmd-top_k-2", "fedavg-float32"]
+    assert list(study.refused) == ["fedavg-top_k-2"]
+    reason = study.refused["fedavg-top_k-2"]
+    assert "exchange.up top_k" in reason
+    assert f"refused: fedavg-top_k-2: {reason}" in told
+    assert f"refused: fedavg-top_k-2: {reason}" in study.notes
+    assert study.to_row()["refused"] == study.refused
+    assert json.loads((study.folder / "study.json").read_text())["refused"] == study.refused
+    assert load_study(study.folder)["fedavg-top_k-2"] == []
+    page = study.report.read_text()
+    assert "fedavg-top_k-2 (refused)" in page
+    assert reason in page
+    # The report that is written again says the same.
+    assert report([study.folder]).read_text() == page
+    with pytest.raises(SettingsError, match=r"exchange\.up top_k"):
+        compare(small(SWEPT.replace("show", "stop"), "name=stops"))
+    assert not list((small().output / "stops").glob("*/seed-*"))
+
+
+def test_a_mistake_in_a_key_is_no_refusal(small: Small) -> None:
+    with pytest.raises(SettingsError, match="unknown setting 'rouns'"):
+        compare(small("study={refused: show, arms: {a: {}, b: {rouns: 3}}}"))
+
+
+def test_the_baseline_is_an_arm_that_runs(small: Small) -> None:
+    arms = (
+        "study={seeds: 1, refused: show, arms: {bad: {strategy: fedavg, "
+        "exchange: {up: {kind: top_k, k: 2}}}, good: {strategy: local}}}"
+    )
+    assert compare(small(arms)).baseline == "good"
+    with pytest.raises(
+        SettingsError, match=r"the baseline bad is refused, .*; choose another of good"
+    ):
+        compare(small(arms), baseline="bad")
+    with pytest.raises(SettingsError, match=r"every arm is refused: bad: exchange\.up top_k"):
+        compare(small(arms), arms=["bad"])
 
 
 # -- what a study may take again ---------------------------------------------------------------

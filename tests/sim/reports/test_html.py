@@ -6,12 +6,13 @@ from html.parser import HTMLParser
 import pytest
 
 from sim.reports import load_run, report, write_report
+from sim.reports.grids import Axis, Grid
 from sim.reports.html import group_by_arm, split_settings
 from sim.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 
-VOID = {"meta", "img", "br", "link", "input"}
+VOID = {"meta", "img", "br", "link", "input", "source"}
 
 
 class Page(HTMLParser):
@@ -342,3 +343,43 @@ def test_a_report_without_a_promise_says_nothing_of_privacy(make_run, tmp_path):
     assert "Renyi" not in page.text
     assert "epsilon" not in page.text
     assert "same, at selected round" in page.text
+
+
+def swept(make_run, rules):
+    axes = Axis("rule", tuple(f"r{place}" for place in range(rules))), Axis("share", (0, 0.2))
+    runs = {
+        f"r{rule}-{share}": [make_run(accuracies=(0.4 + rule / 100,))]
+        for rule in range(rules)
+        for share in axes[1].values
+    }
+    return runs, Grid(axes, tuple(runs))
+
+
+def test_a_sweep_has_a_table_and_figures_for_screens_and_phones(make_run, tmp_path):
+    runs, grid = swept(make_run, 2)
+    refused = {"r1-0.2": "a <reason>"}
+    runs["r1-0.2"] = []
+    path = write_report(runs, tmp_path, title="t", refused=refused, grid=grid)
+    page = page_of(path)
+    assert "Over the values of the sweep" in page.text
+    assert "rule share 0 share 0.2 r0 40.0 40.0 r1 41.0 refused" in page.text
+    assert "r1-0.2 (refused) –" in page.text  # noqa: RUF001
+    assert "arm reason r1-0.2 a <reason>" in page.text
+    assert "Every pair" in page.text
+    assert page.tags.count("picture") == 2
+    narrow = [value for name, value in page.attributes if name == "srcset"]
+    assert all(value.startswith("data:image/png;base64,") for value in narrow)
+    names = {figure.stem for figure in (tmp_path / "figures").glob("*.png")}
+    assert {"accuracy_in_grid", "accuracy_by_value", "accuracy_by_round"} <= names
+    # A report on other runs takes its figures away.
+    write_report(study(make_run), tmp_path, title="t")
+    assert not (tmp_path / "figures" / "accuracy_in_grid.png").exists()
+
+
+def test_a_large_sweep_has_no_lines_for_every_arm_and_no_pairs(make_run, tmp_path):
+    runs, grid = swept(make_run, 13)
+    page = page_of(write_report(runs, tmp_path, title="t", grid=grid))
+    assert "With more than 24 arms" in page.text
+    assert "Every pair" not in page.text
+    names = {figure.stem for figure in (tmp_path / "figures").glob("*.png")}
+    assert names == {"accuracy_in_grid", "accuracy_by_value"}

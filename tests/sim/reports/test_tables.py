@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from sim.reports import pair_rows, summary_rows, summary_table
+from sim.reports import pair_rows, plane_tables, summary_rows, summary_table
+from sim.reports.grids import Axis, Grid
 from sim.reports.statistics import Difference, Estimate
 from sim.reports.tables import kilobytes, p_text, percent
 
@@ -232,3 +233,31 @@ def test_without_a_promise_there_is_no_column_and_with_one_alone_none_of_validat
     promised = printed({"weak": runs["weak"], "strong": runs["strong"]}, 200)
     assert "epsilon" in promised
     assert "at best" not in promised
+
+
+def test_arms_that_could_not_run_have_a_line_in_their_place(make_run):
+    runs = {"a": [make_run()], "b": [], "c": [make_run(seed=0)]}
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    console.print(summary_table(runs, "a", {"b": "for a reason"}))
+    lines = console.file.getvalue().splitlines()[3:6]
+    assert [line.split()[0] for line in lines] == ["a", "b", "c"]
+    assert lines[1].split()[1:4] == ["(refused)", "–", "–"]  # noqa: RUF001
+    assert [row["arm"] for row in summary_rows(runs, "a")] == ["a", "c"]
+
+
+def test_a_sweep_is_a_table_of_rows_and_columns_that_a_terminal_holds(make_run):
+    rules, shares = Axis("strategy.aggregation", ("mean", "median")), Axis("f", (0, 0.2, 0.4))
+    runs = {
+        str(place): [make_run(seed=s, accuracies=(0.5 + place / 10 + s / 50,)) for s in range(3)]
+        for place in range(4)
+    }
+    grid = Grid((rules, shares), ("0", "1", "2", "0", "bad", "3"))
+    (table,) = plane_tables({**runs, "bad": []}, grid, {"bad": "for a reason"})
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(table)
+    assert [" ".join(line.split()) for line in console.file.getvalue().splitlines()] == [
+        "Mean client accuracy, last round, %",
+        "aggregation f 0 f 0.2 f 0.4",
+        "mean 52.0 ±5.0* 62.0 ±5.0* 72.0 ±5.0*",
+        "median 52.0 ±5.0* refused 82.0 ±5.0*",
+    ]

@@ -1,0 +1,208 @@
+"""Every combination of the values of a sweep is an arm; equal ones are one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.commands.arms import Study, load_study
+from sim.commands.sweeps import drafts, name_of, patch_of
+from sim.reports.grids import Axis
+from sim.settings import SettingsError, load_settings
+
+Read = Callable[..., Study]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Read:
+    def read(file: str, *words: str, arms: Sequence[str] | None = None) -> Study:
+        path = tmp_path / "study.yaml"
+        path.write_text(file)
+        return load_study(str(path), words, arms=arms)
+
+    return read
+
+
+TWO_BY_TWO = """
+strategy: {name: dsfl, kd_weight: 0.5}
+study:
+  sweep:
+    strategy.temperature: [1, 2.5]
+    exchange.up: [float32, {kind: top_k, k: 3}]
+"""
+
+
+def test_every_combination_is_an_arm_with_a_name_of_its_values(study: Read) -> None:
+    found = study(TWO_BY_TWO.replace("dsfl", "one_way"))
+    assert list(found.arms) == ["1-float32", "1-top_k-3", "2.5-float32", "2.5-top_k-3"]
+    told = [
+        (arm.strategy.temperature.value, arm.exchange.up.kind)  # type: ignore[attr-defined]
+        for arm in found.arms.values()
+    ]
+    assert told == [(1, "float32"), (1, "top_k"), (2.5, "float32"), (2.5, "top_k")]
+    # What the file says for all holds for them.
+    assert {arm.strategy.kd_weight.value for arm in found.arms.values()} == {0.5}  # type: ignore[attr-defined]
+    assert list(found.differs["strategy.temperature"].values()) == [
+        arm.to_table()["strategy"]["temperature"] for arm in found.arms.values()
+    ]
+    assert found.grid is not None
+    assert found.grid.axes[0] == Axis("strategy.temperature", (1, 2.5))
+    assert found.grid.arms == tuple(found.arms)
+    assert found.remarks == []
+
+
+def test_a_sweep_is_of_every_arm_there_is(study: Read) -> None:
+    file = (
+        "study: {arms: {a: {rounds: 3}, b: {rounds: 5, seed: 1}}, sweep: {clients.count: [2, 4]}}"
+    )
+    found = study(file)
+    assert {name: (arm.rounds, arm.clients.count) for name, arm in found.arms.items()} == {
+        "a-2": (3, 2),
+        "a-4": (3, 4),
+        "b-2": (5, 2),
+        "b-4": (5, 4),
+    }
+    assert found.grid is not None
+    assert found.grid.axes == (Axis("arm", ("a", "b")), Axis("clients.count", (2, 4)))
+    # One arm of the file, one that the sweep makes, and a strategy that the file does not name.
+    assert list(study(file, arms=["b"]).arms) == ["b-2", "b-4"]
+    one = study(file, arms=["a-4"])
+    assert list(one.arms) == ["a-4"]
+    assert one.grid is not None
+    assert one.grid.arms == ("", "a-4", "", "")
+    assert list(study(file, arms=["fedavg"]).arms) == ["fedavg-2", "fedavg-4"]
+    with pytest.raises(SettingsError, match=r"unknown arm 'a-3'; known: a, b, a-2, .* 'a-4'"):
+        study(file, arms=["a-3"])
+
+
+def test_a_table_and_a_dotted_name_are_one_setting_and_a_word_replaces_its_values(
+    study: Read,
+) -> None:
+    nested = study("study: {sweep: {clients: {local: {epochs: [1, 2]}}}}")
+    assert list(nested.settings.study.sweep) == ["clients.local.epochs"]
+    other = study(
+        "study: {sweep: {clients.local.epochs: [1, 2]}}", "study.sweep.clients.local.epochs=[7]"
+    )
+    assert [arm.clients.local.epochs for arm in other.arms.values()] == [7]
+
+
+def test_combinations_that_differ_in_no_number_run_once(study: Read) -> None:
+    file = """
+    study:
+      sweep:
+        strategy.name: [local, one_way]
+        strategy.temperature: [1, 4]
+        engine.backend: [inline, ray]
+    """
+    found = study(file)
+    # local has no temperature, and where clients run changes no bit.
+    assert list(found.arms) == ["local", "one_way-1", "one_way-4"]
+    assert found.remarks == [
+        "strategy.temperature: not for local, without such a setting",
+        "study.sweep: 8 combinations are 3 arms: those that are equal in effect run once",
+    ]
+    assert found.grid is not None
+    assert found.grid.arms == ("local",) * 4 + ("one_way-1",) * 2 + ("one_way-4",) * 2
+
+
+def test_a_word_for_all_arms_holds_over_the_sweep(study: Read) -> None:
+    found = study(TWO_BY_TWO.replace("dsfl", "one_way"), "strategy.temperature=8")
+    assert list(found.arms) == ["float32", "top_k-3"]
+    assert {arm.strategy.temperature.value for arm in found.arms.values()} == {8}  # type: ignore[attr-defined]
+
+
+def test_a_sweep_over_strategies_keeps_what_holds_for_all_of_them(study: Read) -> None:
+    found = study("strategy: {name: dml, temperature: 3}\nstudy: {sweep: {strategy: [dml, local]}}")
+    assert [arm.strategy.name for arm in found.arms.values()] == ["dml", "local"]
+    assert found.arms["dml"].strategy.temperature.value == 3  # type: ignore[attr-defined]
+    assert found.remarks == ["strategy.temperature: not for local, without such a setting"]
+
+
+def test_a_kind_and_its_settings_may_be_swept_over_together() -> None:
+    # Over another kind of the file; a table of another kind replaces it whole.
+    patch = patch_of({"a.kind": "top_k", "a.k": 2})
+    assert patch == {"a": {"kind": "top_k", "k": 2}}
+
+
+MISTAKES = {
+    "no list": ("{rounds: 3}", r"study\.sweep\.rounds must be a list of values, got 3"),
+    "no value": ("{rounds: []}", r"study\.sweep\.rounds must have 1 to 1000 values, got 0"),
+    "twice": ("{rounds: [2, 2]}", r"study\.sweep\.rounds has the value 2 twice"),
+    "inside": (
+        "{exchange.up: [float32], exchange.up.k: [1]}",
+        r"study\.sweep: exchange\.up\.k is part of exchange\.up",
+    ),
+    "seed": ("{seed: [1, 2]}", r"study\.sweep: seed cannot be swept: study\.seeds"),
+    "output": ("{output: [a]}", r"study\.sweep: output cannot be swept"),
+    "typing": ("{rouns: [1, 2]}", r"study\.sweep, arm 1: unknown setting 'rouns'; did you mean"),
+    "value": ("{rounds: [1, 0]}", r"study\.sweep, arm 0: rounds: must be"),
+    "no strategy has it": (
+        "{strategy.temprature: [1, 2]}",
+        r"unknown setting 'strategy\.temprature' in all arms \(1, 2\); did you mean 'temperature'",
+    ),
+    "one name": (
+        "{data.source: [a/b, a_b]}",
+        r"data\.source=a/b and data\.source=a_b are both named 'a_b'",
+    ),
+    "long": (
+        f"{{data.source: [{'a' * 65}]}}",
+        r"values of an arm, joined, must be 1 to 64 letters",
+    ),
+    "many": (
+        f"{{rounds: {list(range(1, 41))}, clients.count: {list(range(1, 41))}}}",
+        r"makes 1600 combinations \(40 of rounds x 40 of clients\.count\), at most 1000",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sweep", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_in_a_sweep_is_named(study: Read, sweep: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        study(f"study: {{sweep: {sweep}}}")
+
+
+def test_an_arm_and_a_combination_of_another_cannot_share_a_name(study: Read) -> None:
+    file = "study: {arms: {a: {}, a-1: {rounds: 9}}, sweep: {data.source: [1-x, x]}}"
+    with pytest.raises(SettingsError, match=r"a-1, data\.source=x are both named 'a-1-x'"):
+        study(file)
+
+
+def test_a_run_of_the_file_takes_no_notice_of_the_sweep() -> None:
+    settings = load_settings(None, ["study.sweep={rounds: [2, 3]}"])
+    assert settings.rounds == 20
+    assert load_settings(None, [f"study={settings.study.model_dump_json()}"]) == settings
+
+
+@given(
+    st.lists(st.lists(st.integers(), min_size=1, max_size=4, unique=True), min_size=1, max_size=3)
+)
+def test_drafts_are_the_product(values: list[list[int]]) -> None:
+    sweep = {f"s{place}": of_setting for place, of_setting in enumerate(values)}
+    made = drafts(["a", "b"], sweep)
+    expected = 2
+    for of_setting in values:
+        expected *= len(of_setting)
+    assert len(made) == expected
+    told = [(draft.base, *draft.swept.values()) for draft in made]
+    assert len(set(told)) == expected
+    # The last setting runs fastest, as in a grid.
+    assert told == sorted(
+        told,
+        key=lambda each: (each[0], *(values[i].index(v) for i, v in enumerate(each[1:]))),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (["median", "lma", 0.2], "median-lma-0.2"),
+        ([{"kind": "lma", "fraction": 0.2}], "lma-0.2"),
+        ([{"mechanism": "dp_sgd", "epsilon": 8}, None, True], "dp_sgd-8-none-true"),
+        (["path/to/set", ["mlp", "cnn"]], "path_to_set-mlp_cnn"),
+    ],
+)
+def test_names_are_read_as_the_values(values: list[object], name: str) -> None:
+    assert name_of("", values) == name
+    assert name_of("arm", values) == f"arm-{name}"
