@@ -412,3 +412,40 @@ def test_the_last_line_of_a_run_says_what_was_spent_where_something_is_promised(
     assert _privacy_text(noised) == "; epsilon 12.35 for each client, delta 1e-05"
     assert _privacy_text({}) == ""
     assert "–" in _privacy_text({"mechanism": "own:Noise", "unknown": "nobody knows"})  # noqa: RUF001
+
+
+SWEPT = (
+    "study={seeds: 1, refused: show, sweep: {strategy.name: [fedmd, fedavg], "
+    "exchange.up: [float32, {kind: top_k, k: 2}]}}"
+)
+
+
+def test_a_sweep_ends_with_its_table_and_refusals_are_told_once(
+    fedkd: Fedkd, small_words: Words, tmp_path: Path
+) -> None:
+    code, out, err = fedkd("compare", SWEPT, *small_words, f"output={tmp_path}")
+    assert code == 0
+    words = [line.split() for line in out.splitlines()]
+    # Every line a row of the heat map; what cannot run says so in its cell.
+    assert [line[0] for line in words[-3:]] == ["strategy", "fedmd", "fedavg"]
+    assert words[-1][-1] == "refused"
+    assert "fedavg-top_k-2 (refused)" in out
+    assert (out + err).count("refused: fedavg-top_k-2: exchange.up top_k") == 1
+
+
+def test_what_a_swept_study_would_spend_is_said_of_every_arm(
+    fedkd: Fedkd, small_words: Words
+) -> None:
+    mechanism = "[{mechanism: none}, {mechanism: gaussian, noise: 4}]"
+    words = (*small_words, f"study.sweep={{strategy.name: [fedmd, fedavg], privacy: {mechanism}}}")
+    code, _, err = fedkd("privacy", *words)
+    assert code == 2
+    code, out, _ = fedkd("privacy", *words, "study.refused=show", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert [arm["name"] for arm in told["arms"]] == [
+        "fedmd-none",
+        "fedmd-gaussian-4",
+        "fedavg-none",
+    ]
+    assert list(told["refused"]) == ["fedavg-gaussian-4"]
