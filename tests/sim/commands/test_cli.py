@@ -423,7 +423,7 @@ SWEPT = (
 def test_a_sweep_ends_with_its_table_and_refusals_are_told_once(
     fedkd: Fedkd, small_words: Words, tmp_path: Path
 ) -> None:
-    code, out, err = fedkd("compare", SWEPT, *small_words, f"output={tmp_path}")
+    code, out, err = fedkd("compare", "--wide", SWEPT, *small_words, f"output={tmp_path}")
     assert code == 0
     words = [line.split() for line in out.splitlines()]
     # Every line a row of the heat map; what cannot run says so in its cell.
@@ -438,7 +438,7 @@ def test_what_a_swept_study_would_spend_is_said_of_every_arm(
 ) -> None:
     mechanism = "[{mechanism: none}, {mechanism: gaussian, noise: 4}]"
     words = (*small_words, f"study.sweep={{strategy.name: [fedmd, fedavg], privacy: {mechanism}}}")
-    code, _, err = fedkd("privacy", *words)
+    code, _, _ = fedkd("privacy", *words)
     assert code == 2
     code, out, _ = fedkd("privacy", *words, "study.refused=show", "--json")
     told = json.loads(out)
