@@ -48,7 +48,7 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "scarlet": {
-        "DS-FL": ("strategy.name=dsfl", "strategy.aggregation=enhanced_era"),
+        "DS-FL": ("strategy.name=dsfl", "strategy.sharpening=enhanced_era"),
         "SCARLET, cache 3": ("strategy.name=scarlet", "strategy.cache=3"),
         "SCARLET, cache 6": ("strategy.name=scarlet", "strategy.cache=6"),
     },

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkd.losses.response import soft_target_kl
 from fedkd.mutual.peers import PeerTable, PeerTables, constants
-from fedkd.targets import StreamingMean, leave_one_out, mean_logit, soften
+from fedkd.targets import leave_one_out, mean_logit, soften
 
 Average = Literal["probability", "logit"]
 """What is averaged: softened probabilities, or logits, where one very sure peer weighs more."""
@@ -35,7 +35,7 @@ def ensemble_target(
     Raises:
         ValueError: if there is no peer, or ``temperature`` is out of range.
     """
-    return mean_logit(_entering(constants(logits), temperature, average))
+    return mean_logit(entering(logits, temperature=temperature, average=average))
 
 
 def leave_one_out_targets(
@@ -61,7 +61,7 @@ def leave_one_out_targets(
         Zhang et al., 2018, Deep Mutual Learning, the second way with more than two networks.
         https://arxiv.org/abs/1706.00384
     """
-    return leave_one_out(_entering(constants(logits), temperature, average))
+    return leave_one_out(entering(logits, temperature=temperature, average=average))
 
 
 def leave_one_out_losses(
@@ -101,67 +101,18 @@ def leave_one_out_losses(
     )
 
 
-class PeerMean:
-    """`ensemble_target` and `leave_one_out_targets` of peers that arrive one after the other.
-
-    Holds one table of rows x classes however many peers there are. The same peers in the same
-    order give the same bits.
-    """
-
-    def __init__(self, *, temperature: float, average: Average = "probability") -> None:
-        """Begin without any peer.
-
-        Args:
-            temperature: softening divisor of probabilities, > 0; logits are averaged as they are.
-            average: what is averaged.
-        """
-        self._temperature, self._average = temperature, average
-        self._mean = StreamingMean()
-
-    @property
-    def count(self) -> int:
-        """Number of peers so far."""
-        return self._mean.count
-
-    def add(self, logits: PeerTable) -> PeerTable:
-        """Take in one peer's predictions.
-
-        Args:
-            logits: unnormalised scores on the rows of all earlier peers; an array or a tensor.
-
-        Returns:
-            What of them entered the mean, for `of_others`.
-
-        Raises:
-            ValueError: if a value is not finite, the shape differs from the earlier peers', or
-                ``temperature`` is out of range.
-        """
-        values = _entering(constants(logits), self._temperature, self._average)
-        self._mean.add(values)
-        return values
-
-    def of_all(self) -> Float[Tensor, "rows classes"]:
-        """Return the mean of all peers, float64 on the CPU.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        return self._mean.mean()
-
-    def of_others(self, own: PeerTable) -> Float[Tensor, "rows classes"]:
-        """Return the mean of all peers but one, float64 on the CPU.
-
-        Args:
-            own: exactly what `add` returned for this peer.
-
-        Raises:
-            ValueError: if there is no other peer.
-        """
-        return self._mean.without(own)
-
-
-def _entering(
-    logits: Float[Tensor, "*peers rows classes"], temperature: float, average: Average
+def entering(
+    logits: PeerTable | PeerTables, *, temperature: float, average: Average = "probability"
 ) -> Float[Tensor, "*peers rows classes"]:
-    """Return what is averaged."""
-    return soften(logits, temperature=temperature) if average == "probability" else logits
+    """Return what of peers' predictions is averaged, as a constant.
+
+    Args:
+        logits: unnormalised scores, an array or a tensor.
+        temperature: softening divisor of probabilities, > 0; logits are averaged as they are.
+        average: what is averaged.
+
+    Raises:
+        ValueError: if ``temperature`` is out of range.
+    """
+    known = constants(logits)
+    return soften(known, temperature=temperature) if average == "probability" else known

@@ -20,8 +20,13 @@ from fedkd.targets.robust import (
     filtered_mean,
     geometric_median,
     kept_by_filter,
+    kept_within,
     less_trusted,
+    norm_checked_mean,
+    outlier_checked_mean,
     outlier_scores,
+    squared_deviations,
+    squared_distances,
 )
 from fedkd.targets.scale import Scale, Targets
 from fedkd.targets.selection import (
@@ -77,6 +82,7 @@ __all__ = [
     "hardest_mask",
     "kept_by_filter",
     "kept_fraction",
+    "kept_within",
     "leave_one_out",
     "less_trusted",
     "mean_by_row",
@@ -84,10 +90,14 @@ __all__ = [
     "mean_probability",
     "nearest_centroid",
     "nearest_shares",
+    "norm_checked_mean",
+    "outlier_checked_mean",
     "outlier_scores",
     "route_to_heads",
     "shares_by_confidence",
     "shares_by_entropy",
     "soften",
+    "squared_deviations",
+    "squared_distances",
     "trimmed_mean",
 ]

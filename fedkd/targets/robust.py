@@ -1,16 +1,18 @@
 """Robust means of soft labels: what a few clients say, whatever it is, moves them little.
 
 Unlike `coordinate_median` and `trimmed_mean` these look at a client's whole prediction of a row,
-and average predictions as they are: what they return of distributions are distributions.
+and average predictions as they are: what they return of distributions are distributions. The two
+checks look at all that a client says, and leave out whole clients.
 """
 
 import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedkd.targets.averages import coordinate_median
 from fedkd.targets.softening import at_least_float32
 
 GEOMETRIC_STEPS = 1000
@@ -121,6 +123,113 @@ def geometric_median(
     return torch.from_numpy(point).to(dtype)
 
 
+def norm_checked_mean(
+    values: Float[Tensor, "clients rows classes"], *, factor: int | float
+) -> Float[Tensor, "rows classes"]:
+    """Average the clients whose predictions are not much larger than the median client's.
+
+    A client's size is the root of the mean, over rows, of `squared_deviations`. Those of more than
+    ``factor`` times the median size are left out, with all that they say. Where all are equal
+    nobody is. It sees scores that are scaled up, and no lie of an honest size.
+
+    Args:
+        values: finite probabilities or logits of every client on the same rows.
+        factor: >= 1.
+
+    Returns:
+        On the CPU.
+
+    Raises:
+        ValueError: if there is no client or ``factor`` is out of range.
+
+    Source:
+        After Sun, Kairouz, Suresh, McMahan, 2019, section 5 (norm thresholding of updates), with a
+        threshold that follows the clients. https://arxiv.org/abs/1911.07963
+    """
+    return _mean_of_kept(values, kept_within(squared_deviations(values), factor=factor))
+
+
+def outlier_checked_mean(
+    values: Float[Tensor, "clients rows classes"], *, factor: int | float
+) -> Float[Tensor, "rows classes"]:
+    """Average the clients that are not much farther from the median than the median client.
+
+    A client's distance is the root of the mean, over rows, of `squared_distances` to the coordinate
+    median. Those of more than ``factor`` times the median distance are left out, with all that they
+    say. Where all are equal nobody is.
+
+    Args:
+        values: finite probabilities or logits of every client on the same rows.
+        factor: >= 1.
+
+    Returns:
+        On the CPU.
+
+    Raises:
+        ValueError: if there is no client or ``factor`` is out of range.
+
+    Source:
+        The rule "more than so many times the median distance from the median" is Hampel's, 1974,
+        https://doi.org/10.1080/01621459.1974.10482962, of whole tables instead of numbers.
+    """
+    return _mean_of_kept(values, kept_within(squared_distances(values), factor=factor))
+
+
+def squared_deviations(
+    values: Float[Tensor, "clients rows classes"],
+) -> Float[np.ndarray, "clients rows"]:
+    """Return how unequal a client's scores of each row are: squared L2 distance to their mean.
+
+    Of probabilities it is the squared distance to the uniform distribution, largest if one-hot.
+    """
+    wide = values.detach().cpu().double().numpy()
+    deviations = wide - wide.mean(axis=-1, keepdims=True)
+    squares: np.ndarray = (deviations**2).sum(axis=-1)
+    return squares
+
+
+def squared_distances(
+    values: Float[Tensor, "clients rows classes"],
+) -> Float[np.ndarray, "clients rows"]:
+    """Return each client's squared L2 distance, row by row, to the clients' coordinate median.
+
+    Raises:
+        ValueError: if there is no client.
+    """
+    away = (values.detach().cpu().double() - coordinate_median(values).double()).numpy()
+    squares: np.ndarray = (away**2).sum(axis=-1)
+    return squares
+
+
+def kept_within(
+    squares: Float[np.ndarray, "clients rows"],
+    sent: Bool[np.ndarray, "clients rows"] | None = None,
+    *,
+    factor: int | float,
+) -> Bool[np.ndarray, " clients"]:
+    """Tell which clients are at most ``factor`` times as far as the median client.
+
+    Args:
+        squares: each client's squared distance in each row, >= 0.
+        sent: which rows each client spoke of; None: all. A client's distance is the root of the
+            mean over these; one that spoke of none is not kept, and does not count.
+        factor: >= 1, so that half of the clients are kept at least.
+
+    Raises:
+        ValueError: if ``factor`` is out of range.
+    """
+    if not factor >= 1:
+        raise ValueError(f"factor must be >= 1, got {factor}")
+    spoken = np.ones(squares.shape, bool) if sent is None else sent
+    rows = spoken.sum(axis=1)
+    distances = np.sqrt((squares * spoken).sum(axis=1) / np.maximum(rows, 1))
+    spoke: np.ndarray = rows > 0
+    if not spoke.any():
+        return spoke
+    kept: np.ndarray = spoke & (distances <= factor * np.median(distances[spoke]))
+    return kept
+
+
 def less_trusted(
     trust: Float[np.ndarray, "clients"],
     values: Float[Tensor, "clients rows classes"],
@@ -149,6 +258,12 @@ def less_trusted(
     fallen = np.maximum(trust * np.exp(-rate * (distances - distances.min())), LEAST_TRUST)
     kept: np.ndarray = fallen * (trust.sum() / fallen.sum())
     return kept
+
+
+def _mean_of_kept(
+    values: Float[Tensor, "clients rows classes"], kept: Bool[np.ndarray, " clients"]
+) -> Float[Tensor, "rows classes"]:
+    return filtered_mean(values[torch.from_numpy(kept)], dishonest=0.0)
 
 
 def _weiszfeld(

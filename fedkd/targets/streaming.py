@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -191,30 +191,54 @@ class PredictionSpool:
     def reduce(
         self,
         rule: Callable[[Float[Tensor, "clients rows classes"]], Float[Tensor, "rows classes"]],
+        *,
+        only: Sequence[int] | None = None,
     ) -> Float[Tensor, "rows classes"]:
-        """Return what ``rule`` makes of all contributions, in the order they were added.
+        """Return what ``rule`` makes of contributions, in the order they were added.
 
         Args:
             rule: must treat every row on its own, such as `coordinate_median`.
+            only: which of them, by their number from 0 on; None: all.
 
         Raises:
-            ValueError: if nothing was added.
+            ValueError: if there is none.
         """
-        if self._shape is None:
+        reduced: Tensor | None = None
+        for rows, chunk in self.chunks(only):
+            if reduced is None:
+                assert self._shape is not None  # noqa: S101 (there is a chunk)
+                reduced = torch.empty(self._shape, dtype=chunk.dtype)
+            reduced[rows] = rule(chunk)
+        assert reduced is not None  # noqa: S101 (tables have rows)
+        return reduced
+
+    def chunks(
+        self, only: Sequence[int] | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "clients rows classes"]]]:
+        """Read contributions back, some rows at a time: which rows, and what was said of them.
+
+        Every chunk lies in the memory of the one before.
+
+        Args:
+            only: which of them, by their number from 0 on; None: all.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        places = range(self._count) if only is None else only
+        if self._shape is None or not len(places):
             raise ValueError("a robust mean needs at least 1 contribution, got 0")
         rows, classes = self._shape
         row_bytes = classes * self._dtype.itemsize
-        height = min(rows, max(1, self._chunk_bytes // (self._count * row_bytes)))
-        chunk = np.empty((self._count, height, classes), self._dtype)
-        reduced = torch.empty((rows, classes), dtype=torch.from_numpy(chunk).dtype)
+        height = min(rows, max(1, self._chunk_bytes // (len(places) * row_bytes)))
+        chunk = np.empty((len(places), height, classes), self._dtype)
         for start in range(0, rows, height):
             taken = min(height, rows - start)
-            for client in range(self._count):
+            for place, client in enumerate(places):
                 self._file.seek((client * rows + start) * row_bytes)
-                if self._file.readinto(chunk[client, :taken].data) != taken * row_bytes:
+                if self._file.readinto(chunk[place, :taken].data) != taken * row_bytes:
                     raise OSError(f"a temporary file in {str(self._folder)!r} lost its end")
-            reduced[start : start + taken] = rule(torch.from_numpy(chunk[:, :taken]))
-        return reduced
+            yield slice(start, start + taken), torch.from_numpy(chunk[:, :taken])
 
     def close(self) -> None:
         """Give the file's space back."""

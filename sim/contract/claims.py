@@ -6,17 +6,18 @@ A claim is handed a `Case` and raises `BrokenError` where it does not hold.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from pydantic import ValidationError
 
 from fedkd.data import FederatedData
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.pipeline import ClientTurn, Standing
 from fedkd.exchange.values import Value, digest, flatten, unflatten
 from fedkd.training import LoopCohort, Member, ModelPool, Streams, TrainingData, weights_digest
@@ -364,6 +365,65 @@ def a_round_without_uploads_is_no_error(case: Case) -> None:
     told = _told_in(strategy, state, round.next())
     for client in range(CLIENTS):
         told(client)
+
+
+# -- rules against clients that lie ------------------------------------------------------------
+
+RULES_THAT_COUNT = {"dishonest": 0.9, "trim": 0.4, "factor": 1.0}
+"""Settings with which every rule leaves out somebody of three or four clients, honest or not."""
+
+
+@claim
+def its_rules_of_aggregation_are_followed(case: Case) -> None:
+    """Each value of ``strategy.aggregation``, and trust, makes something else of the same answers.
+
+    Looked at where ``mean`` is one of them; a rule may be refused beside other settings.
+    """
+    known = type(case.settings().strategy).model_fields
+    rules = get_args(known["aggregation"].annotation) if "aggregation" in known else ()
+    if "mean" not in rules:
+        return
+    counting = {name: value for name, value in RULES_THAT_COUNT.items() if name in known}
+    variants = [{**counting, "aggregation": rule} for rule in rules if rule != "mean"]
+    if "trust_rate" in known:
+        variants.append({"aggregation": "mean", "trust_rate": 10.0})
+    plain = replace(case, options={**case.options, "aggregation": "mean"})
+    sent: Mapping[int, Message] | None = None
+    mean = ""
+    for options in variants:
+        robust = replace(case, options={**case.options, **options})
+        try:
+            robust.parts(robust.settings())
+        except ValueError:
+            continue
+        if sent is None:
+            grid = ListeningGrid(plain.settings(rounds=1), case.data())
+            simulate(plain.settings(rounds=1), case.data(), grid)
+            sent = grid.replies["train"][0]
+            mean = _made_of(sent, plain)
+        if mean == _made_of({}, plain) or _of_different_rows(sent):
+            # Nothing was sent, or the mean of it is of no use; or a row may have two answers, whose
+            # mean is what most rules make of them.
+            return
+        told = f"{options} makes of the first answers what the mean makes of them"
+        require(_made_of(sent, robust) != mean, told)
+
+
+def _of_different_rows(replies: Mapping[int, Message]) -> bool:
+    sent = [read_reply(reply.content).payload for reply in replies.values()]
+    rows = {payload.rows.tobytes() for payload in sent if isinstance(payload, Predictions)}
+    return len(rows) > 1
+
+
+def _made_of(replies: Mapping[int, Message], case: Case) -> str:
+    """Return a digest of what a server makes of the first round's replies."""
+    settings = case.settings(rounds=1)
+    replayed = ReplayedServer(*case.parts(settings), settings)
+    first, opened = replayed.round, replayed.open()
+    for client in replayed.strategy.participants(replayed.state, first):
+        opened.tell(client)
+    shown = opened.shown(opened.received(replies))
+    return digest(replayed.strategy.aggregate(replayed.state, shown, first, replayed.server))
 
 
 # -- state -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from fedkd.bounds import Count
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
-from fedkd.mutual.averages import PeerMean
+from fedkd.mutual.averages import entering
 from fedkd.schedules import ConstantSchedule, PositiveSchedule
 from fedkd.training import Cohort
 from strategies.contract import (
@@ -36,13 +36,14 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
+from strategies.shared.robust import Consensus, TrustingSettings
 from strategies.shared.taught import TaughtSettings
 
 ROWS, LOGITS = "stale/rows", "stale/logits"
 """What a client calls the public rows of the last exchange, and what its peers said of them."""
 
 
-class CodistillationSettings(TaughtSettings):
+class CodistillationSettings(TaughtSettings, TrustingSettings):
     """Settings under ``strategy:`` when ``name: codistillation``.
 
     Attributes:
@@ -152,20 +153,26 @@ class Codistillation(TaughtByPeers[CodistillationSettings, StalePeers]):
         settings = self.settings
         # Until the next exchange targets are softened anew by whoever learns from them.
         temperature = settings.softening(round.next().progress)
-        mean, own, there = PeerMean(temperature=temperature), {}, []
-        for upload, sent in payloads_of(uploads, Predictions):
-            there.append(upload.client)
-            if len(sent.rows):
-                own[upload.client] = mean.add(sent.values)
-        if not mean.count:
-            if state.shared is None:
-                return state
-            return replace(state, told=tuple(sorted({*state.told, *there})))
-        rows = round.public_rows
-        shared = lesson(rows, mean.of_all(), "probabilities", temperature)
-        others: dict[int, Predictions | None] = dict.fromkeys(own)
-        if len(own) > 1:
-            for client, values in own.items():
-                taught = mean.of_others(values)
-                others[client] = lesson(rows, taught, "probabilities", temperature)
-        return StalePeers(shared, others)
+        there, rows = [], round.public_rows
+        with Consensus(
+            settings,
+            scale="probabilities",
+            trust=state.trust,
+            clients=self.federation.num_clients,
+        ) as heard:
+            for upload, sent in payloads_of(uploads, Predictions):
+                there.append(upload.client)
+                if len(sent.rows):
+                    said = entering(sent.values, temperature=temperature)
+                    heard.add(upload.client, said, among_others=True)
+            if not heard.clients:
+                if state.shared is None:
+                    return state
+                return replace(state, told=tuple(sorted({*state.told, *there})))
+            shared = lesson(rows, heard.of_all(), "probabilities", temperature)
+            others: dict[int, Predictions | None] = dict.fromkeys(heard.clients)
+            if len(others) > 1:
+                for client in others:
+                    taught = heard.of_others(client)
+                    others[client] = lesson(rows, taught, "probabilities", temperature)
+            return StalePeers(shared, others, trust=heard.trust)

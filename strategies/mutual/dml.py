@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedkd.bounds import Count
@@ -23,7 +23,7 @@ from fedkd.exchange.payload import Payload, expect
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
 from fedkd.metrics.agreement import agreement_matrix
-from fedkd.mutual.averages import PeerMean
+from fedkd.mutual.averages import entering
 from fedkd.mutual.graphs import (
     PeerGraph,
     before,
@@ -31,14 +31,15 @@ from fedkd.mutual.graphs import (
     exponentially_before,
     random_peers,
 )
-from fedkd.mutual.peers import PeerTable, constants
-from fedkd.targets import Scale, StreamingMean
+from fedkd.mutual.peers import constants
+from fedkd.targets import Scale
 from strategies.contract import Card, Round, ServerTools, StrategySettings, Upload, payloads_of
 from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
+from strategies.shared.robust import Consensus, TrustingSettings
 from strategies.shared.taught import TaughtSettings
 
 
-class DMLSettings(TaughtSettings):
+class DMLSettings(TaughtSettings, TrustingSettings):
     """Settings under ``strategy:`` when ``name: dml``; the peers are the teachers.
 
     Attributes:
@@ -56,6 +57,21 @@ class DMLSettings(TaughtSettings):
     k: Count = Field(2)
     include_self: bool = False
     average: Literal["probability", "logit"] = "probability"
+
+    @model_validator(mode="after")
+    def _enough_are_heard(self) -> "DMLSettings":
+        if self.peers in ("ring", "exponential"):
+            self.check_no_defence(
+                f"strategy.peers: {self.peers}",
+                "of a single peer every rule makes what it said; use all, random-k or best-k",
+            )
+        if self.peers != "all" and self.trust_rate:
+            self.check_no_defence(
+                f"strategy.peers: {self.peers}",
+                "what clients learn there is made of few, and trust would be of all; use all, or "
+                "trust_rate: 0",
+            )
+        return self
 
     @property
     def scale(self) -> Scale:
@@ -95,7 +111,8 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
     def leaves_one_out(self) -> bool:
         """Means of the others' logits are made of their sum."""
         settings = self.settings
-        return settings.peers == "all" and settings.average == "logit" and not settings.include_self
+        sums = settings.sums() is not None and settings.average == "logit"
+        return sums and settings.peers == "all" and not settings.include_self
 
     def receives(self, state: HeardPeers, client: int, round: Round) -> Hashable | None:
         """What those taught that the client hears; those who hear the same share it."""
@@ -127,10 +144,11 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
         """The mean of all, of the others of one client, or of those that it hears."""
         if not isinstance(key, tuple):
             return super().payload(state, key)
-        mean, heard = StreamingMean(), [state.own[client] for client in key]
-        for own in heard:
-            mean.add(own.values)
-        return lesson(heard[0].rows, mean.mean(), self.settings.scale, heard[0].temperature)
+        scale, first = self.settings.scale, state.own[key[0]]
+        with Consensus(self.settings, scale=scale) as heard:
+            for client in key:
+                heard.add(client, state.own[client].values)
+            return lesson(first.rows, heard.of_all(), scale, first.temperature)
 
     def aggregate(
         self, state: HeardPeers, uploads: Iterable[Upload], round: Round, server: ServerTools
@@ -138,31 +156,37 @@ class DML(TaughtByPeers[DMLSettings, HeardPeers]):
         """Give each participant the mean of those it hears, and everybody else the mean of all."""
         settings = self.settings
         temperature = settings.softening(round.next().progress)
-        mean = PeerMean(temperature=temperature, average=settings.average)
-        own: dict[int, PeerTable] = {}
+        leaves_out = settings.peers == "all" and not settings.include_self
+        own: dict[int, Tensor] = {}
         of_all: Payload | None = None
-        for upload, sent in payloads_of(uploads, Predictions):
-            own[upload.client] = mean.add(sent.values)
-            of_all = upload.of_all
-        if not mean.count:
-            return HeardPeers()
 
         def taught(values: Tensor) -> Predictions:
             return lesson(round.public_rows, values, settings.scale, temperature)
 
-        released = None if of_all is None else constants(expect(of_all, Predictions).values)
-        shared = taught(mean.of_all() if released is None else released)
-        if settings.peers != "all":
-            tables = {client: taught(constants(values)) for client, values in own.items()}
-            best = {}
-            if settings.peers == "best-k":
-                agreement = agreement_matrix(np.stack([t.values for t in tables.values()]))
-                best = best_peers(agreement, tuple(own), settings.k)
-            return HeardPeers(shared, own=tables, best=best)
-        if settings.include_self:
-            return HeardPeers(shared)
-        if len(own) == 1:
-            # A lone participant has no peers; the next round's others still learn from it.
-            return HeardPeers(shared, dict.fromkeys(own))
-        others = {client: taught(mean.of_others(values)) for client, values in own.items()}
-        return HeardPeers(shared, others)
+        with Consensus(
+            settings, scale=settings.scale, trust=state.trust, clients=self.federation.num_clients
+        ) as heard:
+            for upload, sent in payloads_of(uploads, Predictions):
+                own[upload.client] = entering(
+                    sent.values, temperature=temperature, average=settings.average
+                )
+                heard.add(upload.client, own[upload.client], among_others=leaves_out)
+                of_all = upload.of_all
+            if not own:
+                return HeardPeers(trust=state.trust)
+            released = None if of_all is None else constants(expect(of_all, Predictions).values)
+            shared = taught(heard.of_all() if released is None else released)
+            if settings.peers != "all":
+                tables = {client: taught(values) for client, values in own.items()}
+                best = {}
+                if settings.peers == "best-k":
+                    agreement = agreement_matrix(np.stack([t.values for t in tables.values()]))
+                    best = best_peers(agreement, tuple(own), settings.k)
+                return HeardPeers(shared, own=tables, best=best)
+            others: dict[int, Predictions | None] = {}
+            if leaves_out:
+                # A lone participant has no peers; the next round's others still learn from it.
+                others = dict.fromkeys(own)
+                if len(own) > 1:
+                    others = {client: taught(heard.of_others(client)) for client in own}
+            return HeardPeers(shared, others, trust=heard.trust)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from fedkd.bounds import PositiveWeight
@@ -29,7 +30,6 @@ from fedkd.mutual.kdcl import (
     kdcl_linear,
 )
 from fedkd.schedules import ConstantSchedule, PositiveSchedule
-from fedkd.targets import StreamingMean
 from strategies.contract import (
     Card,
     Federation,
@@ -40,10 +40,11 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
+from strategies.shared.robust import Consensus, TrustingSettings
 from strategies.shared.taught import TaughtSettings
 
 
-class KDCLSettings(TaughtSettings):
+class KDCLSettings(TaughtSettings, TrustingSettings):
     """Settings under ``strategy:`` when ``name: kdcl``.
 
     Attributes:
@@ -62,12 +63,17 @@ class KDCLSettings(TaughtSettings):
     mixture: Literal["row", "batch"] = "row"
     ridge: PositiveWeight = 0.1
 
+    @model_validator(mode="after")
+    def _labels_defend_themselves(self) -> "KDCLSettings":
+        if self.rule != "mean":
+            self.check_no_defence(
+                f"strategy.rule: {self.rule}",
+                "it weighs clients by the labels of public rows; use rule: mean",
+            )
+        return self
 
-class _MeanLogits(StreamingMean):
-    target = StreamingMean.mean
 
-
-Rule = _MeanLogits | StreamingNaive | StreamingMinLogit | GatheredPeers
+LabelRule = StreamingNaive | StreamingMinLogit | GatheredPeers
 
 
 class KDCL(TaughtByPeers[KDCLSettings, Peers]):
@@ -97,20 +103,31 @@ class KDCL(TaughtByPeers[KDCLSettings, Peers]):
         self, state: Peers, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Peers:
         """Make one teacher of all that came; who was alone is not taught by itself."""
-        rule, senders = self._rule(round, server), []
-        for upload, sent in payloads_of(uploads, Predictions):
-            rule.add(sent.values)
-            senders.append(upload.client)
-        if not senders:
-            return Peers()
-        temperature = self.settings.softening(round.next().progress)
-        common = lesson(round.public_rows, rule.target(), "logits", temperature)
-        return Peers(common, dict.fromkeys(senders) if len(senders) == 1 else {})
+        by_labels, senders = self._rule_by_labels(round, server), []
+        with Consensus(
+            self.settings, scale="logits", trust=state.trust, clients=self.federation.num_clients
+        ) as consensus:
+            for upload, sent in payloads_of(uploads, Predictions):
+                if by_labels is None:
+                    consensus.add(upload.client, sent.values)
+                else:
+                    by_labels.add(sent.values)
+                senders.append(upload.client)
+            if not senders:
+                return Peers(trust=state.trust)
+            target = consensus.of_all() if by_labels is None else by_labels.target()
+            temperature = self.settings.softening(round.next().progress)
+            common = lesson(round.public_rows, target, "logits", temperature)
+            alone: dict[int, Predictions | None] = (
+                dict.fromkeys(senders) if len(senders) == 1 else {}
+            )
+            return Peers(common, alone, trust=consensus.trust)
 
-    def _rule(self, round: Round, server: ServerTools) -> Rule:
+    def _rule_by_labels(self, round: Round, server: ServerTools) -> LabelRule | None:
+        """Return the rule that looks at labels; None where the settings' looks at none."""
         settings = self.settings
         if settings.rule == "mean":
-            return _MeanLogits()
+            return None
         known = server.data.public_labels
         assert known is not None  # noqa: S101 (refused when the algorithm was made)
         labels = torch.from_numpy(known[round.public_rows])

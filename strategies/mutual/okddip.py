@@ -31,7 +31,7 @@ from fedkd.exchange.payloads import Bundle, Predictions
 from fedkd.exchange.payloads.prototypes import LARGEST_FEATURE
 from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
-from fedkd.mutual.averages import ensemble_target
+from fedkd.mutual.averages import ensemble_target, entering
 from fedkd.mutual.okddip import PeerAttention, okddip_losses, peer_mixtures
 from fedkd.objectives.taps import PENULTIMATE
 from fedkd.randomness import seeded_torch
@@ -61,6 +61,7 @@ from strategies.contract import (
 )
 from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
 from strategies.shared.features import feature_widths, features_of
+from strategies.shared.robust import CheckedSettings, checked
 from strategies.shared.taught import TaughtSettings, knowledge_of, lesson_of
 
 LEADER, PEERS = "leader", "peers"
@@ -69,7 +70,7 @@ MOST_FEATURES = 16
 """Numbers of a row's features that travel, where settings do not say how many."""
 
 
-class OKDDipSettings(TaughtSettings):
+class OKDDipSettings(TaughtSettings, CheckedSettings):
     """Settings under ``strategy:`` when ``name: okddip``.
 
     Attributes:
@@ -207,13 +208,19 @@ class OKDDip(TaughtByPeers[OKDDipSettings, Attending]):
         self, state: Attending, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Attending:
         """Train the attention, mix for each participant, and let the leader learn the mean."""
-        sent = {upload.client: bundle for upload, bundle in payloads_of(uploads, Bundle)}
+        rows, settings = round.public_rows, self.settings
+        temperature = settings.softening(round.next().progress)
+
+        def said(upload: Upload) -> np.ndarray:
+            own = expect(expect(upload.payload, Bundle)[LOGITS], Predictions).values
+            return entering(own, temperature=temperature, average=settings.average).numpy()
+
+        kept = checked(settings, uploads, said)
+        sent = {upload.client: bundle for upload, bundle in payloads_of(kept, Bundle)}
         if not sent:
             return Attending(attention=state.attention, leader=state.leader)
         logits = _stacked(expect(own[LOGITS], Predictions).values for own in sent.values())
         features = _stacked(expect(own[FEATURES], PublicFeatures).values for own in sent.values())
-        rows, settings = round.public_rows, self.settings
-        temperature = settings.softening(round.next().progress)
         mean = ensemble_target(logits, temperature=temperature, average=settings.average)
         scale: Literal["logits", "probabilities"] = (
             "logits" if settings.average == "logit" else "probabilities"

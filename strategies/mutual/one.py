@@ -50,10 +50,11 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.mutual.taught_by_peers import Peers, TaughtByPeers, lesson
+from strategies.shared.robust import CheckedSettings, checked, values_of
 from strategies.shared.taught import TaughtSettings
 
 
-class ONESettings(TaughtSettings):
+class ONESettings(TaughtSettings, CheckedSettings):
     """Settings under ``strategy:`` when ``name: one``.
 
     Attributes:
@@ -128,6 +129,7 @@ class ONE(TaughtByPeers[ONESettings, Gated]):
     ) -> Gated:
         """Let the gate combine all that came; who was alone is not taught by itself."""
         gate, shares, senders, ensemble = state.gate, None, [], StreamingGate()
+        uploads = checked(self.settings, uploads, values_of)
         if self.settings.gate == "learned":
             every = [(u.client, sent.values) for u, sent in payloads_of(uploads, Predictions)]
             if every:

@@ -28,14 +28,13 @@ from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Bundle, Predictions
 from fedkd.exchange.values import Value
 from fedkd.losses.response import soft_target_rows
-from fedkd.mutual.averages import PeerMean
+from fedkd.mutual.averages import entering
 from fedkd.schedules import (
     ConstantSchedule,
     NonNegativeSchedule,
     PositiveSchedule,
     RampUpSchedule,
 )
-from fedkd.targets import StreamingMean
 from fedkd.training import (
     Average,
     Batch,
@@ -60,6 +59,7 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.mutual.taught_by_peers import lesson
+from strategies.shared.robust import Consensus, RobustSettings
 
 OWN, MEAN_TEACHER = "own", "mean_teacher"
 """The two parts of what a client sends; the second is also what it calls its running mean."""
@@ -67,7 +67,7 @@ ENSEMBLE, MEAN_TEACHERS = "ensemble", "mean_teachers"
 """The two parts of what it receives."""
 
 
-class PCLSettings(StrategySettings):
+class PCLSettings(RobustSettings):
     """Settings under ``strategy:`` when ``name: pcl``.
 
     Attributes:
@@ -228,21 +228,25 @@ class PCL(Strategy[PCLSettings, Collective]):
     ) -> Collective:
         """Average the clients' logits, and for each of them the others' mean teachers."""
         temperature = self.settings.temperature.at(round.next().progress)
-        ensemble, teachers = StreamingMean(), PeerMean(temperature=temperature)
-        own = {}
-        for upload, sent in payloads_of(uploads, Bundle):
-            ensemble.add(expect(sent[OWN], Predictions).values)
-            own[upload.client] = teachers.add(expect(sent[MEAN_TEACHER], Predictions).values)
-        if not own:
-            return Collective()
-        rows = round.public_rows
-        others: dict[int, Predictions | None] = dict.fromkeys(own)
-        if len(own) > 1:
-            for client, values in own.items():
-                taught = teachers.of_others(values)
-                others[client] = lesson(rows, taught, "probabilities", temperature)
-        return Collective(
-            lesson(rows, ensemble.mean(), "logits", temperature),
-            lesson(rows, teachers.of_all(), "probabilities", temperature),
-            others,
-        )
+        with (
+            Consensus(self.settings, scale="logits") as ensemble,
+            Consensus(self.settings, scale="probabilities") as teachers,
+        ):
+            for upload, sent in payloads_of(uploads, Bundle):
+                ensemble.add(upload.client, expect(sent[OWN], Predictions).values)
+                mean_teacher = expect(sent[MEAN_TEACHER], Predictions).values
+                soft = entering(mean_teacher, temperature=temperature)
+                teachers.add(upload.client, soft, among_others=True)
+            if not ensemble.clients:
+                return Collective()
+            rows = round.public_rows
+            others: dict[int, Predictions | None] = dict.fromkeys(ensemble.clients)
+            if len(others) > 1:
+                for client in others:
+                    taught = teachers.of_others(client)
+                    others[client] = lesson(rows, taught, "probabilities", temperature)
+            return Collective(
+                lesson(rows, ensemble.of_all(), "logits", temperature),
+                lesson(rows, teachers.of_all(), "probabilities", temperature),
+                others,
+            )

@@ -43,10 +43,13 @@ class Peers(Value):
     Attributes:
         shared: the mean of all that sent something; None before anybody did.
         others: for each of them what the others teach it; None where there was no other.
+        trust: float64 ``[clients]`` that sums to 1, how much each client is trusted; None while all
+            are trusted alike.
     """
 
     shared: Predictions | None = None
     others: Mapping[int, Predictions | None] = field(default_factory=dict)
+    trust: np.ndarray | None = field(default=None, kw_only=True)
 
 
 PeersT = TypeVar("PeersT", bound=Peers)

@@ -20,9 +20,9 @@ from fedkd.bounds import Count
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import Weighting
 from fedkd.inputs import Shape
 from fedkd.models import ModelSettings, build_model
-from fedkd.targets import StreamingMean
 from fedkd.training import (
     Arrays,
     Cohort,
@@ -49,9 +49,10 @@ from strategies.contract import (
 )
 from strategies.public_predictions.dsfl import SERVER, soft_labels
 from strategies.shared.lessons import Lesson, SharedLesson
+from strategies.shared.robust import Consensus, TrustingSettings
 
 
-class CFDSettings(StrategySettings):
+class CFDSettings(TrustingSettings):
     """Settings under ``strategy:`` when ``name: cfd``.
 
     Attributes:
@@ -96,7 +97,6 @@ class CFD(SharedLesson[CFDSettings, Labels]):
     )
     Settings: ClassVar[type[StrategySettings]] = CFDSettings
     State: ClassVar[type[Value]] = Labels
-    sums = "equal"
     directions: ClassVar[Mapping[str, str]] = {
         CLIENTS: "from the server",
         SERVER: "from the clients; without it their mean goes down as it is",
@@ -105,6 +105,11 @@ class CFD(SharedLesson[CFDSettings, Labels]):
     def __init__(self, settings: CFDSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
         self.rows = federation.round(1).public_rows
+
+    @property
+    def sums(self) -> Weighting | None:
+        """A mean is all that is needed; other rules look at each client."""
+        return self.settings.sums()
 
     @property
     def learns_alone(self) -> bool:
@@ -155,24 +160,23 @@ class CFD(SharedLesson[CFDSettings, Labels]):
         self, state: Labels, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Labels:
         """Let the server's model distil the clients' mean, and label the public rows by it."""
-        mean = StreamingMean()
-        for upload, sent in payloads_of(uploads, Predictions):
-            mean.add(sent.values, upload.weight("equal"))
-        if not mean.count:
-            return state
-        target = Predictions(
-            rows=self.rows,
-            values=mean.mean().float().numpy(),
-            scale="probabilities",
-            averaged=True,
-        )
+        clients = self.federation.num_clients
+        with Consensus(
+            self.settings, scale="probabilities", trust=state.trust, clients=clients
+        ) as consensus:
+            for upload, sent in payloads_of(uploads, Predictions):
+                consensus.add(upload.client, sent.values, upload.weight("equal"))
+            if not consensus.clients:
+                return state
+            values, trust = consensus.pop_of_all().numpy(), consensus.trust
+        target = Predictions(rows=self.rows, values=values, scale="probabilities", averaged=True)
         if not self.learns(SERVER):
-            return Labels(predictions=target, model=state.model)
+            return Labels(predictions=target, model=state.model, trust=trust)
         lesson = round.lesson(target, epochs=self.settings.server_epochs)
         model = server.fit(state.model, towards_targets, round=round, public=lesson).model
         own = torch.softmax(as_tensor(server.predict_public(model, self.rows)), -1).numpy()
         labels = Predictions(rows=self.rows, values=own, scale="probabilities")
-        return Labels(predictions=labels, model=model)
+        return Labels(predictions=labels, model=model, trust=trust)
 
     def judged_models(self, state: Labels) -> Mapping[str, ServerModel]:
         """The server's model."""

@@ -49,9 +49,10 @@ from strategies.public_predictions.dsfl import (
     steps_on_public_rows,
 )
 from strategies.shared.lessons import Distilling
+from strategies.shared.robust import CheckedSettings, checked, values_of
 
 
-class COMETSettings(DistilSettings):
+class COMETSettings(DistilSettings, CheckedSettings):
     """Settings under ``strategy:`` when ``name: comet``.
 
     Attributes:
@@ -191,7 +192,8 @@ class COMET(Strategy[COMETSettings, Centroids]):
         self, state: Centroids, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Centroids:
         """Group the clients; let the server's model distil the mean of all."""
-        sent = [as_tensor(own.values) for _, own in payloads_of(uploads, Predictions)]
+        kept = checked(self.settings, uploads, values_of)
+        sent = [as_tensor(own.values) for _, own in payloads_of(kept, Predictions)]
         if not sent:
             return state
         soft = torch.stack(sent)

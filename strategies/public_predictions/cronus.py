@@ -12,28 +12,11 @@ cross-entropy. Other robust rules, the plain mean, and a trust in clients that f
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
-import torch
-from pydantic import Field
-from torch import Tensor
-
-from fedkd.bounds import Real, ShareBelowOne
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
-from fedkd.exchange.values import Value
 from fedkd.schedules import ConstantSchedule, PositiveSchedule
-from fedkd.targets import (
-    PredictionSpool,
-    coordinate_median,
-    filtered_mean,
-    geometric_median,
-    less_trusted,
-    mean_by_row,
-    trimmed_mean,
-)
 from fedkd.training import Cohort, ComposedObjective, supervised
 from strategies.contract import (
     CLIENTS,
@@ -50,6 +33,7 @@ from strategies.contract import (
 )
 from strategies.public_predictions.dsfl import soft_labels
 from strategies.shared.lessons import Lesson, SharedLesson
+from strategies.shared.robust import Consensus, Rule, TrustingSettings
 from strategies.shared.taught import (
     TaughtSettings,
     apart_steps,
@@ -61,55 +45,18 @@ from strategies.shared.taught import (
 )
 
 
-class CronusSettings(TaughtSettings):
+class CronusSettings(TaughtSettings, TrustingSettings):
     """Settings under ``strategy:`` when ``name: cronus``; the robust mean is the teacher.
 
-    Attributes:
-        aggregation: ``filter`` leaves out, row by row, the clients that stand out along the
-            direction of most variance, as in the paper; ``geometric_median``, ``median`` and
-            ``trimmed_mean`` are other robust means; ``mean`` is none.
-        dishonest: share of the clients that may lie, alpha in the paper: ``filter`` leaves out
-            half of them, rounded down, in each of two passes.
-        trim: share of the clients that ``trimmed_mean`` leaves out at each end.
-        trust_rate: how fast trust in a client falls, over the rounds, with the distance of what it
-            says from the robust mean; the target is then the mean weighted by trust. 0: the target
-            is the robust mean, and nothing is remembered.
+    The filter is the default; ``dishonest`` is alpha in the paper.
     """
 
     name: Literal["cronus"] = "cronus"
     temperature: PositiveSchedule = ConstantSchedule(value=1.0)
-    aggregation: Literal["filter", "geometric_median", "median", "trimmed_mean", "mean"] = "filter"
-    dishonest: ShareBelowOne = 0.2
-    trim: Real = Field(0.1, ge=0, lt=0.5)
-    trust_rate: Real = Field(0.0, ge=0, le=100)
-
-    def robust_mean(self, probabilities: Tensor) -> Tensor:
-        """Return what the clients' soft labels ``[clients, rows, classes]`` come to."""
-        match self.aggregation:
-            case "filter":
-                return filtered_mean(probabilities, dishonest=self.dishonest)
-            case "geometric_median":
-                return geometric_median(probabilities)
-            case "median":
-                return coordinate_median(probabilities, scale="probabilities")
-            case "trimmed_mean":
-                return trimmed_mean(probabilities, trim=self.trim, scale="probabilities")
-            case "mean":
-                return filtered_mean(probabilities, dishonest=0.0)
+    aggregation: Rule = "filter"
 
 
-@dataclass(frozen=True)
-class Trusting(Lesson):
-    """What the server remembers: the lesson, and how much it trusts each client.
-
-    Attributes:
-        trust: float64 ``[clients]`` that sums to 1; None while all are trusted alike.
-    """
-
-    trust: np.ndarray | None = None
-
-
-class Cronus(SharedLesson[CronusSettings, Trusting]):
+class Cronus(SharedLesson[CronusSettings, Lesson]):
     """Learn from own labels and from the robust mean at once; then predict the public rows."""
 
     card = Card(
@@ -124,7 +71,6 @@ class Cronus(SharedLesson[CronusSettings, Trusting]):
     )
     Settings: ClassVar[type[StrategySettings]] = CronusSettings
     takes_views = True
-    State: ClassVar[type[Value]] = Trusting
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the robust mean of all clients"}
 
     def __init__(self, settings: CronusSettings, federation: Federation) -> None:
@@ -160,45 +106,29 @@ class Cronus(SharedLesson[CronusSettings, Trusting]):
             cohort.fit(supervised, private=call.local)
         return soft_labels(cohort, call.public_rows)
 
-    def asks(self, state: Trusting, client: int, round: Round, server: ServerTools) -> Asked:
+    def asks(self, state: Lesson, client: int, round: Round, server: ServerTools) -> Asked:
         """Probabilities of the round's rows."""
         classes = self.federation.num_classes
         return Predictions.asked(round.public_rows, classes, scale="probabilities")
 
     def aggregate(
-        self, state: Trusting, uploads: Iterable[Upload], round: Round, server: ServerTools
-    ) -> Trusting:
+        self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools
+    ) -> Lesson:
         """Take the robust mean of the clients' soft labels, at the temperature of the lesson."""
         temperature = self.settings.softening(round.next().progress)
-        said = {}
-        with PredictionSpool() as spool:
+        clients = self.federation.num_clients
+        with Consensus(
+            self.settings, scale="probabilities", trust=state.trust, clients=clients
+        ) as consensus:
             for upload, sent in payloads_of(uploads, Predictions):
-                soft = sent.targets.probabilities(temperature)
-                spool.add(soft)
-                if self.settings.trust_rate:
-                    said[upload.client] = soft
-            if not spool.count:
+                consensus.add(upload.client, sent.targets.probabilities(temperature))
+            if not consensus.clients:
                 return state
-            labels = spool.reduce(self.settings.robust_mean)
-        trust = state.trust
-        if said:
-            labels, trust = self._trusted(trust, said, labels)
-        target = Predictions(
-            rows=round.public_rows,
-            values=labels.float().numpy(),
-            scale="probabilities",
-            temperature=temperature,
-            averaged=True,
-        )
-        return Trusting(target, trust)
-
-    def _trusted(
-        self, trust: np.ndarray | None, said: Mapping[int, Tensor], robust: Tensor
-    ) -> tuple[Tensor, np.ndarray]:
-        """Return the mean weighted by trust, and the trust; who was away keeps what it had."""
-        clients, values = list(said), torch.stack(list(said.values()))
-        count = self.federation.num_clients
-        after = np.full(count, 1 / count) if trust is None else trust.copy()
-        after[clients] = less_trusted(after[clients], values, robust, rate=self.settings.trust_rate)
-        shares = torch.from_numpy(after[clients])[:, None].expand(-1, values.shape[1])
-        return mean_by_row(values, shares), after
+            target = Predictions(
+                rows=round.public_rows,
+                values=consensus.pop_of_all().numpy(),
+                scale="probabilities",
+                temperature=temperature,
+                averaged=True,
+            )
+            return Lesson(target, trust=consensus.trust)

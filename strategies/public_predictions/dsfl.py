@@ -19,8 +19,9 @@ from fedkd.bounds import Count, Real, Temperature
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
+from fedkd.exchange.views import Weighting
 from fedkd.models import ModelSettings
-from fedkd.targets import StreamingMean, entropy_reduction, entropy_reduction_by_power
+from fedkd.targets import entropy_reduction, entropy_reduction_by_power
 from fedkd.training import Cohort, as_tensor, supervised, towards_targets
 from strategies.contract import (
     Call,
@@ -37,6 +38,7 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.shared.lessons import Lesson, SharedLesson
+from strategies.shared.robust import Consensus, TrustingSettings
 
 SERVER = "server"
 """The name of the server's model."""
@@ -71,24 +73,24 @@ class DistilSettings(StrategySettings):
         return server.fit(model, towards_targets, round=round, public=lesson).model
 
 
-class SoftLabelSettings(DistilSettings):
+class SoftLabelSettings(DistilSettings, TrustingSettings):
     """How soft labels are made of the clients' predictions, and who learns them how long.
 
     Attributes:
-        aggregation: ``sa`` is the clients' mean probability; ``era`` a softmax of it over
+        sharpening: ``sa`` is the clients' mean probability as it is; ``era`` a softmax of it over
             ``era_temperature``, as in DS-FL; ``enhanced_era`` its ``power``, made to sum to 1
             again, as in SCARLET.
         era_temperature: of ``era``; the lower, the sharper.
         power: of ``enhanced_era``; 1 is ``sa``, more is sharper.
     """
 
-    aggregation: Literal["sa", "era", "enhanced_era"] = "era"
+    sharpening: Literal["sa", "era", "enhanced_era"] = "era"
     era_temperature: Temperature = 0.1
     power: Real = Field(2.0, ge=0.01, le=100)
 
     def sharpened(self, mean_probability: Tensor) -> np.ndarray:
         """Return float32 soft labels of the clients' mean probability."""
-        match self.aggregation:
+        match self.sharpening:
             case "sa":
                 target = mean_probability
             case "era":
@@ -145,7 +147,11 @@ class DSFL(SharedLesson[DSFLSettings, Target]):
     Settings: ClassVar[type[StrategySettings]] = DSFLSettings
     takes_views = True
     State: ClassVar[type[Value]] = Target
-    sums = "equal"
+
+    @property
+    def sums(self) -> Weighting | None:
+        """A mean is all that is needed; other rules look at each client."""
+        return self.settings.sums()
 
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Distil the last target, train on private rows, predict the round's public rows."""
@@ -168,16 +174,20 @@ class DSFL(SharedLesson[DSFLSettings, Target]):
         self, state: Target, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Target:
         """Average the clients' probabilities, sharpen them, and let the server's model distil."""
-        mean = StreamingMean()
-        for upload, sent in payloads_of(uploads, Predictions):
-            mean.add(sent.values, upload.weight("equal"))
-        if not mean.count:
-            return Target(model=state.model)
-        labels = self.settings.sharpened(mean.mean())
+        clients = self.federation.num_clients
+        with Consensus(
+            self.settings, scale="probabilities", trust=state.trust, clients=clients
+        ) as consensus:
+            for upload, sent in payloads_of(uploads, Predictions):
+                consensus.add(upload.client, sent.values, upload.weight("equal"))
+            if not consensus.clients:
+                return Target(model=state.model, trust=state.trust)
+            labels, trust = self.settings.sharpened(consensus.of_all()), consensus.trust
         target = Predictions(
             rows=round.public_rows, values=labels, scale="probabilities", averaged=True
         )
-        return Target(target, self.settings.taught(state.model, target, round, server))
+        model = self.settings.taught(state.model, target, round, server)
+        return Target(target, model, trust=trust)
 
     def smallest_steps(self) -> Iterator[Step]:
         """Public rows have steps of their own."""

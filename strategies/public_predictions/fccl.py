@@ -19,11 +19,12 @@ from pydantic import Field
 from fedkd.bounds import Count, CountOrZero
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Predictions
+from fedkd.exchange.views import Weighting
 from fedkd.losses.cross_correlation import cross_correlation_loss
 from fedkd.losses.reduction import PerRow, WholeStep
 from fedkd.losses.response import soft_target_rows
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
-from fedkd.targets import StreamingMean, soften
+from fedkd.targets import soften
 from fedkd.training import (
     MODEL,
     Arrays,
@@ -49,12 +50,13 @@ from strategies.contract import (
     upload_logits,
 )
 from strategies.shared.lessons import Lesson, SharedLesson
+from strategies.shared.robust import Consensus, TrustingSettings
 
 PREVIOUS, PRETRAINED = "previous", "pretrained"
 """What a client calls its model as the round found it, and as it was before it met the others."""
 
 
-class FCCLSettings(StrategySettings):
+class FCCLSettings(TrustingSettings):
     """Settings under ``strategy:`` when ``name: fccl``.
 
     Attributes:
@@ -114,8 +116,12 @@ class FCCL(SharedLesson[FCCLSettings, Lesson]):
     )
     Settings: ClassVar[type[StrategySettings]] = FCCLSettings
     takes_views = True
-    sums = "equal"
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the mean of all clients"}
+
+    @property
+    def sums(self) -> Weighting | None:
+        """A mean is all that is needed; other rules look at each client."""
+        return self.settings.sums()
 
     @property
     def learns_alone(self) -> bool:
@@ -183,10 +189,14 @@ class FCCL(SharedLesson[FCCLSettings, Lesson]):
         self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Lesson:
         """Average the logits of all; without any the old mean stays."""
-        mean = StreamingMean()
-        for upload, sent in payloads_of(uploads, Predictions):
-            mean.add(sent.values, upload.weight("equal"))
-        if not mean.count:
-            return state
-        values = mean.pop_mean().numpy()
-        return Lesson(Predictions(rows=round.public_rows, values=values, averaged=True))
+        clients = self.federation.num_clients
+        with Consensus(
+            self.settings, scale="logits", trust=state.trust, clients=clients
+        ) as consensus:
+            for upload, sent in payloads_of(uploads, Predictions):
+                consensus.add(upload.client, sent.values, upload.weight("equal"))
+            if not consensus.clients:
+                return state
+            values = consensus.pop_of_all().numpy()
+            told = Predictions(rows=round.public_rows, values=values, averaged=True)
+            return Lesson(told, trust=consensus.trust)

@@ -9,27 +9,23 @@ convergence, in whichever round a client is first; its public half is left out w
 has no labels, and its private half unless ``private_transfer_epochs`` asks for it, since the first
 round trains on private rows anyway.
 ``digest_loss`` is the mean absolute error of the published code by default; the paper leaves
-it open. ``aggregation: median`` and ``trimmed_mean`` put a robust consensus (Yin, Chen,
-Ramchandran, Bartlett, 2018. https://arxiv.org/abs/1803.01498) in the place of the mean.
+it open.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
-from torch import Tensor
+from pydantic import model_validator
 
-from fedkd.bounds import CountOrZero, Real
+from fedkd.bounds import CountOrZero
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.views import Weighting
 from fedkd.losses.distances import logit_l1_rows, logit_mse_rows
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import soft_target_rows
-from fedkd.targets import PredictionSpool, StreamingMean, coordinate_median, trimmed_mean
 from fedkd.training import Batch, Cohort, Losses, Outputs, Passes, supervised, supervised_public
 from strategies.contract import (
     CLIENTS,
@@ -45,12 +41,13 @@ from strategies.contract import (
     upload_logits,
 )
 from strategies.shared.lessons import Lesson, SharedLesson
+from strategies.shared.robust import Consensus, TrustingSettings
 
 TRANSFERRED = "transferred"
 """What a client keeps once it has begun: that it has."""
 
 
-class FedMDSettings(StrategySettings):
+class FedMDSettings(TrustingSettings):
     """Settings under ``strategy:`` when ``name: fedmd``.
 
     Attributes:
@@ -60,9 +57,6 @@ class FedMDSettings(StrategySettings):
             of classes included that the client, or no client, has.
         private_transfer_epochs: passes over private rows between these and the first round.
         weighting: ``equal`` as in the paper; ``examples`` weights clients by private rows.
-        aggregation: ``mean`` of the logits as in the paper; ``median`` and ``trimmed_mean`` are
-            taken score by score and withstand clients that lie.
-        trim: fraction of the clients that ``trimmed_mean`` leaves out at each end.
     """
 
     name: Literal["fedmd"] = "fedmd"
@@ -71,15 +65,12 @@ class FedMDSettings(StrategySettings):
     transfer_epochs: CountOrZero = 10
     private_transfer_epochs: CountOrZero = 0
     weighting: Literal["equal", "examples"] = "equal"
-    aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
-    trim: Real = Field(0.1, ge=0, lt=0.5)
 
     @model_validator(mode="after")
     def _robust_rules_count_clients_once(self) -> "FedMDSettings":
-        if self.weighting == "examples" and self.aggregation != "mean":
-            raise ValueError(
-                "strategy.weighting: examples needs strategy.aggregation: mean, "
-                f"got {self.aggregation}"
+        if self.weighting == "examples":
+            self.check_no_defence(
+                "strategy.weighting: examples", "it counts each client once; use weighting: equal"
             )
         return self
 
@@ -102,7 +93,7 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
     @property
     def sums(self) -> Weighting | None:
         """A mean is all that is needed; a robust consensus looks at each client."""
-        return self.settings.weighting if self.settings.aggregation == "mean" else None
+        return self.settings.sums(self.settings.weighting)
 
     @property
     def learns_alone(self) -> bool:
@@ -179,27 +170,15 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
         self, state: Lesson, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Lesson:
         """Take the (weighted or robust) mean of the clients' logits as the consensus."""
-        consensus = (
-            self._mean(uploads)
-            if self.settings.aggregation == "mean"
-            else self._robust_mean(uploads)
-        )
-        if consensus is None:
-            return Lesson()
-        return Lesson(Predictions(rows=round.public_rows, values=consensus.numpy(), averaged=True))
-
-    def _mean(self, uploads: Iterable[Upload]) -> Tensor | None:
-        mean = StreamingMean()
-        for upload, predictions in payloads_of(uploads, Predictions):
-            mean.add(predictions.values, upload.weight(self.settings.weighting))
-        return mean.pop_mean() if mean.count else None
-
-    def _robust_mean(self, uploads: Iterable[Upload]) -> Tensor | None:
-        with PredictionSpool() as spool:
-            for _, predictions in payloads_of(uploads, Predictions):
-                spool.add(predictions.values)
-            if not spool.count:
-                return None
-            if self.settings.aggregation == "median":
-                return spool.reduce(coordinate_median)
-            return spool.reduce(partial(trimmed_mean, trim=self.settings.trim))
+        clients = self.federation.num_clients
+        with Consensus(
+            self.settings, scale="logits", trust=state.trust, clients=clients
+        ) as consensus:
+            for upload, sent in payloads_of(uploads, Predictions):
+                weight = upload.weight(self.settings.weighting)
+                consensus.add(upload.client, sent.values, weight)
+            if not consensus.clients:
+                return Lesson(trust=state.trust)
+            values = consensus.pop_of_all().numpy()
+            told = Predictions(rows=round.public_rows, values=values, averaged=True)
+            return Lesson(told, trust=consensus.trust)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from fedkd.bounds import Count, PositiveWeight, Temperature, Weight
-from fedkd.exchange.payload import Asked, Payload
+from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
@@ -44,16 +44,16 @@ from strategies.contract import (
     Strategy,
     StrategySettings,
     Upload,
-    payloads_of,
     upload_logits,
 )
 from strategies.shared.lessons import Distilling
+from strategies.shared.robust import CheckedSettings, checked
 
 GOAL = 0.01
 """What the published code brings the mean size of a row's step to, by factors of five."""
 
 
-class KTpFLSettings(StrategySettings):
+class KTpFLSettings(CheckedSettings):
     """Settings under ``strategy:`` when ``name: ktpfl``.
 
     Attributes:
@@ -232,10 +232,8 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
     ) -> Knowledge:
         """Keep the soft labels, and move the coefficients of those who sent them one step."""
         soft = {
-            upload.client: soften(
-                as_tensor(sent.values), temperature=self.settings.temperature
-            ).numpy()
-            for upload, sent in payloads_of(uploads, Predictions)
+            upload.client: self._soft(upload)
+            for upload in checked(self.settings, uploads, self._soft)
         }
         if not soft:
             return state
@@ -246,6 +244,10 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
             soft=np.stack(list(soft.values())),
         )
         return replace(after, coefficients=self.moved(after))
+
+    def _soft(self, upload: Upload) -> np.ndarray:
+        sent = expect(upload.payload, Predictions)
+        return soften(as_tensor(sent.values), temperature=self.settings.temperature).numpy()
 
     def moved(self, state: Knowledge) -> np.ndarray:
         """Return the coefficients after a step of those who sent something among each other."""

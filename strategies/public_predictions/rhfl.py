@@ -46,6 +46,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.robust import CheckedSettings, checked
 
 SCORES, LOSS = "scores", "loss"
 """What a client sends: logits of public rows, and its mean loss on private rows."""
@@ -53,7 +54,7 @@ TAUGHT, TRUST = "taught", "trust"
 """What a client receives: the others' mean soft labels, and the sum of their weights."""
 
 
-class RHFLSettings(StrategySettings):
+class RHFLSettings(CheckedSettings):
     """Settings under ``strategy:`` when ``name: rhfl``.
 
     Attributes:
@@ -243,11 +244,9 @@ class RHFL(Strategy[RHFLSettings, Trust]):
     ) -> Trust:
         """Weigh the clients, and average for each of them what the others say."""
         losses, tables = {}, []
-        for upload, sent in payloads_of(uploads, Bundle):
+        for upload, sent in payloads_of(checked(self.settings, uploads, _soft), Bundle):
             losses[upload.client] = expect(sent[LOSS], Numbers)[0]
-            tables.append(
-                soften(as_tensor(expect(sent[SCORES], Predictions).values), temperature=1.0)
-            )
+            tables.append(as_tensor(_soft(upload)))
         if not losses:
             return state
         weights = confidence_weights(
@@ -277,3 +276,8 @@ class RHFL(Strategy[RHFLSettings, Trust]):
             for client, target, own in zip(losses, targets, weights, strict=True)
         }
         return Trust(known, shared, others)
+
+
+def _soft(upload: Upload) -> np.ndarray:
+    scores = expect(expect(upload.payload, Bundle)[SCORES], Predictions).values
+    return soften(as_tensor(scores), temperature=1.0).numpy()

@@ -18,7 +18,6 @@ from fedkd.bounds import Count
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Orders, Predictions
 from fedkd.exchange.values import Value
-from fedkd.targets import StreamingMean
 from fedkd.training import Cohort, supervised, towards_targets
 from strategies.contract import (
     Call,
@@ -40,6 +39,7 @@ from strategies.public_predictions.dsfl import (
     soft_labels,
     steps_on_public_rows,
 )
+from strategies.shared.robust import Consensus
 
 CACHE = "cache"
 """What a client calls the labels that it keeps: float32 ``[public, classes]``, a row of zeros for
@@ -55,7 +55,7 @@ class SCARLETSettings(SoftLabelSettings):
     """
 
     name: Literal["scarlet"] = "scarlet"
-    aggregation: Literal["sa", "era", "enhanced_era"] = "enhanced_era"
+    sharpening: Literal["sa", "era", "enhanced_era"] = "enhanced_era"
     cache: Count = Field(5)
 
 
@@ -69,6 +69,8 @@ class Cache(Value):
         held: bool ``[clients, public]``, whether a client is known to have a row's label.
         lesson: the round whose rows are learnt next; 0 where none of them has a label.
         model: the server's own, where it has one.
+        trust: float64 ``[clients]`` that sums to 1, how much each client is trusted; None while all
+            are trusted alike.
     """
 
     labels: np.ndarray
@@ -76,6 +78,7 @@ class Cache(Value):
     held: np.ndarray
     lesson: int = 0
     model: ServerModel | None = None
+    trust: np.ndarray | None = None
 
 
 class SCARLET(Strategy[SCARLETSettings, Cache]):
@@ -184,16 +187,20 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
         """
         asked = self.asked_rows(state, round)
         labels, made, held = state.labels.copy(), state.made.copy(), state.held.copy()
-        mean = StreamingMean()
-        for upload, sent in payloads_of(uploads, Predictions):
-            held[upload.client, self.learnt(state)] = True
-            if len(asked):
-                mean.add(sent.values)
-        if mean.count:
-            labels[asked] = self.settings.sharpened(mean.mean())
-            made[asked] = round.number
-            held[:, asked] = False
-        after = Cache(labels, made, held, round.number, state.model)
+        clients = self.federation.num_clients
+        with Consensus(
+            self.settings, scale="probabilities", trust=state.trust, clients=clients
+        ) as consensus:
+            for upload, sent in payloads_of(uploads, Predictions):
+                held[upload.client, self.learnt(state)] = True
+                if len(asked):
+                    consensus.add(upload.client, sent.values)
+            if consensus.clients:
+                labels[asked] = self.settings.sharpened(consensus.of_all())
+                made[asked] = round.number
+                held[:, asked] = False
+            trust = consensus.trust
+        after = Cache(labels, made, held, round.number, state.model, trust)
         rows = self.learnt(after)
         if not len(rows):
             return replace(after, lesson=0)

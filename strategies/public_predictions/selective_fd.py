@@ -23,6 +23,7 @@ from pydantic import Field
 from fedkd.bounds import Count, Few, PositiveWeight, Real, ShareBelowOne
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
+from fedkd.exchange.views import Weighting
 from fedkd.targets import ambiguity, density_ratio
 from fedkd.training import Cohort, as_tensor, supervised, towards_targets
 from strategies.contract import (
@@ -41,6 +42,7 @@ from strategies.contract import (
 )
 from strategies.public_predictions.dsfl import soft_labels
 from strategies.shared.lessons import Lesson, SharedLesson
+from strategies.shared.robust import Consensus, RobustSettings
 
 CLAIMED = "claimed"
 """What a client calls its mask of the public set: bool ``[public]``."""
@@ -52,7 +54,7 @@ NARROWER = 4
 """How many times the kernel is narrower than the median distance of a client's known rows."""
 
 
-class SelectiveFDSettings(StrategySettings):
+class SelectiveFDSettings(RobustSettings):
     """Settings under ``strategy:`` when ``name: selective_fd``.
 
     Attributes:
@@ -128,6 +130,25 @@ def consensus(
     return total / np.where(claims > 0, claims, 1.0)[:, None], claims
 
 
+def robust_consensus(
+    uploads: Iterable[Upload], rows: np.ndarray, classes: int, settings: RobustSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each row what a rule makes of those who sent it, and how many these are.
+
+    Clients that a check leaves out have sent nothing.
+    """
+    with Consensus(settings, scale="probabilities") as said:
+        for upload, own in payloads_of(uploads, Predictions):
+            places = np.searchsorted(rows, own.rows)
+            values, sent = np.zeros((len(rows), classes), np.float32), np.zeros(len(rows), bool)
+            values[places], sent[places] = own.values, True
+            if sent.any():
+                said.add(upload.client, values, sent=sent)
+        if not said.clients:
+            return np.zeros((len(rows), classes)), np.zeros(len(rows))
+        return said.of_all().numpy(), said.speakers()
+
+
 class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
     """Distil what is kept, train at home, send soft labels of the rows that one claims."""
 
@@ -143,7 +164,11 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
     Settings: ClassVar[type[StrategySettings]] = SelectiveFDSettings
     takes_views = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the clients that claim a row"}
-    sums = "equal"
+
+    @property
+    def sums(self) -> Weighting | None:
+        """A mean is all that is needed; other rules look at each client."""
+        return self.settings.sums()
 
     @property
     def private_use(self) -> PrivateUse:
@@ -222,7 +247,11 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
         cannot train on it.
         """
         rows = round.public_rows
-        means, claims = consensus(uploads, rows, self.federation.num_classes)
+        classes, settings = self.federation.num_classes, self.settings
+        if settings.defence is None:
+            means, claims = consensus(uploads, rows, classes)
+        else:
+            means, claims = robust_consensus(uploads, rows, classes, settings)
         if not claims.any():
             return state
         keep = claims > 0

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from fedkd.bounds import Count
 from fedkd.exchange.payloads import Predictions, Weights
 from fedkd.exchange.views import RunningMean
 from fedkd.models import ModelSettings
-from fedkd.targets import StreamingMean
 from fedkd.training import (
     Cohort,
     OptimizerSettings,
@@ -43,9 +42,10 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.robust import Consensus, RobustSettings
 
 
-class FedDFSettings(AveragingSettings):
+class FedDFSettings(AveragingSettings, RobustSettings):
     """Settings under ``strategy:`` when ``name: feddf``.
 
     Attributes:
@@ -80,6 +80,14 @@ class FedDFSettings(AveragingSettings):
                 f"{optimizer.warm_up} and decay {optimizer.decay}"
             )
         return optimizer
+
+    @model_validator(mode="after")
+    def _robust_rules_count_teachers_once(self) -> "FedDFSettings":
+        if self.teachers == "accuracy":
+            self.check_no_defence(
+                "strategy.teachers: accuracy", "it counts each teacher once; use teachers: equal"
+            )
+        return self
 
 
 class FedDF(Averaging[FedDFSettings, GlobalModels]):
@@ -118,22 +126,24 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
         One upload at a time is held. An architecture without uploads starts from what it was.
         """
         averages: dict[str, RunningMean[Weights]] = {}
-        ensemble = StreamingMean()
-        for upload, sent in payloads_of(uploads, Weights):
-            model = self.federation.models[upload.client]
-            logits = server.predict_with(model, sent.arrays, round.public_rows)
-            # Huge weights are numbers, and what they make of a picture need not be one.
-            if not np.isfinite(logits).all():
-                continue
-            mean = averages.setdefault(model.key, RunningMean())
-            mean.add(sent, upload.weight(self.settings.weighting))
-            say = self._say(model, sent, server)
-            if say > 0:
-                ensemble.add(logits, say)
+        lesson: PublicLesson | None = None
+        with Consensus(self.settings, scale="logits") as ensemble:
+            for upload, sent in payloads_of(uploads, Weights):
+                model = self.federation.models[upload.client]
+                logits = server.predict_with(model, sent.arrays, round.public_rows)
+                # Huge weights are numbers, and what they make of a picture need not be one.
+                if not np.isfinite(logits).all():
+                    continue
+                mean = averages.setdefault(model.key, RunningMean())
+                mean.add(sent, upload.weight(self.settings.weighting))
+                say = self._say(model, sent, server)
+                if say > 0:
+                    ensemble.add(upload.client, logits, say)
+            if ensemble.clients:
+                lesson = self._lesson(ensemble.pop_of_all().numpy(), round)
         starts = {key: mean.mean() for key, mean in averages.items()}
         models = {**state.models, **starts}
-        if ensemble.count:
-            lesson = self._lesson(ensemble, round)
+        if lesson is not None:
             models = {key: self._taught(key, models[key], lesson, round, server) for key in models}
         return GlobalModels(models)
 
@@ -149,9 +159,8 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
             drop_worst=settings.drop_worst,
         )
 
-    def _lesson(self, ensemble: StreamingMean, round: Round) -> PublicLesson:
-        """Return the public rows and the mean logits on them."""
-        logits = ensemble.pop_mean().numpy()
+    def _lesson(self, logits: np.ndarray, round: Round) -> PublicLesson:
+        """Return the public rows and the teachers' mean logits on them."""
         return PublicLesson(
             rows=round.public_rows,
             targets=Predictions(rows=round.public_rows, values=logits).targets,

@@ -57,6 +57,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.robust import CheckedSettings, kept_places
 
 SERVER = "server"
 """The name of the server's model."""
@@ -65,7 +66,7 @@ CONSENSUS, DISSENT = "consensus", "dissent"
 """What the server's objective calls the logits of all clients, and of those who say otherwise."""
 
 
-class FedETSettings(AveragingSettings):
+class FedETSettings(AveragingSettings, CheckedSettings):
     """Settings under ``strategy:`` when ``name: fedet``.
 
     Attributes:
@@ -225,9 +226,10 @@ class FedET(Averaging[FedETSettings, Transfer]):
                     head.add(Weights(arrays=last), weight)
             if not spool.count:
                 return state
+            kept = kept_places(self.settings, spool, range(spool.count))
             tables = {
-                CONSENSUS: Table(spool.reduce(consensus_of).numpy(), of="public"),
-                DISSENT: Table(spool.reduce(dissent_of).numpy(), of="public"),
+                CONSENSUS: Table(spool.reduce(consensus_of, only=kept).numpy(), of="public"),
+                DISSENT: Table(spool.reduce(dissent_of, only=kept).numpy(), of="public"),
             }
         own = self._shared(self.settings.model)
         shared = head.mean().arrays if head.weight else {}

@@ -57,6 +57,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.robust import CheckedSettings, checked, values_of
 
 SERVER = "server"
 """The name of the server's model."""
@@ -68,7 +69,7 @@ SMALLEST_ENTROPY = 1e-3
 """Nats below which a client counts as no surer."""
 
 
-class FedGEMSSettings(StrategySettings):
+class FedGEMSSettings(CheckedSettings):
     """Settings under ``strategy:`` when ``name: fedgems``.
 
     Attributes:
@@ -297,7 +298,9 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         """
         asked, classes = state.asked, self.federation.num_classes
         mean, heard = ReliableMean(as_tensor(_labels(server)[asked]), classes), False
-        for _, sent in payloads_of(uploads, Predictions):
+        # Where no row is asked for, answers say nothing that could be checked.
+        kept = checked(self.settings, uploads, values_of) if len(asked) else uploads
+        for _, sent in payloads_of(kept, Predictions):
             mean.add(sent.values)
             heard = True
         if self.learns(SERVER) and not heard:

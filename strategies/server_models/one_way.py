@@ -21,7 +21,6 @@ from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
 from fedkd.models import ModelSettings
-from fedkd.targets import StreamingMean
 from fedkd.training import (
     Cohort,
     ComposedObjective,
@@ -47,6 +46,7 @@ from strategies.contract import (
     payloads_of,
     upload_logits,
 )
+from strategies.shared.robust import Consensus, TrustingSettings
 from strategies.shared.taught import (
     TaughtSettings,
     apart_steps,
@@ -63,7 +63,7 @@ TEACHER = "teacher"
 """The name of the server's model."""
 
 
-class OneWaySettings(TaughtSettings):
+class OneWaySettings(TaughtSettings, TrustingSettings):
     """Settings under ``strategy:`` when ``name: one_way``.
 
     Attributes:
@@ -99,11 +99,14 @@ class Teaching(Value):
         model: the teacher's or the server's.
         lesson: what it teaches in the next round; None where it has nothing to teach.
         taught: whether the model has learnt anything yet.
+        trust: float64 ``[clients]`` that sums to 1, how much each client is trusted; None while all
+            are trusted alike.
     """
 
     model: ServerModel
     lesson: Predictions | None = None
     taught: bool = False
+    trust: np.ndarray | None = None
 
 
 class OneWay(Strategy[OneWaySettings, Teaching]):
@@ -133,6 +136,11 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
             raise ValueError(
                 "strategy.teacher_weights is for strategy.direction: teacher_to_clients, got "
                 f"{settings.direction}, whose server model learns from the clients"
+            )
+        if settings.direction == "teacher_to_clients":
+            settings.check_no_defence(
+                "strategy.direction: teacher_to_clients",
+                "clients send nothing; use server_to_clients or clients_to_server",
             )
         check_public_labels(settings, federation)
 
@@ -262,26 +270,35 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
         if self.settings.direction == "teacher_to_clients":
             return Teaching(state.model, self._lesson_for(state.model, following, server), True)
         temperature = self.settings.softening(round.progress)
-        mean = StreamingMean()
-        for _, predictions in payloads_of(uploads, Predictions):
-            mean.add(F.softmax(as_tensor(predictions.values) / temperature, dim=-1))
-        model, taught = state.model, state.taught
-        if mean.count:
-            ensemble = Predictions(
-                rows=round.public_rows,
-                values=mean.mean().float().numpy(),
-                scale="probabilities",
-                temperature=temperature,
-                averaged=True,
-            )
+        model, taught, trust = state.model, state.taught, state.trust
+        ensemble: Predictions | None = None
+        with Consensus(
+            self.settings,
+            scale="probabilities",
+            trust=trust,
+            clients=self.federation.num_clients,
+        ) as consensus:
+            for upload, predictions in payloads_of(uploads, Predictions):
+                soft = F.softmax(as_tensor(predictions.values) / temperature, dim=-1)
+                consensus.add(upload.client, soft)
+            if consensus.clients:
+                ensemble = Predictions(
+                    rows=round.public_rows,
+                    values=consensus.pop_of_all().numpy(),
+                    scale="probabilities",
+                    temperature=temperature,
+                    averaged=True,
+                )
+                trust = consensus.trust
+        if ensemble is not None:
             objective = self._server_objective(ensemble, round)
             if objective is not None:
                 lesson = round.lesson(ensemble, epochs=self.settings.server_epochs)
                 fitted = server.fit(model, objective, round=round, public=lesson)
                 model, taught = fitted.model, True
         if self.settings.direction == "clients_to_server" or not taught:
-            return Teaching(model, taught=taught)
-        return Teaching(model, self._lesson_for(model, following, server), taught)
+            return Teaching(model, taught=taught, trust=trust)
+        return Teaching(model, self._lesson_for(model, following, server), taught, trust)
 
     def _server_objective(self, ensemble: Predictions, round: Round) -> ComposedObjective | None:
         """What the server distils by; it has no private rows, so terms on labels have no say."""

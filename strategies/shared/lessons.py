@@ -1,7 +1,9 @@
 """Algorithms whose clients send predictions and all receive the same lesson on public rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
+
+import numpy as np
 
 from fedkd.exchange.payload import Asked
 from fedkd.exchange.payloads import Predictions
@@ -40,9 +42,12 @@ class Lesson(Value):
 
     Attributes:
         predictions: what all clients learn next; None before anybody has sent anything.
+        trust: float64 ``[clients]`` that sums to 1, how much each client is trusted; None while all
+            are trusted alike.
     """
 
     predictions: Predictions | None = None
+    trust: np.ndarray | None = field(default=None, kw_only=True)
 
 
 LessonT = TypeVar("LessonT", bound=Lesson)

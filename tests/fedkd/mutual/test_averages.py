@@ -1,12 +1,11 @@
 """Averages of peers: reference values, and one rule for a step and for a stream."""
 
-import numpy as np
 import pytest
 import torch
 
 from fedkd.mutual.averages import (
-    PeerMean,
     ensemble_target,
+    entering,
     leave_one_out_losses,
     leave_one_out_targets,
 )
@@ -63,29 +62,14 @@ def test_peers_in_a_ring_match_the_reference_values():
 
 
 @AVERAGES
-def test_peers_one_by_one_give_what_they_give_side_by_side(average):
-    mean = PeerMean(temperature=3.0, average=average)
-    own = [mean.add(peer) for peer in PEERS]
-    assert mean.count == 3
-    torch.testing.assert_close(
-        mean.of_all(), ensemble_target(PEERS, temperature=3.0, average=average)
-    )
-    others = leave_one_out_targets(PEERS, temperature=3.0, average=average)
-    for values, expected in zip(own, others, strict=True):
-        torch.testing.assert_close(mean.of_others(values), expected)
-
-
-@AVERAGES
 def test_arrays_are_as_good_as_tensors(average):
     arrays = PEERS.float().numpy()
     arrays.flags.writeable = False  # as what a client sent
     options = {"temperature": 2.0, "average": average}
     for rule in (ensemble_target, leave_one_out_targets):
         assert torch.equal(rule(arrays, **options), rule(PEERS.float(), **options))
-    mean, twin = PeerMean(**options), PeerMean(**options)
     for array, tensor in zip(arrays, PEERS.float(), strict=True):
-        assert torch.equal(mean.add(array), twin.add(tensor))
-    assert torch.equal(mean.of_all(), twin.of_all())
+        assert torch.equal(entering(array, **options), entering(tensor, **options))
 
 
 @AVERAGES
@@ -94,8 +78,7 @@ def test_targets_are_constants(average):
     options = {"temperature": 2.0, "average": average}
     assert not ensemble_target(leaf, **options).requires_grad
     assert not leave_one_out_targets(leaf, **options).requires_grad
-    mean = PeerMean(**options)
-    assert not mean.add(leaf[0]).requires_grad
+    assert not entering(leaf[0], **options).requires_grad
 
 
 def test_averages_of_probabilities_and_of_logits_are_different_targets():
@@ -105,11 +88,6 @@ def test_averages_of_probabilities_and_of_logits_are_different_targets():
     assert (probabilities - logits.softmax(-1)).abs().max() > 0.05
 
 
-def test_refuses_a_peer_without_others_and_what_is_no_number():
+def test_refuses_a_peer_without_others():
     with pytest.raises(ValueError, match="at least 2 clients, got 1"):
         leave_one_out_targets(PEERS[:1], temperature=1.0)
-    mean = PeerMean(temperature=1.0)
-    with pytest.raises(ValueError, match="at least 2 contributions, got 1"):
-        mean.of_others(mean.add(PEERS[0]))
-    with pytest.raises(ValueError, match="must be finite"):
-        mean.add(np.full((2, 4), np.nan, np.float32))

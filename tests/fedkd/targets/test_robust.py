@@ -5,6 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedkd.targets import (
     PredictionSpool,
@@ -12,8 +14,13 @@ from fedkd.targets import (
     filtered_mean,
     geometric_median,
     kept_by_filter,
+    kept_within,
     less_trusted,
+    norm_checked_mean,
+    outlier_checked_mean,
     outlier_scores,
+    squared_deviations,
+    squared_distances,
     trimmed_mean,
 )
 
@@ -238,3 +245,196 @@ def test_those_who_are_left_are_trusted_however_little_that_was():
 def test_somebody_is_left_however_many_may_lie():
     found = filtered_mean(SAMPLE[:4], dishonest=0.9999999999)
     assert torch.isfinite(found).all()
+
+
+# -- checks of whole clients -------------------------------------------------------------------
+
+# Of two rows: sizes sqrt(2), sqrt(2), sqrt(2), 10 sqrt(2); the last one scales up what it says.
+SCALED = torch.tensor(
+    [
+        [[1.0, -1], [1, -1]],
+        [[2.0, 0], [0, -2]],
+        [[-1.0, 1], [1, -1]],
+        [[10.0, -10], [10, -10]],
+    ]
+)
+# Their coordinate median is (0, 0) in both rows; distances are 1, 1, 1, 1 and sqrt(13).
+FAR = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1], [0, 0]])[:, None].repeat(1, 2, 1)
+FAR[4] = torch.tensor([[3.0, 0], [-1, 4]])
+
+
+def test_sizes_are_distances_from_a_row_of_equal_scores():
+    assert squared_deviations(SCALED).tolist() == [[2, 2], [2, 2], [2, 2], [200, 200]]
+
+
+def test_who_is_larger_than_the_median_client_allows_is_left_out():
+    assert kept_within(squared_deviations(SCALED), factor=9.99).tolist() == [True] * 3 + [False]
+    assert kept_within(squared_deviations(SCALED), factor=10).tolist() == [True] * 4
+    told = norm_checked_mean(SCALED, factor=2)
+    assert np.allclose(told, [[2 / 3, 0], [2 / 3, -4 / 3]], atol=1e-7)
+
+
+def test_who_is_farther_from_the_median_than_the_median_client_allows_is_left_out():
+    assert squared_distances(FAR).tolist() == [[1, 1], [1, 1], [1, 1], [1, 1], [9, 17]]
+    for factor, last in ((3.6, False), (3.61, True)):
+        kept = kept_within(squared_distances(FAR), factor=factor)
+        assert kept.tolist() == [True] * 4 + [last]
+    assert np.allclose(outlier_checked_mean(FAR, factor=2), 0, atol=1e-7)
+    assert np.allclose(outlier_checked_mean(FAR, factor=4), FAR.mean(0), atol=1e-7)
+
+
+def test_only_the_rows_that_a_client_spoke_of_count():
+    squares = np.array([[1.0, 1, 1], [4, 0, 0], [1, 1, 0], [0, 0, 0]])
+    sent = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
+    # Distances are 1, 2, 1; the last client says nothing, and is no median client.
+    assert kept_within(squares, sent, factor=1.9).tolist() == [True, False, True, False]
+    assert kept_within(squares, sent, factor=2).tolist() == [True, True, True, False]
+    assert not kept_within(squares, np.zeros_like(sent), factor=2).any()
+
+
+@pytest.mark.parametrize("checked", [norm_checked_mean, outlier_checked_mean])
+def test_where_all_are_alike_a_check_leaves_out_nobody(checked):
+    one = soft(1)
+    for clients in (1, 2, 5):
+        assert np.allclose(checked(one.expand(clients, -1, -1), factor=1), one[0], atol=1e-7)
+    with pytest.raises(ValueError, match=r"factor must be >= 1, got 0.99"):
+        checked(SCALED, factor=0.99)
+
+
+@pytest.mark.parametrize("checked", [norm_checked_mean, outlier_checked_mean])
+def test_a_check_without_clients_has_no_mean(checked):
+    with pytest.raises(ValueError, match="at least 1 client, got 0"):
+        checked(SCALED[:0], factor=2)
+
+
+# -- what liars can do, whatever they send -------------------------------------------------------
+
+CLASSES = 4
+CENTRE = np.array([0.55, 0.25, 0.15, 0.05])
+RADIUS = 0.02
+ROUNDING = 1e-6
+
+on_the_simplex = st.lists(st.floats(0, 1, width=32), min_size=CLASSES, max_size=CLASSES).map(
+    lambda parts: (np.array(parts) + 1e-9) / (np.sum(parts) + CLASSES * 1e-9)
+)
+
+
+@st.composite
+def federations(draw, liars_of, together=False):
+    """Honest clients near a centre, and so many liars that say anything; a row of each."""
+    clients = draw(st.integers(3, 12))
+    liars = draw(st.integers(0, liars_of(clients)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    away = rng.normal(size=(clients - liars, CLASSES))
+    away -= away.mean(-1, keepdims=True)
+    away *= RADIUS * rng.random((len(away), 1)) / np.linalg.norm(away, axis=-1, keepdims=True)
+    honest = CENTRE + away
+    lies = (
+        [draw(on_the_simplex)] * liars if together else [draw(on_the_simplex) for _ in range(liars)]
+    )
+    order = rng.permutation(clients)
+    values = np.concatenate([honest, np.reshape(lies, (liars, CLASSES))])[order]
+    return torch.from_numpy(values)[:, None], honest, liars
+
+
+def fewer_than_half(clients):
+    return (clients - 1) // 2
+
+
+@given(federations(fewer_than_half))
+def test_a_median_stays_among_the_honest_whatever_fewer_than_half_say(case):
+    values, honest, _ = case
+    told = coordinate_median(values)[0].numpy()
+    assert (told >= honest.min(0) - ROUNDING).all()
+    assert (told <= honest.max(0) + ROUNDING).all()
+
+
+@given(federations(lambda clients: int(0.34 * clients)))
+def test_a_trimmed_mean_stays_among_the_honest_while_it_trims_as_many_as_lie(case):
+    values, honest, _ = case
+    told = trimmed_mean(values, trim=0.34)[0].numpy()
+    assert (told >= honest.min(0) - ROUNDING).all()
+    assert (told <= honest.max(0) + ROUNDING).all()
+
+
+@given(federations(fewer_than_half))
+def test_a_median_of_probabilities_has_the_honest_range_divided_by_its_sum(case):
+    values, honest, _ = case
+    told = coordinate_median(values, scale="probabilities")[0].numpy()
+    assert told.sum() == pytest.approx(1, abs=1e-6)
+    low, high = honest.min(0), honest.max(0)
+    assert (told >= low / high.sum() - ROUNDING).all()
+    assert (told <= high / low.sum() + ROUNDING).all()
+
+
+@given(federations(fewer_than_half))
+def test_a_geometric_median_stays_near_the_honest(case):
+    # Minsker, 2015, Lemma 2.1: with a share a of liars at most (1 - a) / sqrt(1 - 2 a) times the
+    # radius of a ball that holds all honest clients. https://arxiv.org/abs/1308.1334
+    values, _, liars = case
+    share = liars / len(values)
+    told = geometric_median(values)[0].numpy()
+    bound = (1 - share) / np.sqrt(1 - 2 * share) * RADIUS
+    assert np.linalg.norm(told - CENTRE) <= bound + ROUNDING
+
+
+def dropped(clients, dishonest=0.6):
+    return 2 * min(int(dishonest * clients / 2 + 1e-9), (clients - 1) // 2)
+
+
+@given(federations(lambda clients: min(fewer_than_half(clients), dropped(clients)), together=True))
+def test_a_filter_finds_liars_that_lie_together_or_they_are_no_liars(case):
+    # One that is not left out has moved the mean by no more than some radii.
+    values, _, _ = case
+    told = filtered_mean(values, dishonest=0.6)[0].numpy()
+    assert np.linalg.norm(told - CENTRE) <= 12 * RADIUS
+
+
+@given(federations(fewer_than_half), st.floats(1, 4))
+def test_who_passes_the_norm_check_is_at_most_so_many_times_as_large_as_an_honest_client(
+    case, factor
+):
+    values, honest, _ = case
+    largest = np.sqrt(squared_deviations(torch.from_numpy(honest)[:, None]).max())
+    sizes = np.sqrt(squared_deviations(values)[:, 0])
+    kept = kept_within(squared_deviations(values), factor=factor)
+    assert (sizes[kept] <= factor * largest + ROUNDING).all()
+    told = norm_checked_mean(values, factor=factor)
+    assert np.sqrt(squared_deviations(told[None])[0, 0]) <= factor * largest + ROUNDING
+
+
+@given(federations(fewer_than_half), st.floats(1, 4))
+def test_the_outlier_check_keeps_the_mean_near_the_honest(case, factor):
+    # The median is within the honest range; the median client is no farther from it than some
+    # honest client is, and nobody who is kept is farther than so many times that.
+    values, honest, _ = case
+    spread = np.linalg.norm(honest.max(0) - honest.min(0)) if len(honest) > 1 else 0.0
+    told = outlier_checked_mean(values, factor=factor)[0].numpy()
+    median = coordinate_median(values)[0].numpy()
+    assert np.linalg.norm(told - median) <= factor * spread + ROUNDING
+
+
+ALL_RULES = {
+    **RULES,
+    "norm check": partial(norm_checked_mean, factor=1.2),
+    "outlier check": partial(outlier_checked_mean, factor=1.2),
+}
+
+
+@pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES.keys())
+@given(values=st.integers(0, 10**6), order=st.permutations(range(7)))
+def test_the_order_of_clients_makes_no_difference(rule, values, order):
+    said = soft(7, rows=3, seed=values).double()
+    assert np.allclose(rule(said), rule(said[list(order)]), atol=1e-9)
+
+
+@given(federations(fewer_than_half), st.floats(0.1, 20))
+def test_trust_falls_most_for_whoever_is_farthest(case, rate):
+    values, _, _ = case
+    target = coordinate_median(values, scale="probabilities")
+    trust = np.full(len(values), 1 / len(values))
+    after = less_trusted(trust, values, target, rate=rate)
+    away = np.linalg.norm((values[:, 0] - target[0]).numpy(), axis=-1)
+    assert after.sum() == pytest.approx(1)
+    ratio = np.log(after / after.max())
+    assert np.allclose(ratio, -rate * (away - away.min()), atol=1e-6)

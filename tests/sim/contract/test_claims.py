@@ -13,6 +13,7 @@ from sim.settings import SettingsError
 HEAD = '''
 import itertools
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -41,6 +42,14 @@ class Broken(VarianceWeighted):
 '''
 
 BREAKS = {
+    "a rule that is ignored": (
+        """
+    class Settings(Settings):
+        aggregation: Literal["mean", "median"] = "mean"
+""",
+        "its_rules_of_aggregation_are_followed",
+        "makes of the first answers what the mean makes of them",
+    ),
     "settings that can be changed": (
         """
     class Settings(Settings):

@@ -30,7 +30,7 @@ VARIANTS = {
         {"peers": "best-k", "include_self": True},
         {"objective": {"ce": 1.0, "kd": {"learned": True}, "sp": {"weight": 1, "on": "logits"}}},
     ],
-    "dsfl": [{}, {"aggregation": "sa", "server_model": "mlp"}],
+    "dsfl": [{}, {"sharpening": "sa", "server_model": "mlp"}],
     # Fifty epochs of pretraining show no more than two do.
     "fccl": [{"pretrain_epochs": 2}],
     "fd": [{}, {"collect": "evaluation", "weighting": "count"}],

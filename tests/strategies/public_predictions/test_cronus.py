@@ -9,7 +9,8 @@ from fedkd.exchange.payloads import Predictions
 from fedkd.models import ModelSettings
 from fedkd.training import Passes
 from strategies.contract import Federation, ServerTools, Upload
-from strategies.public_predictions.cronus import Cronus, CronusSettings, Trusting
+from strategies.public_predictions.cronus import Cronus, CronusSettings
+from strategies.shared.lessons import Lesson
 
 FIVE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.65, 0.25, 0.1], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]
 
@@ -48,7 +49,7 @@ def uploads(*soft):
 
 def target(strategy, sent, state=None):
     round = strategy.federation.round(1)
-    return strategy.aggregate(state or Trusting(), sent, round, NO_TOOLS).predictions
+    return strategy.aggregate(state or Lesson(), sent, round, NO_TOOLS).predictions
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ TRUST = [0.20834572, 0.21789522, 0.21489329, 0.24334102, 0.11552475]
 def test_trust_falls_with_the_distance_from_the_robust_mean():
     strategy = cronus(aggregation="mean", trust_rate=1.0)
     round = strategy.federation.round(1)
-    state = strategy.aggregate(Trusting(), uploads(*FIVE), round, NO_TOOLS)
+    state = strategy.aggregate(Lesson(), uploads(*FIVE), round, NO_TOOLS)
     assert np.allclose(state.trust, TRUST, atol=1e-7)
     expected = [0.53793028, 0.23376334, 0.22830638]
     assert np.allclose(state.predictions.values, [expected, expected], atol=1e-7)
@@ -87,7 +88,7 @@ def test_trust_falls_with_the_distance_from_the_robust_mean():
 
 def test_a_client_that_nobody_trusts_any_more_counts_for_nothing():
     strategy = cronus(aggregation="median", trust_rate=100.0)
-    round, state = strategy.federation.round(1), Trusting()
+    round, state = strategy.federation.round(1), Lesson()
     for _ in range(30):
         state = strategy.aggregate(state, uploads(*FIVE), round, NO_TOOLS)
         assert np.isfinite(state.trust).all()
@@ -106,7 +107,7 @@ def test_at_another_temperature_soft_labels_are_softened_before_they_are_average
 
 def test_where_nobody_answers_the_last_mean_is_learnt_again():
     strategy = cronus()
-    before = Trusting(target(strategy, uploads(*FIVE)))
+    before = Lesson(target(strategy, uploads(*FIVE)))
     assert target(strategy, [], before) is before.predictions
     assert target(strategy, []) is None
 

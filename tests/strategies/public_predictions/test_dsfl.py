@@ -68,7 +68,7 @@ def uploads(*logits):
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [({"aggregation": "sa"}, MEAN), ({}, ERA), ({"aggregation": "enhanced_era"}, SQUARED)],
+    [({"sharpening": "sa"}, MEAN), ({}, ERA), ({"sharpening": "enhanced_era"}, SQUARED)],
 )
 def test_the_target_is_the_sharpened_mean_of_the_clients_probabilities(settings, expected):
     strategy = DSFL(DSFLSettings(**settings), federation())

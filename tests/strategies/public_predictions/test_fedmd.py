@@ -257,7 +257,7 @@ def test_a_robust_consensus_of_nobody_is_none(fedmd, aggregation):
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
 def test_robust_rules_have_no_weights(fedmd, aggregation):
-    expected = f"weighting: examples needs strategy.aggregation: mean, got {aggregation}"
+    expected = f"weighting: examples does not go with strategy.aggregation: {aggregation}"
     with pytest.raises(ValueError, match=expected):
         fedmd(aggregation=aggregation, weighting="examples")
 

@@ -251,7 +251,7 @@ def test_a_state_is_not_written_into():
 def test_with_labels_that_are_fresh_for_one_round_it_is_dsfl_bit_for_bit(
     tiny_settings, tiny_data, simulate
 ):
-    shared = {"aggregation": "era"}
+    shared = {"sharpening": "era"}
     runs = [
         simulate(tiny_settings(name, options=options, exchange={"rows_per_round": 9}), tiny_data())
         for name, options in (("dsfl", shared), ("scarlet", {**shared, "cache": 1}))

@@ -17,6 +17,7 @@ from strategies.public_predictions.selective_fd import (
     claimed_rows,
     consensus,
     hardened,
+    robust_consensus,
 )
 from strategies.shared.lessons import Lesson
 
@@ -248,3 +249,40 @@ def test_hard_labels_are_votes_and_cost_a_byte_a_row(tiny_settings, tiny_data, s
     soft = simulate(tiny_settings("selective_fd", rounds=2), tiny_data())
     assert run.history.federation[0]["bytes_up"] < soft.history.federation[0]["bytes_up"] / 4
     assert run.history.federation[1]["bytes_down"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected", "claims"),
+    [
+        ("median", [[0.8, 0.2], [0.4, 0.6]], [3, 2]),
+        ("trimmed_mean", [[0.8, 0.2], [0.4, 0.6]], [3, 2]),
+        ("outlier_check", [[0.85, 0.15], [0.6, 0.4]], [2, 1]),
+    ],
+)
+def test_a_robust_rule_counts_those_who_claim_a_row(rule, expected, claims):
+    rows = np.array([3, 8])
+    sent = [
+        ([3], [[0.9, 0.1]]),
+        ([3, 8], [[0.8, 0.2], [0.6, 0.4]]),
+        ([3, 8], [[0.0, 1.0], [0.2, 0.8]]),
+    ]
+    uploads = [
+        Upload(
+            client,
+            Predictions(
+                rows=np.array(own),
+                values=np.array(values, np.float32),
+                scale="probabilities",
+                ids="subset",
+                planned=2,
+            ),
+            5,
+        )
+        for client, (own, values) in enumerate([*sent, ([], np.empty((0, 2)))])
+    ]
+    settings = SelectiveFDSettings(aggregation=rule, trim=0.4, factor=1.5)
+    means, counted = robust_consensus(iter(uploads), rows, 2, settings)
+    assert np.allclose(means, expected, atol=1e-6)
+    assert counted.tolist() == claims
+    none, nobody = robust_consensus(iter(uploads[3:]), rows, 2, settings)
+    assert (none.sum(), nobody.sum()) == (0, 0)
