@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedkd.exchange.adversaries import NoAdversary
+from fedkd.exchange.adversaries import Lying, NoAdversary
 from fedkd.names import check_name
 from sim.keeping.identity import fingerprint
 from sim.reports.grids import ARM, Axis, Grid, value_label
@@ -68,10 +68,17 @@ def patch_of(swept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_effect(settings: Settings) -> Settings:
-    """Return settings without what changes no number in a run: an adversary that has nobody."""
-    if getattr(settings.adversary, "fraction", None) == 0:
-        return settings.model_copy(update={"adversary": NoAdversary()})
-    return settings
+    """Return settings without what changes no number in a run: an adversary that has nobody.
+
+    One whose goal is measured beside accuracy stays: without clients it is what others are compared
+    with.
+    """
+    adversary = settings.adversary
+    if not isinstance(adversary, Lying):
+        return settings
+    if adversary.controlled(settings.clients.count, seed=settings.seed):
+        return settings
+    return settings.model_copy(update={"adversary": NoAdversary()})
 
 
 def settle(
