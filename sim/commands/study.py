@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedkd.names import nearest
 from sim.commands.arms import Study, difference_notes, refused_notes, study_of
 from sim.commands.running import load_data, open_session, run
+from sim.commands.sweeps import is_swept, sweep_notes
 from sim.engine.resources import check_engine
 from sim.keeping.identity import fingerprint
 from sim.keeping.models import kept_otherwise
@@ -183,7 +184,15 @@ def compare(
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
-    notes = [*study.notes, *difference_notes(study.differs), *notes, *backend_notes(runs)]
+    sweep = settings.study.sweep
+    others = {path: told for path, told in study.differs.items() if not is_swept(path, sweep)}
+    notes = [
+        *study.notes,
+        *sweep_notes(sweep),
+        *difference_notes(others),
+        *notes,
+        *backend_notes(runs),
+    ]
     # Two commands may end at once; each finds the other's report whole.
     with only_one(folder):
         place = report_folder(folder, folders, baseline)

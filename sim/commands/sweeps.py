@@ -160,3 +160,18 @@ def grid_of(
     axes = [Axis(ARM, tuple(bases))] if len(bases) > 1 else []
     axes += [Axis(setting, tuple(values)) for setting, values in sweep.items()]
     return Grid(tuple(axes), tuple(name if name in kept else "" for name in names))
+
+
+def sweep_notes(sweep: Sweep) -> list[str]:
+    """Say what was swept over."""
+    if not sweep:
+        return []
+    told = [
+        f"{setting} ({', '.join(map(value_label, values))})" for setting, values in sweep.items()
+    ]
+    return [f"swept over {', '.join(told)}"]
+
+
+def is_swept(setting: str, sweep: Sweep) -> bool:
+    """Tell whether a setting is one that is swept over, or part of one."""
+    return any(setting == swept or setting.startswith(f"{swept}.") for swept in sweep)

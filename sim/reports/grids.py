@@ -88,8 +88,8 @@ class Grid:
         """The grid as tables that can be drawn; none where it has one value, or four axes.
 
         Columns are the last setting whose values are numbers, or else the last one; rows are the
-        last of the others; and there is a plane for each value of the one before. Settings with a
-        single value are left out.
+        arms that were swept over, or else the last of the others; and there is a plane for each
+        value of the third. Settings with a single value are left out.
         """
         places = [place for place, axis in enumerate(self.axes) if len(axis.values) > 1]
         if not 1 <= len(places) <= 3:
@@ -97,6 +97,7 @@ class Grid:
         numeric = [place for place in places if self.axes[place].numeric]
         columns = (numeric or places)[-1]
         others = [place for place in places if place != columns]
+        others.sort(key=lambda place: self.axes[place].name == ARM)
         rows = others[-1] if others else None
         panels = others[0] if len(others) == 2 else None
         return tuple(

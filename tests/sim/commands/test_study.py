@@ -157,6 +157,11 @@ def test_a_sweep_runs_and_its_grid_is_in_the_files(small: Small) -> None:
     names = ["fedmd-float32", "fedmd-top_k-2", "fedavg-float32", "fedavg-top_k-2"]
     assert table["grid"]["arms"] == study.to_row()["grid"]["arms"] == list(study.runs) == names
     assert (study.folder / "figures" / "accuracy_in_grid.png").is_file()
+    assert (
+        study.notes[0] == "swept over strategy.name (fedmd, fedavg), exchange.up (float32, top_k 2)"
+    )
+    assert study.differs["exchange.up.kind"]["fedmd-top_k-2"] == "top_k"
+    assert not any("exchange.up.kind" in note for note in study.notes)
     # What is finished is found by its settings, however it is named by the sweep.
     started: list[tuple[str, int]] = []
     compare(small(SWEPT), observer_of=lambda a, s: [Counting(started, a, s)])

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.commands.arms import Study, load_study
+from sim.commands.running import run
 from sim.commands.sweeps import drafts, name_of, patch_of
 from sim.reports.grids import Axis
 from sim.settings import SettingsError, load_settings
@@ -206,3 +207,43 @@ def test_drafts_are_the_product(values: list[list[int]]) -> None:
 def test_names_are_read_as_the_values(values: list[object], name: str) -> None:
     assert name_of("", values) == name
     assert name_of("arm", values) == f"arm-{name}"
+
+
+LIARS = """
+strategy: {name: fedmd, aggregation: median}
+study:
+  sweep:
+    adversary.kind: [lma, fdla, backdoor]
+    adversary.fraction: [0, 0.09, 0.4]
+"""
+
+
+def test_an_attack_of_nobody_is_none_and_one_with_a_goal_is_kept(study: Read) -> None:
+    # 0.09 of ten clients is nobody. A backdoor's success is measured without any client, too.
+    found = study(LIARS)
+    assert list(found.arms) == [
+        "fedmd",
+        "lma-0.4",
+        "fdla-0.4",
+        "backdoor-0",
+        "backdoor-0.09",
+        "backdoor-0.4",
+    ]
+    assert found.arms["fedmd"].adversary.kind == "none"
+    assert found.grid is not None
+    assert found.grid.arms[:6] == ("fedmd", "fedmd", "lma-0.4", "fedmd", "fedmd", "fdla-0.4")
+    (plane,) = found.grid.planes
+    assert plane.columns.name == "adversary.fraction"
+
+
+def test_nobody_s_attack_has_the_bits_of_none(tmp_path: Path) -> None:
+    words = ["rounds=2", "clients={count: 4, models: [mlp], local: {epochs: 1}}"]
+    words += [
+        "data={private_rows: 120, test_rows: 60, public: {size: 40}, partition: {min_rows: 2}}"
+    ]
+    words += ["engine.backend=inline", f"output={tmp_path}", "strategy=fedmd"]
+    digests = {
+        run(load_settings(None, [*words, f"adversary={adversary}"])).weights_sha256
+        for adversary in ("none", "{kind: lma, fraction: 0}", "{kind: fdla, fraction: 0.2}")
+    }
+    assert len(digests) == 1

@@ -29,6 +29,15 @@ def test_numbers_run_along_columns_wherever_they_stand():
                     assert set(arm.split("/")) == {"", attack, rule, share}
 
 
+def test_arms_that_were_swept_over_are_the_rows():
+    arms = Axis("arm", ("a", "b"))
+    first, second = grid_of(arms, ATTACKS, SHARES).planes
+    assert (first.rows, first.columns, second.title) == (arms, SHARES, "adversary: cpa")
+    assert second.arms[0] == ("/a/cpa/0", "/a/cpa/0.2")
+    (plane,) = grid_of(arms, ATTACKS).planes
+    assert (plane.rows, plane.columns) == (arms, ATTACKS)
+
+
 def test_without_numbers_the_last_setting_runs_along_columns():
     (plane,) = grid_of(ATTACKS, RULES).planes
     assert (plane.title, plane.rows, plane.columns) == ("", ATTACKS, RULES)
