@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     LABEL_NOISE = 20
     FEATURE_SHIFT = 21
     PRIVATE_NOISE = 22
+    ATTACK = 23
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

@@ -524,6 +524,7 @@ class ServerTurn:
         self._down: dict[int, Arrays] = {}
         self._told: dict[int, tuple[Payload, Arrays]] = {}
         self._received: dict[int, tuple[Payload, Arrays]] = {}
+        self._opened: dict[int, tuple[Payload, Payload]] = {}
 
     @property
     def protects(self) -> bool:
@@ -577,6 +578,18 @@ class ServerTurn:
         share = self._shares[client]
         self.levels[client] = Levels(level, share.up, share.up_bytes)
         return Outgoing(payload, 0, self.levels[client])
+
+    def opened(self, client: int, sent: Payload) -> Payload:
+        """Return what a client makes of what it was sent in this round."""
+        level = self.levels.get(client, NO_BUDGET).down
+        codec = self._stages.down if level is None else LADDER[level]
+        if codec.remembers:
+            on = isinstance(sent, Encoded) and sent.since > 0
+            return codec.decode(sent, dict(self._before.clients[client].down) if on else {})[0]
+        # What many receive is decoded once; it is held so that its id stays its own.
+        if id(sent) not in self._opened:
+            self._opened[id(sent)] = sent, codec.decode(sent, {})[0]
+        return self._opened[id(sent)][1]
 
     def cost(self, client: int, asked: Asked | None) -> Cost | None:
         """Return what a round costs a client, as far as that is known before; None: nothing.

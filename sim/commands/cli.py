@@ -178,6 +178,7 @@ def root(
     - `fedkd distill` : one machine, a teacher, a student
     - `fedkd data conf/quickstart.yaml` : who holds which rows
     - `fedkd algorithms` : who learns from whom, what travels
+    - `fedkd attack RUN` : what a run tells of private rows
     - `fedkd report runs/quickstart` : the report again, or over several runs
     - `fedkd predict RUN FILES` : what a run's model sees in files
     - `fedkd export RUN` : a run's model as ONNX or torch.export
@@ -287,6 +288,7 @@ def compare(
     from sim.commands.study import compare as compare_arms
     from sim.keeping.records import to_json
     from sim.reports import plane_tables, summary_table, verdicts
+    from sim.reports.attacks import is_attacked, leakage_table
 
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     folder = planned.settings.output / planned.settings.name
@@ -311,6 +313,8 @@ def compare(
         typer.echo(to_json(study.to_row()))
     elif not quiet:
         _print(summary_table(study.runs, study.baseline, study.refused), wide=wide)
+        if is_attacked(study.runs):
+            _print(leakage_table(study.runs), wide=wide)
         _print_words(*(note for note in study.notes if note not in told))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
@@ -498,6 +502,71 @@ def privacy(
         said |= dict.fromkeys(outlook.assumptions)
     _print_words(*refused_notes(refused))
     _print_words("", *said)
+
+
+@app.command(cls=_Command)
+def attack(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[attacks.KEY=VALUE]...", help="Settings of attacks.", show_default=False
+        ),
+    ] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            help="Which attacks, separated by commas: membership, labels, inversion, stealing; all "
+            "by default.",
+        ),
+    ] = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    wide: Wide = False,
+    json: AsJson = False,
+) -> None:
+    """Attack a finished run: what do models, uploads and the consensus tell of private rows?
+
+    From three places: a client's model, what it sent, what another client received. Membership
+    comes with a positive control (models that know their rows by heart) and a negative one
+    (membership drawn at random). What travelled is read from the run's folder where
+    exchange.keep=true kept it, and else the run is repeated from its seed first.
+
+    Examples:
+    - `fedkd attack runs/default/20260101-120000-1a2b3c`
+    - `fedkd attack runs/default/20260101-120000-1a2b3c --attack membership attacks.shadows=64`
+    - `fedkd attack runs/default/20260101-120000-1a2b3c --attack labels,stealing`
+    - `fedkd compare conf/examples/leakage.yaml` : attacks on every run of a study
+    """
+    from sim.attacks.running import attack as attack_run
+    from sim.attacks.settings import KINDS
+    from sim.commands.progress import AttackProgress, signs_of_life
+    from sim.commands.running import settings_of_run
+    from sim.keeping.records import to_json
+    from sim.reports.attacks import attack_tables, missing_in
+
+    asked = [*(words or [])]
+    kinds = [kind.strip() for kind in (attack or "").split(",") if kind.strip()]
+    if kinds:
+        asked.append(f"attacks.kinds=[{','.join(kinds)}]")
+    settings = settings_of_run(run, asked, allow=allow or ())
+    wanted = settings.attacks
+    if not wanted.kinds:
+        wanted = wanted.model_copy(update={"kinds": KINDS})
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
+    hint = f"the same command begins anew; the run in {run} is whole"
+    with signs, _stoppable(hint), redirect_stdout(sys.stderr):
+        progress = AttackProgress(signs, run.name)
+        found = attack_run(run, settings, wanted, tell=progress)
+        progress.ended()
+    if json:
+        typer.echo(to_json(found.row))
+    elif not quiet:
+        for table in attack_tables(found.row):
+            _print(table, wide=wide)
+            typer.echo("")
+        _print_words(*missing_in(found.row))
+        typer.echo(f"kept   {found.path}\ndraw   fedkd report {run}")
 
 
 Model = Annotated[

@@ -59,6 +59,9 @@ class Signs(AbstractContextManager["Signs"]):
     def reached(self, task: int, completed: int, total: int, note: str) -> None:
         """So much of it is done; all of it where both numbers are equal."""
 
+    def doing(self, task: int, what: str) -> None:
+        """This goes on in it; how much there is in all nobody knows."""
+
     def ended(self, task: int) -> None:
         """It is over, wherever it stands."""
 
@@ -105,6 +108,10 @@ class Bars(Signs):
         self._progress.update(TaskID(task), completed=completed, total=total, note=note)
         if completed >= total:
             self.ended(task)
+
+    def doing(self, task: int, what: str) -> None:
+        """Write it beside the bar."""
+        self._progress.update(TaskID(task), note=printable(what))
 
     def ended(self, task: int) -> None:
         """Put a line in place of the bar: a terminal is only so high."""
@@ -188,6 +195,14 @@ class Lines(Signs):
             elif (self._silent and not self._patient) or self._silence() >= SIGN_OF_LIFE_S:
                 self._tell(found)
 
+    def doing(self, task: int, what: str) -> None:
+        """Write a line where it is the first, or where the log was silent for long."""
+        with self._lock:
+            found = self._tasks[task]
+            found.state, found.note, found.told = what, "", False
+            if (self._silent and not self._patient) or self._silence() >= SIGN_OF_LIFE_S:
+                self._tell(found)
+
     def ended(self, task: int) -> None:
         """Write where it ended, unless that was the line before."""
         with self._lock:
@@ -258,6 +273,7 @@ class ProgressObserver(Observer):
         self._task = signs.begin(label)
         self._completed, self._total = 0, 1
         self._note = ""
+        self._attacks: AttackProgress | None = None
 
     def started(self, settings: "Settings", data: "FederatedData") -> None:
         """The first round is about to start."""
@@ -296,6 +312,12 @@ class ProgressObserver(Observer):
         self._completed += 1
         self._signs.reached(self._task, self._completed, self._total, self._note)
 
+    def attacking(self, what: str) -> None:
+        """The run is finished and is attacked."""
+        if self._attacks is None:
+            self._attacks = AttackProgress(self._signs, self._label)
+        self._attacks(what)
+
     def event(self, row: Row) -> None:
         """Name what happened, such as a rejected reply, above the bar."""
         where = f"round {row['round']}"
@@ -303,6 +325,28 @@ class ProgressObserver(Observer):
             where += f", client {row['client']}"
         last_line = str(row.get("reason", "")).strip().splitlines()[-1:] or [""]
         self._signs.say(f"{self._label}: {where}: {row['event']}: {last_line[0]}")
+
+
+class AttackProgress:
+    """Says what goes on in attacks; to a log a line every half minute.
+
+    Args:
+        signs: where it is shown.
+        label: of the run.
+    """
+
+    def __init__(self, signs: Signs, label: str) -> None:
+        self._signs = signs
+        self._task = signs.begin(f"{label}: attacks")
+
+    def __call__(self, what: str) -> None:
+        """Something begins, or goes on."""
+        self._signs.doing(self._task, what)
+
+    def ended(self) -> None:
+        """All attacks are over."""
+        self._signs.doing(self._task, "over")
+        self._signs.ended(self._task)
 
 
 class FitProgress:

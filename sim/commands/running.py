@@ -26,6 +26,7 @@ from sim.engine.runtime import (
     presence_of,
     server_tools,
 )
+from sim.keeping.exchange import ExchangeFolder, clients_models, keep_clients
 from sim.keeping.identity import check_same_run
 from sim.keeping.models import ModelKeeper, check_keep
 from sim.keeping.provenance import Changes, check_same_make, provenance_of
@@ -274,7 +275,7 @@ def run(
         check_same_run(own, settings)
         if is_finished(resume):
             _check_kept(own, settings)
-            return _finished_result(resume, settings)
+            return _attacked(_finished_result(resume, settings), observers)
         made_of, accepted = check_same_make(
             resume, provenance_of(settings), accept_code=accept_code
         )
@@ -294,10 +295,11 @@ def run(
     backends: Mapping[str, Sequence[str]] = {}
     models: Mapping[str, Row] = {}
     privacy: Row = {}
+    kept_exchange = [ExchangeFolder(place)] if settings.keeps_exchange else []
     with RunFolder(place, settings, made_of.to_row()) as recorder:
         try:
             with interruptible(), open_grid(settings, data, session) as grid:
-                loop = RoundLoop(grid, settings, data, [recorder, *observers])
+                loop = RoundLoop(grid, settings, data, [recorder, *kept_exchange, *observers])
                 keeper = Persistence(recorder, settings, data, grid, loop)
                 shelf = ModelKeeper(place, settings, data, loop, grid)
                 try:
@@ -311,6 +313,8 @@ def run(
                     backends = grid.backends()
                     models = shelf.finish()
                     privacy = loop.spent()
+                    if settings.keeps_exchange:
+                        keep_clients(place, clients_models(loop, grid))
                 except BaseException:
                     # Whatever the last of it was, what is complete shall not be lost. Where even
                     # this fails, what happened first is what matters.
@@ -347,6 +351,22 @@ def run(
             )
             with suppress(StorageError) if status != "finished" else nullcontext():
                 recorder.result(result.to_row())
+    return _attacked(result, observers)
+
+
+def _attacked(result: RunResult, observers: Sequence[Observer]) -> RunResult:
+    """Make the attacks that the settings ask for on a finished run, unless they were made."""
+    wanted = result.settings.attacks
+    if wanted.kinds:
+        # What attackers compute with takes a while to import.
+        from sim.attacks.running import attack, is_attacked
+
+        def tell(what: str) -> None:
+            for observer in observers:
+                observer.attacking(what)
+
+        if not is_attacked(result.folder, wanted):
+            attack(result.folder, result.settings, wanted, tell=tell)
     return result
 
 
@@ -368,7 +388,7 @@ def _run_rounds(
     while True:
         try:
             loop.run(after_round)
-            return _digest(grid, settings)
+            return clients_digest(grid, settings)
         except StatesLostError as error:
             reached = 0 if loop.boundary is None else loop.boundary.round
             returns = 1 if reached > furthest else returns + 1
@@ -472,7 +492,8 @@ def run_result(
     )
 
 
-def _digest(grid: CohortGrid[Any], settings: Settings) -> str:
+def clients_digest(grid: CohortGrid[Any], settings: Settings) -> str:
+    """Return the digest of all clients' weights, in client order."""
     clients = range(settings.clients.count)
     return weights_digest(
         # Who has not trained has the weights that the seed gives it; no need to make them.

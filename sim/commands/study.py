@@ -168,7 +168,7 @@ def compare(
         for offset in range(count)
         for arm in plan
         for of_run, run_folder in [(plan[arm][offset], folders[arm][offset])]
-        if not is_finished(run_folder)
+        if not is_finished(run_folder) or not _is_attacked(run_folder, of_run)
     ]
     refused = _check_all(unfinished, show=settings.study.refused == "show")
     notes += refused_notes(refused)
@@ -227,6 +227,15 @@ def compare(
         refused=refused,
         grid=study.grid,
     )
+
+
+def _is_attacked(folder: Path, settings: Settings) -> bool:
+    """Tell whether the attacks that a finished run's settings ask for were made."""
+    if not settings.attacks.kinds:
+        return True
+    from sim.attacks.running import is_attacked
+
+    return is_attacked(folder, settings.attacks)
 
 
 def _ignore(_note: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
 
 HARMLESS = (
-    *("name", "output", "study", "checkpoints", "search", "nodes"),
+    *("name", "output", "study", "checkpoints", "search", "nodes", "attacks"),
     *("keep_models", "keep_round"),
 )
 """Sections that say where results go and how they are kept, not what they are."""
@@ -34,7 +34,11 @@ HARMLESS_ENGINE = (
 
 def _harmless(path: tuple[str, ...]) -> bool:
     section, *rest = path
-    return section in HARMLESS or (section == "engine" and rest[0] in HARMLESS_ENGINE)
+    return (
+        section in HARMLESS
+        or (section == "engine" and rest[0] in HARMLESS_ENGINE)
+        or path == ("exchange", "keep")
+    )
 
 
 def numbers_of(settings: "Settings | DistillSettings") -> dict[str, Any]:

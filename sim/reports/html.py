@@ -11,6 +11,12 @@ from typing import Any
 
 from fedkd.names import printable
 from sim.keeping.records import SETTINGS_FILE, make_folder, write_text
+from sim.reports.attacks import (
+    LEAKAGE_CAPTION,
+    attack_tables,
+    is_attacked,
+    leakage_cells,
+)
 from sim.reports.grids import Grid
 from sim.reports.runs import (
     STUDY_FILE,
@@ -67,6 +73,8 @@ ALT_TEXTS: Mapping[str, str] = {
     "accuracy_by_epsilon": "Mean client accuracy against epsilon, and kilobytes, for each arm",
     "accuracy_by_client": "Accuracy of every client in the last round for each arm",
     "targets_by_round": "Entropy of shared targets and peer disagreement by round",
+    "membership_roc": "True against false positives of membership attacks from three places",
+    "accuracy_by_leak": "Mean client accuracy against what attacks found, for each arm",
 }
 
 COMPARED: Sequence[tuple[str, At, str]] = (
@@ -109,6 +117,7 @@ def write_report(
             of the arms, or the folder cannot be written.
     """
     # matplotlib takes a second, and whoever reads or lists runs draws nothing.
+    from sim.reports.attack_figures import ATTACK_FIGURES, draw_attacks
     from sim.reports.figures import FIGURES, draw_figures, to_png
     from sim.reports.grid_figures import GRID_FIGURES, NARROW, draw_grid
 
@@ -120,6 +129,7 @@ def write_report(
     crowded = grid is not None and len(runs) > MOST_BY_ARM
     images = {} if crowded else {name: to_png(each) for name, each in draw_figures(runs).items()}
     narrow: dict[str, bytes] = {}
+    images |= {name: to_png(each) for name, each in draw_attacks(runs).items()}
     if grid is not None:
         images = {name: to_png(each) for name, each in draw_grid(runs, grid).items()} | images
         narrow = {name: to_png(each) for name, each in draw_grid(runs, grid, NARROW).items()}
@@ -141,6 +151,9 @@ def write_report(
         pairs=None if crowded else _pair_table(runs),
         privacy=_privacy_table(runs),
         promises=promises_of(runs),
+        leakage=_leakage_table(runs),
+        leakage_caption=LEAKAGE_CAPTION,
+        attacks=_attack_tables(runs),
         figures=[each for each in pictures if each.name not in GRID_FIGURES],
         grid_figures=[each for each in pictures if each.name in GRID_FIGURES],
         arms=list(runs),
@@ -155,7 +168,7 @@ def write_report(
     )
     make_folder(folder, folder)
     figures = make_folder(folder, folder / FIGURES_FOLDER)
-    for name in (*FIGURES, *GRID_FIGURES):
+    for name in (*FIGURES, *GRID_FIGURES, *ATTACK_FIGURES):
         if name in images:
             write_bytes(figures / f"{name}.png", images[name])
         else:
@@ -487,6 +500,32 @@ def promises_of(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     """Return the sentences of what is promised to whom, each once."""
     said = (run.privacy.get("promise") for of_arm in runs.values() for run in counted(of_arm))
     return list(dict.fromkeys(text for text in said if isinstance(text, str)))
+
+
+def _leakage_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
+    """Put accuracy and cost of each arm beside what leaks; None where nothing was attacked."""
+    if not is_attacked(runs) or len(runs) < 2:
+        return None
+    cells = leakage_cells(runs)
+    rows = [list(row) for row in zip(runs, *cells.values(), strict=True)]
+    return Table(["arm", *cells], rows)
+
+
+def _attack_tables(runs: Mapping[str, Sequence[RunRecord]]) -> list[tuple[str, Table]]:
+    """Return what was found of a single run, table by table; of several there is one table."""
+    found = [run.attacks for of_arm in runs.values() for run in of_arm if run.attacks]
+    if len(found) != 1:
+        return []
+    tables = []
+    for fitted in attack_tables(found[0]):
+        columns = [column for column in fitted.columns if not column.empty]
+        rows = [
+            [label, *(column.cells[place] for column in columns)]
+            for place, label in enumerate(fitted.labels)
+        ]
+        table = Table([fitted.label, *(column.title for column in columns)], rows)
+        tables.append((f"{fitted.title}: {fitted.caption}", table))
+    return tables
 
 
 def _span(rounds: Sequence[int | None]) -> str:

@@ -30,6 +30,8 @@ STUDY_FILE = "study.json"
 REPORT_OF = "study-"
 """Begins the name of a folder inside a study's that holds a report on other runs of it."""
 ENVIRONMENT_FILE = "environment.json"
+ATTACKS_FILE = "attacks.json"
+"""What attacks on a run found; see `sim.attacks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class RunRecord:
         bytes_up, bytes_down: totals over the run for each client; 0 for a client that took no
             part.
         bits: under a budget the mean bits of a number, by direction.
+        attacks: content of ``attacks.json``; empty if there is none.
         environment: content of ``environment.json``; empty if there is none.
     """
 
@@ -65,6 +68,7 @@ class RunRecord:
     bytes_down: Mapping[int, int]
     environment: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, float] = field(default_factory=dict)
+    attacks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def backends(self) -> dict[str, list[str]]:
@@ -256,6 +260,7 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
         bytes_down=totals["down"],
         environment=_read_json(folder, ENVIRONMENT_FILE),
         bits={direction: fmean(found) for direction, found in bits.items()},
+        attacks=_read_json(folder, ATTACKS_FILE),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedkd.data import FederatedData
+from sim.server.exchanged import Exchanged
 from sim.settings import Settings
 
 Row = dict[str, Any]
@@ -28,8 +29,14 @@ class Observer:
     def charges(self, rows: Sequence[Row]) -> None:
         """What a round released of whose data and what that costs, one row for each charge."""
 
+    def travelled(self, exchanged: Exchanged) -> None:
+        """What was sent and received in a round; told only under ``exchange.keep``."""
+
     def event(self, row: Row) -> None:
         """Something worth knowing, such as a rejected reply."""
+
+    def attacking(self, what: str) -> None:
+        """The run is finished and is attacked; this is what goes on."""
 
     def completed(self, round: int) -> None:
         """The round is over for good; what was told of it is final."""

@@ -45,6 +45,7 @@ from sim.engine.runtime import (
     server_tools,
 )
 from sim.server.budgets import plan_of
+from sim.server.exchanged import Exchanged, Noting
 from sim.server.history import History
 from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
@@ -294,12 +295,13 @@ class RoundLoop:
             purse=purse,
             delays_vary=bool(self._settings.faults),
         )
+        noting = Noting(round.number) if self._settings.keeps_exchange else None
         skipped = spent_up = False
         try:
             if not clients:
                 raise NobodyThereError
             uploads = turn.view(
-                replies,
+                replies if noting is None else noting.coming(replies),
                 sums=strategy.sums,
                 group=self._federation.architectures.__getitem__,
                 leaves_one_out=strategy.leaves_one_out,
@@ -372,7 +374,8 @@ class RoundLoop:
         after = Boundary(round.number, state, exchange, simulated_s)
         with uninterrupted():
             charged = len(before.exchange.ledger.charges)
-            self._complete(after, rows, replies.exchanged, charged)
+            travelled = None if noting is None else _exchanged(noting, outbox, turn)
+            self._complete(after, rows, replies.exchanged, charged, travelled)
         return not spent_up
 
     def _bound(self, ledger: Ledger) -> Row:
@@ -448,7 +451,12 @@ class RoundLoop:
         return plan_of(self._settings, self._strategy, self._server)
 
     def _complete(
-        self, after: Boundary, rows: Sequence[Row], exchanged: Sequence[Row], charged: int
+        self,
+        after: Boundary,
+        rows: Sequence[Row],
+        exchanged: Sequence[Row],
+        charged: int,
+        travelled: Exchanged | None,
     ) -> None:
         """Move on to a boundary; the first ``charged`` entries of its ledger were told before."""
         charges = [
@@ -459,6 +467,8 @@ class RoundLoop:
             observer.metrics(rows)
             observer.exchange(exchanged)
             observer.charges(charges)
+            if travelled is not None:
+                observer.travelled(travelled)
         if isinstance(self._grid, CohortGrid):
             # If this fails halfway, clients are at no round's end and must not be saved as such.
             self.boundary = None
@@ -652,6 +662,14 @@ class RoundLoop:
         if isinstance(self._grid, CohortGrid):
             for row in self._grid.take_events():
                 self.tell(row)
+
+
+def _exchanged(noting: Noting, outbox: Outbox, turn: ServerTurn) -> Exchanged:
+    """Return what travelled, once it is known what each client was told."""
+    for client, told in outbox.told.items():
+        if told.payload is not None:
+            noting.going(client, turn.opened(client, told.payload))
+    return noting.exchanged()
 
 
 def _client_rows(

@@ -45,6 +45,7 @@ from fedkd.models import ModelSettings
 from fedkd.names import check_name
 from fedkd.training import OptimizerSettings, Passes
 from sim.adversity.faults import PROCESS_FAULTS, FaultRule
+from sim.attacks.settings import AttackSettings
 from sim.devices.clock import ClockSettings
 from sim.devices.presence import PresenceSettings
 from sim.settings.tables import yaml_text
@@ -168,6 +169,11 @@ class ExchangeSettings(_Section):
     allocation: Allocation = Field(
         "greedy",
         description="how a budget is shared out: greedy, by expected error; uniform, alike",
+    )
+    keep: bool = Field(
+        False,
+        description="keep what travels, and every client's last model, in the run's folder: "
+        "for fedkd attack, which else repeats the run",
     )
 
     @model_validator(mode="after")
@@ -504,6 +510,9 @@ class Settings(_Section):
     faults: tuple[FaultRule, ...] = Field(
         (), max_length=1000, description="faults to inject, a list of rules"
     )
+    attacks: AttackSettings = Field(
+        AttackSettings(), description="attacks that are made on the run when it is finished"
+    )
     study: StudySettings = StudySettings()
 
     @field_validator("name")
@@ -559,6 +568,11 @@ class Settings(_Section):
                 "got inline"
             )
         return self
+
+    @property
+    def keeps_exchange(self) -> bool:
+        """Whether what travels is kept, because it is to be or because attacks need it."""
+        return self.exchange.keep or bool(self.attacks.kinds)
 
     @property
     def stages(self) -> Stages:

@@ -1,0 +1,72 @@
+"""Inversion: what a class looks like in a client's rows, from pairs of answers on public rows."""
+
+import numpy as np
+
+from fedkd.privacy.attacks.figures import clopper_pearson
+from fedkd.privacy.attacks.inversion import Inversion, fit_decoder, judge, reconstruct
+from sim.attacks.answers import public_answers
+from sim.attacks.readings import UnreadableError
+from sim.attacks.scene import Scene
+from sim.reports.statistics import estimate
+from sim.server.observers import Row
+
+
+def inversion_of(scene: Scene) -> Row:
+    """Return how many of the clients' classes are inverted, and the control.
+
+    Pairs are what a client sent last and the mean of what all clients sent last. The control knows
+    nothing of the client: its decoder is fitted to the mean alone, twice. What public rows look
+    like in a class is judged by the classes that the mean gives them.
+    """
+    data = scene.data
+    if data.input_shape.kind != "pictures":
+        return {"missing": f"rows are {data.input_shape.kind}, not pictures"}
+    try:
+        answers = public_answers(scene, "upload")
+    except UnreadableError as error:
+        return {"missing": str(error)}
+    consensus = np.mean(list(answers.values()), axis=0)
+    public = _channels_last(data.public_inputs)
+    span = float(data.train_inputs.max() - data.train_inputs.min())
+    public_means = _means(public, consensus.argmax(-1), data.num_classes)
+    found: list[Inversion] = []
+    control: list[Inversion] = []
+    for client, own in answers.items():
+        rows = data.client_rows[client]
+        private = _channels_last(data.train_inputs[rows])
+        labels = data.train_labels[rows]
+        means = _means(private, labels, data.num_classes)
+        for first, into in ((own, found), (consensus, control)):
+            images = reconstruct(fit_decoder(first, consensus, public), consensus)
+            into += [
+                judge(images[label], means, public_means, int(label), data_range=span)
+                for label in np.unique(labels)
+            ]
+    return {
+        "success": _share([each.success for each in found]),
+        "too_close": _share([each.too_close_to_public for each in found]),
+        "ssim": _mean([each.ssim for each in found]),
+        "control": _share([each.success for each in control]),
+    }
+
+
+def _channels_last(inputs: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(inputs.transpose(0, 2, 3, 1), np.float64)
+
+
+def _means(images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return the mean image of each class, NaN where it has none."""
+    means = np.full((classes, *images.shape[1:]), np.nan)
+    for label in np.unique(labels):
+        means[label] = images[labels == label].mean(0)
+    return means
+
+
+def _share(hits: list[bool]) -> list[float]:
+    return [sum(hits) / len(hits), *clopper_pearson(sum(hits), len(hits))]
+
+
+def _mean(values: list[float]) -> list[float | None]:
+    mean = estimate(values)
+    assert mean is not None  # noqa: S101
+    return [mean.mean, mean.low, mean.high]

@@ -1,0 +1,188 @@
+"""Figures of what attacks on runs found."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from sim.reports.attacks import ATTACKS, LEADING, LEAKS, PLACES, leak_estimate
+from sim.reports.figures import (
+    DASHES,
+    MARKERS,
+    PALETTE,
+    STYLE,
+    Runs,
+    new_figure,
+    place_legend,
+    title_axes,
+)
+from sim.reports.runs import RunRecord
+from sim.reports.statistics import SHARES, counted, estimate, values_by_seed
+
+MOST_CURVES = 8
+"""More arms than these have no ROC curves: nobody could tell them apart."""
+
+
+def membership_roc(runs: Runs) -> Figure | None:
+    """Draw true against false positives of membership from each place, on logarithmic axes.
+
+    Of one arm all attacks, of several the leading one; of the first seed that counts.
+    """
+    first = {
+        arm: chosen[0].attacks["membership"]
+        for arm, of_arm in runs.items()
+        if (chosen := [run for run in counted(of_arm) if "membership" in run.attacks])
+    }
+    if not first or len(first) > MOST_CURVES:
+        return None
+    places = [
+        place
+        for place in PLACES
+        if any(found["places"].get(place, {}).get("figures") for found in first.values())
+    ]
+    if not places:
+        return None
+    figure, panels = new_figure(len(places), height=3.9)
+    alone = len(first) == 1
+    handles: dict[str, Line2D] = {}
+    for axes, place in zip(panels, places, strict=True):
+        least = 1.0
+        for position, (arm, found) in enumerate(first.items()):
+            of_place = found["places"].get(place, {}).get("figures", ())
+            chosen = of_place if alone else [f for f in of_place if f["attack"] == LEADING]
+            for number, figures in enumerate(chosen):
+                name = ATTACKS[figures["attack"]] if alone else arm
+                look = number if alone else position
+                curve = figures["curve"]
+                least = min(least, 1 / max(figures["others"], 1))
+                (line,) = axes.plot(
+                    curve["false"],
+                    curve["true"],
+                    color=PALETTE[look % len(PALETTE)],
+                    linestyle=DASHES[look % len(DASHES)],
+                    lw=1.7,
+                    drawstyle="steps-post",
+                )
+                handles.setdefault(name, line)
+        axes.plot([least, 1], [least, 1], color="#999999", lw=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(least, 1)
+        axes.set_ylim(least, 1.1)
+        axes.set_xlabel("false-positive rate")
+        title_axes(axes, PLACES[place], "" if axes is not panels[0] else "grey: guessing")
+    panels[0].set_ylabel("true-positive rate")
+    place_legend(figure, list(handles.values()), list(handles))
+    return figure
+
+
+def accuracy_by_leak(runs: Runs) -> Figure | None:
+    """Draw mean client accuracy against each leak.
+
+    Algorithms differ in colours, defences in markers.
+    """
+    measured = {
+        arm: found
+        for arm, of_arm in runs.items()
+        if (found := estimate([*values_by_seed(of_arm, "accuracy", "last").values()], SHARES))
+        and any(run.attacks for run in counted(of_arm))
+    }
+    if len(measured) < 2:
+        return None
+    leaks = {
+        leak: own
+        for leak in LEAKS
+        if (own := {a: v for a in measured if (v := leak_estimate(runs[a], leak)) is not None})
+    }
+    if not leaks:
+        return None
+    kinds = {arm: (_algorithm(runs[arm][0]), defence_of(runs[arm][0])) for arm in measured}
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _ in kinds.values()))
+    defences = list(dict.fromkeys(defence for _, defence in kinds.values()))
+    columns = min(3, len(leaks))
+    rows = -(-len(leaks) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(8.2, 1.2 + 2.9 * rows), layout=layout)
+    FigureCanvasAgg(figure)
+    for place, (leak, by_arm) in enumerate(leaks.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for arm, value in by_arm.items():
+            algorithm, defence = kinds[arm]
+            factor = 100 if leak in ("inversion", "stealing") else 1
+            axes.plot(
+                100 * measured[arm].mean,
+                factor * value.mean,
+                color=PALETTE[algorithms.index(algorithm) % len(PALETTE)],
+                marker=MARKERS[defences.index(defence) % len(MARKERS)],
+                markersize=6.5,
+                alpha=0.85,
+                linestyle="",
+            )
+        if leak in PLACES:
+            axes.axhline(0.5, color="#999999", lw=1, linestyle=(0, (4, 3)))
+        title_axes(axes, _TITLES[leak], _NOTES.get(leak, ""))
+        axes.set_xlabel("mean client accuracy (%)")
+    handles = [
+        *(_mark(PALETTE[n % len(PALETTE)], "o") for n in range(len(algorithms))),
+        *(_mark("#444444", MARKERS[n % len(MARKERS)]) for n in range(len(defences))),
+    ]
+    place_legend(figure, handles, [*algorithms, *defences])
+    return figure
+
+
+_TITLES: Mapping[str, str] = {
+    "model": "Members, client's model",
+    "upload": "Members, its upload",
+    "consensus": "Members, consensus",
+    "labels": "Labels, first upload",
+    "inversion": "Inverted classes (%)",
+    "stealing": "Stolen model agrees (%)",
+}
+_NOTES: Mapping[str, str] = {
+    **dict.fromkeys(PLACES, "AUC of LiRA; dashed: guessing"),
+    "labels": "KL (nats); lower tells more",
+}
+
+
+def _mark(color: str, marker: str) -> Line2D:
+    return Line2D([], [], color=color, marker=marker, linestyle="")
+
+
+def _algorithm(run: RunRecord) -> str:
+    return str(run.settings["strategy"]["name"])
+
+
+def defence_of(run: RunRecord) -> str:
+    """Return what a run's settings do about what leaks, in a few words."""
+    privacy, up = run.settings.get("privacy", {}), run.settings.get("exchange", {}).get("up", {})
+    mechanism: Any = privacy.get("mechanism", {})
+    words = []
+    if mechanism.get("kind", "none") != "none":
+        epsilon = mechanism.get("epsilon")
+        where = " at the server" if privacy.get("where") == "server" else ""
+        words.append(f"{mechanism['kind']}{'' if epsilon is None else f' {epsilon:g}'}{where}")
+    if up.get("kind", "float32") != "float32":
+        words.append(str(up["kind"]))
+    return ", ".join(words) or "no defence"
+
+
+ATTACK_FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
+    {"membership_roc": membership_roc, "accuracy_by_leak": accuracy_by_leak}
+)
+"""What a report draws of attacks, by file name."""
+
+
+def draw_attacks(runs: Mapping[str, Sequence[RunRecord]]) -> dict[str, Figure]:
+    """Draw all figures that attacks have something to show in, by name."""
+    with matplotlib.rc_context(STYLE):
+        drawn = {name: draw(runs) for name, draw in ATTACK_FIGURES.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}

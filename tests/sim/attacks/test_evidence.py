@@ -1,0 +1,101 @@
+"""What travels is kept as both sides see it; what was not kept is made again, bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedkd.exchange.values import digest
+from sim.attacks.evidence import attacked_data, evidence_of
+from sim.commands.running import run
+from sim.keeping.exchange import ExchangeFolder, read_clients, read_exchange
+from sim.keeping.records import DamagedFileError, read_result, sealed
+from sim.settings import SettingsError
+
+
+def evidence(result, settings):
+    told = []
+    return evidence_of(result.folder, settings, attacked_data(settings), told.append), told
+
+
+def test_what_was_not_kept_is_repeated_from_the_seed_and_kept_then(attacked):
+    kept_settings = attacked("exchange.keep=true")
+    kept = run(kept_settings)
+    there, told = evidence(kept, kept_settings)
+    assert told == []
+    bare_settings = attacked()
+    bare = run(bare_settings)
+    assert not (bare.folder / "exchange").exists()
+    assert bare.weights_sha256 == kept.weights_sha256
+    again, told = evidence(bare, bare_settings)
+    assert told[-1] == "run again, round 2 of 2"
+    assert [digest(each) for each in again.rounds] == [digest(each) for each in there.rounds]
+    for client in range(4):
+        for name, array in there.models[client].items():
+            np.testing.assert_array_equal(again.models[client][name], array)
+    _, told = evidence(bare, bare_settings)
+    assert told == []
+
+
+def test_a_run_that_ends_otherwise_when_it_is_repeated_is_not_attacked(attacked):
+    settings = attacked()
+    result = run(settings)
+    path = result.folder / "result.json"
+    row = {**read_result(result.folder), "weights_sha256": "0" * 64}
+    path.write_text(json.dumps(sealed(row)))
+    with pytest.raises(SettingsError, match=r"ends with other weights.*exchange\.keep=true"):
+        evidence(result, settings)
+    assert not (result.folder / "exchange").exists()
+
+
+def test_both_sides_see_what_the_codec_left(attacked):
+    settings = attacked("exchange.keep=true", "exchange.up=int8", "exchange.down=float16")
+    result = run(settings)
+    first, second = read_exchange(result.folder)
+    assert first.received(0) is None
+    sent, received = first.sent(1).values, second.received(1).values
+    # At most 256 levels a row; and numbers that float16 can hold.
+    assert max(len(np.unique(row)) for row in sent) <= 256
+    np.testing.assert_array_equal(received, received.astype(np.float16).astype(np.float32))
+
+
+def test_pieces_that_many_receive_are_kept_once(attacked):
+    settings = attacked("strategy.name=fedmd", "exchange.keep=true")
+    last = list(read_exchange(run(settings).folder))[-1]
+    assert len(set(last.down.values())) == 1
+    assert len(last.pieces) == 5
+
+
+def test_a_resumed_run_keeps_the_rounds_of_its_last_try(attacked):
+    settings = attacked("exchange.keep=true")
+    result = run(settings)
+    writer = ExchangeFolder(result.folder)
+    writer.returned(1)
+    assert [each.round for each in read_exchange(result.folder)] == [1]
+
+
+def test_files_that_were_changed_are_named(attacked):
+    settings = attacked("exchange.keep=true")
+    folder = run(settings).folder
+    assert sorted(read_clients(folder)) == [0, 1, 2, 3]
+    path = folder / "exchange" / "round-000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DamagedFileError, match="round-000002"):
+        list(read_exchange(folder))
+
+
+def test_keeping_changes_no_number_and_not_the_run(attacked):
+    from sim.keeping.identity import fingerprint
+
+    assert fingerprint(attacked()) == fingerprint(
+        attacked("exchange.keep=true", "attacks.kinds=all")
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["data.feature_shift.shifts=[{kind: none},{kind: noise}]"], r"data\.feature_shift")],
+)
+def test_what_would_tell_members_apart_by_itself_is_refused(attacked, words, named):
+    with pytest.raises(SettingsError, match=named):
+        attacked_data(attacked(*words))

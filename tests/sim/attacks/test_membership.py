@@ -1,0 +1,145 @@
+"""Members are told from others where there is something to tell, and not where there is not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sim.attacks.membership import Seen, judged, negative_control
+from sim.attacks.readings import UnreadableError
+from sim.attacks.running import attack, is_attacked, read_attacks
+from sim.attacks.shadows import _same_clients
+from sim.commands.running import run
+from sim.settings import SettingsError
+
+
+def auc(found, name):
+    return next(each.auc for each in found.figures if each.attack == name)
+
+
+@pytest.mark.parametrize("train", ["alone", "together"])
+def test_members_of_an_overfit_run_are_found_from_its_models_and_less_from_what_travels(
+    train, request
+):
+    scene = request.getfixturevalue(train)
+    seen = scene.seen_from("model")
+    model = auc(judged(seen), "lira_online")
+    upload = auc(judged(scene.seen_from("upload")), "lira_online")
+    assert model.low > 0.55
+    assert upload.value < model.value
+    random = negative_control(seen, seed=0)
+    assert all(each.auc.low < 0.5 < each.auc.high for each in random.figures)
+
+
+def test_a_run_that_learns_nothing_tells_nothing(scene_of):
+    scene = scene_of("clients.optimizer.lr=0.0000001", "attacks.train=models")
+    for figures in judged(scene.seen_from("model")).figures:
+        assert figures.auc.low < 0.5 < figures.auc.high
+
+
+def test_shadows_are_told_by_their_own_halves(alone):
+    """A shadow as the target, and its own half as the truth: what the attack was calibrated on."""
+    seen = alone.seen_from("model")
+    first = [
+        own._replace(
+            target=own.shadows[0],
+            members=own.inside[0],
+            shadows=own.shadows[1:],
+            inside=own.inside[1:],
+            population=own.population_shadows[0],
+            population_shadows=own.population_shadows[1:],
+        )
+        for own in seen
+    ]
+    # One with its complement among the shadows, as everywhere.
+    right = auc(judged(first), "lira_online")
+    wrong = auc(judged([own._replace(members=~own.members) for own in first]), "lira_online")
+    assert right.low > 0.6
+    assert wrong.value == pytest.approx(1 - right.value)
+
+
+def test_where_models_travel_the_upload_is_the_model(scene_of):
+    scene = scene_of("strategy.name=fedavg", "attacks.train=models")
+    model, upload = (judged(scene.seen_from(place)) for place in ("model", "upload"))
+    assert [each.auc for each in model.figures] == [each.auc for each in upload.figures]
+    assert judged(scene.seen_from("consensus")).figures
+
+
+def test_a_consensus_of_all_has_learnt_from_whatever_any_shadow_has(scene_of):
+    scene = scene_of("strategy.name=fedmd", "attacks.train=models")
+    seen = scene.seen_from("consensus")
+    for own, target in zip(seen, scene.targets, strict=True):
+        np.testing.assert_array_equal(own.inside, target.inside)
+
+
+def test_what_cannot_be_read_says_what_it_is(scene_of):
+    scene = scene_of("strategy.name=fedproto", "attacks.train=models")
+    with pytest.raises(UnreadableError, match="prototypes"):
+        scene.seen_from("upload")
+
+
+def test_scores_of_a_few_rows_by_hand():
+    """One client, two rows: the sure one is the member for every attack."""
+    sure, unsure = [4.0, 0.0], [0.5, 0.0]
+    shadows = np.array([[sure, unsure], [unsure, sure]] * 2, np.float32)
+    inside = np.array([[1, 0], [0, 1]] * 2, bool)
+    shadows = shadows + 0.1 * np.arange(4, dtype=np.float32)[:, None, None] * np.array([1, 0])
+    seen = Seen(
+        target=np.array([sure, unsure], np.float32),
+        shadows=shadows.astype(np.float32),
+        labels=np.zeros(2, np.int64),
+        members=np.array([True, False]),
+        inside=inside,
+        population=np.array([unsure], np.float32),
+        population_shadows=np.full((4, 1, 2), unsure, np.float32),
+        population_labels=np.zeros(1, np.int64),
+    )
+    found = judged([seen] * 4)
+    assert {each.attack: each.auc.value for each in found.figures} == {
+        "threshold": 1.0,
+        "lira_offline": 1.0,
+        "lira_online": 1.0,
+        "rmia": 1.0,
+    }
+    assert all(rate is None for each in found.figures for rate in each.rates.values())
+
+
+def test_the_controls_stand_beside_every_membership_run(attacked, short_control):
+    settings = attacked("attacks.kinds=membership", "attacks.controls=24", "attacks.train=models")
+    result = run(settings)
+    row = read_attacks(result.folder)
+    assert is_attacked(result.folder, settings.attacks)
+    positive = {f["attack"]: f for f in row["membership"]["controls"]["positive"]["figures"]}
+    assert all(figures["auc"][0] > 0.8 for figures in positive.values())
+    at_one_percent = {name: figures["rates"]["0.01"][0] for name, figures in positive.items()}
+    assert at_one_percent["lira_online"] > at_one_percent["threshold"]
+    for figures in row["membership"]["controls"]["negative"]["figures"]:
+        assert figures["auc"][1] < 0.5 < figures["auc"][2]
+    again = attack(result.folder, settings, settings.attacks).row
+    assert {**again, "seconds": 0} == {**row, "seconds": 0}
+
+
+def test_only_finished_runs_are_attacked(attacked, tmp_path):
+    settings = attacked()
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SettingsError, match="no finished run"):
+        attack(tmp_path / "none", settings, settings.attacks)
+
+
+def test_clients_that_there_are_not_are_named(alone):
+    odd = replace(alone, wanted=alone.wanted.model_copy(update={"clients": (0, 9)}))
+    with pytest.raises(SettingsError, match=r"attacks\.clients.*got 9"):
+        _ = odd.clients
+    assert replace(alone, wanted=alone.wanted.model_copy(update={"clients": 2})).clients == (0, 1)
+    assert alone.clients == (0, 1, 2, 3)
+
+
+def test_clients_of_an_adversary_are_not_attacked(scene_of):
+    assert scene_of("adversary={kind: fdla, clients: [1]}").clients == (0, 2, 3)
+
+
+def test_shadows_have_the_liars_of_the_run_among_them(scene_of):
+    scene = scene_of("adversary={kind: shuffled, fraction: 0.25}")
+    liars = scene.settings.stages.controlled
+    again = _same_clients(scene.settings)
+    assert again.controlled(4, seed=12345) == liars
