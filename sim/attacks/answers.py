@@ -17,7 +17,7 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
 
 def public_answers(scene: Scene, place: Moment) -> dict[int, np.ndarray]:
-    """Return the probabilities that each attacked client gives to all public rows.
+    """Return the probabilities that each client, attacked or not, gives to all public rows.
 
     Args:
         scene: of the attack.
@@ -29,7 +29,7 @@ def public_answers(scene: Scene, place: Moment) -> dict[int, np.ndarray]:
     """
     if not len(scene.data.public_inputs):
         raise UnreadableError("there are no public rows (data.public.size)")
-    return {client: _answers(scene, client, place) for client in scene.clients}
+    return {client: _answers(scene, client, place) for client in sorted(scene.evidence.models)}
 
 
 def _answers(scene: Scene, client: int, place: Moment) -> np.ndarray:

@@ -31,7 +31,8 @@ def inversion_of(scene: Scene) -> Row:
     public_means = _means(public, consensus.argmax(-1), data.num_classes)
     found: list[Inversion] = []
     control: list[Inversion] = []
-    for client, own in answers.items():
+    for client in scene.clients:
+        own = answers[client]
         rows = data.client_rows[client]
         private = _channels_last(data.train_inputs[rows])
         labels = data.train_labels[rows]

@@ -35,7 +35,8 @@ def labels_of(scene: Scene) -> Row:
         consensus = np.mean(list(said.values()), axis=0)
         uniform = np.full(scene.data.num_classes, 1 / scene.data.num_classes)
         by_estimate: dict[str, list[float]] = {name: [] for name in ESTIMATES}
-        for client, own in said.items():
+        for client in scene.clients:
+            own = said[client]
             true = counts[client] / counts[client].sum()
             guesses = {
                 "mean_prediction": mean_prediction(own),

@@ -17,10 +17,11 @@ from fedkd.privacy.attacks.membership import (
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import soften
 from fedkd.tensors import as_tensor
-from fedkd.training import Arrays
+from fedkd.training import Arrays, OptimizerSettings
 from sim.attacks.bench import Bench
 from sim.attacks.candidates import Pool
 from sim.settings import Settings
+from sim.settings.schema import PrivacySettings
 
 RATES = (0.01, 0.001)
 """False-positive rates at which the share of members that is found is told."""
@@ -35,8 +36,11 @@ CONTROL_ROWS = 400
 CONTROL_TARGETS = 16
 """Models of the positive control that are attacked, each with all others as shadows."""
 
-CONTROL_STEPS = 2000
+CONTROL_STEPS = 1500
 """Optimizer steps of each of them: enough to know its rows by heart."""
+
+
+CONTROL_OPTIMIZER = OptimizerSettings(name="adam", lr=0.003)
 
 
 class Seen(NamedTuple):
@@ -222,12 +226,19 @@ def positive_control(
 
 
 def learnt_by_heart(settings: Settings) -> Settings:
-    """Return the settings of models that learn their rows by heart, without privacy."""
-    from sim.settings.schema import PrivacySettings
+    """Return the settings of models that learn their rows by heart, without privacy.
 
+    By an optimizer of their own: whether they do must not hang on that of the run.
+    """
     local = settings.clients.local.model_copy(update={"epochs": 1, "steps": CONTROL_STEPS})
     clients = settings.clients.model_copy(
-        update={"local": local, "participation": 1.0, "participants": None}
+        update={
+            "local": local,
+            "participation": 1.0,
+            "participants": None,
+            "optimizer": CONTROL_OPTIMIZER,
+            "batch_size": 32,
+        }
     )
     return settings.model_copy(
         update={"rounds": 1, "clients": clients, "privacy": PrivacySettings()}

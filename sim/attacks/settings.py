@@ -47,10 +47,10 @@ class AttackSettings(BaseModel):
         30, description="passes over public rows of a model that learns from soft labels"
     )
     controls: Whole = Field(
-        64, ge=16, le=1024, description="models of the positive control of membership; even"
+        32, ge=16, le=1024, description="models of the positive control of membership; even"
     )
     wrong: Share = Field(
-        0.3, description="share of wrong labels that models of the positive control memorise"
+        0.5, description="share of wrong labels that models of the positive control memorise"
     )
 
     @model_validator(mode="before")

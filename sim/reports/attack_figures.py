@@ -144,7 +144,7 @@ _TITLES: Mapping[str, str] = {
     "upload": "Members, its upload",
     "consensus": "Members, consensus",
     "labels": "Labels, first upload",
-    "inversion": "Inverted classes (%)",
+    "inversion": "Inverted beyond control (%)",
     "stealing": "Stolen model agrees (%)",
 }
 _NOTES: Mapping[str, str] = {

@@ -1,11 +1,12 @@
 """What attacks on runs found: tables for a terminal and a report, from ``attacks.json``."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from sim.reports.runs import RunRecord
-from sim.reports.statistics import SHARES, Estimate, counted, estimate
+from sim.reports.statistics import SHARE_DIFFERENCES, SHARES, Estimate, counted, estimate
 from sim.reports.tables import epsilon_text, kilobytes, percent
 from sim.reports.terminal import NOTHING, Column, FittedTable
 from sim.server.observers import Row
@@ -47,12 +48,12 @@ LEAKS: Mapping[str, str] = {
     "upload": "members, upload",
     "consensus": "members, consensus",
     "labels": "labels, first upload",
-    "inversion": "inverted",
+    "inversion": "inverted beyond control",
     "stealing": "stolen",
 }
 """What is told of a run in one number each: area under the ROC curve of `LEADING` from three
 places; KL of a client's label mix as its first upload tells it, in nats; share of classes that were
-inverted; agreement of a stolen model with the client's."""
+inverted, less that of the control; agreement of a stolen model with the client's."""
 
 
 def leak_of(found: Mapping[str, Any], leak: str) -> float | None:
@@ -67,7 +68,10 @@ def leak_of(found: Mapping[str, Any], leak: str) -> float | None:
         of_upload = found.get("labels", {}).get("first", {})
         value = of_upload.get("mean_prediction")
     elif leak == "inversion":
-        value = found.get("inversion", {}).get("success")
+        inverted = found.get("inversion", {})
+        if inverted.get("success") is None:
+            return None
+        return float(inverted["success"][0] - inverted["control"][0])
     else:
         rounds = found.get("stealing", {}).get("rounds", ())
         value = rounds[-1]["agreement"] if rounds else None
@@ -221,7 +225,8 @@ def is_attacked(runs: Mapping[str, Sequence[RunRecord]]) -> bool:
 def leak_estimate(runs: Sequence[RunRecord], leak: str) -> Estimate | None:
     """Return the mean of one of `LEAKS` over the seeds of an arm."""
     found = [value for run in counted(runs) if (value := leak_of(run.attacks, leak)) is not None]
-    return estimate(found, SHARES if leak != "labels" else (0.0, float("inf"))) if found else None
+    bounds = {"labels": (0.0, math.inf), "inversion": SHARE_DIFFERENCES}
+    return estimate(found, bounds.get(leak, SHARES)) if found else None
 
 
 def leakage_cells(runs: Mapping[str, Sequence[RunRecord]]) -> dict[str, list[str]]:
@@ -245,7 +250,7 @@ def _leak_text(value: Estimate | None, leak: str) -> str:
     if value is None:
         return NOTHING
     if leak in ("inversion", "stealing"):
-        return percent(value)
+        return percent(value, signed=leak == "inversion")
     half = value.half_width
     if half is not None:
         return f"{value.mean:.3f} ±{half:.3f}"
@@ -271,5 +276,6 @@ def leakage_table(runs: Mapping[str, Sequence[RunRecord]]) -> FittedTable:
 LEAKAGE_CAPTION = (
     "members: area under the ROC curve of LiRA (online) for membership of a client's rows, 0.5 is "
     "guessing; labels: KL of its true mix to what its first upload tells, in nats, larger tells "
-    "less; inverted, stolen: shares, larger tells more; means over seeds with 95 % t-intervals"
+    "less; inverted: share of classes, less that of the control; stolen: agreement; of both larger "
+    "tells more; means over seeds with 95 % t-intervals"
 )

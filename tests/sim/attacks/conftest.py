@@ -63,4 +63,4 @@ def together(scene_of) -> Scene:
 
 @pytest.fixture
 def short_control(monkeypatch):
-    monkeypatch.setattr(membership, "CONTROL_STEPS", 600)
+    monkeypatch.setattr(membership, "CONTROL_STEPS", 1200)

@@ -27,8 +27,10 @@ def test_members_of_an_overfit_run_are_found_from_its_models_and_less_from_what_
     upload = auc(judged(scene.seen_from("upload")), "lira_online")
     assert model.low > 0.55
     assert upload.value < model.value
-    random = negative_control(seen, seed=0)
-    assert all(each.auc.low < 0.5 < each.auc.high for each in random.figures)
+    # A 95 % interval holds what there is, nothing, in about 95 of 100 draws.
+    drawn = [negative_control(seen, seed).figures for seed in range(40)]
+    for of_attack in zip(*drawn, strict=True):
+        assert sum(each.auc.low < 0.5 < each.auc.high for each in of_attack) >= 34
 
 
 def test_a_run_that_learns_nothing_tells_nothing(scene_of):
@@ -105,7 +107,7 @@ def test_scores_of_a_few_rows_by_hand():
 
 
 def test_the_controls_stand_beside_every_membership_run(attacked, short_control):
-    settings = attacked("attacks.kinds=membership", "attacks.controls=24", "attacks.train=models")
+    settings = attacked("attacks.kinds=membership", "attacks.controls=32", "attacks.train=models")
     result = run(settings)
     row = read_attacks(result.folder)
     assert is_attacked(result.folder, settings.attacks)
