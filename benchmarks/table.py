@@ -31,6 +31,7 @@ SCRIPTS = (
     "privacy",
     "codecs",
     "traffic",
+    "defences",
 )
 ON_IMAGES = ("loop_ratio", "traffic")
 

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.targets import (
@@ -312,6 +312,7 @@ def test_a_check_without_clients_has_no_mean(checked):
 CLASSES = 4
 CENTRE = np.array([0.55, 0.25, 0.15, 0.05])
 RADIUS = 0.02
+quickly = settings(max_examples=60, deadline=None)
 ROUNDING = 1e-6
 
 on_the_simplex = st.lists(st.floats(0, 1, width=32), min_size=CLASSES, max_size=CLASSES).map(
@@ -341,6 +342,7 @@ def fewer_than_half(clients):
     return (clients - 1) // 2
 
 
+@quickly
 @given(federations(fewer_than_half))
 def test_a_median_stays_among_the_honest_whatever_fewer_than_half_say(case):
     values, honest, _ = case
@@ -349,6 +351,7 @@ def test_a_median_stays_among_the_honest_whatever_fewer_than_half_say(case):
     assert (told <= honest.max(0) + ROUNDING).all()
 
 
+@quickly
 @given(federations(lambda clients: int(0.34 * clients)))
 def test_a_trimmed_mean_stays_among_the_honest_while_it_trims_as_many_as_lie(case):
     values, honest, _ = case
@@ -357,6 +360,7 @@ def test_a_trimmed_mean_stays_among_the_honest_while_it_trims_as_many_as_lie(cas
     assert (told <= honest.max(0) + ROUNDING).all()
 
 
+@quickly
 @given(federations(fewer_than_half))
 def test_a_median_of_probabilities_has_the_honest_range_divided_by_its_sum(case):
     values, honest, _ = case
@@ -367,6 +371,7 @@ def test_a_median_of_probabilities_has_the_honest_range_divided_by_its_sum(case)
     assert (told <= high / low.sum() + ROUNDING).all()
 
 
+@quickly
 @given(federations(fewer_than_half))
 def test_a_geometric_median_stays_near_the_honest(case):
     # Minsker, 2015, Lemma 2.1: with a share a of liars at most (1 - a) / sqrt(1 - 2 a) times the
@@ -382,6 +387,7 @@ def dropped(clients, dishonest=0.6):
     return 2 * min(int(dishonest * clients / 2 + 1e-9), (clients - 1) // 2)
 
 
+@quickly
 @given(federations(lambda clients: min(fewer_than_half(clients), dropped(clients)), together=True))
 def test_a_filter_finds_liars_that_lie_together_or_they_are_no_liars(case):
     # One that is not left out has moved the mean by no more than some radii.
@@ -390,6 +396,7 @@ def test_a_filter_finds_liars_that_lie_together_or_they_are_no_liars(case):
     assert np.linalg.norm(told - CENTRE) <= 12 * RADIUS
 
 
+@quickly
 @given(federations(fewer_than_half), st.floats(1, 4))
 def test_who_passes_the_norm_check_is_at_most_so_many_times_as_large_as_an_honest_client(
     case, factor
@@ -403,6 +410,7 @@ def test_who_passes_the_norm_check_is_at_most_so_many_times_as_large_as_an_hones
     assert np.sqrt(squared_deviations(told[None])[0, 0]) <= factor * largest + ROUNDING
 
 
+@quickly
 @given(federations(fewer_than_half), st.floats(1, 4))
 def test_the_outlier_check_keeps_the_mean_near_the_honest(case, factor):
     # The median is within the honest range; the median client is no farther from it than some
@@ -422,12 +430,14 @@ ALL_RULES = {
 
 
 @pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES.keys())
+@quickly
 @given(values=st.integers(0, 10**6), order=st.permutations(range(7)))
 def test_the_order_of_clients_makes_no_difference(rule, values, order):
     said = soft(7, rows=3, seed=values).double()
     assert np.allclose(rule(said), rule(said[list(order)]), atol=1e-9)
 
 
+@quickly
 @given(federations(fewer_than_half), st.floats(0.1, 20))
 def test_trust_falls_most_for_whoever_is_farthest(case, rate):
     values, _, _ = case

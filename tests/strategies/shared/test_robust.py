@@ -20,6 +20,9 @@ from fedkd.targets import (
     outlier_checked_mean,
     trimmed_mean,
 )
+from sim.contract import sections_of
+from sim.contract.toy import simulate, toy_data, toy_table
+from sim.settings import merge_tables, settings_from_table
 from strategies import STRATEGIES
 from strategies.contract import Upload
 from strategies.mutual.dml import DMLSettings
@@ -365,3 +368,26 @@ def test_these_algorithms_take_rules():
     assert TAKING.keys() - everything == {
         *("comet", "fedet", "fedgems", "ktpfl", "okddip", "one", "rhfl"),
     }
+
+
+ON_THE_WAY = {
+    "one_way": {"direction": "clients_to_server"},
+    "fccl": {"pretrain_epochs": 1},
+    "feddf": {"server_steps": 5},
+    "fedet": {"server_steps": 5},
+    "cfd": {"distil_epochs": 1, "server_epochs": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rule"), [(name, rule) for name, rules in TAKING.items() for rule in rules]
+)
+def test_every_algorithm_runs_with_every_rule_and_the_same_seed_gives_the_same_bits(name, rule):
+    table = toy_table(name, options={**ON_THE_WAY.get(name, {}), "aggregation": rule}, rounds=2)
+    chosen = settings_from_table(merge_tables(table, sections_of(STRATEGIES[name].card.needs)))
+    data = toy_data(labelled=chosen.data.public.labelled)
+    runs = [simulate(chosen, data) for _ in range(2)]
+    assert runs[0].events == []
+    assert runs[0].digest == runs[1].digest
+    assert np.isfinite(runs[0].history.federation[-1]["accuracy"])
