@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     FEATURE_SHIFT = 21
     PRIVATE_NOISE = 22
     ATTACK = 23
+    CANARIES = 24
 
 
 def _sequence(seed: int, purpose: Purpose, key: tuple[int, ...]) -> np.random.SeedSequence:

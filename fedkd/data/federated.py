@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from fedkd.data.feature_shift import ClientShifts, check_shifts, shift_inputs
 from fedkd.data.images import match_channels
@@ -25,6 +25,21 @@ from fedkd.inputs import InputShape
 from fedkd.randomness import Purpose, generator_for
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Canaries:
+    """Rows of a client that are there by lot, to audit a run; see `fedkd.data.canaries`.
+
+    Attributes:
+        client: whose rows they were.
+        rows: their places in its pool, sorted.
+        inside: which of them it still has. No algorithm may look at it.
+    """
+
+    client: int
+    rows: Int64[np.ndarray, "canaries"]
+    inside: Bool[np.ndarray, "canaries"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -70,6 +85,8 @@ class FederatedData:
     views: "tuple[FederatedData, ...]" = ()
     """Inputs of other kinds, see `of_client`. Their public rows stand beside these: row i shows
     the same class in all of them. ``client_rows`` are rows of the pool of a client's own view."""
+    canaries: Canaries | None = None
+    """Rows that are there by lot, for measurements only; ``None``: nobody audits the run."""
     notes: tuple[str, ...] = ()
     """Sentences on what a reader of results should know: what was left aside, which rows repeat."""
 
@@ -97,6 +114,7 @@ class FederatedData:
             client_rows=tuple(rows[:0] for rows in self.client_rows),
             wrong_labels=None,
             client_shifts=None,
+            canaries=None,
             views=tuple(view.without_private_rows() for view in self.views),
         )
 

@@ -988,12 +988,21 @@ def _privacy_text(privacy: Mapping[str, Any]) -> str:
     from sim.reports.runs import number
     from sim.reports.tables import epsilon_text
 
-    if not privacy:
-        return ""
+    audit = _audit_text(privacy.get("audit"))
+    if "mechanism" not in privacy:
+        return audit
     epsilon, budget = number(privacy, "epsilon"), number(privacy, "budget")
     of = "" if budget is None else f" of {budget:,.10g}"
     delta = "" if (value := number(privacy, "delta")) is None else f", delta {value:g}"
-    return f"; epsilon {epsilon_text(epsilon)}{of} for each {privacy.get('unit', 'client')}{delta}"
+    unit = privacy.get("unit", "client")
+    return f"; epsilon {epsilon_text(epsilon)}{of} for each {unit}{delta}{audit}"
+
+
+def _audit_text(audit: Mapping[str, Any] | None) -> str:
+    """Say what an audit proved, and whether that contradicts what was claimed."""
+    from sim.reports.tables import audit_text
+
+    return "" if audit is None else f"; {audit_text(audit)}"
 
 
 def _bits_text(bits: Mapping[str, Mapping[int, int]]) -> str:

@@ -20,6 +20,7 @@ from fedkd.privacy import Spent
 from sim.commands.running import load_data
 from sim.engine.runtime import build_strategy, federation_of, server_tools
 from sim.reports.terminal import Column, FittedTable
+from sim.server.audit import audit_told
 from sim.server.observers import Row
 from sim.server.privacy import PrivacyPlan
 from sim.server.validation import authors_code
@@ -160,7 +161,7 @@ def privacy(settings: Settings, name: str = "") -> Outlook:
         delta=own.delta,
         groups=groups,
         budget=None if limit is None else limit.epsilon,
-        assumptions=(*_too_large(own.delta, groups), *assumptions(settings)),
+        assumptions=(*_too_large(own.delta, groups), *_audit(settings), *assumptions(settings)),
     )
 
 
@@ -177,6 +178,11 @@ def _too_large(delta: float, groups: Sequence[Planned]) -> tuple[str, ...]:
         f"privacy.delta {delta:g} is no less than 1 / rows ({rows} rows of a client): to publish a "
         f"row at random would keep such a promise; choose one far below {1 / rows:.1g}.",
     )
+
+
+def _audit(settings: Settings) -> tuple[str, ...]:
+    told = audit_told(settings)
+    return (f"{told[0].upper()}{told[1:]}.",) if told else ()
 
 
 def assumptions(settings: Settings) -> tuple[str, ...]:

@@ -287,7 +287,10 @@ class ProgressObserver(Observer):
             )
         # Imported late: the command line shows its help without any of that.
         from sim.engine.data import adversary_of
+        from sim.server.audit import audit_told
 
+        if told := audit_told(settings):
+            self._signs.say_once(self._label, told)
         adversary = adversary_of(settings)
         if adversary:
             controlled = adversary["controlled"]

@@ -39,6 +39,7 @@ from sim.keeping.records import (
     read_result,
 )
 from sim.keeping.resume import Persistence, read_history
+from sim.server.audit import audited, check_audit
 from sim.server.budgets import plan_of
 from sim.server.history import History, summary
 from sim.server.observers import Observer, Row
@@ -77,7 +78,7 @@ class RunResult:
         seconds: wall time of the rounds, without loading data and starting workers.
         backends: what trained the clients of each architecture: ``loop``, ``vmap`` or both.
         models: what is kept in ``models/``, by name; see `sim.keeping.models.ModelKeeper.finish`.
-        privacy: what was promised and spent; empty where nothing is.
+        privacy: what was promised and spent, and what an audit proved; empty where nothing is.
     """
 
     settings: Settings
@@ -141,6 +142,7 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
         check_keep(settings, strategy, nodes=nodes)
         _check_brought(settings, strategy, data, nodes=nodes)
         check_privacy(settings, strategy, data, nodes=nodes)
+        check_audit(settings, nodes=nodes)
         settings.stages.check(up=strategy.up, down=strategy.down, sums=strategy.sums)
         if settings.engine.vectorize == "vmap":
             _check_stacking(strategy, data)
@@ -312,7 +314,7 @@ def run(
                     digest = _run_rounds(loop, keeper, shelf, grid, settings)
                     backends = grid.backends()
                     models = shelf.finish()
-                    privacy = loop.spent()
+                    privacy = _spent_and_proven(loop, grid, settings, data)
                     if settings.keeps_exchange:
                         keep_clients(place, clients_models(loop, grid))
                 except BaseException:
@@ -368,6 +370,19 @@ def _attacked(result: RunResult, observers: Sequence[Observer]) -> RunResult:
         if not is_attacked(result.folder, wanted):
             attack(result.folder, result.settings, wanted, tell=tell)
     return result
+
+
+def _spent_and_proven(
+    loop: RoundLoop, grid: CohortGrid[Any], settings: Settings, data: FederatedData
+) -> Row:
+    """Return what a run has spent of privacy, and what an audit says of that."""
+    spent = loop.spent()
+    if data.canaries is None:
+        return spent
+    client = data.canaries.client
+    (state,) = grid.client_states([client])
+    audit = audited(settings, data, loop.architecture(client), state, spent)
+    return {**spent, "audit": audit}
 
 
 def _run_rounds(

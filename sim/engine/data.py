@@ -1,8 +1,9 @@
-"""The rows of a run: as its settings deal them, changed where an adversary changes them."""
+"""The rows of a run: as its settings deal them, changed by an adversary or for an audit."""
 
 from typing import Any
 
 from fedkd.data import FederatedData, build_federated_data
+from fedkd.data.canaries import with_canaries
 from fedkd.exchange.adversaries import Goal, NoAdversary, Poisoning
 from sim.settings import Settings
 
@@ -16,7 +17,11 @@ def data_of(settings: Settings) -> FederatedData:
     data = build_federated_data(
         settings.data, num_clients=settings.clients.count, seed=settings.seed
     )
-    return poisoned(data, settings)
+    data = poisoned(data, settings)
+    audit = settings.privacy.audit
+    if not audit.canaries:
+        return data
+    return with_canaries(data, client=audit.client, count=audit.canaries, seed=settings.seed)
 
 
 def poisoned(data: FederatedData, settings: Settings) -> FederatedData:

@@ -45,6 +45,7 @@ from sim.reports.statistics import (
 )
 from sim.reports.tables import (
     FEW,
+    audit_text,
     bits,
     epsilon_text,
     kilobytes,
@@ -154,6 +155,7 @@ def write_report(
         leakage=_leakage_table(runs),
         leakage_caption=LEAKAGE_CAPTION,
         attacks=_attack_tables(runs),
+        audits=audits_of(runs),
         figures=[each for each in pictures if each.name not in GRID_FIGURES],
         grid_figures=[each for each in pictures if each.name in GRID_FIGURES],
         arms=list(runs),
@@ -468,7 +470,8 @@ def _summary_table(summaries: Sequence[ArmSummary], order: Sequence[str]) -> Tab
 
 def _privacy_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
     """Say what each arm promises; None where none does."""
-    if not any(run.privacy for of_arm in runs.values() for run in counted(of_arm)):
+    promised = (run.privacy.get("mechanism") for own in runs.values() for run in counted(own))
+    if not any(promised):
         return None
     rows = []
     for arm, of_arm in runs.items():
@@ -487,6 +490,16 @@ def _privacy_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
         )
     header = ["arm", "mechanism", "where", "unit", "epsilon", "Renyi bound", "delta", "budget"]
     return Table(header, rows, left=4)
+
+
+def audits_of(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """Return a sentence for each audited run: what its canaries proved."""
+    return [
+        f"{arm}, seed {run.seed}: {audit_text(run.privacy['audit'])}."
+        for arm, of_arm in runs.items()
+        for run in counted(of_arm)
+        if run.privacy.get("audit")
+    ]
 
 
 def _told(tables: Sequence[Mapping[str, Any]], key: str) -> str:

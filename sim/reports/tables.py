@@ -99,6 +99,18 @@ def epsilon_text(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4g}"
 
 
+def audit_text(audit: Mapping[str, Any]) -> str:
+    """Write what an audit proved of a client, and whether it contradicts what was claimed."""
+    lower, claimed = audit["epsilon_lower"], audit["claimed"]
+    said = "nothing was claimed" if claimed is None else f"claimed {epsilon_text(claimed)}"
+    verdict = ", CONTRADICTED" if audit["contradicted"] else ""
+    proven = f"so epsilon > {epsilon_text(lower)}" if lower else "which proves nothing"
+    return (
+        f"audit of client {audit['client']}: {audit['right']:,} of {audit['guesses']:,} guesses "
+        f"right, {proven} ({audit['confidence']:.0%}); {said}{verdict}"
+    )
+
+
 def p_text(p_value: float | None, *, few: bool = False) -> str:
     """Write a p-value as reports do, marked where it rests on few seeds."""
     if p_value is None:

@@ -52,6 +52,8 @@ from sim.settings.tables import yaml_text
 from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
 
+_Client = Annotated[Whole, Field(ge=0, le=99_999)]
+LEAST_CANARIES = 20
 MOST_SEEDS = 1000
 MOST_ARMS = 1000
 
@@ -193,6 +195,29 @@ class ExchangeSettings(_Section):
         return self
 
 
+class AuditSettings(_Section):
+    """A lower bound on epsilon, from rows that are there by lot (``privacy.audit``)."""
+
+    canaries: Whole = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="rows of one client that get a wrong label, and stay with probability 1/2; "
+        "from how many of these its model gives away follows what epsilon is at least; 0: none",
+    )
+    client: _Client = Field(0, description="whose rows, and whose model is looked at")
+
+    @field_validator("canaries")
+    @classmethod
+    def _enough(cls, canaries: int) -> int:
+        if 0 < canaries < LEAST_CANARIES:
+            raise ValueError(
+                f"must be 0 or at least {LEAST_CANARIES}, since fewer prove next to nothing, got "
+                f"{canaries}"
+            )
+        return canaries
+
+
 class PrivacySettings(_Section):
     """How what is released is protected (``privacy``).
 
@@ -221,6 +246,8 @@ class PrivacySettings(_Section):
         le=1e6,
         description="epsilon after which the run ends; none: the wanted epsilon, if there is one",
     )
+
+    audit: AuditSettings = AuditSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -387,7 +414,6 @@ _NOT_SWEPT = {
 """Settings that arms cannot differ in, and why."""
 
 _Kept = Literal["auto", "none", "server", "clients", "best"]
-_Client = Annotated[Whole, Field(ge=0, le=99_999)]
 
 
 class StudySettings(_Section):
@@ -553,6 +579,11 @@ class Settings(_Section):
         if isinstance(judged, int) and judged > count:
             raise ValueError(
                 f"evaluation.clients must be at most clients.count ({count}), got {judged}"
+            )
+        audit = self.privacy.audit
+        if audit.canaries and audit.client >= count:
+            raise ValueError(
+                f"privacy.audit.client must be below clients.count ({count}), got {audit.client}"
             )
         strangers = [c for c in self.keep_models if isinstance(c, int) and c >= count]
         if strangers:
