@@ -27,6 +27,7 @@ from sim.keeping.records import (
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
 from sim.reports.grids import Grid
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
+from sim.server.asking import check_first_answers
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError, check_seeds
 from strategies import STRATEGIES
@@ -349,7 +350,7 @@ def _check_all(runs: Sequence[tuple[str, Settings, Path]], *, show: bool) -> dic
         key = fingerprint(settings.model_copy(update={"seed": 0}))
         if key not in checked:
             try:
-                load_data(settings)
+                check_first_answers(settings, load_data(settings))
                 checked[key] = None
             except SettingsError as error:
                 if not show:

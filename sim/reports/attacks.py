@@ -237,7 +237,10 @@ def leakage_cells(runs: Mapping[str, Sequence[RunRecord]]) -> dict[str, list[str
         chosen = counted(of_arm)
         accuracies = [float(run.last["accuracy"]) for run in chosen if "accuracy" in run.last]
         cells["accuracy"].append(percent(estimate(accuracies, SHARES)) if accuracies else NOTHING)
-        sizes = [sum(run.bytes_up.values()) + sum(run.bytes_down.values()) for run in chosen]
+        sizes = [
+            (sum(run.bytes_up.values()) + sum(run.bytes_down.values())) / run.num_clients
+            for run in chosen
+        ]
         cells["kB"].append(kilobytes(fmean(sizes)) if sizes else NOTHING)
         epsilons = [run.epsilon for run in chosen if run.epsilon is not None]
         cells["epsilon"].append(epsilon_text(max(epsilons, default=None)))
@@ -260,10 +263,10 @@ def _leak_text(value: Estimate | None, leak: str) -> str:
 
 
 def leakage_table(runs: Mapping[str, Sequence[RunRecord]]) -> FittedTable:
-    """Return accuracy, cost and leaks of each arm."""
+    """Return accuracy, cost and leaks of each arm; of those that were refused nothing."""
     return FittedTable(
         label="arm",
-        labels=list(runs),
+        labels=[arm if of_arm else f"{arm} (refused)" for arm, of_arm in runs.items()],
         columns=[
             Column(title=title, cells=cells, rank=rank)
             for rank, (title, cells) in enumerate(leakage_cells(runs).items())
@@ -274,7 +277,7 @@ def leakage_table(runs: Mapping[str, Sequence[RunRecord]]) -> FittedTable:
 
 
 LEAKAGE_CAPTION = (
-    "members: area under the ROC curve of LiRA (online) for membership of a client's rows, 0.5 is "
+    "kB: sent and received per client; members: area under the ROC curve of LiRA (online) for membership of a client's rows, 0.5 is "
     "guessing; labels: KL of its true mix to what its first upload tells, in nats, larger tells "
     "less; inverted: share of classes, less that of the control; stolen: agreement; of both larger "
     "tells more; means over seeds with 95 % t-intervals"

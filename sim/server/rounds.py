@@ -17,14 +17,11 @@ from flwr.serverapp import Grid
 from fedkd.data import FederatedData
 from fedkd.exchange.adversaries import NoAdversary
 from fedkd.exchange.budget import BudgetError, Levels, Plan, Purse
-from fedkd.exchange.codecs import Float32
 from fedkd.exchange.ledger import Ledger
 from fedkd.exchange.mechanisms import WantedNoise
 from fedkd.exchange.pipeline import ExchangeState, ServerTurn
-from fedkd.exchange.release import NoRelease
 from fedkd.exchange.spending import PrivacyBudgetError, bounds_by_client, spent_by_client
 from fedkd.exchange.values import Value, read_only
-from fedkd.exchange.views import All
 from fedkd.metrics.classification import accuracy, confusion_counts
 from fedkd.models import ignores_seed
 from fedkd.randomness import Purpose, generator_for
@@ -44,6 +41,7 @@ from sim.engine.runtime import (
     presence_of,
     server_tools,
 )
+from sim.server.asking import check_asked
 from sim.server.budgets import plan_of
 from sim.server.exchanged import Exchanged, Noting
 from sim.server.history import History
@@ -122,7 +120,7 @@ class RoundLoop:
         """Stand before the first round."""
         with authors_code("before round 1, the server's half"):
             state = self._checked(self._strategy.begin(self._server), "begin")
-        self._check_asked(state)
+        check_asked(self._stages, self._strategy, state, self._server)
         self.history = History()
         self.boundary = Boundary(0, state, simulated_s=self._server_seconds())
 
@@ -130,26 +128,6 @@ class RoundLoop:
         """Return how long the server took by the simulated clock since this was asked last."""
         work = self._server.take_work()
         return 0.0 if self._clock is None else self._clock.server_seconds(work)
-
-    def _check_asked(self, state: Value) -> None:
-        """Refuse stages that cannot take what clients are to answer: its parts are known by now.
-
-        Raises:
-            SettingsError: names the stage's setting.
-        """
-        stages = self._stages
-        plain = isinstance(stages.up, Float32) and isinstance(stages.view, All)
-        if plain and isinstance(stages.release, NoRelease) and not stages.adversary.lies:
-            return
-        round = self._federation.round(1)
-        for client in self._federation.first_clients.values():
-            with authors_code("before round 1, the server's half"):
-                asked = self._strategy.asks(state, client, round, self._server)
-            try:
-                if asked is not None:
-                    self._stages.check_asked(asked)
-            except ValueError as error:
-                raise SettingsError(str(error)) from error
 
     def go_back(self, boundary: Boundary, history: History) -> None:
         """Stand at a boundary that was reached before, here or in another process.
