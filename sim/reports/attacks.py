@@ -277,8 +277,8 @@ def leakage_table(runs: Mapping[str, Sequence[RunRecord]]) -> FittedTable:
 
 
 LEAKAGE_CAPTION = (
-    "kB: sent and received per client; members: area under the ROC curve of LiRA (online) for membership of a client's rows, 0.5 is "
-    "guessing; labels: KL of its true mix to what its first upload tells, in nats, larger tells "
-    "less; inverted: share of classes, less that of the control; stolen: agreement; of both larger "
-    "tells more; means over seeds with 95 % t-intervals"
+    "kB: sent and received per client; members: area under the ROC curve of LiRA (online) for "
+    "membership of a client's rows, 0.5 is guessing; labels: KL of its true mix to what its first "
+    "upload tells, in nats, larger tells less; inverted: share of classes, less that of the "
+    "control; stolen: agreement; of both larger tells more; means over seeds with 95 % t-intervals"
 )
