@@ -31,6 +31,7 @@ from sim.reports.runs import (
 )
 from sim.reports.statistics import (
     ACCURACIES,
+    MEASURES,
     ArmSummary,
     At,
     Difference,
@@ -46,9 +47,9 @@ from sim.reports.statistics import (
 from sim.reports.tables import (
     FEW,
     audit_text,
-    bits,
     epsilon_text,
     kilobytes,
+    measure_text,
     p_text,
     percent,
     plane_tables,
@@ -439,10 +440,10 @@ def _summary_table(summaries: Sequence[ArmSummary], order: Sequence[str]) -> Tab
     selects = any(summary.selected for summary in summaries)
     header += ["same, at selected round (%)", "selected round"] * selects
     header += [f"{ACCURACIES[key]} (%)" for key in shown[1:]]
-    budgeted = any(summary.bits_up or summary.bits_down for summary in summaries)
+    measures = [key for key in MEASURES if any(key in each.measures for each in summaries)]
     private = any(summary.epsilon is not None for summary in summaries)
     header += ["epsilon"] * private
-    header += ["kB up", "kB down", *(["bits up", "bits down"] if budgeted else []), "seconds"]
+    header += ["kB up", "kB down", *(MEASURES[key].title for key in measures), "seconds"]
     clocked = any(summary.simulated_s is not None for summary in summaries)
     aimed = any(summary.targets for summary in summaries)
     header += ["simulated s"] * clocked + [target_title(summaries)] * aimed
@@ -459,7 +460,7 @@ def _summary_table(summaries: Sequence[ArmSummary], order: Sequence[str]) -> Tab
             *[epsilon_text(summary.epsilon)] * private,
             kilobytes(summary.bytes_up),
             kilobytes(summary.bytes_down),
-            *([bits(summary.bits_up), bits(summary.bits_down)] if budgeted else []),
+            *(measure_text(key, summary) for key in measures),
             NOTHING if summary.seconds is None else f"{summary.seconds.mean:.1f}",
             *[simulated_seconds(summary.simulated_s)] * clocked,
             *[seconds_to_target(summary)] * aimed,

@@ -7,8 +7,8 @@ would leave what is possible (a share is in [0, 1]) they are cut off there and s
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -50,6 +50,32 @@ ACCURACIES: Mapping[str, str] = MappingProxyType(
 
 HONEST = "honest_accuracy"
 """The key of the mean accuracy over honest clients, in rows of runs that have dishonest ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A number that some runs have: a column wherever one of the arms has it.
+
+    Attributes:
+        title: of the column.
+        rank: columns of lower rank find room first in a terminal.
+        of: returns that of a run; None where it has none.
+        share: whether it is one in [0, 1], which is written in percent with its interval.
+    """
+
+    title: str
+    rank: int
+    of: Callable[[RunRecord], float | None]
+    share: bool = False
+
+
+MEASURES: Mapping[str, Measure] = MappingProxyType(
+    {
+        "bits_up": Measure("bits up", 13, lambda run: run.bits.get("up")),
+        "bits_down": Measure("bits down", 13, lambda run: run.bits.get("down")),
+    }
+)
+"""What runs may have beside accuracies, by its key in rows of plain values."""
 
 At = Literal["last", "selected"]
 """The last judged round, or the round with the best mean validation accuracy."""
@@ -145,7 +171,7 @@ class ArmSummary:
         to_target: what it showed when the mean client first had the target accuracy, of the runs
             that had it.
         targets: the target accuracies of the runs that have a clock and a target.
-        bits_up, bits_down: under a budget the mean bits of a number.
+        measures: by key of `MEASURES`, without those that no run has.
         epsilon: the largest that a client of any of the runs has spent; None where a run promises
             nothing.
     """
@@ -164,8 +190,7 @@ class ArmSummary:
     simulated_s: Estimate | None = None
     to_target: Estimate | None = None
     targets: tuple[float, ...] = ()
-    bits_up: Estimate | None = None
-    bits_down: Estimate | None = None
+    measures: Mapping[str, Estimate] = field(default_factory=dict)
     epsilon: float | None = None
 
 
@@ -435,10 +460,15 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
             [run.simulated_s_to_target for run in chosen if run.simulated_s_to_target is not None]
         ),
         targets=tuple(run.target_accuracy for run in chosen if run.target_accuracy is not None),
-        bits_up=estimate([run.bits["up"] for run in chosen if "up" in run.bits]),
-        bits_down=estimate([run.bits["down"] for run in chosen if "down" in run.bits]),
+        measures={key: found for key in MEASURES if (found := _measure(key, chosen)) is not None},
         epsilon=epsilon_of(chosen),
     )
+
+
+def _measure(key: str, runs: Sequence[RunRecord]) -> Estimate | None:
+    measure = MEASURES[key]
+    values = [value for run in runs if (value := measure.of(run)) is not None]
+    return estimate(values, SHARES if measure.share else ANYTHING)
 
 
 def measured(runs: Sequence[RunRecord]) -> Estimate | None:

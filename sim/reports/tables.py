@@ -8,6 +8,7 @@ from sim.reports.grids import Grid
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
     ACCURACIES,
+    MEASURES,
     ArmSummary,
     Difference,
     Estimate,
@@ -89,8 +90,11 @@ def target_title(summaries: Sequence[ArmSummary]) -> str:
     return f"s to {100 * targets.pop():g} %" if len(targets) == 1 else "s to target"
 
 
-def bits(value: Estimate | None) -> str:
-    """Write the mean bits of a number."""
+def measure_text(key: str, summary: ArmSummary) -> str:
+    """Write one of `MEASURES`."""
+    value = summary.measures.get(key)
+    if MEASURES[key].share:
+        return percent(value)
     return NOTHING if value is None else f"{value.mean:.1f}"
 
 
@@ -170,9 +174,11 @@ def summary_table(
         column("sim. s", 6, [simulated_seconds(summary.simulated_s) for summary in summaries]),
         column("kB up", 6, [kilobytes(summary.bytes_up) for summary in summaries]),
         column("kB down", 6, [kilobytes(summary.bytes_down) for summary in summaries]),
-        # Of runs under a budget alone; without any number a column is left out.
-        column("bits up", 13, [bits(summary.bits_up) for summary in summaries]),
-        column("bits down", 13, [bits(summary.bits_down) for summary in summaries]),
+        # Without any number a column is left out.
+        *(
+            column(measure.title, measure.rank, [measure_text(key, each) for each in summaries])
+            for key, measure in MEASURES.items()
+        ),
         column(
             "s",
             11,
@@ -337,8 +343,8 @@ def summary_rows(
             row.update(_flat(f"{key}_selected", summary.selected.get(key)))
         row.update(_flat("bytes_up_per_client", summary.bytes_up))
         row.update(_flat("bytes_down_per_client", summary.bytes_down))
-        row.update(_flat("bits_up", summary.bits_up))
-        row.update(_flat("bits_down", summary.bits_down))
+        for key in MEASURES:
+            row.update(_flat(key, summary.measures.get(key)))
         row["epsilon"] = summary.epsilon
         row.update(_flat("seconds", summary.seconds))
         row.update(_flat("simulated_s", summary.simulated_s))

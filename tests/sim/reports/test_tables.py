@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sim.reports import pair_rows, plane_tables, summary_rows, summary_table
 from sim.reports.grids import Axis, Grid
-from sim.reports.statistics import Difference, Estimate
+from sim.reports.statistics import Difference, Estimate, Measure
 from sim.reports.tables import kilobytes, p_text, percent
 
 
@@ -261,3 +261,16 @@ def test_a_sweep_is_a_table_of_rows_and_columns_that_a_terminal_holds(make_run):
         "mean 52.0 ±5.0* 62.0 ±5.0* 72.0 ±5.0*",
         "median 52.0 ±5.0* refused 82.0 ±5.0*",
     ]
+
+
+def test_a_measure_is_a_column_wherever_one_of_the_arms_has_it(make_run, monkeypatch):
+    leak = Measure("leak", 1, lambda run: run.seed / 10 if run.seed else None, share=True)
+    monkeypatch.setattr("sim.reports.statistics.MEASURES", {"leak": leak})
+    monkeypatch.setattr("sim.reports.tables.MEASURES", {"leak": leak})
+    runs = {"a": [make_run(seed=1), make_run(seed=2)], "b": [make_run(seed=0)]}
+    first, second = summary_rows(runs, "a")
+    assert (first["leak"], second["leak"]) == (pytest.approx(0.15), None)
+    # 12.71 * 0.0707 / sqrt(2) = 0.64 beyond both ends of a share
+    assert (first["leak_low"], first["leak_high"]) == (0.0, pytest.approx(0.785, abs=1e-3))
+    assert "15.0 [0, 78.5]*" in printed(runs, 200)
+    assert "leak" not in printed({"b": runs["b"]}, 200)
