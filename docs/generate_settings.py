@@ -21,7 +21,7 @@ from fedkd.data.feature_shift import SHIFTS
 from fedkd.data.partition_settings import PARTITIONS, OwnPartition, PartitionSettings
 from fedkd.distillation.methods import METHODS
 from fedkd.distillation.settings import DistillSettings
-from fedkd.exchange.adversaries import ADVERSARIES, Adversary
+from fedkd.exchange.adversaries import ADVERSARIES, Adversary, Controlling, Lying
 from fedkd.exchange.codecs import CODECS, Codec
 from fedkd.exchange.kinds import Stage
 from fedkd.exchange.mechanisms import MECHANISMS
@@ -42,7 +42,7 @@ from strategies import STRATEGIES
 from strategies.contract import Strategy
 
 DOCS = Path(__file__).parent
-PAGES = ("algorithms.md", "privacy.md", "settings.md", "strategies.md")
+PAGES = ("adversaries.md", "algorithms.md", "privacy.md", "settings.md", "strategies.md")
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SCHEDULES = get_args(get_args(Schedule)[0])
@@ -143,6 +143,20 @@ def shift_keys() -> Iterator[Key]:
     for kind, model in SHIFTS.items():
         for name, field in model.model_fields.items():
             if name != "kind":
+                default = _default(field, field.default)
+                yield Key(f"{kind}: {name}", default, _values(field), field.description or "")
+
+
+def adversary_keys() -> Iterator[Key]:
+    """What adversaries have besides ``kind``: first what several share, then each kind's own."""
+    for base, named in ((Controlling, "all"), (Lying, "all that lie about answers")):
+        for name, field in base.model_fields.items():
+            if name != "kind" and name not in base.__base__.model_fields:
+                default = _default(field, field.default)
+                yield Key(f"{named}: {name}", default, _values(field), field.description or "")
+    for kind, model in ((kind, ADVERSARIES.find(kind)) for kind in ADVERSARIES):
+        for name, field in model.model_fields.items():
+            if name not in Lying.model_fields:
                 default = _default(field, field.default)
                 yield Key(f"{kind}: {name}", default, _values(field), field.description or "")
 
@@ -426,6 +440,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "schedules": lambda: table(schedule_keys()),
     "partitions": lambda: table(partition_keys()),
     "feature shifts": lambda: table(shift_keys()),
+    "adversaries": lambda: table(adversary_keys()),
     "models": model_table,
     "algorithms": algorithm_table,
     "algorithm cards": algorithm_cards,

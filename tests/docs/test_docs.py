@@ -49,7 +49,9 @@ def blocks(path: Path, language: str) -> list[str]:
     return [body for kind, body in FENCE.findall(text) if kind == language]
 
 
-@pytest.mark.parametrize("name", ["algorithms.md", "privacy.md", "settings.md", "strategies.md"])
+@pytest.mark.parametrize(
+    "name", ["adversaries.md", "algorithms.md", "privacy.md", "settings.md", "strategies.md"]
+)
 def test_tables_of_settings_are_fresh(generator: Any, name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert generator.rewritten(text) == text, "run: python docs/generate_settings.py"

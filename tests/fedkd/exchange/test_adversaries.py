@@ -325,6 +325,15 @@ def test_of_rows_that_nobody_honest_sent_it_says_what_it_would():
     assert digest(lie_of(LMA(**NONE), own)) == digest(own)
 
 
+def test_who_did_not_send_a_row_has_no_say_in_it():
+    apart = [soft([[0.8, 0.2], [0.7, 0.3]], rows=[0, 1]), soft([[0.1, 0.9]], rows=[1])]
+    crowd = Crowd.of(next(scores_in(each)) for each in apart)
+    np.testing.assert_allclose(crowd.mean, [[0.8, 0.2], [0.4, 0.6]], atol=1e-7)
+    # Of nothing instead of row 0 the cross-entropy would be larger.
+    assert HIPS(**NONE).worst(crowd, 0.3)[0] == 0
+    assert HIPS(**NONE, mode="cpa").worst(crowd, 0.3)[0] == 0
+
+
 def test_the_honest_mean_is_one_of_distributions_also_of_logits():
     # Logits (10, 0, 9) count as (.73, .00003, .27), not with their size.
     others = [logits([[10, 0, 9]]), logits([[0, 1, 0]]), logits([[0, 1, 0]])]
