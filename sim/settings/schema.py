@@ -450,7 +450,12 @@ class StudySettings(_Section):
     @field_validator("sweep", mode="before")
     @classmethod
     def _by_dotted_names(cls, sweep: object) -> object:
-        """Open tables: ``{adversary: {kind: [lma, cpa]}}`` is ``{adversary.kind: [lma, cpa]}``."""
+        """Open tables: ``{adversary: {kind: [lma, cpa]}}`` is ``{adversary.kind: [lma, cpa]}``.
+
+        A word that leaves out the sweep of a file is ``study.sweep=null``.
+        """
+        if sweep is None:
+            return {}
         return dict(_swept(sweep)) if isinstance(sweep, Mapping) else sweep
 
     @field_validator("sweep")

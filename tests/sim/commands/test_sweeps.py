@@ -13,6 +13,7 @@ from sim.commands.sweeps import drafts, name_of, patch_of
 from sim.reports.grids import Axis
 from sim.settings import SettingsError, load_settings
 
+CONF = Path(__file__).parents[3] / "conf" / "examples"
 Read = Callable[..., Study]
 
 
@@ -125,6 +126,31 @@ def test_a_kind_and_its_settings_may_be_swept_over_together() -> None:
     # Over another kind of the file; a table of another kind replaces it whole.
     patch = patch_of({"a.kind": "top_k", "a.k": 2})
     assert patch == {"a": {"kind": "top_k", "k": 2}}
+
+
+def test_a_word_can_leave_out_the_sweep_of_a_file(study: Read) -> None:
+    found = study(
+        TWO_BY_TWO.replace("dsfl", "one_way"), "study.sweep=null", arms=["local", "one_way"]
+    )
+    assert list(found.arms) == ["local", "one_way"]
+    assert found.grid is None
+
+
+@pytest.mark.parametrize(
+    ("example", "combinations", "arms"),
+    # 4 attacks x 4 rules x 2 shares and 4 without liars; 8 x 8 x 5 and 8.
+    [("byzantine", 48, 36), ("byzantine-full", 384, 328)],
+)
+def test_without_liars_each_rule_of_the_byzantine_studies_runs_once(
+    example: str, combinations: int, arms: int
+) -> None:
+    found = load_study(str(CONF / f"{example}.yaml"))
+    assert found.grid is not None
+    assert (len(found.grid.arms), len(found.arms)) == (combinations, arms)
+    honest = [name for name, arm in found.arms.items() if arm.adversary.kind == "none"]
+    assert honest == [name for name in found.arms if name.endswith("-0")]
+    (rules,) = {plane.rows.labels for plane in found.grid.planes}
+    assert honest == [f"{rule}-0" for rule in rules]
 
 
 MISTAKES = {
