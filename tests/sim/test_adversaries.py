@@ -191,6 +191,32 @@ def test_disagreement_is_that_of_what_the_server_sees():
     assert honest_run("dsfl").history.federation[0]["peer_disagreement"] > 0
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"exchange": {"up": "one_bit"}},
+        {"exchange": {"up": "cfd_delta", "down": "int8"}},
+        {"exchange": {"budget_kb": 3}},
+        {"exchange": {"view": "sum"}},
+        {"privacy": {"mechanism": "dp_sgd", "noise": 1}},
+        {"clients": {"participation": 0.5}},
+    ],
+    ids=str,
+)
+def test_lies_pass_whatever_else_happens_to_answers(sections):
+    strategy = "dsfl" if "cfd" in str(sections) or "bit" in str(sections) else "fedmd"
+    one_model = {"clients": {"models": [{"name": "mlp", "options": {"hidden": [8]}}]}}
+    sections = merge_tables(merge_tables({"rounds": 3}, one_model), sections)
+    honest = simulate(*attacked(strategy, {"kind": "none"}, **sections))
+    for kind in ("lma", "fdla"):
+        run = simulate(*attacked(strategy, {"kind": kind, "clients": [1, 2]}, **sections))
+        assert run.events == []
+        assert shown(run) != shown(honest)
+        totals = [sum(row["bytes"] for row in each.exchange) for each in (run, honest)]
+        # Of cfd_delta bytes depend on what changed, which lies and lessons made of them decide.
+        assert totals[0] == totals[1] or "cfd_delta" in str(sections)
+
+
 @pytest.mark.parametrize("kind", ["lma", "shuffled"])
 def test_numbers_do_not_depend_on_cohorts(kind):
     runs = [

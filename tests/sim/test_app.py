@@ -233,6 +233,19 @@ def test_nodes_protect_what_they_send_as_workers_do(
     assert told == [(round, client) for round in (1, 2) for client in range(4)]
 
 
+@pytest.mark.parametrize("kind", ["lma", "shuffled", "backdoor"])
+def test_nodes_have_the_adversaries_that_workers_have(
+    small: Callable[..., Settings], words: Any, serve: Any, kind: str
+) -> None:
+    """At the server, at clients, and in private rows."""
+    attacked = f"adversary={{kind: {kind}, fraction: 0.5}}", "strategy.name=dsfl"
+    ours = of_run(small(*attacked))
+    theirs = serve(Runtime(range(4), 4), words(*attacked))
+    assert {key: theirs[key] for key in ours} == ours
+    assert theirs["result"]["adversary"]["kind"] == kind
+    assert ours["metrics"] != of_run(small("strategy.name=dsfl"))["metrics"]
+
+
 def test_the_server_s_models_are_kept_and_those_of_nodes_are_not(words: Any, serve: Any) -> None:
     of_server = words("strategy.name=fedavg", "rounds=1", "keep_models=server")
     left = serve(Runtime(range(4), 4), of_server)
