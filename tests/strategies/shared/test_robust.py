@@ -254,6 +254,17 @@ def test_a_check_compares_clients_by_the_rows_that_they_spoke_of():
     assert torch.allclose(told, torch.tensor([[1 / 3, -1 / 3], [0, 0], [1, -1]]), atol=1e-6)
 
 
+def test_what_stands_in_rows_that_a_client_did_not_speak_of_moves_no_median():
+    sent = np.array([[1, 1], [1, 1], [1, 0], [1, 0], [1, 0]], bool)
+    values = torch.tensor([[1.0, -1], [1.2, -1.2], [0.8, -0.8], [1.1, -1.1], [0.9, -0.9]])
+    chosen = RobustSettings(name="any", aggregation="outlier_check", factor=2.0)
+    with Consensus(chosen, scale="logits") as all_kept:
+        for client, own in enumerate(values):
+            spoken = torch.from_numpy(sent[client])[:, None]
+            all_kept.add(client, torch.where(spoken, own, 1e6), sent=sent[client])
+        assert all_kept.speakers().tolist() == [5, 2]
+
+
 # -- algorithms with weights of their own ----------------------------------------------------------
 
 
