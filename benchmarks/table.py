@@ -32,6 +32,7 @@ SCRIPTS = (
     "codecs",
     "traffic",
     "defences",
+    "attacks",
 )
 ON_IMAGES = ("loop_ratio", "traffic")
 
