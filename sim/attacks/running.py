@@ -38,6 +38,9 @@ from sim.settings import Settings, SettingsError
 SHELF = ".shadows"
 """Folder beside runs of one name, or of one study, for models that attacks on several share."""
 
+CONTROL = "control "
+"""Begins the names under which models of the positive control are kept there."""
+
 CURVE_POINTS = 200
 """Points of a ROC curve that are kept at most."""
 
@@ -159,7 +162,7 @@ def _membership(scene: Scene) -> Row:
     def learn(pool: Any, models: Sequence[Any], rows: Sequence[np.ndarray]) -> list[Arrays]:
         seed = shadow_seed(scene.settings, 1)
         return scene.keep(
-            "control " + models[0].key,
+            CONTROL + models[0].key,
             lambda: learn_alone(by_heart, scene.data, pool, models, rows, seed, scene.tell),
         )
 
@@ -235,14 +238,18 @@ class _Shelf:
             for path, value in numbers.items()
             if path.startswith(("clients.", "rounds", "seed", "data."))
         }
+        asked = wanted.model_dump(mode="json", include={"controls", "wrong"})
+        self._control_key = json.dumps([own, asked, data], sort_keys=True)
         if settings.privacy.mechanism.learns:
             own |= {p: value for p, value in numbers.items() if p.startswith("privacy.")}
-        asked = wanted.model_dump(mode="json", include={"clients", "shadows", "controls", "wrong"})
+        asked = wanted.model_dump(mode="json", include={"clients", "shadows"})
         self._key = json.dumps([own, asked, data], sort_keys=True)
 
     def keep(self, name: str, make: Callable[[], list[Arrays]]) -> list[Arrays]:
         """Return what was made of this name before, or make it."""
-        digest = hashlib.sha256(f"{name} {self._key}".encode()).hexdigest()
+        # Models of the control learn without privacy, whatever the run does.
+        key = self._control_key if name.startswith(CONTROL) else self._key
+        digest = hashlib.sha256(f"{name} {key}".encode()).hexdigest()
         path = self._folder / f"{digest[:32]}.safetensors"
         if path.is_file():
             return _apart(load_file(path))

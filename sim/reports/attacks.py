@@ -26,6 +26,17 @@ ATTACKS: Mapping[str, str] = {
 }
 """Membership attacks and their titles."""
 
+CONTROLS: Mapping[str, str] = {"positive": "by heart", "negative": "at random"}
+"""Controls of membership and their titles."""
+
+_SHORT: Mapping[str, str] = {
+    "threshold": "threshold",
+    "lira_offline": "LiRA off",
+    "lira_online": "LiRA on",
+    "rmia": "RMIA",
+}
+"""The same for a table's rows."""
+
 LEADING = "lira_online"
 """The attack that stands for membership where there is room for one; chosen before any was run."""
 
@@ -115,13 +126,12 @@ def missing_in(found: Mapping[str, Any]) -> list[str]:
 
 
 def _membership_table(found: Row) -> FittedTable:
-    places = {PLACES[place]: own for place, own in found["places"].items()}
-    places |= {f"control: {name}": own for name, own in found["controls"].items()}
+    places = {**found["places"], **{CONTROLS[n]: own for n, own in found["controls"].items()}}
     rows = [(title, each) for title, own in places.items() for each in own.get("figures", ())]
     rates = list(rows[0][1]["rates"]) if rows else []
     return FittedTable(
         label="place, attack",
-        labels=[f"{title}, {ATTACKS[each['attack']]}" for title, each in rows],
+        labels=[f"{title}, {_SHORT[each['attack']]}" for title, each in rows],
         columns=[
             Column(title="AUC", cells=[_plain(each["auc"]) for _, each in rows], rank=0),
             *(
@@ -137,7 +147,8 @@ def _membership_table(found: Row) -> FittedTable:
         ],
         title="membership",
         caption="AUC: area under the ROC curve, 0.5 is guessing; TPR: share of members found at a "
-        "false-positive rate, left out where fewer than 10 non-members would pass; 95 % intervals",
+        "false-positive rate, left out where fewer than 10 non-members would pass; 95 % intervals; "
+        "two controls: models that know their rows by heart, and membership drawn at random",
     )
 
 

@@ -261,7 +261,11 @@ class PrivacySettings(_Section):
         named = given.get("mechanism", "none")
         table = {"kind": named} if isinstance(named, str) else named
         if not isinstance(table, Mapping) or table.get("kind") == "none":
-            first = next(iter(own))
+            strangers = [key for key in own if key not in _of_any_mechanism()]
+            if "mechanism" in given and not strangers:
+                # The twin without a mechanism, of a file that says what it would be.
+                return {key: value for key, value in given.items() if key in cls.model_fields}
+            first = next(iter(strangers or own))
             raise ValueError(
                 f"{first} belongs to a mechanism, and privacy.mechanism is none: set "
                 f"privacy.mechanism to one of {', '.join(list(MECHANISMS)[1:])} as well, or leave "
@@ -297,6 +301,11 @@ class PrivacySettings(_Section):
         wanted = getattr(self.mechanism, "epsilon", None)
         epsilon = wanted if self.budget is None else self.budget
         return None if epsilon is None else PrivacyBudget(epsilon, self.delta)
+
+
+def _of_any_mechanism() -> set[str]:
+    """Return the names of settings that some mechanism has."""
+    return {field for name in MECHANISMS for field in MECHANISMS.find(name).model_fields}
 
 
 def _one_noise(table: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,3 +145,14 @@ def test_shadows_have_the_liars_of_the_run_among_them(scene_of):
     liars = scene.settings.stages.controlled
     again = _same_clients(scene.settings)
     assert again.controlled(4, seed=12345) == liars
+
+
+def test_models_that_learn_alone_are_shared_by_runs_that_learn_alike(attacked, tmp_path):
+    words = ("attacks.kinds=membership", "attacks.train=models", f"output={tmp_path}")
+    made = []
+    for more in ((), ("strategy.name=fedmd",), ("exchange.up=int8",), ("clients.local.epochs=3",)):
+        settings = attacked(*words, *more)
+        run(settings)
+        made.append(len(list((tmp_path / "attacked" / ".shadows").iterdir())))
+    # Shadows and the control, once; then only where clients learn otherwise.
+    assert made == [2, 2, 2, 4]

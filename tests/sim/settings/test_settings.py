@@ -333,3 +333,12 @@ def test_there_are_so_many_seeds_and_no_more(first: int, count: int, complaint: 
     with pytest.raises(SettingsError, match=complaint):
         check_seeds(first, count)
     check_seeds(2**32 - 2, 2)
+
+
+def test_a_run_has_a_twin_without_its_mechanism():
+    words = ["privacy.mechanism=dp_sgd", "privacy.epsilon=8", "privacy.clip=1"]
+    assert not load_settings(None, [*words, "privacy.mechanism=none"]).privacy.on
+    with pytest.raises(SettingsError, match=r"epsilon belongs to a mechanism"):
+        load_settings(None, ["privacy.epsilon=8"])
+    with pytest.raises(SettingsError, match=r"epsilonn"):
+        load_settings(None, [*words, "privacy.mechanism=none", "privacy.epsilonn=8"])
