@@ -28,6 +28,7 @@ VARIANTS = {
         {"peers": "exponential"},
         {"peers": "random-k", "k": 1},
         {"peers": "best-k", "include_self": True},
+        {"aggregation": "median", "trust_rate": 1.0},
         {"objective": {"ce": 1.0, "kd": {"learned": True}, "sp": {"weight": 1, "on": "logits"}}},
     ],
     "dsfl": [{}, {"sharpening": "sa", "server_model": "mlp"}],
@@ -81,7 +82,12 @@ VARIANTS = {
         {"direction": "clients_to_server"},
         {"direction": "server_to_clients", "objective": {"ce": 1.0, "kd": {"learned": True}}},
     ],
-    "selective_fd": [{}, {"ambiguous": None, "quantile": 0.0, "width": 2.0}],
+    "scarlet": [{}, {"aggregation": "outlier_check", "factor": 1.0, "trust_rate": 1.0}],
+    "selective_fd": [
+        {},
+        {"ambiguous": None, "quantile": 0.0, "width": 2.0},
+        {"aggregation": "filter", "dishonest": 0.9},
+    ],
 }
 """Settings worth running, the quick ones first; a new row of the table runs with its defaults."""
 
