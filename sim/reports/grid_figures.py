@@ -84,7 +84,13 @@ def accuracy_in_grid(runs: Runs, grid: Grid, columns: int = WIDE) -> Figure | No
         axes.set_title(plane.title)
         axes.set_xlabel(plane.columns.title)
     bar = figure.colorbar(
-        images[0], ax=panels, location="bottom", shrink=0.7, aspect=40 * columns / 2
+        images[0],
+        ax=panels,
+        location="bottom",
+        shrink=0.7,
+        # Both are relative to the panels; below many lines of them it looks as below one.
+        aspect=20 * columns,
+        pad=0.06 / math.ceil(len(planes) / columns),
     )
     bar.outline.set_visible(False)
     bar.set_label("accuracy (%)")
