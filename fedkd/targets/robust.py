@@ -143,7 +143,7 @@ def norm_checked_mean(
         ValueError: if there is no client or ``factor`` is out of range.
 
     Source:
-        After Sun, Kairouz, Suresh, McMahan, 2019, section 5 (norm thresholding of updates), with a
+        After Sun, Kairouz, Suresh, McMahan, 2019 (norm thresholding of updates), with a
         threshold that follows the clients. https://arxiv.org/abs/1911.07963
     """
     return _mean_of_kept(values, kept_within(squared_deviations(values), factor=factor))

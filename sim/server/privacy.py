@@ -128,6 +128,12 @@ def _needs_each(strategy: Strategy[Any, Any], rule: WantedNoise) -> str | None:
         return None
     if strategy.leaves_one_out:
         return "each client gets a mean of its own, of which votes have none; use gaussian"
+    aggregation = getattr(strategy.settings, "aggregation", "mean")
+    if aggregation != "mean":
+        return (
+            "a trusted server adds noise to the mean of all answers, and strategy.aggregation is "
+            f"{aggregation}: use mean, or privacy.where: client"
+        )
     return (
         "a trusted server adds noise to the mean of all answers, and this algorithm needs each of "
         "them; use privacy.where: client, or an algorithm that needs the mean alone, such as fedmd "

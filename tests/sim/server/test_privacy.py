@@ -588,3 +588,9 @@ def test_a_delta_that_would_let_a_row_be_published_is_said(delta, is_said):
         load_settings(None, [*words, f"privacy.delta={delta}", "clients.models=[mlp]"])
     ).assumptions
     assert said[0].startswith(f"privacy.delta {delta:g} is no less than 1 / rows") == is_said
+
+
+def test_a_robust_rule_is_named_where_a_mean_would_be_protected():
+    said = reason("dsfl", AT_SERVER, aggregation="median")
+    assert "strategy.aggregation is median: use mean" in said
+    assert reason("dsfl", AT_SERVER) is None
