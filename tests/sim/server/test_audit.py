@@ -65,9 +65,19 @@ def test_of_a_client_that_never_trained_only_chance_can_be_seen(small):
         settings = small(*AUDIT, "clients.models=mlp", f"seed={seed}")
         data = load_data(settings)
         architecture = build_strategy(settings, federation_of(settings, data)).architecture(1)
-        told.append(audited(settings, data, architecture, None, {}))
+        spent = {"epsilon": 5.0, "clients": {"0": 5.0, "1": 2.0}}
+        told.append(audited(settings, data, architecture, None, spent))
     assert sum(audit["epsilon_lower"] > 0 for audit in told) <= 4  # of 20, one of 20 is expected
-    assert {audit["canaries"] for audit in told} == {40}
+    assert {(audit["canaries"], audit["claimed"]) for audit in told} == {(40, 2.0)}
+
+
+def test_a_client_that_knows_its_rows_by_heart_gives_them_away(small):
+    done = run(
+        small(*AUDIT, "strategy.name=local", "clients.models=mlp", "clients.local.epochs=60")
+    )
+    audit = done.privacy["audit"]
+    assert audit["right"] / audit["guesses"] > 0.85
+    assert audit["epsilon_lower"] > 0.5
 
 
 class Stopping(Observer):
