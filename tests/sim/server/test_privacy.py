@@ -175,9 +175,7 @@ def test_a_byte_budget_whose_codecs_cannot_write_noise_is_refused(privacy):
         ("dml", {}),
         ("dml", {"peers": "ring", "average": "logit"}),
         ("dml", {"average": "logit", "include_self": True}),
-        ("fedmd", {"aggregation": "median"}),
         ("ktpfl", {}),
-        ("cronus", {}),
         ("codistillation", {}),
     ],
 )
@@ -590,7 +588,8 @@ def test_a_delta_that_would_let_a_row_be_published_is_said(delta, is_said):
     assert said[0].startswith(f"privacy.delta {delta:g} is no less than 1 / rows") == is_said
 
 
-def test_a_robust_rule_is_named_where_a_mean_would_be_protected():
-    said = reason("dsfl", AT_SERVER, aggregation="median")
-    assert "strategy.aggregation is median: use mean" in said
-    assert reason("dsfl", AT_SERVER) is None
+@pytest.mark.parametrize("privacy", [AT_SERVER, VOTES])
+@pytest.mark.parametrize(("strategy", "rule"), [("fedmd", "median"), ("cronus", "filter")])
+def test_a_robust_rule_is_named_where_a_mean_would_be_protected(strategy, rule, privacy):
+    told = reason(strategy, privacy, aggregation=rule)
+    assert f"strategy.aggregation is {rule}: use mean" in told
