@@ -171,7 +171,7 @@ def defence_of(run: RunRecord) -> str:
         where = " at the server" if privacy.get("where") == "server" else ""
         words.append(f"{mechanism['kind']}{'' if epsilon is None else f' {epsilon:g}'}{where}")
     if up.get("kind", "float32") != "float32":
-        words.append(str(up["kind"]))
+        words.append(" ".join(str(up[key]) for key in ("kind", "k") if key in up))
     return ", ".join(words) or "no defence"
 
 
