@@ -496,10 +496,10 @@ def _privacy_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
 def audits_of(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     """Return a sentence for each audited run: what its canaries proved."""
     return [
-        f"{arm}, seed {run.seed}: {audit_text(run.privacy['audit'])}."
+        f"{arm}, seed {run.seed}: {audit_text(audit)}."
         for arm, of_arm in runs.items()
         for run in counted(of_arm)
-        if run.privacy.get("audit")
+        if isinstance(audit := run.privacy.get("audit"), dict)
     ]
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sim.reports.grids import Grid
-from sim.reports.runs import RunRecord
+from sim.reports.runs import RunRecord, number
 from sim.reports.statistics import (
     ACCURACIES,
     MEASURES,
@@ -105,13 +105,15 @@ def epsilon_text(value: float | None) -> str:
 
 def audit_text(audit: Mapping[str, Any]) -> str:
     """Write what an audit proved of a client, and whether it contradicts what was claimed."""
-    lower, claimed = audit["epsilon_lower"], audit["claimed"]
+    keys = ("client", "right", "guesses", "epsilon_lower", "confidence")
+    client, right, guesses, lower, confidence = (number(audit, key) or 0 for key in keys)
+    claimed = number(audit, "claimed")
     said = "nothing was claimed" if claimed is None else f"claimed {epsilon_text(claimed)}"
-    verdict = ", CONTRADICTED" if audit["contradicted"] else ""
+    verdict = ", CONTRADICTED" if audit.get("contradicted") is True else ""
     proven = f"so epsilon > {epsilon_text(lower)}" if lower else "which proves nothing"
     return (
-        f"audit of client {audit['client']}: {audit['right']:,} of {audit['guesses']:,} guesses "
-        f"right, {proven} ({audit['confidence']:.0%}); {said}{verdict}"
+        f"audit of client {client:.0f}: {right:,.0f} of {guesses:,.0f} guesses right, {proven} "
+        f"({confidence:.0%}); {said}{verdict}"
     )
 
 

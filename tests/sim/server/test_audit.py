@@ -11,8 +11,9 @@ from sim.commands.cli import app
 from sim.commands.privacy import privacy as outlook
 from sim.commands.running import load_data, run
 from sim.engine.runtime import build_strategy, federation_of
-from sim.reports.html import audits_of
+from sim.reports.html import audits_of, write_report
 from sim.reports.runs import load_run
+from sim.reports.tables import audit_text
 from sim.server.audit import audit_told, audited
 from sim.server.observers import Observer
 from sim.settings import SettingsError, load_settings
@@ -53,6 +54,10 @@ def test_the_bound_is_in_the_result_beside_the_claim(small):
 def test_without_a_claim_the_audit_says_what_it_finds(small):
     done = run(small(*AUDIT, "strategy.name=local"))
     assert done.privacy.keys() == {"audit"}
+    report = write_report({"alone": [load_run(done.folder)]}, done.folder, title="one").read_text()
+    assert "guesses right" in report
+    assert "nothing was claimed" in report
+    assert "Renyi bound" not in report
     assert (done.privacy["audit"]["claimed"], done.privacy["audit"]["contradicted"]) == (
         None,
         False,
@@ -102,6 +107,31 @@ def test_the_bits_depend_on_neither_workers_nor_interruptions(how, small):
     assert again.weights_sha256 == whole.weights_sha256
     assert again.privacy == whole.privacy
     assert whole.privacy["audit"]["right"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "499 of 1,000 guesses right, so epsilon > 4.319 (95%); claimed 4, CONTRADICTED"),
+        ({"contradicted": False, "epsilon_lower": 0.0}, "which proves nothing (95%); claimed 4"),
+        ({"contradicted": False, "claimed": None}, "4.319 (95%); nothing was claimed"),
+    ],
+)
+def test_what_was_found_in_words(changed, words):
+    found = {
+        "client": 2,
+        "canaries": 1000,
+        "guesses": 1000,
+        "right": 499,
+        "delta": 1e-5,
+        "epsilon_lower": 4.319,
+        "confidence": 0.95,
+        "claimed": 4.0,
+        "contradicted": True,
+    }
+    told = audit_text(found | changed)
+    assert told.startswith("audit of client 2: ")
+    assert told.endswith(words)
 
 
 @pytest.mark.parametrize(
