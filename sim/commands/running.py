@@ -140,6 +140,12 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
         )
         strategy.check(data.input_shape)
         check_keep(settings, strategy, nodes=nodes)
+        if nodes and settings.keeps_exchange:
+            named = "exchange.keep" if settings.exchange.keep else "attacks"
+            raise SettingsError(
+                f"{named} needs fedkd run: in Flower's own runtimes clients keep their models to "
+                "themselves, which attacks look at"
+            )
         _check_brought(settings, strategy, data, nodes=nodes)
         check_privacy(settings, strategy, data, nodes=nodes)
         check_audit(settings, nodes=nodes)

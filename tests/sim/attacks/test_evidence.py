@@ -7,7 +7,7 @@ import pytest
 
 from fedkd.exchange.values import digest
 from sim.attacks.evidence import attacked_data, evidence_of
-from sim.commands.running import run
+from sim.commands.running import load_data, run
 from sim.keeping.exchange import ExchangeFolder, read_clients, read_exchange
 from sim.keeping.records import DamagedFileError, read_result, sealed
 from sim.settings import SettingsError
@@ -99,3 +99,9 @@ def test_keeping_changes_no_number_and_not_the_run(attacked):
 def test_what_would_tell_members_apart_by_itself_is_refused(attacked, words, named):
     with pytest.raises(SettingsError, match=named):
         attacked_data(attacked(*words))
+
+
+@pytest.mark.parametrize("word", ["exchange.keep=true", "attacks.kinds=all"])
+def test_nodes_keep_their_models_so_that_nothing_is_kept_of_them(attacked, word):
+    with pytest.raises(SettingsError, match=r"needs fedkd run"):
+        load_data(attacked(word), nodes=True)
