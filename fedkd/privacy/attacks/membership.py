@@ -86,9 +86,10 @@ def lira_scores(
 
     Both kinds of shadows are taken for normal. Online: ``log N(t; mu_in, s_in) - log N(t; mu_out,
     s_out)``. Offline, without shadows that saw the row: ``log Phi((t - mu_out) / s_out)``.
-    Means are a row's own. So is the variance where it has at least 32 shadows of the side; else it
-    is one for all rows, pooled: squared deviations from each row's own mean, summed over all rows,
-    over their number less one for each row. A standard deviation counts as at least 0.001.
+    Means are a row's own. So are variances where every row has at least 32 shadows of the side;
+    else it is one for all rows, pooled: squared deviations from each row's own mean, summed over
+    all rows, over their number less one for each row. A standard deviation counts as at least
+    0.001.
 
     Args:
         target: scores of the attacked model, see `confidence_logit`.
@@ -197,10 +198,10 @@ def _normal(
     squares = np.square(shadows - mean).sum(0, where=chosen)
     pooled = squares.sum() / (counts - 1).sum()
     if fixed_variance is None:
-        own = counts >= _ENOUGH_SHADOWS
-    else:
-        own = np.full(len(counts), not fixed_variance)
-    variance = np.where(own, squares / (counts - 1), pooled)
+        # The same for all rows: of a shadow that is attacked in its turn, members are in one
+        # shadow less than others, and must not be told by that.
+        fixed_variance = counts.min(initial=_ENOUGH_SHADOWS) < _ENOUGH_SHADOWS
+    variance = np.where(fixed_variance, pooled, squares / (counts - 1))
     return mean, np.maximum(np.sqrt(variance), _LEAST_DEVIATION)
 
 
