@@ -76,8 +76,9 @@ def candidates_of(data: FederatedData, clients: Sequence[int], seed: int) -> lis
     """Draw the candidates of several clients, none of which has a row of another's.
 
     A class has as many members as there are test rows of it for the client, which are dealt out in
-    proportion to what clients hold. Rows with wrong labels (``data.label_noise``) are none: test
-    rows have no such labels, so that the noise would tell.
+    proportion to what clients hold. Rows with wrong labels (``data.label_noise``, canaries) are
+    none: test rows have no such labels, so that the noise would tell. Nor are rows that are on both
+    sides, as repeated rows of a source may be: somebody did learn from such a test row.
 
     Args:
         data: of the run.
@@ -88,14 +89,17 @@ def candidates_of(data: FederatedData, clients: Sequence[int], seed: int) -> lis
         The candidates of each client that has any.
     """
     wrong = np.empty(0, np.int64) if data.wrong_labels is None else data.wrong_labels.rows
-    usable = {client: np.setdiff1d(data.client_rows[client], wrong) for client in clients}
+    private, test = _digests(data.train_inputs), _digests(data.test_inputs)
+    unusable = np.union1d(wrong, np.flatnonzero(np.isin(private, test)))
+    usable = {client: np.setdiff1d(data.client_rows[client], unusable) for client in clients}
+    learnt = np.isin(test, private)
     rngs = {client: generator_for(seed, Purpose.ATTACK, client) for client in clients}
     members: dict[int, list[np.ndarray]] = {client: [] for client in clients}
     others: dict[int, list[np.ndarray]] = {client: [] for client in clients}
     dealing = generator_for(seed, Purpose.ATTACK)
     for label in range(data.num_classes):
         mine = {c: usable[c][data.train_labels[usable[c]] == label] for c in clients}
-        unseen = dealing.permutation(np.flatnonzero(data.test_labels == label))
+        unseen = dealing.permutation(np.flatnonzero((data.test_labels == label) & ~learnt))
         dealt = _dealt(len(unseen), [len(mine[client]) for client in clients])
         starts = np.cumsum([0, *dealt])
         for client, count, start in zip(clients, dealt, starts, strict=False):
@@ -111,6 +115,11 @@ def candidates_of(data: FederatedData, clients: Sequence[int], seed: int) -> lis
             always = np.setdiff1d(data.client_rows[client], inside)
             found.append(Candidates(client, rows, is_member, always))
     return found
+
+
+def _digests(inputs: Float32[np.ndarray, "rows *shape"]) -> np.ndarray:
+    """Return a number for each input that equal ones share, and no others do in practice."""
+    return np.array([hash(row.tobytes()) for row in inputs], dtype=np.int64)
 
 
 def _dealt(rows: int, wanted: Sequence[int]) -> list[int]:

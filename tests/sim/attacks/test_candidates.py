@@ -1,5 +1,7 @@
 """Candidates have one mix on both sides, none is two clients', each is in half of the shadows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,6 +44,17 @@ def test_rows_with_wrong_labels_are_no_candidates():
     data = build_federated_data(settings, num_clients=3, seed=0)
     rows = np.concatenate([each.rows for each in candidates_of(data, range(3), seed=0)])
     assert not set(rows) & set(data.wrong_labels.rows)
+
+
+def test_rows_that_are_on_both_sides_are_no_candidates(data):
+    twins = replace(data, test_inputs=data.test_inputs.copy())
+    before = np.concatenate([each.rows for each in candidates_of(data, range(5), seed=3)])
+    own = data.client_rows[0][:20]
+    assert set(before) & set(own)
+    twins.test_inputs[:20] = data.train_inputs[own]
+    rows = np.concatenate([each.rows for each in candidates_of(twins, range(5), seed=3)])
+    assert not set(rows) & {*own, *(len(data.train_labels) + np.arange(20))}
+    assert len(rows) > len(before) - 60
 
 
 def test_every_row_is_in_half_of_the_shadows_and_every_shadow_has_half_of_each_class(data):
