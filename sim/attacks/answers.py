@@ -19,17 +19,27 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 def public_answers(scene: Scene, place: Moment) -> dict[int, np.ndarray]:
     """Return the probabilities that each client, attacked or not, gives to all public rows.
 
+    Of those that are not attacked, who has not told of all of them is left out.
+
     Args:
         scene: of the attack.
         place: by which of its models. Where it sends some rows at a time, those that it sent
             nearest to that moment; where it sent a model, by that.
 
     Raises:
-        UnreadableError: there are no public rows, or it has not told of all of them.
+        UnreadableError: there are no public rows, or a client that is attacked has not told of
+            all of them.
     """
     if not len(scene.data.public_inputs):
         raise UnreadableError("there are no public rows (data.public.size)")
-    return {client: _answers(scene, client, place) for client in sorted(scene.evidence.models)}
+    found: dict[int, np.ndarray] = {}
+    for client in sorted(scene.evidence.models):
+        try:
+            found[client] = _answers(scene, client, place)
+        except UnreadableError:
+            if client in scene.clients:
+                raise
+    return found
 
 
 def _answers(scene: Scene, client: int, place: Moment) -> np.ndarray:

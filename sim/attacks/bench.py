@@ -103,10 +103,6 @@ class Bench:
             taught += cohort.weights()
         return taught
 
-    def first(self, model: ModelSettings, seed: int) -> Arrays:
-        """Return the weights that a model begins with."""
-        return dict(self._pool.initial_state(model, seed).models[MODEL].weights)
-
     def _first(self, model: ModelSettings) -> ClientState:
         return self._pool.initial_state(model, self.seed)
 

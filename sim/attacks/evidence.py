@@ -18,7 +18,7 @@ from sim.keeping.exchange import (
     read_exchange,
 )
 from sim.keeping.records import read_result
-from sim.server.exchanged import Exchanged
+from sim.server.exchanged import Exchanged, Noting
 from sim.server.observers import Observer, Row
 from sim.server.rounds import RoundLoop
 from sim.settings import Settings, SettingsError
@@ -42,6 +42,17 @@ class Evidence:
         """Return what a client sent last; None: never anything."""
         found = (each.sent(client) for each in reversed(self.rounds))
         return next((payload for payload in found if payload is not None), None)
+
+    def last(self) -> "Evidence":
+        """Return the same, of the exchange only what each client sent and received last."""
+        noted = Noting(self.rounds[-1].round if self.rounds else 0)
+        for client in {c for each in self.rounds for c in (*each.up, *each.down)}:
+            sent, received = self.last_sent(client), self.last_received(client)
+            if sent is not None:
+                noted.came(client, sent)
+            if received is not None:
+                noted.going(client, received)
+        return Evidence([noted.exchanged()], self.models)
 
     def last_received(self, client: int) -> Payload | None:
         """Return what a client received last; None: never anything."""
@@ -98,6 +109,9 @@ def observed(settings: Settings, data: FederatedData) -> Evidence:
 def evidence_of(folder: Path, settings: Settings, data: FederatedData, tell: Tell) -> Evidence:
     """Return what a finished run left; what was not kept is made again, and kept then.
 
+    So it is where some rounds are missing, as of a run that was told to keep what travels when it
+    was resumed: what came first would not be the first.
+
     Args:
         folder: of the run.
         settings: of the run.
@@ -108,11 +122,12 @@ def evidence_of(folder: Path, settings: Settings, data: FederatedData, tell: Tel
         SettingsError: the repeated run ends with other weights.
         DamagedFileError: what was kept cannot be read.
     """
-    models = read_clients(folder)
-    if models is None:
+    models, rounds = read_clients(folder), list(read_exchange(folder))
+    all_rounds = range(1, 1 + int(read_result(folder).get("rounds", settings.rounds)))
+    if models is None or [each.round for each in rounds] != list(all_rounds):
         _run_again(folder, settings, data, tell)
-        models = read_clients(folder) or {}
-    return Evidence(list(read_exchange(folder)), models)
+        models, rounds = read_clients(folder) or {}, list(read_exchange(folder))
+    return Evidence(rounds, models)
 
 
 def _run_again(folder: Path, settings: Settings, data: FederatedData, tell: Tell) -> None:

@@ -21,6 +21,8 @@ def inversion_of(scene: Scene) -> Row:
     data = scene.data
     if data.input_shape.kind != "pictures":
         return {"missing": f"rows are {data.input_shape.kind}, not pictures"}
+    if len(data.public_inputs) == 1:
+        return {"missing": "of one public row nothing is learnt (data.public.size)"}
     try:
         answers = public_answers(scene, "upload")
     except UnreadableError as error:

@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from fedkd.data.partition_settings import NaturalPartition
 from fedkd.training import Arrays
 from sim.attacks.evidence import Tell, attacked_data, evidence_of
 from sim.attacks.inversion import inversion_of
@@ -26,11 +30,11 @@ from sim.attacks.membership import (
 from sim.attacks.readings import UnreadableError
 from sim.attacks.scene import PLACES, Scene
 from sim.attacks.settings import AttackSettings
-from sim.attacks.shadows import learn_alone, shadow_seed
+from sim.attacks.shadows import Made, learn_alone, shadow_seed
 from sim.attacks.stealing import stealing_of
 from sim.engine.runtime import fix_numerics
 from sim.keeping.identity import data_digest, numbers_of
-from sim.keeping.records import is_finished, read_result, to_json, write_text
+from sim.keeping.records import is_finished, read_result, storing, to_json, write_text
 from sim.reports.runs import ATTACKS_FILE
 from sim.server.observers import Row
 from sim.settings import Settings, SettingsError
@@ -144,6 +148,11 @@ def read_attacks(folder: Path) -> Row | None:
 
 
 def _membership(scene: Scene) -> Row:
+    if isinstance(scene.settings.data.partition, NaturalPartition):
+        return {
+            "missing": "clients are dealt rows by whose they are (data.partition.kind: natural), "
+            "and test rows are other people's: members would be told by whose they are"
+        }
     places: Row = {}
     for place in PLACES:
         scene.tell(f"membership, from the {place}")
@@ -161,10 +170,12 @@ def _membership(scene: Scene) -> Row:
 
     def learn(pool: Any, models: Sequence[Any], rows: Sequence[np.ndarray]) -> list[Arrays]:
         seed = shadow_seed(scene.settings, 1)
-        return scene.keep(
+        made = scene.keep(
             CONTROL + models[0].key,
             lambda: learn_alone(by_heart, scene.data, pool, models, rows, seed, scene.tell),
         )
+        # All of them had their turn: see `learnt_by_heart`.
+        return [own for own in made if own is not None]
 
     positive = positive_control(
         scene.settings,
@@ -245,29 +256,40 @@ class _Shelf:
         asked = wanted.model_dump(mode="json", include={"clients", "shadows"})
         self._key = json.dumps([own, asked, data], sort_keys=True)
 
-    def keep(self, name: str, make: Callable[[], list[Arrays]]) -> list[Arrays]:
+    def keep(self, name: str, make: Callable[[], Made]) -> Made:
         """Return what was made of this name before, or make it."""
         # Models of the control learn without privacy, whatever the run does.
         key = self._control_key if name.startswith(CONTROL) else self._key
         digest = hashlib.sha256(f"{name} {key}".encode()).hexdigest()
         path = self._folder / f"{digest[:32]}.safetensors"
-        if path.is_file():
+        # What cannot be read is made again.
+        with suppress(OSError, SafetensorError):
             return _apart(load_file(path))
         made = make()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(save(_together(made)))
-        partial.replace(path)
+        with storing(self._folder, goes_on="the same command"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Attacks on two runs may share what they make, and make it at once.
+            partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+            partial.write_bytes(save(_together(made)))
+            partial.replace(path)
         return made
 
 
-def _together(models: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
-    return {f"{n}/{name}": array for n, own in enumerate(models) for name, array in own.items()}
+_NOBODY: Mapping[str, np.ndarray] = {"": np.empty(0, np.float32)}
+"""Stands in a file for a shadow that never had its turn."""
 
 
-def _apart(arrays: Mapping[str, np.ndarray]) -> list[Arrays]:
+def _together(models: Made) -> Arrays:
+    return {
+        f"{number}/{name}": np.ascontiguousarray(array)
+        for number, own in enumerate(models)
+        for name, array in (_NOBODY if own is None else own).items()
+    }
+
+
+def _apart(arrays: Mapping[str, np.ndarray]) -> Made:
     found: dict[int, Arrays] = {}
     for key, array in arrays.items():
         number, _, name = key.partition("/")
         found.setdefault(int(number), {})[name] = array
-    return [found[number] for number in sorted(found)]
+    return [None if own.keys() == _NOBODY.keys() else own for _, own in sorted(found.items())]

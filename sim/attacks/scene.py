@@ -19,6 +19,7 @@ from sim.attacks.membership import Seen
 from sim.attacks.readings import Reading, SentModel, UnreadableError, reading_of
 from sim.attacks.settings import AttackSettings
 from sim.attacks.shadows import (
+    Made,
     ShadowFederations,
     ShadowModels,
     Shadows,
@@ -35,7 +36,7 @@ PLACES: tuple[Place, ...] = get_args(Place)
 """``model``: the client's own, as it is after the run; ``upload``: what it sent last, which a
 curious server sees; ``consensus``: what another client received last."""
 
-Keep = Callable[[str, Callable[[], list[Arrays]]], list[Arrays]]
+Keep = Callable[[str, Callable[[], Made]], Made]
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,16 @@ class Scene:
         """Who is attacked: the honest clients that trained, or those that were asked for.
 
         Raises:
-            SettingsError: there is no such client.
+            SettingsError: there is no such client, or nobody honest has trained.
         """
         count = self.settings.clients.count
         liars = self.settings.stages.controlled
         trained = [c for c in range(count) if c in self.evidence.models and c not in liars]
+        if not trained:
+            raise SettingsError(
+                f"attacks.clients: none of {count} clients is honest and has trained, so there is "
+                "nobody to attack; attack a run with more rounds or fewer liars"
+            )
         asked = self.wanted.clients
         if isinstance(asked, tuple):
             strangers = [client for client in asked if client not in trained]
@@ -184,27 +190,32 @@ class Scene:
     def _seen_model(self, target: Target) -> Seen:
         own = self.evidence.models[target.client]
         shadows = self.shadows.models(target, target.model)
-        return self._seen(target, target.model, [own, *shadows], target.inside)
+        weights = [own, *(each for each in shadows if each is not None)]
+        return self._seen(target, target.model, weights, target.inside[_there(shadows)])
 
     def _seen_upload(self, target: Target) -> Seen:
         reading = self.reading(self.evidence.last_sent(target.client))
-        readings = [reading, *self.shadows.sent(target, reading)]
+        shadows = self.shadows.sent(target, reading)
+        readings = [reading, *(each for each in shadows if each is not None)]
         self.tell(f"upload of client {target.client}: {len(readings)} readings")
         model, weights = self._as_models(target.model, readings)
-        return self._seen(target, model, weights, target.inside)
+        return self._seen(target, model, weights, target.inside[_there(shadows)])
 
     def _seen_consensus(self) -> list[Seen]:
         found: dict[int, tuple[ModelSettings, list[Arrays]]] = {}
+        there: dict[int, np.ndarray] = {}
         seen = []
         for target in self.targets:
             receiver = self._receiver(target.client)
             if receiver not in found:
                 reading = self.reading(self.evidence.last_received(receiver))
-                readings = [reading, *self.shadows.received(receiver, reading)]
+                shadows = self.shadows.received(receiver, reading)
+                there[receiver] = _there(shadows)
+                readings = [reading, *(each for each in shadows if each is not None)]
                 self.tell(f"consensus that client {receiver} received: {len(readings)} readings")
                 found[receiver] = self._as_models(self.model_of(receiver), readings)
             inside = learnt_by_anybody(self.targets, target.candidates.rows)
-            seen.append(self._seen(target, *found[receiver], inside))
+            seen.append(self._seen(target, *found[receiver], inside[there[receiver]]))
         return seen
 
     def _receiver(self, client: int) -> int:
@@ -246,3 +257,8 @@ class Scene:
             unknown[1:],
             self.data.validation_labels,
         )
+
+
+def _there(shadows: Sequence[object | None]) -> np.ndarray:
+    """Return which shadows had their turn: others would have learnt, and tell nothing."""
+    return np.array([own is not None for own in shadows], dtype=bool)

@@ -77,6 +77,16 @@ class AttackSettings(BaseModel):
         return {**given, "kinds": kinds}
 
     @model_validator(mode="after")
+    def _each_client_once(self) -> "AttackSettings":
+        named = self.clients
+        if isinstance(named, tuple) and not 0 < len(named) == len(set(named)):
+            raise ValueError(
+                "attacks.clients must name one client or several, each once, or how many, got "
+                f"{shown(list(named))}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _are_even(self) -> "AttackSettings":
         for name in ("shadows", "controls"):
             if getattr(self, name) % 2:

@@ -5,6 +5,7 @@ candidate, half did not. A shadow is either the client's architecture, trained a
 its own (``models``), or the client in the whole federation, run again (``federations``).
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from fedkd.models import ModelSettings
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import soften
 from fedkd.tensors import as_tensor
-from fedkd.training import Arrays, initial_model_seed
+from fedkd.training import Arrays
 from sim.attacks.bench import Bench, SoftLabels
 from sim.attacks.candidates import Candidates, Pool
 from sim.attacks.evidence import Counter, Evidence, Tell, observed
@@ -66,15 +67,20 @@ class Target:
         return self.candidates.learnt(self.inside[shadow])
 
 
+Made = list[Arrays | None]
+"""Weights of shadows; None of one that never had its turn (``clients.participation``,
+``presence``): it tells nothing of any row, and is left aside."""
+
+
 class Shadows(ABC):
-    """Where shadows come from; what is made once is kept."""
+    """Where shadows come from; what is made once is kept. None: a shadow never had its turn."""
 
     @abstractmethod
-    def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays]:
+    def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays | None]:
         """Return the weights of a target's shadows."""
 
     @abstractmethod
-    def sent(self, target: Target, like: Reading) -> Sequence[Reading]:
+    def sent(self, target: Target, like: Reading) -> Sequence[Reading | None]:
         """Return what a target's shadows send last, which for the target was ``like``.
 
         Raises:
@@ -82,7 +88,7 @@ class Shadows(ABC):
         """
 
     @abstractmethod
-    def received(self, receiver: int, like: Reading) -> Sequence[Reading]:
+    def received(self, receiver: int, like: Reading) -> Sequence[Reading | None]:
         """Return what a client receives last from shadows, which in the run was ``like``.
 
         Raises:
@@ -101,7 +107,7 @@ def learn_alone(
     rows: Sequence[np.ndarray],
     seed: int,
     tell: Tell,
-) -> list[Arrays]:
+) -> Made:
     """Train models by themselves, as many rounds as a run has and by its optimizer.
 
     Under ``privacy.mechanism: dp_sgd`` they learn by it as well.
@@ -116,7 +122,7 @@ def learn_alone(
         tell: is told of progress.
 
     Returns:
-        The weights of each.
+        The weights of each, None where it was never drawn.
     """
     count = len(models)
     private = settings.privacy if settings.privacy.mechanism.learns else PrivacySettings()
@@ -163,14 +169,9 @@ def learn_alone(
     observer = Counter(alone.rounds, tell, f"{count} shadow models")
     loop = RoundLoop(grid, alone, own, [observer])
     loop.run()
-    bench = Bench(own, clients.optimizer, seed)
     return [
-        bench.first(model, initial_model_seed(seed, client))
-        if state is None
-        else next(iter(state.models.values())).weights
-        for client, (model, state) in enumerate(
-            zip(models, grid.client_states(range(count)), strict=True)
-        )
+        None if state is None else next(iter(state.models.values())).weights
+        for state in grid.client_states(range(count))
     ]
 
 
@@ -197,7 +198,7 @@ class ShadowModels(Shadows):
         evidence: Evidence,
         bench: Bench,
         tell: Tell,
-        keep: Callable[[str, Callable[[], list[Arrays]]], list[Arrays]] | None = None,
+        keep: Callable[[str, Callable[[], Made]], Made] | None = None,
     ) -> None:
         self._settings = settings
         self._data = data
@@ -208,10 +209,10 @@ class ShadowModels(Shadows):
         self._tell = tell
         self._keep = keep or (lambda _, make: make())
         self._count = len(targets[0].inside)
-        self._made: dict[tuple[int, str], list[Arrays]] = {}
-        self._said: dict[int, list[np.ndarray]] = {}
+        self._made: dict[tuple[int, str], Made] = {}
+        self._said: dict[int, list[np.ndarray | None]] = {}
 
-    def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays]:
+    def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays | None]:
         """Return them; those of all targets are trained together."""
         if (target.client, model.key) not in self._made:
             # Judged models are asked for first, all with their own architecture.
@@ -229,21 +230,25 @@ class ShadowModels(Shadows):
                 self._made[other.client, own.key] = made[place :: len(wanted)]
         return self._made[target.client, model.key]
 
-    def sent(self, target: Target, like: Reading) -> Sequence[Reading]:
+    def sent(self, target: Target, like: Reading) -> Sequence[Reading | None]:
         """Return their models, or what these say of public rows."""
         if isinstance(like, SentModel):
-            return [SentModel(like.model, own) for own in self.models(target, like.model)]
+            return _as_sent(like.model, self.models(target, like.model))
         logits = self._public_logits(target, like.rows)
         payload = self._evidence.last_sent(target.client)
         stages = replace(
             self._settings.stages, adversary=NoAdversary(), controlled=frozenset(), budget=None
         )
         return [
-            SoftLabels(like.rows, through(stages, own, like.rows, payload, shadow, self._bench))
+            None
+            if own is None
+            else SoftLabels(
+                like.rows, through(stages, own, like.rows, payload, shadow, self._bench)
+            )
             for shadow, own in enumerate(logits)
         ]
 
-    def received(self, receiver: int, like: Reading) -> Sequence[Reading]:
+    def received(self, receiver: int, like: Reading) -> Sequence[Reading | None]:
         """Return the mean of what the others' shadows say, or a model of all their rows."""
         stages = self._settings.stages
         if stages.where == "server" and not isinstance(stages.release, NoRelease):
@@ -257,30 +262,39 @@ class ShadowModels(Shadows):
                 for s in range(self._count)
             ]
             made = self._trained("pooled", [like.model] * self._count, rows)
-            return [SentModel(like.model, own) for own in made]
+            return _as_sent(like.model, made)
         payload = self._evidence.last_received(receiver)
         temperature = payload.temperature if isinstance(payload, Predictions) else 1.0
         others = [target for target in self._targets if target.client != receiver]
-        said = [
-            soften(as_tensor(self._public_logits(target, like.rows)), temperature=temperature)
-            for target in others
-        ]
-        means = np.stack([each.numpy() for each in said]).mean(axis=0, dtype=np.float64)
-        return [SoftLabels(like.rows, own.astype(np.float32)) for own in means]
+        found: list[Reading | None] = []
+        for of_shadow in zip(*(self._public_logits(o, like.rows) for o in others), strict=True):
+            said = [
+                soften(as_tensor(own), temperature=temperature).numpy()
+                for own in of_shadow
+                if own is not None
+            ]
+            mean = np.stack(said).mean(axis=0, dtype=np.float64) if said else None
+            found.append(None if mean is None else SoftLabels(like.rows, mean.astype(np.float32)))
+        return found
 
-    def _public_logits(self, target: Target, rows: np.ndarray) -> np.ndarray:
+    def _public_logits(self, target: Target, rows: np.ndarray) -> list[np.ndarray | None]:
+        """Return what each shadow says of public rows."""
         models = self.models(target, target.model)
         if target.client not in self._said:
-            self._said[target.client] = list(
-                self._bench.predict(target.model, models, self._data.public_inputs)
-            )
-        return np.stack([own[rows] for own in self._said[target.client]])
+            there = [own for own in models if own is not None]
+            said = iter(self._bench.predict(target.model, there, self._data.public_inputs))
+            self._said[target.client] = [None if own is None else next(said) for own in models]
+        return [None if own is None else own[rows] for own in self._said[target.client]]
 
     def _trained(
         self, what: str, models: Sequence[ModelSettings], rows: Sequence[np.ndarray]
-    ) -> list[Arrays]:
+    ) -> Made:
+        # Who is attacked depends on more than settings: on liars, on who had a turn.
+        learnt = hashlib.sha256()
+        for model, own in zip(models, rows, strict=True):
+            learnt.update(f"{model.key} {len(own)} ".encode() + own.tobytes())
         return self._keep(
-            what + " ".join(model.key for model in models[: len(self._targets)]),
+            f"{what} {learnt.hexdigest()}",
             lambda: learn_alone(
                 self._settings, self._data, self._pool, models, rows, self._seed, self._tell
             ),
@@ -326,6 +340,10 @@ def through(
     return reading.probabilities
 
 
+def _as_sent(model: ModelSettings, made: Sequence[Arrays | None]) -> list[SentModel | None]:
+    return [None if own is None else SentModel(model, own) for own in made]
+
+
 # -- in federations ------------------------------------------------------------------------------
 
 
@@ -351,20 +369,20 @@ class ShadowFederations(Shadows):
         self._tell = tell
         self._left: list[Evidence] = []
 
-    def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays]:
+    def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays | None]:
         """Return the client's judged model in each federation."""
-        return [left.models[target.client] for left in self._all]
+        return [left.models.get(target.client) for left in self._all]
 
-    def sent(self, target: Target, like: Reading) -> Sequence[Reading]:
+    def sent(self, target: Target, like: Reading) -> Sequence[Reading | None]:
         """Return what the client sent last in each federation."""
         return [self._read(left.last_sent(target.client)) for left in self._all]
 
-    def received(self, receiver: int, like: Reading) -> Sequence[Reading]:
+    def received(self, receiver: int, like: Reading) -> Sequence[Reading | None]:
         """Return what a client received last in each federation."""
         return [self._read(left.last_received(receiver)) for left in self._all]
 
-    def _read(self, payload: Payload | None) -> Reading:
-        return reading_of(payload, self._models, self._bench)
+    def _read(self, payload: Payload | None) -> Reading | None:
+        return None if payload is None else reading_of(payload, self._models, self._bench)
 
     @property
     def _all(self) -> list[Evidence]:
@@ -391,7 +409,8 @@ class ShadowFederations(Shadows):
                 client_rows=tuple(rows),
                 wrong_labels=None,
             )
-            self._left.append(observed(settings, data))
+            # All rounds of all federations would not fit into memory.
+            self._left.append(observed(settings, data).last())
         return self._left
 
 

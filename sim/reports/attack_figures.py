@@ -24,6 +24,7 @@ from sim.reports.figures import (
 )
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import SHARES, counted, estimate, values_by_seed
+from sim.server.observers import Row
 
 MOST_CURVES = 8
 """More arms than these have no ROC curves: nobody could tell them apart."""
@@ -35,16 +36,16 @@ def membership_roc(runs: Runs) -> Figure | None:
     Of one arm all attacks, of several the leading one; of the first seed that counts.
     """
     first = {
-        arm: chosen[0].attacks["membership"]
+        arm: _places(chosen[0])
         for arm, of_arm in runs.items()
-        if (chosen := [run for run in counted(of_arm) if "membership" in run.attacks])
+        if (chosen := [run for run in counted(of_arm) if _places(run)])
     }
     if not first or len(first) > MOST_CURVES:
         return None
     places = [
         place
         for place in PLACES
-        if any(found["places"].get(place, {}).get("figures") for found in first.values())
+        if any(found.get(place, {}).get("figures") for found in first.values())
     ]
     if not places:
         return None
@@ -54,7 +55,7 @@ def membership_roc(runs: Runs) -> Figure | None:
     for axes, place in zip(panels, places, strict=True):
         least = 1.0
         for position, (arm, found) in enumerate(first.items()):
-            of_place = found["places"].get(place, {}).get("figures", ())
+            of_place = found.get(place, {}).get("figures", ())
             chosen = of_place if alone else [f for f in of_place if f["attack"] == LEADING]
             for number, figures in enumerate(chosen):
                 name = ATTACKS[figures["attack"]] if alone else arm
@@ -83,6 +84,12 @@ def membership_roc(runs: Runs) -> Figure | None:
     panels[0].set_ylabel("true-positive rate")
     place_legend(figure, list(handles.values()), list(handles))
     return figure
+
+
+def _places(run: RunRecord) -> Row:
+    """Return what membership attacks on a run found, by place; empty where none was made."""
+    places: Row = run.attacks.get("membership", {}).get("places", {})
+    return places
 
 
 def accuracy_by_leak(runs: Runs) -> Figure | None:

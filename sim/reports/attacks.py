@@ -95,7 +95,7 @@ def leak_of(found: Mapping[str, Any], leak: str) -> float | None:
 def attack_tables(found: Mapping[str, Any]) -> list[FittedTable]:
     """Return the tables of one run, and in words what is missing."""
     tables = []
-    if "membership" in found:
+    if found.get("membership", {}).get("places"):
         tables.append(_membership_table(found["membership"]))
     if "labels" in found:
         tables.append(_labels_table(found["labels"]))
@@ -119,7 +119,7 @@ def missing_in(found: Mapping[str, Any]) -> list[str]:
     for place, own in found.get("labels", {}).items():
         if "missing" in own:
             said.append(f"labels from the {place}: {own['missing']}")
-    for kind in ("inversion", "stealing"):
+    for kind in ("membership", "inversion", "stealing"):
         if "missing" in found.get(kind, {}):
             said.append(f"{kind}: {found[kind]['missing']}")
     return said

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedkd.exchange.payload import Payload
+from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import Upload
 
@@ -26,11 +27,16 @@ class Exchanged(Value):
 
     def sent(self, client: int) -> Payload | None:
         """Return what a client sent; None: nothing that could be used."""
-        return self.pieces[self.up[client]] if client in self.up else None
+        return self._said(self.up, client)
 
     def received(self, client: int) -> Payload | None:
         """Return what a client received; None: nothing."""
-        return self.pieces[self.down[client]] if client in self.down else None
+        return self._said(self.down, client)
+
+    def _said(self, places: Mapping[int, int], client: int) -> Payload | None:
+        piece = self.pieces[places[client]] if client in places else None
+        # Who has nothing new to say of any row sends predictions of none.
+        return None if isinstance(piece, Predictions) and not len(piece.rows) else piece
 
 
 class Noting:
@@ -50,8 +56,12 @@ class Noting:
     def coming(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
         """Pass answers on, and note them."""
         for upload in uploads:
-            self._up[upload.client] = self._place(upload.payload)
+            self.came(upload.client, upload.payload)
             yield upload
+
+    def came(self, client: int, payload: Payload) -> None:
+        """Note what a client sent."""
+        self._up[client] = self._place(payload)
 
     def going(self, client: int, payload: Payload) -> None:
         """Note what a client received; a second attempt takes the place of the first."""

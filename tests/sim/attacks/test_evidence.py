@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import digest
-from sim.attacks.evidence import attacked_data, evidence_of
+from sim.attacks.evidence import Evidence, attacked_data, evidence_of
 from sim.commands.running import load_data, run
 from sim.keeping.exchange import ExchangeFolder, read_clients, read_exchange
 from sim.keeping.records import DamagedFileError, read_result, sealed
+from sim.server.exchanged import Exchanged
 from sim.settings import SettingsError
 
 
@@ -72,6 +74,46 @@ def test_a_resumed_run_keeps_the_rounds_of_its_last_try(attacked):
     writer = ExchangeFolder(result.folder)
     writer.returned(1)
     assert [each.round for each in read_exchange(result.folder)] == [1]
+
+
+def test_a_run_that_kept_its_last_rounds_alone_is_repeated(attacked):
+    """As one is that was told to keep what travels when it was resumed."""
+    settings = attacked("exchange.keep=true")
+    result = run(settings)
+    (result.folder / "exchange" / "round-000001.safetensors").unlink()
+    found, told = evidence(result, settings)
+    assert told[-1] == "run again, round 2 of 2"
+    assert [each.round for each in found.rounds] == [1, 2]
+
+
+def test_predictions_of_no_row_say_nothing():
+    rows = np.arange(2)
+    said = Predictions(rows=rows, values=np.zeros((2, 3), np.float32))
+    silent = Predictions(rows=rows[:0], values=np.zeros((0, 3), np.float32))
+    first = Exchanged(1, (said,), up={0: 0}, down={0: 0})
+    second = Exchanged(2, (silent,), up={0: 0, 1: 0}, down={0: 0})
+    assert second.sent(0) is None
+    found = Evidence([first, second], {})
+    assert found.last_sent(0) is said
+    assert found.last_received(0) is said
+    assert found.last_sent(1) is None
+    assert found.last_sent(2) is None
+
+
+def test_the_last_of_a_run_is_enough_of_it():
+    pieces = [
+        Predictions(rows=np.arange(1), values=np.full((1, 3), number, np.float32))
+        for number in range(3)
+    ]
+    rounds = [
+        Exchanged(1, tuple(pieces[:2]), up={0: 0, 1: 1}, down={2: 1}),
+        Exchanged(2, tuple(pieces[2:]), up={0: 0}, down={0: 0}),
+    ]
+    whole, last = Evidence(rounds, {}), Evidence(rounds, {}).last()
+    assert len(last.rounds) == 1
+    for client in range(4):
+        assert last.last_sent(client) is whole.last_sent(client)
+        assert last.last_received(client) is whole.last_received(client)
 
 
 def test_files_that_were_changed_are_named(attacked):

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedkd.data.partition_settings import NaturalPartition
 from sim.attacks.membership import Seen, judged, negative_control
 from sim.attacks.readings import UnreadableError
-from sim.attacks.running import attack, is_attacked, read_attacks
+from sim.attacks.running import _membership, _Shelf, attack, is_attacked, read_attacks
 from sim.attacks.shadows import _same_clients
 from sim.commands.running import run
+from sim.reports.attacks import attack_tables, missing_in
 from sim.settings import SettingsError
 
 
@@ -145,6 +147,56 @@ def test_shadows_have_the_liars_of_the_run_among_them(scene_of):
     liars = scene.settings.stages.controlled
     again = _same_clients(scene.settings)
     assert again.controlled(4, seed=12345) == liars
+
+
+@pytest.mark.parametrize("train", ["models", "federations"])
+def test_shadows_that_never_had_their_turn_are_left_aside(scene_of, train):
+    scene = scene_of(
+        "clients.participation=0.5", "rounds=1", "attacks.shadows=8", f"attacks.train={train}"
+    )
+    target = scene.targets[0]
+    made = scene.shadows.models(target, target.model)
+    there = [own is not None for own in made]
+    assert 0 < sum(there) < len(there) == 8
+    for place in ("model", "upload"):
+        seen = scene.seen_from(place)[0]
+        assert len(seen.shadows) == sum(there)
+        np.testing.assert_array_equal(seen.inside, target.inside[there])
+
+
+def test_shadows_of_which_some_never_had_their_turn_are_kept_whole(tmp_path, attacked):
+    settings = attacked()
+    shelf = _Shelf(tmp_path, settings, settings.attacks, "data")
+    made = [None, {"a": np.ones(2, np.float32)}, None]
+    shelf.keep("some", lambda: made)
+    again = shelf.keep("some", lambda: pytest.fail("made anew"))
+    assert [own is None for own in again] == [True, False, True]
+    np.testing.assert_array_equal(again[1]["a"], made[1]["a"])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"damaged")
+    assert shelf.keep("some", lambda: made) is made
+
+
+def test_runs_whose_liars_differ_do_not_share_shadows(attacked, tmp_path):
+    words = ("attacks.kinds=membership", "attacks.train=models", f"output={tmp_path}")
+    for liar, files in ((0, 2), (1, 3)):
+        run(attacked(*words, f"adversary={{kind: fdla, clients: [{liar}]}}"))
+        assert len(list((tmp_path / "attacked" / ".shadows").iterdir())) == files
+
+
+@pytest.mark.parametrize("clients", ["[]", "[0, 0]"])
+def test_clients_are_named_once(attacked, clients):
+    with pytest.raises(SettingsError, match=r"attacks\.clients must name .* each once"):
+        attacked(f"attacks.clients={clients}")
+
+
+def test_of_people_nobody_is_told_by_whose_rows_look_like_his(alone):
+    data = alone.settings.data.model_copy(update={"partition": NaturalPartition(column="who")})
+    scene = replace(alone, settings=alone.settings.model_copy(update={"data": data}))
+    found = {"membership": _membership(scene)}
+    assert "places" not in found["membership"]
+    assert attack_tables(found) == []
+    assert "data.partition.kind: natural" in missing_in(found)[0]
 
 
 def test_models_that_learn_alone_are_shared_by_runs_that_learn_alike(attacked, tmp_path):

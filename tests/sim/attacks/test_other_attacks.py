@@ -10,6 +10,7 @@ from sim.attacks.answers import public_answers
 from sim.attacks.evidence import attacked_data, observed
 from sim.attacks.inversion import _means, inversion_of
 from sim.attacks.labels import labels_of
+from sim.attacks.readings import UnreadableError
 from sim.attacks.scene import Scene
 from sim.attacks.stealing import _histories, stealing_of
 from sim.reports.attacks import LEAKS, attack_tables, leak_of, missing_in
@@ -45,6 +46,23 @@ def test_first_and_last_answers_are_those_of_their_rounds(skewed):
     for moment, exchanged in (("first", rounds[0]), ("upload", rounds[-1])):
         sent = exchanged.sent(2).probabilities()
         np.testing.assert_array_equal(public_answers(skewed, moment)[2], sent)
+
+
+def test_who_is_not_attacked_need_not_have_told_of_all_rows(skewed):
+    silent = [
+        replace(each, up={client: place for client, place in each.up.items() if client != 3})
+        for each in skewed.evidence.rounds
+    ]
+    scene = replace(skewed, evidence=replace(skewed.evidence, rounds=silent))
+    with pytest.raises(UnreadableError, match="client 3 sent nothing"):
+        public_answers(scene, "first")
+    wanted = scene.wanted.model_copy(update={"clients": (0, 1)})
+    assert sorted(public_answers(replace(scene, wanted=wanted), "first")) == [0, 1, 2]
+
+
+def test_one_public_row_inverts_nothing(skewed):
+    data = replace(skewed.data, public_inputs=skewed.data.public_inputs[:1])
+    assert "data.public.size" in inversion_of(replace(skewed, data=data))["missing"]
 
 
 def test_classes_that_only_a_client_has_are_inverted_and_not_without_it(attacked):
