@@ -133,7 +133,7 @@ def scores_of(seen: Seen) -> dict[str, np.ndarray | str]:
         try:
             found[name] = score()
         except ValueError as error:
-            found[name] = str(error)
+            found[name] = f"attacks.shadows: {error}"
     return found
 
 

@@ -33,8 +33,16 @@ from sim.attacks.settings import AttackSettings
 from sim.attacks.shadows import Made, learn_alone, shadow_seed
 from sim.attacks.stealing import stealing_of
 from sim.engine.runtime import fix_numerics
+from sim.keeping.exchange import CLIENTS_FILE, KEPT_FOLDER
 from sim.keeping.identity import data_digest, numbers_of
-from sim.keeping.records import is_finished, read_result, storing, to_json, write_text
+from sim.keeping.records import (
+    DamagedFileError,
+    is_finished,
+    read_result,
+    storing,
+    to_json,
+    write_text,
+)
 from sim.reports.runs import ATTACKS_FILE
 from sim.server.observers import Row
 from sim.settings import Settings, SettingsError
@@ -87,6 +95,8 @@ def attack(
 
     Raises:
         SettingsError: the run is not finished, or cannot be attacked; names the setting.
+        DamagedFileError: what was kept of the run is not of its clients.
+        StorageError: the folder cannot be written.
     """
     if not is_finished(folder):
         raise SettingsError(
@@ -105,6 +115,15 @@ def attack(
     shelf = settings.output / settings.name / SHELF
     keep = _Shelf(shelf, settings, wanted, data_digest(data)).keep
     scene = Scene(settings, wanted, data, evidence, tell, keep)
+    for client in scene.clients:
+        shapes = {name: array.shape for name, array in evidence.models[client].items()}
+        if shapes != scene.bench.shapes(scene.model_of(client)):
+            path = folder / KEPT_FOLDER / CLIENTS_FILE
+            raise DamagedFileError(
+                path,
+                f"client {client} has weights of another model; without {KEPT_FOLDER}/ the run is "
+                "repeated from its seed",
+            )
     row: Row = {
         "attacks": wanted.model_dump(mode="json"),
         "run": read_result(folder).get("weights_sha256"),

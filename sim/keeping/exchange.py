@@ -103,6 +103,8 @@ def read_clients(folder: Path) -> dict[int, Arrays] | None:
     found: dict[int, Arrays] = {}
     for name, array in _read(path)[0].items():
         client, _, inner = name.partition("/")
+        if not client.isdecimal():
+            raise DamagedFileError(path, f"{name!r} is of no client")
         found.setdefault(int(client), {})[inner] = array
     return found
 
@@ -114,7 +116,8 @@ def _file(folder: Path, round: int) -> Path:
 def _write(run: Path, path: Path, content: bytes) -> None:
     with storing(run):
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        # A name of its own: two commands may make again what was not kept.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_bytes(content)
         os.replace(partial, path)
 

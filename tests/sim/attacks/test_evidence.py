@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fedkd.exchange.payloads import Predictions
 from fedkd.exchange.values import digest
 from sim.attacks.evidence import Evidence, attacked_data, evidence_of
+from sim.attacks.running import attack
 from sim.commands.running import load_data, run
 from sim.keeping.exchange import ExchangeFolder, read_clients, read_exchange
 from sim.keeping.records import DamagedFileError, read_result, sealed
@@ -124,6 +126,19 @@ def test_files_that_were_changed_are_named(attacked):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DamagedFileError, match="round-000002"):
         list(read_exchange(folder))
+
+
+def test_models_that_are_of_nobody_or_others_are_named(attacked):
+    settings = attacked("exchange.keep=true", "attacks.kinds=labels")
+    folder = run(settings).folder
+    path = folder / "exchange" / "clients.safetensors"
+    arrays = load_file(path)
+    save_file({name: array[:1] for name, array in arrays.items()}, path)
+    with pytest.raises(DamagedFileError, match=r"clients\.safetensors.*client 0 has weights"):
+        attack(folder, settings, settings.attacks)
+    save_file({name.replace("0/", "none/"): array for name, array in arrays.items()}, path)
+    with pytest.raises(DamagedFileError, match=r"clients\.safetensors.*of no client"):
+        read_clients(folder)
 
 
 def test_keeping_changes_no_number_and_not_the_run(attacked):

@@ -41,6 +41,27 @@ def test_a_run_that_learns_nothing_tells_nothing(scene_of):
         assert figures.auc.low < 0.5 < figures.auc.high
 
 
+@pytest.mark.parametrize("place", ["model", "upload", "consensus"])
+def test_models_that_never_heard_of_membership_do_not_tell_it(alone, place):
+    """Two shadows, one of which saw a row and one did not, in the place of a client's model.
+
+    Whatever would tell private rows from test rows by their look would be found here.
+    """
+    seen = [
+        own._replace(
+            target=own.shadows[shadow],
+            shadows=own.shadows[2:],
+            inside=own.inside[2:],
+            population=own.population_shadows[shadow],
+            population_shadows=own.population_shadows[2:],
+        )
+        for own in alone.seen_from(place)
+        for shadow in (0, 1)
+    ]
+    for figures in judged(seen).figures:
+        assert figures.auc.low < 0.5 < figures.auc.high
+
+
 def test_shadows_are_told_by_their_own_halves(alone):
     """A shadow as the target, and its own half as the truth: what the attack was calibrated on."""
     seen = alone.seen_from("model")
