@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from fedkd.privacy.attacks.figures import clopper_pearson
 from fedkd.privacy.attacks.inversion import Inversion, fit_decoder, judge, reconstruct
 from sim.attacks.answers import public_answers
+from sim.attacks.intervals import mean, share
 from sim.attacks.readings import UnreadableError
 from sim.attacks.scene import Scene
-from sim.reports.statistics import estimate
 from sim.server.observers import Row
 
 
@@ -46,10 +45,10 @@ def inversion_of(scene: Scene) -> Row:
                 for label in np.unique(labels)
             ]
     return {
-        "success": _share([each.success for each in found]),
-        "too_close": _share([each.too_close_to_public for each in found]),
-        "ssim": _mean([each.ssim for each in found]),
-        "control": _share([each.success for each in control]),
+        "success": share(sum(each.success for each in found), len(found)),
+        "too_close": share(sum(each.too_close_to_public for each in found), len(found)),
+        "ssim": mean([each.ssim for each in found]),
+        "control": share(sum(each.success for each in control), len(control)),
     }
 
 
@@ -63,13 +62,3 @@ def _means(images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     for label in np.unique(labels):
         means[label] = images[labels == label].mean(0)
     return means
-
-
-def _share(hits: list[bool]) -> list[float]:
-    return [sum(hits) / len(hits), *clopper_pearson(sum(hits), len(hits))]
-
-
-def _mean(values: list[float]) -> list[float | None]:
-    mean = estimate(values)
-    assert mean is not None  # noqa: S101
-    return [mean.mean, mean.low, mean.high]

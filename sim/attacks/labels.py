@@ -6,9 +6,9 @@ import numpy as np
 
 from fedkd.privacy.attacks.labels import against_consensus, kl, mean_prediction
 from sim.attacks.answers import MOMENTS, public_answers
+from sim.attacks.intervals import mean
 from sim.attacks.readings import UnreadableError
 from sim.attacks.scene import Scene
-from sim.reports.statistics import estimate
 from sim.server.observers import Row
 
 ESTIMATES = ("mean_prediction", "against_consensus", "uniform", "everybody")
@@ -46,11 +46,5 @@ def labels_of(scene: Scene) -> Row:
             }
             for name, guess in guesses.items():
                 by_estimate[name].append(float(kl(true, guess)))
-        found[place] = {name: _estimate(values) for name, values in by_estimate.items()}
+        found[place] = {name: mean(values, (0.0, math.inf)) for name, values in by_estimate.items()}
     return found
-
-
-def _estimate(values: list[float]) -> list[float | None]:
-    mean = estimate(values, (0.0, math.inf))
-    assert mean is not None  # noqa: S101
-    return [mean.mean, mean.low, mean.high]

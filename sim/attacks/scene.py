@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from sim.attacks.shadows import (
 )
 from sim.engine.runtime import build_strategy, federation_of
 from sim.settings import Settings, SettingsError
+from strategies.contract import Strategy
 
 Place = Literal["model", "upload", "consensus"]
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -75,9 +76,13 @@ class Scene:
         return shadow_seed(self.settings, 0)
 
     @cached_property
+    def _strategy(self) -> Strategy[Any, Any]:
+        return build_strategy(self.settings, federation_of(self.settings, self.data))
+
+    @cached_property
     def models(self) -> tuple[ModelSettings, ...]:
         """Every architecture that a client may send weights of."""
-        strategy = build_strategy(self.settings, federation_of(self.settings, self.data))
+        strategy = self._strategy
         found: dict[str, ModelSettings] = {}
         for client in strategy.federation.first_clients.values():
             for model in named_models(strategy.architecture(client)).values():
@@ -86,8 +91,7 @@ class Scene:
 
     def model_of(self, client: int) -> ModelSettings:
         """Return the architecture of a client's judged model."""
-        strategy = build_strategy(self.settings, federation_of(self.settings, self.data))
-        return next(iter(named_models(strategy.architecture(client)).values()))
+        return next(iter(named_models(self._strategy.architecture(client)).values()))
 
     @cached_property
     def clients(self) -> tuple[int, ...]:
@@ -219,10 +223,11 @@ class Scene:
         return seen
 
     def _receiver(self, client: int) -> int:
-        """Return the first other client that ever received anything."""
-        for other in range(self.settings.clients.count):
-            if other != client and self.evidence.last_received(other) is not None:
-                return other
+        """Return the first other client of those that received anything last."""
+        for exchanged in reversed(self.evidence.rounds):
+            for other in sorted(exchanged.down):
+                if other != client and exchanged.received(other) is not None:
+                    return other
         raise UnreadableError("no client received anything")
 
     def _as_models(

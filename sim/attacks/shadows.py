@@ -257,8 +257,12 @@ class ShadowModels(Shadows):
                 "alone: attacks.train=federations runs everything again"
             )
         if isinstance(like, SentModel):
+            attacked = {target.client for target in self._targets}
+            of_others = [
+                own for client, own in enumerate(self._data.client_rows) if client not in attacked
+            ]
             rows = [
-                np.sort(np.concatenate([o.rows_of_shadow(s) for o in self._targets]))
+                np.sort(np.concatenate([*of_others, *(o.rows_of_shadow(s) for o in self._targets)]))
                 for s in range(self._count)
             ]
             made = self._trained("pooled", [like.model] * self._count, rows)

@@ -4,6 +4,7 @@ import numpy as np
 
 from fedkd.privacy.attacks.stealing import agreement
 from sim.attacks.bench import SoftLabels
+from sim.attacks.intervals import share
 from sim.attacks.readings import SentModel, UnreadableError
 from sim.attacks.scene import Scene
 from sim.server.observers import Row
@@ -21,7 +22,7 @@ def stealing_of(scene: Scene) -> Row:
         histories = {client: _histories(scene, client, marks) for client in scene.clients}
     except UnreadableError as error:
         return {"missing": str(error)}
-    points: dict[int, list[tuple[int, int]]] = {mark: [] for mark in marks}
+    points: dict[int, list[int]] = {mark: [] for mark in marks}
     tests = scene.data.test_inputs
     for client in scene.clients:
         model = scene.model_of(client)
@@ -35,21 +36,14 @@ def stealing_of(scene: Scene) -> Row:
         logits = scene.bench.predict(model, [own, *students], tests)
         for mark, student in zip(known, logits[1:], strict=True):
             found = agreement(student, logits[0])
-            points[mark].append((round(found.top1.value * len(tests)), len(tests)))
+            points[mark].append(round(found.top1.value * len(tests)))
     return {
         "rounds": [
-            {"seen": mark, "agreement": _share(of_mark)}
+            {"seen": mark, "agreement": share(sum(of_mark), len(of_mark) * len(tests))}
             for mark, of_mark in points.items()
             if of_mark
         ]
     }
-
-
-def _share(counts: list[tuple[int, int]]) -> list[float]:
-    from fedkd.privacy.attacks.figures import clopper_pearson
-
-    hits, trials = (sum(each) for each in zip(*counts, strict=True))
-    return [hits / trials, *clopper_pearson(hits, trials)]
 
 
 def _histories(scene: Scene, client: int, marks: list[int]) -> dict[int, SoftLabels]:

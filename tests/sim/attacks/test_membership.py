@@ -12,6 +12,7 @@ from sim.attacks.running import _membership, _Shelf, attack, is_attacked, read_a
 from sim.attacks.shadows import _same_clients
 from sim.commands.running import run
 from sim.reports.attacks import attack_tables, missing_in
+from sim.server.exchanged import Exchanged
 from sim.settings import SettingsError
 
 
@@ -95,6 +96,37 @@ def test_a_consensus_of_all_has_learnt_from_whatever_any_shadow_has(scene_of):
     seen = scene.seen_from("consensus")
     for own, target in zip(seen, scene.targets, strict=True):
         np.testing.assert_array_equal(own.inside, target.inside)
+
+
+def test_the_consensus_is_that_of_whoever_received_it_last(alone):
+    def received_by(round, *clients):
+        said = alone.evidence.rounds[-1].pieces[:1]
+        return Exchanged(round, said, up={}, down=dict.fromkeys(clients, 0))
+
+    rounds = [received_by(1, 0, 1, 2, 3), received_by(2, 2, 3), received_by(3, 2)]
+    scene = replace(alone, evidence=replace(alone.evidence, rounds=rounds))
+    assert [scene._receiver(client) for client in range(4)] == [2, 2, 3, 2]
+    scene = replace(alone, evidence=replace(alone.evidence, rounds=[received_by(1, 0)]))
+    with pytest.raises(UnreadableError, match="no client received"):
+        scene._receiver(0)
+
+
+def test_a_model_of_all_rows_has_also_learnt_from_clients_that_are_not_attacked(
+    scene_of, monkeypatch
+):
+    scene = scene_of("strategy.name=fedavg", "attacks.train=models", "attacks.clients=1")
+    learnt = []
+
+    def trained(what, models, rows):
+        learnt.extend(rows)
+        return [scene.evidence.models[0] for _ in models]
+
+    monkeypatch.setattr(scene.shadows, "_trained", trained)
+    scene.shadows.received(1, scene.reading(scene.evidence.last_received(1)))
+    assert len(learnt) == 8
+    for shadow, rows in enumerate(learnt):
+        wanted = [scene.targets[0].rows_of_shadow(shadow), *scene.data.client_rows[1:]]
+        np.testing.assert_array_equal(rows, np.sort(np.concatenate(wanted)))
 
 
 def test_what_cannot_be_read_says_what_it_is(scene_of):

@@ -62,6 +62,11 @@ def test_one_run_has_roc_curves_of_its_attacks_and_two_arms_have_points(record):
     assert draw_attacks({"plain": [replace(record, attacks={})]}) == {}
 
 
+def test_where_membership_is_not_asked_there_are_no_curves(record):
+    found = {**record.attacks, "membership": {"missing": "clients are people"}}
+    assert draw_attacks({"plain": [replace(record, attacks=found)]}) == {}
+
+
 def test_cells_say_what_was_found_what_it_costs_and_what_there_is_not(record):
     refused: list[RunRecord] = []
     cells = leakage_cells({"plain": [record], "gone": refused})
