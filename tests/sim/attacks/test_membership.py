@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedkd.data.partition_settings import NaturalPartition
+from sim.attacks import membership
 from sim.attacks.membership import Seen, judged, negative_control
 from sim.attacks.readings import UnreadableError
 from sim.attacks.running import _membership, _Shelf, attack, is_attacked, read_attacks
@@ -261,3 +262,34 @@ def test_models_that_learn_alone_are_shared_by_runs_that_learn_alike(attacked, t
         made.append(len(list((tmp_path / "attacked" / ".shadows").iterdir())))
     # Shadows and the control, once; then only where clients learn otherwise.
     assert made == [2, 2, 2, 4]
+
+
+def test_the_consensus_is_that_of_another_client(alone):
+    assert [alone._receiver(client) for client in range(4)] == [1, 0, 0, 0]
+
+
+def test_no_model_of_the_control_is_among_its_own_shadows(alone, monkeypatch):
+    caught = []
+    monkeypatch.setattr(membership, "judged", caught.extend)
+    weights = alone.bench.first(alone.targets[0].model, 0)
+    models = [
+        {name: array * (1 + 0.01 * number) for name, array in weights.items()}
+        for number in range(20)
+    ]
+    membership.positive_control(
+        alone.settings,
+        alone.pool,
+        alone.targets[0].model,
+        alone.bench,
+        lambda pool, architectures, rows: models,
+        models=20,
+        wrong=0.5,
+        population=alone.data.validation_inputs,
+        population_labels=alone.data.validation_labels,
+    )
+    assert len(caught) == 16
+    for number, seen in enumerate(caught):
+        assert len(seen.shadows) == len(seen.inside) == 19
+        assert not any(np.array_equal(seen.target, shadow) for shadow in seen.shadows)
+        # Its complement is.
+        assert (seen.inside[number - number % 2] == ~seen.members).all()
