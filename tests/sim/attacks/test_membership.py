@@ -271,7 +271,7 @@ def test_the_consensus_is_that_of_another_client(alone):
 def test_no_model_of_the_control_is_among_its_own_shadows(alone, monkeypatch):
     caught = []
     monkeypatch.setattr(membership, "judged", caught.extend)
-    weights = alone.bench.first(alone.targets[0].model, 0)
+    weights = alone.evidence.models[0]
     models = [
         {name: array * (1 + 0.01 * number) for name, array in weights.items()}
         for number in range(20)
