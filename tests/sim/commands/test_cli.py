@@ -40,7 +40,7 @@ def test_version_and_help_with_examples(fedkd: Fedkd) -> None:
     assert (code, out) == (0, "fedkd 0.1.0\n")
     for words in [
         [name, "--help"]
-        for name in ("run", "compare", "distill", "data", "report", "predict", "export")
+        for name in ("run", "compare", "attack", "distill", "data", "report", "predict", "export")
     ]:
         code, out, _ = fedkd(*words)
         assert code == 0
