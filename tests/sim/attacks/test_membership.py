@@ -270,7 +270,12 @@ def test_the_consensus_is_that_of_another_client(alone):
 
 def test_no_model_of_the_control_is_among_its_own_shadows(alone, monkeypatch):
     caught = []
-    monkeypatch.setattr(membership, "judged", caught.extend)
+
+    def catch(seen):
+        caught.extend(seen)
+        return membership.Membership()
+
+    monkeypatch.setattr(membership, "judged", catch)
     weights = alone.evidence.models[0]
     models = [
         {name: array * (1 + 0.01 * number) for name, array in weights.items()}

@@ -406,9 +406,21 @@ def test_a_signal_before_anything_runs_is_one_line_and_its_own_exit_status(
 def test_the_last_line_of_a_run_says_what_was_spent_where_something_is_promised() -> None:
     from sim.commands.cli import _privacy_text
 
-    spent = {"unit": "example", "delta": 1e-5, "budget": 8, "epsilon": 7.99996}
+    spent = {
+        "mechanism": "dp_sgd",
+        "unit": "example",
+        "delta": 1e-5,
+        "budget": 8,
+        "epsilon": 7.99996,
+    }
     assert _privacy_text(spent) == "; epsilon 8 of 8 for each example, delta 1e-05"
-    noised = {"unit": "client", "delta": 1e-5, "budget": None, "epsilon": 12.3456}
+    noised = {
+        "mechanism": "gaussian",
+        "unit": "client",
+        "delta": 1e-5,
+        "budget": None,
+        "epsilon": 12.3456,
+    }
     assert _privacy_text(noised) == "; epsilon 12.35 for each client, delta 1e-05"
     assert _privacy_text({}) == ""
     assert "–" in _privacy_text({"mechanism": "own:Noise", "unknown": "nobody knows"})  # noqa: RUF001
