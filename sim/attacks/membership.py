@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -163,7 +164,10 @@ def judged(seen: Sequence[Seen]) -> Membership:
 
 def negative_control(seen: Sequence[Seen], seed: int) -> Membership:
     """Judge the same scores against membership that was drawn at random: nothing can be found."""
-    rng = generator_for(seed, Purpose.ATTACK, 3)
+    # Runs of one seed have the same candidates: each has a draw of its own, or a study's controls
+    # would stand and fall together.
+    own = crc32(seen[0].target.tobytes()) if seen else 0
+    rng = generator_for(seed, Purpose.ATTACK, 3, own)
     return judged([own._replace(members=rng.permutation(own.members)) for own in seen])
 
 

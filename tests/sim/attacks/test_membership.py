@@ -298,3 +298,20 @@ def test_no_model_of_the_control_is_among_its_own_shadows(alone, monkeypatch):
         assert not any(np.array_equal(seen.target, shadow) for shadow in seen.shadows)
         # Its complement is.
         assert (seen.inside[number - number % 2] == ~seen.members).all()
+
+
+def test_runs_of_one_seed_draw_membership_each_for_itself(alone):
+    seen = alone.seen_from("model")
+    other = [own._replace(target=own.target[::-1].copy()) for own in seen]
+    again = [own._replace(target=own.target.copy()) for own in seen]
+    drawn = [_members_drawn(rows) for rows in (seen, other, again)]
+    assert not np.array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+def _members_drawn(seen):
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(membership, "judged", caught.extend)
+        negative_control(seen, seed=0)
+    return np.concatenate([own.members for own in caught])

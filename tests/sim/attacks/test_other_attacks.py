@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedkd.exchange.payloads import Weights
 from fedkd.privacy.attacks.labels import kl
 from sim.attacks.answers import public_answers
 from sim.attacks.evidence import attacked_data, observed
@@ -156,3 +157,15 @@ def test_every_figure_has_its_place_in_a_table():
         "membership from the upload: prototypes",
     ]
     assert all(leak_of({}, leak) is None for leak in LEAKS)
+
+
+def test_weights_are_read_as_the_architecture_whose_shapes_they_have(scene_of):
+    scene = scene_of("strategy.name=fedavg", "clients.models=[mlp,cnn]", "attacks.train=models")
+    names = [model.name for model in scene.models]
+    assert names == ["mlp", "cnn"]
+    for client in range(4):
+        reading = scene.reading(scene.evidence.last_sent(client))
+        assert reading.model.name == names[client % 2]
+    odd = Weights(arrays={"w": np.zeros(3, np.float32)})
+    with pytest.raises(UnreadableError, match="none of the clients' models"):
+        scene.reading(odd)
