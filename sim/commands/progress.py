@@ -321,6 +321,11 @@ class ProgressObserver(Observer):
             self._attacks = AttackProgress(self._signs, self._label)
         self._attacks(what)
 
+    def attacked(self) -> None:
+        """All attacks on it are over."""
+        if self._attacks is not None:
+            self._attacks.ended()
+
     def event(self, row: Row) -> None:
         """Name what happened, such as a rejected reply, above the bar."""
         where = f"round {row['round']}"

@@ -375,6 +375,8 @@ def _attacked(result: RunResult, observers: Sequence[Observer]) -> RunResult:
 
         if not is_attacked(result.folder, wanted):
             attack(result.folder, result.settings, wanted, tell=tell)
+            for observer in observers:
+                observer.attacked()
     return result
 
 

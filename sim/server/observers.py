@@ -38,5 +38,8 @@ class Observer:
     def attacking(self, what: str) -> None:
         """The run is finished and is attacked; this is what goes on."""
 
+    def attacked(self) -> None:
+        """All attacks on it are over."""
+
     def completed(self, round: int) -> None:
         """The round is over for good; what was told of it is final."""

@@ -185,3 +185,29 @@ def test_what_several_runs_promise_alike_is_said_once(small: Callable[..., Setti
             run(settings, observers=[ProgressObserver(signs, arm)])
     assert "one: privacy of each client, delta 1e-05: gaussian noise: each" in file.getvalue()
     assert file.getvalue().count("privacy of each") == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_attacks_are_shown_while_they_go_on_and_are_over_when_they_are(terminal: bool) -> None:
+    console, file = screen(terminal=terminal)
+    clock = Clock()
+    signs = Bars(console, "rounds") if terminal else Lines(console, "rounds", clock=clock)
+    with signs:
+        for arm in ("none", "dp"):
+            observer = ProgressObserver(signs, arm)
+            observer.attacking("shadow federation 3 of 16")
+            clock.now += 40.0
+            observer.attacking("shadow federation 9 of 16")
+            observer.attacked()
+            ProgressObserver(signs, "not attacked").attacked()
+            clock.now += 1.0
+    text = plain(file.getvalue())
+    assert "0/1" not in text
+    if not terminal:
+        assert text.splitlines() == [
+            "none: attacks: shadow federation 3 of 16, 0:00:00",
+            "none: attacks: shadow federation 9 of 16, 0:00:40",
+            "none: attacks: over, 0:00:40",
+            "dp: attacks: shadow federation 9 of 16, 0:00:40",
+            "dp: attacks: over, 0:00:40",
+        ]
