@@ -1,7 +1,7 @@
 """Membership: was a row among a client's private rows? Asked at three places, with two controls."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from zlib import crc32
 
@@ -169,6 +169,32 @@ def negative_control(seen: Sequence[Seen], seed: int) -> Membership:
     own = crc32(seen[0].target.tobytes()) if seen else 0
     rng = generator_for(seed, Purpose.ATTACK, 3, own)
     return judged([own._replace(members=rng.permutation(own.members)) for own in seen])
+
+
+def look_control(seen: Sequence[Seen]) -> Membership:
+    """Put two shadows in the place of each client's model, and judge by the true membership.
+
+    One of them learnt from a row and the other did not, so that together they know nothing of who
+    is a member. What tells private rows from test rows by their look, such as another writer's
+    hand, shows here; the figures of the run then hold some of that. Every row counts twice, so
+    that no rates are told.
+    """
+    found = judged(
+        [
+            own._replace(
+                target=own.shadows[shadow],
+                shadows=own.shadows[2:],
+                inside=own.inside[2:],
+                population=own.population_shadows[shadow],
+                population_shadows=own.population_shadows[2:],
+            )
+            for own in seen
+            for shadow in (0, 1)
+            if len(own.shadows) > 2
+        ]
+    )
+    none = dict.fromkeys(RATES)
+    return replace(found, figures=tuple(replace(each, rates=none) for each in found.figures))
 
 
 def positive_control(

@@ -24,6 +24,7 @@ from sim.attacks.membership import (
     Membership,
     judged,
     learnt_by_heart,
+    look_control,
     negative_control,
     positive_control,
 )
@@ -183,6 +184,7 @@ def _membership(scene: Scene) -> Row:
         places[place] = _row(judged(seen))
         if place == "model":
             negative = _row(negative_control(seen, scene.settings.seed))
+            look = _row(look_control(seen))
     scene.tell("membership, positive control")
     by_heart = learnt_by_heart(scene.settings)
     wanted = scene.wanted
@@ -209,7 +211,7 @@ def _membership(scene: Scene) -> Row:
     )
     return {
         "places": places,
-        "controls": {"positive": _row(positive), "negative": negative},
+        "controls": {"positive": _row(positive), "negative": negative, "look": look},
     }
 
 

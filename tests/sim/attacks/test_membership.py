@@ -7,7 +7,7 @@ import pytest
 
 from fedkd.data.partition_settings import NaturalPartition
 from sim.attacks import membership
-from sim.attacks.membership import Seen, judged, negative_control
+from sim.attacks.membership import Seen, judged, look_control, negative_control
 from sim.attacks.readings import UnreadableError
 from sim.attacks.running import _membership, _Shelf, attack, is_attacked, read_attacks
 from sim.attacks.shadows import _same_clients
@@ -45,23 +45,19 @@ def test_a_run_that_learns_nothing_tells_nothing(scene_of):
 
 @pytest.mark.parametrize("place", ["model", "upload", "consensus"])
 def test_models_that_never_heard_of_membership_do_not_tell_it(alone, place):
-    """Two shadows, one of which saw a row and one did not, in the place of a client's model.
-
-    Whatever would tell private rows from test rows by their look would be found here.
-    """
-    seen = [
-        own._replace(
-            target=own.shadows[shadow],
-            shadows=own.shadows[2:],
-            inside=own.inside[2:],
-            population=own.population_shadows[shadow],
-            population_shadows=own.population_shadows[2:],
-        )
-        for own in alone.seen_from(place)
-        for shadow in (0, 1)
-    ]
-    for figures in judged(seen).figures:
+    for figures in look_control(alone.seen_from(place)).figures:
         assert figures.auc.low < 0.5 < figures.auc.high
+
+
+def test_members_that_look_otherwise_are_noticed(scene_of):
+    """Test rows a little brighter than private ones, as another scanner's: no model learnt that."""
+    scene = scene_of("attacks.train=models", "attacks.shadows=12")
+    brighter = replace(scene.data, test_inputs=scene.data.test_inputs * 1.6)
+    other = replace(scene, data=brighter)
+    threshold = auc(look_control(other.seen_from("model")), "threshold")
+    assert threshold.high < 0.5 or threshold.low > 0.5
+    found = look_control(scene.seen_from("model")).figures
+    assert all(each.auc.low < 0.5 < each.auc.high for each in found)
 
 
 def test_shadows_are_told_by_their_own_halves(alone):
