@@ -47,7 +47,8 @@ ROOT = Path(sim.__file__).parents[1]
 DRIVER = {
     str((ROOT / module).resolve(strict=True))
     for module in (
-        "fedkd/exchange/pipeline.py",
+        "fedkd/exchange/pipeline/client.py",
+        "fedkd/exchange/pipeline/server.py",
         "sim/commands/interruption.py",
         "sim/commands/running.py",
         "sim/engine/grid.py",

@@ -6,14 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedkd.exchange import pipeline, spending
+from fedkd.exchange import spending
 from fedkd.exchange.codecs import Int8
 from fedkd.exchange.ledger import OpenLedger
 from fedkd.exchange.mechanisms import GaussianRelease, LaplaceRelease, Votes, noise
 from fedkd.exchange.mechanisms.randomized import RandomizedAnswers
 from fedkd.exchange.mechanisms.sensitivity import on_simplex, sensitivity
 from fedkd.exchange.payloads import Predictions
-from fedkd.exchange.pipeline import ClientTurn, ExchangeState, ServerTurn, Stages, Standing
+from fedkd.exchange.pipeline import (
+    ClientTurn,
+    ExchangeState,
+    ServerTurn,
+    Stages,
+    Standing,
+)
+from fedkd.exchange.pipeline import client as client_side
+from fedkd.exchange.pipeline import server as server_side
 from fedkd.exchange.release import Form, Occasion
 from fedkd.exchange.spending import spent_by_client, spent_of
 from fedkd.exchange.views import Upload
@@ -216,12 +224,13 @@ def _noise_of(*parts):
     """Return a stream that depends on nothing but some of seed, purpose, round, side, ..."""
 
     def plant(patch):
-        honest = pipeline.generator_for
-        patch.setattr(
-            pipeline,
-            "generator_for",
-            lambda *key: honest(*(part if at in parts else 1 for at, part in enumerate(key))),
-        )
+        honest = client_side.generator_for
+        for side in (client_side, server_side):
+            patch.setattr(
+                side,
+                "generator_for",
+                lambda *key: honest(*(part if at in parts else 1 for at, part in enumerate(key))),
+            )
 
     return plant
 
@@ -266,22 +275,22 @@ def a_smaller_noise_on_each_answer(patch):
         values = payload.values + draws.normal(0, share, payload.values.shape)
         return payload.with_arrays({"values": values.astype(np.float32)})
 
-    patch.setattr(pipeline, "_with", each)
+    patch.setattr(server_side, "_with", each)
 
 
 def a_projection_before_the_mean(patch):
-    honest = pipeline._with
+    honest = server_side._with
 
     def projected(payload, released):
         made = honest(payload, released)
         return made.with_arrays({"values": on_simplex(made.values)})
 
-    patch.setattr(pipeline, "_with", projected)
+    patch.setattr(server_side, "_with", projected)
 
 
 def a_mean_of_all_with_more_noise(patch):
     patch.setattr(
-        pipeline, "_scaled", lambda payload, factor: payload if factor else _zero(payload)
+        server_side, "_scaled", lambda payload, factor: payload if factor else _zero(payload)
     )
 
 

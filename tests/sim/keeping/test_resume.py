@@ -711,7 +711,8 @@ WATCHED = {
         "server/replies.py",
         "server/rounds.py",
         "../fedkd/exchange/ledger.py",
-        "../fedkd/exchange/pipeline.py",
+        "../fedkd/exchange/pipeline/client.py",
+        "../fedkd/exchange/pipeline/server.py",
         "../fedkd/exchange/spending.py",
     )
 }

@@ -1,459 +1,41 @@
-"""The exchange: what happens to a payload between the client that makes it and the server.
-
-Client: ``adversary`` -> ``release`` -> ``encode``. Server: ``decode`` -> ``check`` -> ``adversary``
-(one whose clients know the others' answers; ``check`` of what it sends) -> ``view``, or
-``release`` of the mean where the server is trusted -> aggregate -> ``encode``, and the client
-decodes what comes down. `Stages` says which.
-
-At a client, once a call::
-
-    turn = ClientTurn(stages, seed=seed, rounds=rounds, round=round, attempt=attempt,
-                      clients={client: Standing(arrays, since), ...})
-    received = turn.open({client: payload or None, ...})    # by client; equal objects stay equal
-    ...                                                     # the algorithm's client half
-    sent = turn.send({client: honest answer, ...})          # what leaves
-    arrays = turn.kept()                                    # by client, for its state; often {}
-
-At the server, once a round, `ExchangeState` being part of the run's boundary::
-
-    turn = ServerTurn(stages, before, seed=seed, rounds=rounds, round=round)
-    outgoing = turn.send(client, key, make, asked=asked, attempt=attempt)   # .payload, .since
-    payload = turn.receive(client, sent, asked)             # raises BadPayloadError
-    lies = turn.lies({client: payload, ...})                # where turn.gathers(clients)
-    turn.check_lie(lie, asked)                              # raises BadPayloadError
-    uploads = turn.view(uploads, sums=sums, group=group)    # for the aggregator
-    after = turn.committed()                                # or turn.skipped()
-
-To judge clients a new `ServerTurn` of ``turn.committed()`` sends without asking (``asked=None``);
-its ``skipped()`` is the state after that. A `ClientTurn` that judges opens and keeps nothing.
-
-What a codec remembers stays in step because the server's word is final. The server's memory of a
-client moves when an answer of that client was decoded, checked and its round is complete; with it
-goes the number of the round, ``since``. The client keeps what it had before its last call beside
-what it has after it, and goes on from the one whose round the server names. So an answer that got
-lost, a second attempt, a round that is left out and a client that was away leave both at the same
-memory, also where a client's state cannot be taken back. A client that lost its state encodes from
-nothing, and says so; one that cannot decode raises `MemoryLostError`: then `ServerTurn.forget` it.
-"""
+"""The server's side of a round: from what it sends to what it remembers."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from fedkd.exchange.adversaries import Adversary, NoAdversary, Seen
+from fedkd.exchange.adversaries import Seen
 from fedkd.exchange.budget import EXACT, LADDER, NO_BUDGET, BudgetError, Levels, Share, best_within
-from fedkd.exchange.codecs import Codec, Float32
-from fedkd.exchange.ledger import Cost, Ledger, OpenLedger
+from fedkd.exchange.codecs import Codec
+from fedkd.exchange.ledger import Cost, OpenLedger
 from fedkd.exchange.mechanisms import WantedNoise
-from fedkd.exchange.mechanisms.sensitivity import acceptable, form_of, form_of_payload
+from fedkd.exchange.mechanisms.sensitivity import form_of, form_of_payload
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads.encoded import Encoded
+from fedkd.exchange.pipeline.memory import (
+    ExchangeState,
+    Remembered,
+    arrays_in,
+)
+from fedkd.exchange.pipeline.stages import Stages
+from fedkd.exchange.pipeline.turns import (
+    DOWN,
+    BadPayloadError,
+    lies_of,
+    told_apart,
+)
 from fedkd.exchange.release import (
     Form,
     NoRelease,
     Occasion,
     PrivateSteps,
-    ReleaseRule,
-    Where,
 )
-from fedkd.exchange.spending import PrivacyBudget
-from fedkd.exchange.values import Arrays, Value, digest, flatten
-from fedkd.exchange.views import All, Sum, Upload, View, Weighting
+from fedkd.exchange.values import Arrays, flatten
+from fedkd.exchange.views import Sum, Upload, Weighting
 from fedkd.randomness import Purpose, generator_for
-
-PREFIX = "exchange/"
-"""What the names of all arrays begin with that a client keeps for its codecs."""
-
-_ROUNDS = f"{PREFIX}rounds"
-_UP, _DOWN = 0, 1
-
-
-class BadPayloadError(ValueError):
-    """What came cannot be used; the text says why, in a few words."""
-
-
-class MemoryLostError(RuntimeError):
-    """A client does not remember what it needs to decode what came."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stages:
-    """What a payload passes.
-
-    Attributes:
-        up: codec of what clients send.
-        down: codec of what the server sends.
-        view: what the server sees of the answers.
-        release: how what is released is protected.
-        where: who protects it: each client its answer, or a trusted server the mean of all.
-        delta: of the guarantee.
-        budget: that no client's releases may exceed; None: there is none.
-        adversary: who sends something else, or learns from something else.
-        controlled: its clients.
-    """
-
-    up: Codec = field(default_factory=Float32)
-    down: Codec = field(default_factory=Float32)
-    view: View = field(default_factory=All)
-    release: ReleaseRule = field(default_factory=NoRelease)
-    where: Where = "client"
-    delta: int | float = 1e-5
-    budget: PrivacyBudget | None = None
-    adversary: Adversary = field(default_factory=NoAdversary)
-    controlled: frozenset[int] = frozenset()
-
-    @property
-    def remember(self) -> bool:
-        """Whether a codec has a memory, so that clients' states hold arrays of it."""
-        return self.up.remembers or self.down.remembers
-
-    def check(
-        self,
-        *,
-        up: Iterable[type[Payload]],
-        down: Iterable[type[Payload]],
-        sums: Weighting | None,
-    ) -> None:
-        """Refuse, before any worker starts, what cannot work with an algorithm.
-
-        Args:
-            up: kinds that clients may send.
-            down: kinds that the server may send.
-            sums: how the algorithm weights clients in a mean, where it needs no more than that.
-
-        Raises:
-            ValueError: names the setting and what would work.
-        """
-        up, down = list(up), list(down)
-        reasons = [
-            *(("exchange.up", self.up.refuses(kind)) for kind in up),
-            *(("exchange.down", self._refused_down(kind)) for kind in down),
-            *(("exchange.view", self.view.refuses(kind, sums)) for kind in up),
-            *(("privacy.mechanism", self.release.refuses(kind, self.where)) for kind in up),
-            ("exchange.up", self._unwritable()),
-            ("adversary", self._nothing_to_lie_about(up)),
-        ]
-        for setting, reason in reasons:
-            if reason is not None:
-                raise ValueError(f"{setting} {self._kind_of(setting)}: {reason}")
-
-    def check_asked(self, asked: Asked) -> None:
-        """The same for what is asked for, whose parts are known.
-
-        Raises:
-            ValueError: names the setting and what would work.
-        """
-        try:
-            self.up.asked(asked)
-        except ValueError as error:
-            raise ValueError(f"exchange.up {self.up.kind}: {error}") from error
-        reason = self.view.refuses_asked(asked)
-        if reason is not None:
-            raise ValueError(f"exchange.view {self.view.kind}: {reason}")
-        reason = self.release.refuses_asked(asked)
-        if reason is not None:
-            raise ValueError(f"privacy.mechanism {self.release.kind}: {reason}")
-        reason = self.adversary.refuses_asked(asked)
-        if reason is not None:
-            raise ValueError(f"adversary {self.adversary.kind}: {reason}")
-
-    def _nothing_to_lie_about(self, up: Sequence[type[Payload]]) -> str | None:
-        """Return why an adversary's lies cannot reach anybody."""
-        if not up and self.adversary.lies:
-            return "clients send nothing that it could replace; use an algorithm whose clients do"
-        reasons = [self.adversary.refuses(kind) for kind in up]
-        return reasons[0] if reasons and all(reasons) else None
-
-    def _unwritable(self) -> str | None:
-        """Return why a codec cannot write what is released at a client."""
-        known = self.release.codecs
-        if self.where != "client" or not known or self.up.kind in known:
-            return None
-        return (
-            f"it cannot write what privacy.mechanism {self.release.kind} releases, which are no "
-            f"distributions; use one of {', '.join(sorted(known))}"
-        )
-
-    def _refused_down(self, kind: type[Payload]) -> str | None:
-        if kind.is_added and not self.down.exact:
-            return (
-                f"clients add every {kind.kind} to what they have, so what is rounded on its way "
-                "would part them from the server more and more; use float32, or another codec for "
-                "exchange.up alone"
-            )
-        if self.down.follows:
-            return (
-                "it codes what changed since what came down, and nothing came before that; use "
-                "float32, float16 or int8, and this codec for exchange.up"
-            )
-        return self.down.refuses(kind)
-
-    def _kind_of(self, setting: str) -> str:
-        stages = {
-            "exchange.up": self.up,
-            "exchange.down": self.down,
-            "exchange.view": self.view,
-            "privacy.mechanism": self.release,
-            "adversary": self.adversary,
-        }
-        return stages[setting].kind
-
-
-# -- what is remembered --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Remembered(Value):
-    """What codecs remember of one client at the server.
-
-    Attributes:
-        round: that its last good answer belongs to.
-        up: memory of the codec of what it sends.
-        down: memory of the codec of what it is sent.
-    """
-
-    round: int
-    up: Mapping[str, np.ndarray]
-    down: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class ExchangeState(Value):
-    """What the exchange remembers between two rounds; part of a run's boundary.
-
-    Attributes:
-        changed: the last round that was complete; what the server sends is of that round.
-        clients: what codecs remember, of those of whom they do.
-        ledger: what was released so far.
-        spent: bytes that were exchanged so far, both ways.
-    """
-
-    changed: int = 0
-    clients: Mapping[int, Remembered] = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
-    spent: int = 0
-
-
-class Standing(NamedTuple):
-    """Where the exchange with a client stands when it is called.
-
-    Attributes:
-        arrays: that it keeps, by name; others than ours are passed over.
-        since: the round that the server names.
-        levels: that the server has chosen under a budget.
-        releases: planned of it in the whole run.
-    """
-
-    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
-    since: int = 0
-    levels: Levels = NO_BUDGET
-    releases: int = 1
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """A client's memories after one round."""
-
-    up: Arrays = field(default_factory=dict)
-    down: Arrays = field(default_factory=dict)
-
-
-def _snapshots_in(arrays: Mapping[str, np.ndarray]) -> dict[int, _Snapshot]:
-    if _ROUNDS not in arrays:
-        return {}
-    found = {int(round): _Snapshot() for round in arrays[_ROUNDS]}
-    for name, array in arrays.items():
-        if name.startswith(PREFIX) and name != _ROUNDS:
-            round, side, inner = name.removeprefix(PREFIX).split("/", 2)
-            snapshot = found[int(round)]
-            (snapshot.up if side == "up" else snapshot.down)[inner] = array
-    return found
-
-
-def _arrays_of(snapshots: Mapping[int, _Snapshot]) -> Arrays:
-    arrays = {_ROUNDS: np.array(sorted(snapshots), np.int64)}
-    for round, snapshot in snapshots.items():
-        for side, memory in (("up", snapshot.up), ("down", snapshot.down)):
-            arrays |= {f"{PREFIX}{round}/{side}/{name}": array for name, array in memory.items()}
-    return arrays
-
-
-def _arrays_in(payload: Payload | None) -> Arrays:
-    return {} if payload is None else flatten(payload).arrays
-
-
-# -- the client's side ---------------------------------------------------------------------------
-
-
-class ClientTurn:
-    """One call of clients, from what they receive to what they send.
-
-    Args:
-        stages: of the run.
-        seed: of the run.
-        round: of the call, 1-based.
-        attempt: the so many-th in this round.
-        clients: who is called, and where the exchange with each stands.
-    """
-
-    def __init__(
-        self,
-        stages: Stages,
-        *,
-        seed: int,
-        round: int,
-        attempt: int,
-        clients: Mapping[int, Standing],
-    ) -> None:
-        self._stages = stages
-        self._seed = seed
-        self._round = round
-        self._attempt = attempt
-        self._since = {client: standing.since for client, standing in clients.items()}
-        self._levels = {client: standing.levels for client, standing in clients.items()}
-        self._releases = {client: standing.releases for client, standing in clients.items()}
-        self._before: dict[int, dict[int, _Snapshot]] = {}
-        if stages.remember:
-            self._before = {c: _snapshots_in(standing.arrays) for c, standing in clients.items()}
-        self._after = {client: self._snapshot(client) or _Snapshot() for client in self._before}
-        self._received: dict[int, Payload | None] = {}
-
-    def open(self, received: Mapping[int, Payload | None]) -> dict[int, Payload | None]:
-        """Decode what came down.
-
-        Clients that received one object get one object, unless the codec has a memory.
-
-        Raises:
-            MemoryLostError: a client has lost what it needs for that.
-        """
-        opened: dict[int, Payload | None] = {}
-        shared: dict[int, Payload] = {}
-        for client, sent in received.items():
-            level = self._levels.get(client, NO_BUDGET).down
-            codec = self._stages.down if level is None else LADDER[level]
-            if sent is None:
-                opened[client] = None
-            elif codec.remembers:
-                opened[client] = self._decoded(client, sent)
-            else:
-                if id(sent) not in shared:
-                    shared[id(sent)] = codec.decode(sent, {})[0]
-                opened[client] = shared[id(sent)]
-        self._received |= opened
-        return opened
-
-    def send(self, honest: Mapping[int, Payload | None]) -> dict[int, Payload | None]:
-        """Return what leaves each client.
-
-        Args:
-            honest: what the algorithm's client half returned, by client.
-        """
-        answers = {client: payload for client, payload in honest.items() if payload is not None}
-        answers |= self._instead(answers)
-        sent: dict[int, Payload | None] = dict.fromkeys(honest)
-        for client, answer in answers.items():
-            payload = answer
-            if self._stages.where == "client":
-                payload = self._released(client, payload)
-            elif isinstance(self._stages.release, WantedNoise):
-                # No honest answer is refused: who is in the mean must tell of nobody's rows.
-                payload = acceptable(payload)
-            sent[client] = self._encoded(client, payload)
-        return sent
-
-    def kept(self) -> dict[int, Arrays]:
-        """Return the arrays that each client keeps from now on, in place of those of before."""
-        return {
-            client: _arrays_of(
-                {r: s for r, s in before.items() if r == self._since[client]}
-                | {self._round: self._after[client]}
-            )
-            for client, before in self._before.items()
-        }
-
-    def _snapshot(self, client: int) -> _Snapshot | None:
-        """Return the memories that the server goes on from; None: they are lost."""
-        since = self._since[client]
-        return _Snapshot() if since == 0 else self._before[client].get(since)
-
-    def _decoded(self, client: int, sent: Payload) -> Payload:
-        snapshot = _Snapshot()
-        since = sent.since if isinstance(sent, Encoded) else 0
-        if since:
-            held = self._snapshot(client) if since == self._since[client] else None
-            if held is None:
-                raise MemoryLostError(
-                    f"client {client} has no memory of round {since}, which "
-                    f"exchange.down {self._stages.down.kind} needs to decode what came"
-                )
-            snapshot = held
-        payload, memory = self._stages.down.decode(sent, snapshot.down)
-        self._after[client] = replace(self._after[client], down=memory)
-        return payload
-
-    def _instead(self, honest: Mapping[int, Payload]) -> dict[int, Payload]:
-        stages = self._stages
-        if stages.adversary.together or not stages.adversary.lies_in(self._round):
-            return {}
-        replaced: dict[int, Payload] = {}
-        for client in sorted(stages.controlled & honest.keys()):
-            received = self._received.get(client)
-            seen = Seen(
-                round=self._round,
-                own={client: honest[client]},
-                received={} if received is None else {client: received},
-            )
-            rng = self._rng(Purpose.ADVERSARY, client)
-            replaced |= _replaced(stages.adversary, seen, rng)
-        return replaced
-
-    def _released(self, client: int, payload: Payload) -> Payload:
-        rule = self._stages.release
-        if isinstance(rule, NoRelease):
-            return payload
-        occasion = Occasion(
-            where="client",
-            round=self._round,
-            releases=self._releases[client],
-            delta=self._stages.delta,
-            form=form_of_payload(payload),
-        )
-        bounded = rule.bounded(payload)
-        # Of another answer other noise: two answers with one noise would give their difference.
-        rng = self._rng(Purpose.RELEASE, client, told_apart(bounded))
-        return rule.release(bounded, occasion, rng)
-
-    def _encoded(self, client: int, payload: Payload) -> Payload | None:
-        levels = self._levels.get(client, NO_BUDGET)
-        if levels.up is not None:
-            rng = self._rng(Purpose.CODEC, client)
-            written = LADDER[levels.up].encode(payload, {}, rng)[0]
-            return written if written.payload_bytes <= levels.most_bytes else None
-        codec = self._stages.up
-        if isinstance(codec, Float32):
-            return payload
-        rng = self._rng(Purpose.CODEC, client)
-        if codec.follows:
-            return codec.encode(payload, _arrays_in(self._received.get(client)), rng)[0]
-        if not codec.remembers:
-            return codec.encode(payload, {}, rng)[0]
-        held = self._snapshot(client)
-        sent, memory = codec.encode(payload, {} if held is None else held.up, rng)
-        self._after[client] = replace(self._after[client], up=memory)
-        if isinstance(sent, Encoded):
-            return replace(sent, since=0 if held is None else self._since[client])
-        return sent
-
-    def _rng(self, purpose: Purpose, client: int, *more: int) -> np.random.Generator:
-        # Of each attempt its own: noise that comes twice under two answers can be taken off.
-        return generator_for(self._seed, purpose, self._round, _UP, client, self._attempt, *more)
-
-
-# -- the server's side ---------------------------------------------------------------------------
 
 
 class Planned(NamedTuple):
@@ -684,9 +266,9 @@ class ServerTurn:
         if not own:
             return {}
         others = {client: answer for client, answer in answers.items() if client not in own}
-        rng = generator_for(self._seed, Purpose.ADVERSARY, self._round, _DOWN)
+        rng = generator_for(self._seed, Purpose.ADVERSARY, self._round, DOWN)
         seen = Seen(round=self._round, own=own, others=others)
-        return dict(_replaced(self._stages.adversary, seen, rng))
+        return dict(lies_of(self._stages.adversary, seen, rng))
 
     def check_lie(self, lie: Payload, asked: Asked) -> None:
         """Look at what an adversary sends as at any other answer that is decoded.
@@ -817,7 +399,7 @@ class ServerTurn:
     def _noise(self, named: str, payload: Payload) -> np.random.Generator:
         key = int.from_bytes(sha256(named.encode()).digest()[:4], "big")
         return generator_for(
-            self._seed, Purpose.RELEASE, self._round, _DOWN, key, told_apart(payload)
+            self._seed, Purpose.RELEASE, self._round, DOWN, key, told_apart(payload)
         )
 
     def forget(self, client: int) -> None:
@@ -922,10 +504,10 @@ class ServerTurn:
         sent, memory = self._told[client]
         codec = self._stages.down
         if codec.remembers:
-            return _arrays_in(codec.decode(sent, memory)[0])
+            return arrays_in(codec.decode(sent, memory)[0])
         # What many receive is decoded once; it is held so that its id stays its own.
         if id(sent) not in self._received:
-            self._received[id(sent)] = sent, _arrays_in(codec.decode(sent, {})[0])
+            self._received[id(sent)] = sent, arrays_in(codec.decode(sent, {})[0])
         return self._received[id(sent)][1]
 
     def _bad_memory(self, client: int, sent: Encoded) -> str | None:
@@ -938,23 +520,7 @@ class ServerTurn:
     def _rng(self, purpose: Purpose, key: Hashable) -> np.random.Generator:
         # What is sent of one round has one noise, however often it is sent.
         named = int.from_bytes(sha256(repr(key).encode()).digest()[:4], "big")
-        return generator_for(self._seed, purpose, self._before.changed, _DOWN, named)
-
-
-def _replaced(adversary: Adversary, seen: Seen, rng: np.random.Generator) -> Mapping[int, Payload]:
-    """Return what an adversary sends, by client.
-
-    Raises:
-        ValueError: it speaks for a client that it does not control.
-    """
-    replaced = adversary.replaces(seen, rng)
-    others = replaced.keys() - seen.own.keys()
-    if others:
-        raise ValueError(
-            f"adversary {adversary.kind} replaces what client {min(others)} sends, which it does "
-            "not control"
-        )
-    return replaced
+        return generator_for(self._seed, purpose, self._before.changed, DOWN, named)
 
 
 def _shown(asked: Asked) -> str:
@@ -964,11 +530,6 @@ def _shown(asked: Asked) -> str:
 
 def _everybody(_: int) -> Hashable:
     return None
-
-
-def told_apart(payload: Payload) -> int:
-    """Return a number that differs for different content, for the stream of a release."""
-    return int(digest(payload)[:8], 16)
 
 
 def _scaled(payload: Payload, factor: int | float) -> Payload:
