@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -108,8 +109,6 @@ def attack(
             "attacks must be all or some of membership, labels, inversion, stealing"
         )
     started = time.perf_counter()
-    import torch
-
     fix_numerics(torch.device("cpu"))
     data = attacked_data(settings)
     evidence = evidence_of(folder, settings, data, tell)

@@ -146,26 +146,10 @@ class Scene:
     @cached_property
     def shadows(self) -> Shadows:
         """Their shadows."""
+        common = self.settings, self.data, self.pool, self.targets, self.bench, self.tell
         if self.wanted.train == "federations":
-            return ShadowFederations(
-                self.settings,
-                self.data,
-                self.pool,
-                self.targets,
-                self.models,
-                self.bench,
-                self.tell,
-            )
-        return ShadowModels(
-            self.settings,
-            self.data,
-            self.pool,
-            self.targets,
-            self.evidence,
-            self.bench,
-            self.tell,
-            self.keep,
-        )
+            return ShadowFederations(*common, models=self.models)
+        return ShadowModels(*common, evidence=self.evidence, keep=self.keep)
 
     def reading(self, payload: Payload | None) -> Reading:
         """Return what can be read from a payload.

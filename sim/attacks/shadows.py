@@ -73,7 +73,33 @@ Made = list[Arrays | None]
 
 
 class Shadows(ABC):
-    """Where shadows come from; what is made once is kept. None: a shadow never had its turn."""
+    """Where shadows come from; what is made once is kept. None: a shadow never had its turn.
+
+    Args:
+        settings: of the run.
+        data: of the run.
+        pool: holds the candidates.
+        targets: who is attacked.
+        bench: the attacker's models.
+        tell: is told of progress.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: FederatedData,
+        pool: Pool,
+        targets: Sequence[Target],
+        bench: Bench,
+        tell: Tell,
+    ) -> None:
+        self._settings = settings
+        self._data = data
+        self._pool = pool
+        self._targets = list(targets)
+        self._bench = bench
+        self._tell = tell
+        self._count = len(targets[0].inside)
 
     @abstractmethod
     def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays | None]:
@@ -195,20 +221,15 @@ class ShadowModels(Shadows):
         data: FederatedData,
         pool: Pool,
         targets: Sequence[Target],
-        evidence: Evidence,
         bench: Bench,
         tell: Tell,
-        keep: Callable[[str, Callable[[], Made]], Made] | None = None,
+        *,
+        evidence: Evidence,
+        keep: Callable[[str, Callable[[], Made]], Made],
     ) -> None:
-        self._settings = settings
-        self._data = data
-        self._pool = pool
-        self._targets = list(targets)
+        super().__init__(settings, data, pool, targets, bench, tell)
         self._evidence = evidence
-        self._bench = bench
-        self._tell = tell
-        self._keep = keep or (lambda _, make: make())
-        self._count = len(targets[0].inside)
+        self._keep = keep
         self._made: dict[tuple[int, str], Made] = {}
         self._said: dict[int, list[np.ndarray | None]] = {}
 
@@ -360,17 +381,13 @@ class ShadowFederations(Shadows):
         data: FederatedData,
         pool: Pool,
         targets: Sequence[Target],
-        models: Sequence[ModelSettings],
         bench: Bench,
         tell: Tell,
+        *,
+        models: Sequence[ModelSettings],
     ) -> None:
-        self._settings = settings
-        self._data = data
-        self._pool = pool
-        self._targets = list(targets)
+        super().__init__(settings, data, pool, targets, bench, tell)
         self._models = models
-        self._bench = bench
-        self._tell = tell
         self._left: list[Evidence] = []
 
     def models(self, target: Target, model: ModelSettings) -> Sequence[Arrays | None]:
@@ -390,9 +407,8 @@ class ShadowFederations(Shadows):
 
     @property
     def _all(self) -> list[Evidence]:
-        shadows = len(self._targets[0].inside)
-        for shadow in range(len(self._left), shadows):
-            self._tell(f"shadow federation {shadow + 1} of {shadows}")
+        for shadow in range(len(self._left), self._count):
+            self._tell(f"shadow federation {shadow + 1} of {self._count}")
             rows = list(self._data.client_rows)
             for target in self._targets:
                 rows[target.client] = target.rows_of_shadow(shadow)

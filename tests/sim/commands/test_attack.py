@@ -1,14 +1,11 @@
 """`fedkd attack`: what it prints and keeps, and what it says of folders that it cannot attack."""
 
 import json
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sim.commands import cli
 from sim.commands.running import run
 from sim.settings import load_settings
 
@@ -25,21 +22,6 @@ WORDS = (
     "attacks.student_epochs=2",
     "exchange.keep=true",
 )
-
-
-@pytest.fixture
-def fedkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedkd:
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -17,24 +17,6 @@ Words = tuple[str, ...]
 Fedkd = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def fedkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedkd:
-    """Call the command line in this process; return its exit code and both outputs."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 def test_version_and_help_with_examples(fedkd: Fedkd) -> None:
     code, out, _ = fedkd("--version")
     assert (code, out) == (0, "fedkd 0.1.0\n")

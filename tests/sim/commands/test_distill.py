@@ -17,7 +17,6 @@ import yaml
 from safetensors.torch import load_file, save
 
 from fedkd.distillation.settings import DistillSettings
-from sim.commands import cli
 from sim.commands.distilling import running, searching, studying
 from sim.commands.distilling.running import distill
 from sim.commands.distilling.searching import read_trials, search
@@ -60,24 +59,6 @@ def small(tmp_path: Path) -> Callable[..., DistillSettings]:
         return load_distill_settings(None, [*SMALL, f"output={tmp_path / 'runs'}", *words])
 
     return settings
-
-
-@pytest.fixture
-def fedkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedkd:
-    """Call the command line in this process; return its exit code and both outputs."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedkd", *words])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def without_watch(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,28 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.commands import cli
 from sim.commands.models import Predictions, export, load_model, predict
 from sim.commands.running import run
 from sim.settings import Settings, SettingsError
 
 Small = Callable[..., Settings]
 Fedkd = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedkd:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedkd", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 @pytest.fixture
