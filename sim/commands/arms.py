@@ -55,6 +55,13 @@ class Study:
     grid: Grid | None = None
 
     @property
+    def combinations(self) -> int:
+        """How many combinations a sweep makes of these arms; without one the number of arms."""
+        if self.grid is None:
+            return len(self.arms)
+        return sum(name in self.arms for name in self.grid.arms)
+
+    @property
     def differs(self) -> dict[str, dict[str, Any]]:
         """Each setting that arms differ in: its value in every arm that has it."""
         return differing(self.arms)

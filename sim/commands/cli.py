@@ -26,6 +26,7 @@ from sim.commands.interruption import Interruption, interruptible
 if TYPE_CHECKING:
     from fedkd.distillation.run.search import Trial
     from fedkd.distillation.settings import DistillSettings
+    from sim.commands.arms import Study
     from sim.commands.progress import Signs
     from sim.commands.running import RunResult
     from sim.reports.terminal import FittedTable
@@ -262,6 +263,14 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Paired seeds; study.seeds by default.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what would run, how long it takes and how many bytes clients exchange; "
+            "nothing is written.",
+        ),
+    ] = False,
     accept_code: AcceptCode = False,
     allow: Allow = None,
     quiet: Quiet = False,
@@ -279,11 +288,15 @@ def compare(
     - `fedkd compare --arms local,fedmd,dml rounds=10`
     - `fedkd compare --arms one_way,dml strategy.temperature=8`
     - `fedkd compare conf/quickstart.yaml --baseline local`
+    - `fedkd compare conf/examples/byzantine.yaml --dry-run` : runs, time and bytes beforehand
     """
     from sim.commands.arms import load_study
 
     chosen = [name.strip() for name in arms.split(",")] if arms else None
     planned = load_study(*_split(arguments, arms or ""), arms=chosen, allow=allow or ())
+    if dry_run:
+        _foresee(planned, seeds, baseline, accept_code, quiet=quiet, wide=wide, json=json)
+        return
     from sim.commands.progress import ProgressObserver, signs_of_life
     from sim.commands.study import compare as compare_arms
     from sim.keeping.records import to_json
@@ -307,6 +320,7 @@ def compare(
             baseline=baseline,
             accept_code=accept_code,
             tell=tell,
+            planned=lambda plan: None if quiet or json else _tell(plan.told()),
             observer_of=lambda arm, seed: [ProgressObserver(signs, f"{arm} seed {seed}")],
         )
     if json:
@@ -892,6 +906,39 @@ def _search(
         typer.echo(f"search {found.folder}\nbest   {' '.join(found.words)}")
         given = [word for word in sys.argv[1:] if word != "--search"]
         typer.echo(f"use it: {shlex.join(['fedkd', *given, *found.words])}")
+
+
+def _foresee(
+    study: "Study",
+    seeds: int | None,
+    baseline: str | None,
+    accept_code: bool,
+    *,
+    quiet: bool,
+    wide: bool,
+    json: bool,
+) -> None:
+    """Print what a study would run."""
+    from sim.commands.planning import foresee
+    from sim.commands.progress import signs_of_life
+    from sim.keeping.records import to_json
+
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="arms", json=json)
+    with signs, _stoppable(), redirect_stdout(sys.stderr):
+        task = signs.begin("trying two rounds")
+        outlook = foresee(
+            study,
+            seeds=seeds,
+            baseline=baseline,
+            accept_code=accept_code,
+            tell=_tell,
+            trying=lambda arm, done, of: signs.reached(task, done, of, arm),
+        )
+    if json:
+        typer.echo(to_json(outlook.to_row()))
+        return
+    _print(outlook.table(), wide=wide)
+    _print_words(*outlook.sentences())
 
 
 def _list_components(arguments: Sequence[str] | None, *, json: bool) -> None:

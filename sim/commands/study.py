@@ -108,6 +108,136 @@ def baseline_arm(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run of a study that is still to be made, or to be gone on with.
+
+    Attributes:
+        arm: whose run it is.
+        settings: with its seed.
+        folder: where it is, or is going to be.
+    """
+
+    arm: str
+    settings: Settings
+    folder: Path
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was started before, so that it goes on where it stopped."""
+        return _is_begun(self.folder)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyPlan:
+    """What a study will run, checked as far as it can be before anything runs.
+
+    Attributes:
+        study: its arms.
+        seeds: how many of each arm.
+        folder: of the study.
+        baseline: the arm that the others are compared with.
+        folders: of each arm's runs, by seed; none of arms that are refused.
+        left: runs that are not finished, seed by seed, so that a study that is cut short has
+            whole pairs.
+        refused: arms that cannot run, each with the reason.
+        notes: on earlier runs and on refusals, a sentence each.
+    """
+
+    study: Study
+    seeds: int
+    folder: Path
+    baseline: str
+    folders: Mapping[str, Sequence[Path]]
+    left: Sequence[PlannedRun]
+    refused: Mapping[str, str]
+    notes: Sequence[str]
+
+    @property
+    def finished(self) -> int:
+        """How many runs are finished already and are taken as they are."""
+        return sum(map(len, self.folders.values())) - len(self.left)
+
+    def told(self) -> str:
+        """Say in a line how many runs there are, and what becomes of them."""
+        arms = len(self.study.arms)
+        begun = sum(run.begun for run in self.left)
+        product = f"{_counted(arms, 'arm')} x {_counted(self.seeds, 'seed')}"
+        parts = [f"{_counted(arms * self.seeds, 'run')}: {product}"]
+        if self.study.combinations > arms:
+            parts.append(f"{self.study.combinations} combinations, of which equal ones run once")
+        if self.refused:
+            parts.append(f"{len(self.refused) * self.seeds} refused")
+        if self.finished:
+            parts.append(f"{self.finished} finished already and taken as they are")
+        if begun:
+            parts.append(f"{begun} begun, which go on")
+        if len(self.left) < arms * self.seeds:
+            parts.append(f"{len(self.left)} to run")
+        return "; ".join(parts)
+
+
+def plan_study(
+    study: Study,
+    *,
+    seeds: int | None = None,
+    baseline: str | None = None,
+    accept_code: bool = False,
+    tell: Callable[[str], None] | None = None,
+    writes: bool = True,
+) -> StudyPlan:
+    """Find out what a study has to run, and check it.
+
+    Args:
+        study: whose arms are settled.
+        seeds: how many seeds, from the settings' on; ``study.seeds`` by default.
+        baseline: see `compare`.
+        accept_code: see `compare`.
+        tell: is told what there is to know, as soon as it is known.
+        writes: make the study's folder and keep digests of data; False leaves the disk alone.
+
+    Raises:
+        SettingsError: names the setting that cannot work.
+    """
+    tell = tell or _ignore
+    settings, by_arm = study.settings, study.arms
+    count = seeds if seeds is not None else settings.study.seeds
+    check_seeds(settings.seed, count)
+    named = baseline is not None or settings.study.baseline in by_arm
+    baseline = baseline_arm(settings, by_arm, baseline)
+    check_engine(settings.engine)
+    folder = settings.output / settings.name
+    if writes:
+        make_folder(settings.output, folder)
+    runs = {
+        arm: [of_arm.model_copy(update={"seed": settings.seed + offset}) for offset in range(count)]
+        for arm, of_arm in by_arm.items()
+    }
+    folders, notes = _place_runs(folder, runs, accept_code=accept_code, remember=writes)
+    for note in [*study.remarks, *study.notes, *notes]:
+        tell(note)
+    unfinished = [
+        PlannedRun(arm, of_run, run_folder)
+        for offset in range(count)
+        for arm in runs
+        for of_run, run_folder in [(runs[arm][offset], folders[arm][offset])]
+        if not is_finished(run_folder) or not _is_attacked(run_folder, of_run)
+    ]
+    refused = _check_all(unfinished, show=settings.study.refused == "show")
+    for note in refused_notes(refused):
+        tell(note)
+    return StudyPlan(
+        study,
+        count,
+        folder,
+        _of_those_left(baseline, named=named, arms=by_arm, refused=refused),
+        {arm: [] if arm in refused else of_arm for arm, of_arm in folders.items()},
+        [run for run in unfinished if run.arm not in refused],
+        refused,
+        [*notes, *refused_notes(refused)],
+    )
+
+
 def compare(
     settings: Settings | Study | None = None,
     *,
@@ -117,6 +247,7 @@ def compare(
     accept_code: bool = False,
     observer_of: Callable[[str, int], Sequence[Observer]] | None = None,
     tell: Callable[[str], None] | None = None,
+    planned: Callable[["StudyPlan"], None] | None = None,
 ) -> StudyResult:
     """Run every arm with every seed and report on them.
 
@@ -140,6 +271,7 @@ def compare(
         observer_of: returns who is told about the run of an arm and a seed; called for runs
             that are started, not for those that are finished already.
         tell: is told, before anything runs, what the notes say about arms and earlier runs.
+        planned: is told what is going to run, once that is known and has been checked.
 
     Returns:
         The runs and the path of the report.
@@ -149,39 +281,12 @@ def compare(
         KeyboardInterrupt: the next call goes on where this one stopped, in the middle of a run.
     """
     study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
-    settings, by_arm = study.settings, study.arms
-    count = seeds if seeds is not None else settings.study.seeds
-    check_seeds(settings.seed, count)
-    named = baseline is not None or settings.study.baseline in by_arm
-    baseline = baseline_arm(settings, by_arm, baseline)
-    check_engine(settings.engine)
-    folder = make_folder(settings.output, settings.output / settings.name)
-    plan = {
-        arm: [of_arm.model_copy(update={"seed": settings.seed + offset}) for offset in range(count)]
-        for arm, of_arm in by_arm.items()
-    }
-    folders, notes = _place_runs(folder, plan, accept_code=accept_code)
-    for note in [*study.remarks, *study.notes, *notes]:
-        (tell or _ignore)(note)
-    unfinished = [
-        (arm, of_run, run_folder)
-        # Seed by seed, so that a study that is cut short has whole pairs.
-        for offset in range(count)
-        for arm in plan
-        for of_run, run_folder in [(plan[arm][offset], folders[arm][offset])]
-        if not is_finished(run_folder) or not _is_attacked(run_folder, of_run)
-    ]
-    refused = _check_all(unfinished, show=settings.study.refused == "show")
-    notes += refused_notes(refused)
-    for note in refused_notes(refused):
-        (tell or _ignore)(note)
-    baseline = _of_those_left(baseline, named=named, arms=by_arm, refused=refused)
-    folders = {arm: [] if arm in refused else of_arm for arm, of_arm in folders.items()}
-    _run_all(
-        [each for each in unfinished if each[0] not in refused],
-        observer_of,
-        accept_code=accept_code,
-    )
+    plan = plan_study(study, seeds=seeds, baseline=baseline, accept_code=accept_code, tell=tell)
+    settings, folder, folders = study.settings, plan.folder, plan.folders
+    baseline, notes, refused = plan.baseline, plan.notes, plan.refused
+    if planned is not None:
+        planned(plan)
+    _run_all(plan.left, observer_of, accept_code=accept_code)
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
@@ -239,12 +344,20 @@ def _is_attacked(folder: Path, settings: Settings) -> bool:
     return is_attacked(folder, settings.attacks)
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def _ignore(_note: str) -> None:
     """Tell nobody."""
 
 
 def _place_runs(
-    folder: Path, plan: Mapping[str, Sequence[Settings]], *, accept_code: bool
+    folder: Path,
+    plan: Mapping[str, Sequence[Settings]],
+    *,
+    accept_code: bool,
+    remember: bool,
 ) -> tuple[dict[str, list[Path]], list[str]]:
     """Find or name the folder of every run, and say which earlier ones do not count and why."""
     folders: dict[str, list[Path]] = {}
@@ -256,7 +369,7 @@ def _place_runs(
         for settings in of_arm:
             of_all_seeds = fingerprint(settings.model_copy(update={"seed": 0}))
             if of_all_seeds not in made_of:
-                made_of[of_all_seeds] = provenance_of(settings)
+                made_of[of_all_seeds] = provenance_of(settings, remember=remember)
             named = folder / arm / f"seed-{settings.seed}-{fingerprint(settings)[:8]}"
             place = place_run(
                 named, made_of[of_all_seeds], accept_code=accept_code, begun=_is_begun
@@ -331,7 +444,7 @@ def _holds(mine: Reported, theirs: Reported) -> bool:
     )
 
 
-def _check_all(runs: Sequence[tuple[str, Settings, Path]], *, show: bool) -> dict[str, str]:
+def _check_all(runs: Sequence[PlannedRun], *, show: bool) -> dict[str, str]:
     """Check what can be checked before the first run, not before the last.
 
     Args:
@@ -346,7 +459,8 @@ def _check_all(runs: Sequence[tuple[str, Settings, Path]], *, show: bool) -> dic
     """
     checked: dict[str, str | None] = {}
     refused: dict[str, str] = {}
-    for arm, settings, _ in runs:
+    for each in runs:
+        settings = each.settings
         key = fingerprint(settings.model_copy(update={"seed": 0}))
         if key not in checked:
             try:
@@ -358,7 +472,7 @@ def _check_all(runs: Sequence[tuple[str, Settings, Path]], *, show: bool) -> dic
                 checked[key] = str(error)
         reason = checked[key]
         if reason is not None:
-            refused[arm] = reason
+            refused[each.arm] = reason
     return refused
 
 
@@ -384,21 +498,22 @@ def _of_those_left(
 
 
 def _run_all(
-    runs: Sequence[tuple[str, Settings, Path]],
+    runs: Sequence[PlannedRun],
     observer_of: Callable[[str, int], Sequence[Observer]] | None,
     *,
     accept_code: bool,
 ) -> None:
     session: RaySession | None = None
     try:
-        for arm, settings, folder in runs:
+        for each in runs:
+            arm, settings, folder = each.arm, each.settings, each.folder
             if settings.engine.backend == "ray" and session is None:
                 session = open_session(settings.engine)
             make_folder(settings.output, folder)
             run(
                 settings,
                 folder=folder,
-                resume=folder if _is_begun(folder) else None,
+                resume=folder if each.begun else None,
                 accept_code=accept_code,
                 observers=observer_of(arm, settings.seed) if observer_of is not None else (),
                 session=session,

@@ -45,6 +45,7 @@ SHOWING = (
     "sim/commands/cli.py",
     "sim/commands/progress.py",
     "sim/commands/overview.py",
+    "sim/commands/planning.py",
     "sim/__main__.py",
 )
 """What shows numbers and makes none."""
@@ -191,8 +192,12 @@ def _first(names: Sequence[str], most: int = 3) -> str:
 # -- what there is now -------------------------------------------------------------------------
 
 
-def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
+def provenance_of(settings: "Settings | DistillSettings", *, remember: bool = True) -> Provenance:
     """Return what a run of these settings is made of now.
+
+    Args:
+        settings: of the run.
+        remember: keep digests of data files in the output folder, so that they are read once.
 
     Raises:
         SettingsError: the data cannot be found.
@@ -213,7 +218,8 @@ def provenance_of(settings: "Settings | DistillSettings") -> Provenance:
         if installed := _installed_version(package):
             versions[package] = installed
     commits = {package: commit for package in own if (commit := _commit(package))}
-    return Provenance(_data_digests(settings), code_of(settings), versions, commits)
+    data_digests = _data_digests(settings, remember=remember)
+    return Provenance(data_digests, code_of(settings), versions, commits)
 
 
 def code_of(settings: "Settings | DistillSettings") -> dict[str, str]:
@@ -348,7 +354,7 @@ def _digest(path: Path) -> str:
 # -- data --------------------------------------------------------------------------------------
 
 
-def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
+def _data_digests(settings: "Settings | DistillSettings", *, remember: bool) -> dict[str, str]:
     try:
         files, public = source_files(settings.data), public_source_files(settings.data)
         views = view_files(settings.data)
@@ -360,7 +366,9 @@ def _data_digests(settings: "Settings | DistillSettings") -> dict[str, str]:
         raise SettingsError(str(error)) from error
     others = _other_files(settings)
     seen = [path for of_view in views for path in of_view]
-    digests = file_digests([*files, *public, *seen, *others], settings.output / CACHE_FILE)
+    digests = file_digests(
+        [*files, *public, *seen, *others], settings.output / CACHE_FILE, remember=remember
+    )
     names = [
         *_names_apart(files),
         *(f"public: {name}" for name in _names_apart(public)),
@@ -395,13 +403,14 @@ def _other_files(settings: "Settings | DistillSettings") -> list[Path]:
     return [*settings.teacher.weights, *([] if student is None else [student])]
 
 
-def file_digests(paths: Sequence[Path], cache: Path) -> list[str]:
+def file_digests(paths: Sequence[Path], cache: Path, *, remember: bool = True) -> list[str]:
     """Return a SHA-256 of each file's content; `UNKNOWN` for one that cannot be read.
 
     Args:
         paths: the files.
         cache: a file of digests by path, size, inode and times, where it can be written. A file
             that is rewritten has other times, even where a copy kept the time of modification.
+        remember: write what was found into the cache.
     """
     known = _read_cache(cache)
     found: dict[str, Any] = {}
@@ -424,7 +433,7 @@ def file_digests(paths: Sequence[Path], cache: Path) -> list[str]:
         youngest = max(seen.st_mtime, seen.st_ctime)
         if time.time() - youngest > _FRESH_S:
             found[place] = [*stamp, digest]
-    if found:
+    if found and remember:
         # Read again: somebody else may have written meanwhile. What is lost is read once more.
         with suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)

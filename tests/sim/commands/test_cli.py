@@ -293,6 +293,7 @@ def test_a_comparison_ends_with_its_answer(
     code, out, err = fedkd("compare", *words, *small_words, f"output={tmp_path}")
     assert code == 0
     assert [line.split(",")[0] for line in err.splitlines()] == [
+        "fedkd: 4 runs: 2 arms x 2 seeds",
         "local seed 0: 1/2 rounds",
         *(f"{arm} seed {seed}: 2/2 rounds" for seed in (0, 1) for arm in ("local", "fedavg")),
     ]
