@@ -1,7 +1,7 @@
 """The data of one run: private rows per client, a public set, validation and test sets."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -116,6 +116,21 @@ class FederatedData:
             client_shifts=None,
             canaries=None,
             views=tuple(view.without_private_rows() for view in self.views),
+        )
+
+    def without_rows_of(self, clients: Collection[int]) -> "FederatedData":
+        """Return the same for everybody who must not learn from what some clients hold.
+
+        These keep their places and hold nothing; the pool, and what was computed of it, stays.
+        """
+        if not clients:
+            return self
+        return replace(
+            self,
+            client_rows=tuple(
+                rows[:0] if client in clients else rows
+                for client, rows in enumerate(self.client_rows)
+            ),
         )
 
     @property

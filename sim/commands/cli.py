@@ -58,17 +58,26 @@ class _Commands(TyperGroup):
 class _Command(TyperCommand):
     """A command that takes settings as words, no option twice, and knows what its options are."""
 
+    repeatable: tuple[str, ...] = ()
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the words."""
         words = list(args)
         try:
             _, _, given = self.make_parser(ctx).parse_args(list(args))
             for option in given:
-                if option.param_type_name == "option" and given.count(option) > 1:
+                repeats = option.opts[0] in self.repeatable
+                if option.param_type_name == "option" and given.count(option) > 1 and not repeats:
                     raise click.UsageError(_given_twice(option.opts[0], words), ctx)
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             raise click.UsageError(_no_such_option(error, words, self.params, ctx), ctx) from None
+
+
+class _ManyTimes(_Command):
+    """A command some of whose options may be given several times."""
+
+    repeatable = ("--without-client", "--flip-labels", "--set")
 
 
 def _given_twice(option: str, words: Sequence[str]) -> str:
@@ -117,7 +126,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-NO_SETTINGS = ("report", "predict", "export")
+NO_SETTINGS = ("report", "predict", "export", "replay", "value")
 """Commands that take no settings."""
 
 EXIT_BAD_INPUT = 2
@@ -180,6 +189,7 @@ def root(
     - `fedkd data conf/quickstart.yaml` : who holds which rows
     - `fedkd algorithms` : who learns from whom, what travels
     - `fedkd attack RUN` : what a run tells of private rows
+    - `fedkd replay RUN --without-client 3` : what would have been
     - `fedkd report runs/quickstart` : the report again, or over several runs
     - `fedkd predict RUN FILES` : what a run's model sees in files
     - `fedkd export RUN` : a run's model as ONNX or torch.export
@@ -581,6 +591,88 @@ def attack(
             typer.echo("")
         _print_words(*missing_in(found.row))
         typer.echo(f"kept   {found.path}\ndraw   fedkd report {run}")
+
+
+@app.command(cls=_ManyTimes)
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    without_client: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLIENT", help="Leave a client out; several times, or 3,5."),
+    ] = None,
+    flip_labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLIENT",
+            help="Flip a client's private labels, c of C to C - 1 - c; several times, or 3,5.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; several times."),
+    ] = None,
+    from_round: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1_000_000,
+            help="Go on from the checkpoint of this round; by default from the start.",
+        ),
+    ] = None,
+    with_report: WithReport = False,
+    accept_code: AcceptCode = False,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    wide: Wide = False,
+    json: AsJson = False,
+) -> None:
+    """Repeat a finished run with one thing otherwise: what would have been?
+
+    Nobody else moves: split, draws, participants and cohorts are those of the run, so every client
+    is compared with itself. A client that is left out keeps its place and goes on learning; what it
+    sends is dropped, and nobody else learns from its rows. With nothing otherwise a replay ends
+    with the run's bits. The same command goes on with a replay that was stopped.
+
+    Examples:
+    - `fedkd replay RUN --without-client 3`
+    - `fedkd replay RUN --without-client 3,5 --flip-labels 1`
+    - `fedkd replay RUN --set exchange.up=int8 --set exchange.down=int8`
+    - `fedkd replay RUN --without-client 3 --from-round 10` : it leaves after round 10
+    - `fedkd replay RUN` : are the bits the same here and now?
+    """
+    from sim.commands.progress import ProgressObserver, signs_of_life
+    from sim.commands.replay import Wanted, numbers_in
+    from sim.commands.replay import replay as replay_run
+    from sim.keeping.records import to_json
+    from sim.reports.counterfactual import replay_table, replay_words
+
+    wanted = Wanted(
+        without=numbers_in(without_client or (), "--without-client"),
+        flipped=numbers_in(flip_labels or (), "--flip-labels"),
+        words=tuple(set_ or ()),
+        from_round=from_round,
+    )
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
+    hint = f"the same command goes on with the replay; the run in {run} is whole"
+    with signs, _stoppable(hint), redirect_stdout(sys.stderr):
+        found = replay_run(
+            run,
+            wanted,
+            accept_code=accept_code,
+            allow=allow or (),
+            observers=[ProgressObserver(signs, "replay")],
+        )
+    row = dict(found.row)
+    if with_report:
+        row["report"] = str(_write_report([run, found.folder], found.folder))
+    if json:
+        typer.echo(to_json(row))
+    elif not quiet:
+        _print(replay_table(found.row), wide=wide)
+        _print_words(*replay_words(found.row))
+        typer.echo(f"replay {found.folder}")
+        if "report" in row:
+            typer.echo(f"report {row['report']}")
 
 
 Model = Annotated[

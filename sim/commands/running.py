@@ -146,6 +146,7 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
                 f"{named} needs fedkd run: in Flower's own runtimes clients keep their models to "
                 "themselves, which attacks look at"
             )
+        _check_counterfactual(settings, strategy, data, nodes=nodes)
         _check_brought(settings, strategy, data, nodes=nodes)
         check_privacy(settings, strategy, data, nodes=nodes)
         check_audit(settings, nodes=nodes)
@@ -169,6 +170,27 @@ def _with_models(error: FewRowsError, settings: Settings) -> FewRowsError:
     fitting = [model.name for model in models if takes_kind(model, kind)] or models_for(kind)[:1]
     words = {**error.words, "clients.models": f"[{','.join(fitting)}]"}
     return FewRowsError(error.problem, words)
+
+
+def _check_counterfactual(
+    settings: Settings, strategy: Strategy[Any, Any], data: FederatedData, *, nodes: bool
+) -> None:
+    """Refuse to leave out whom nobody can."""
+    if not settings.counterfactual.on:
+        return
+    if nodes:
+        raise SettingsError(
+            "counterfactual needs fedkd run: in Flower's own runtimes clients are other people's "
+            "machines, and who shall not take part is not asked"
+        )
+    learning = set(strategy.federation.first_clients.values())
+    for client in sorted(learning.intersection(settings.counterfactual.without)):
+        if len(strategy.private_rows(client, data)) > len(data.client_rows[client]):
+            raise SettingsError(
+                f"counterfactual.without: under strategy {settings.strategy.name} client {client} "
+                "trains the model of its architecture on everybody's rows, for all of them: leave "
+                f"out others than {', '.join(map(str, sorted(learning)))}"
+            )
 
 
 def _check_brought(

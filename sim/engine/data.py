@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
 from fedkd.data import FederatedData, build_federated_data
 from fedkd.data.canaries import with_canaries
+from fedkd.data.changed_rows import Changed, with_changed_rows
 from fedkd.exchange.adversaries import Goal, NoAdversary, Poisoning
 from sim.settings import Settings
 
@@ -17,7 +20,7 @@ def data_of(settings: Settings) -> FederatedData:
     data = build_federated_data(
         settings.data, num_clients=settings.clients.count, seed=settings.seed
     )
-    data = poisoned(data, settings)
+    data = flipped(poisoned(data, settings), settings)
     audit = settings.privacy.audit
     if not audit.canaries:
         return data
@@ -30,6 +33,22 @@ def poisoned(data: FederatedData, settings: Settings) -> FederatedData:
     if not isinstance(adversary, Poisoning):
         return data
     return adversary.poisoned(data, seed=settings.seed)
+
+
+def flipped(data: FederatedData, settings: Settings) -> FederatedData:
+    """Return data with the labels turned round that are to be: ``counterfactual.flipped``.
+
+    By the rule of the adversary ``label_flip``; what an adversary made of them before is turned.
+    """
+    clients = settings.counterfactual.flipped
+    if not clients:
+        return data
+    last = data.num_classes - data.other_classes - 1
+
+    def turned(_: int, pool: FederatedData, rows: np.ndarray) -> Changed:
+        return Changed(rows, last - pool.train_labels[rows])
+
+    return with_changed_rows(data, clients, turned, named="counterfactual.flipped")
 
 
 def adversary_of(settings: Settings) -> dict[str, Any]:

@@ -171,10 +171,14 @@ def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, 
 def server_tools(
     settings: Settings, strategy: Strategy[Any, Any], data: FederatedData
 ) -> ServerTools:
-    """Return what an algorithm's server half may use; no private row where these are protected."""
+    """Return what an algorithm's server half may use.
+
+    No private row where these are protected, and none of a client that is left out.
+    """
+    seen = data.without_rows_of(settings.counterfactual.without)
     return ServerTools(
         federation=strategy.federation,
-        data=data.without_private_rows() if settings.privacy.on else data,
+        data=seen.without_private_rows() if settings.privacy.on else seen,
         optimizer=settings.clients.optimizer,
         device=torch.device("cpu"),
         models=strategy.server_models(),
@@ -241,6 +245,8 @@ class ClientRuntime:
         fix_numerics(self._device)
         self._settings = settings
         self._data = data
+        self._left_out = frozenset(settings.counterfactual.without)
+        self._others_data = data.without_rows_of(self._left_out)
         self._federation = federation_of(settings, data)
         self._strategy = build_strategy(settings, self._federation)
         self._stages = settings.stages
@@ -384,9 +390,17 @@ class ClientRuntime:
         self, clients: Sequence[int], states: Sequence[ClientState | None]
     ) -> list[Member]:
         return [
-            Member(client, self._strategy.private_rows(client, self._data), state)
+            Member(client, self._strategy.private_rows(client, self._seen_by(client)), state)
             for client, state in zip(clients, states, strict=True)
         ]
+
+    def _seen_by(self, client: int) -> FederatedData:
+        """Return the data that a client may choose its rows from.
+
+        An upper bound may give a client more than its own; those of one that is left out only it
+        learns from.
+        """
+        return self._data if client in self._left_out else self._others_data
 
     def _place(self, clients: Sequence[int]) -> "_Place":
         """Return what clients of one architecture, and so of one view, learn from."""

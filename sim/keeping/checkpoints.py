@@ -235,6 +235,10 @@ class CheckpointStore:
             return checkpoint, problems
         return None, problems
 
+    def rounds(self) -> list[int]:
+        """Return the rounds whose checkpoints are there, sorted; nobody has looked into them."""
+        return sorted(self._found())
+
     def read(self, folder: Path) -> Checkpoint:
         """Check every byte of a checkpoint.
 

@@ -1,7 +1,7 @@
 """A round's replies as the aggregator sees them: validated uploads, one after the other."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message
@@ -118,6 +118,10 @@ class Replies:
         event: is told of each reply that is left out, of late ones at the end of an attempt, and
             all together where nobody was in time.
         delays_vary: whether who is late may be in time when it is asked again.
+        left_out: clients whose answers count for nothing (``counterfactual.without``). They are
+            asked, and what comes of them is opened, as ever, so that codecs' memories, the clock
+            and a budget go on as in the run that is repeated; then it is dropped, as a lost reply
+            is. They are never asked again, no event tells of them, and none of them fails a quorum.
         purse: what may be spent under a budget; None: there is none.
 
     Attributes:
@@ -125,6 +129,7 @@ class Replies:
         simulated_s: how long clients took by the simulated clock, if there is one. An attempt
             lasts as long as the slowest client that counts; as long as ``clock.deadline_s`` where
             somebody who was asked has not answered by then.
+        unseen_bytes: what the clients that are left out sent and received.
     """
 
     def __init__(
@@ -141,7 +146,10 @@ class Replies:
         event: Callable[[Row], None],
         purse: Purse | None = None,
         delays_vary: bool = False,
+        left_out: Collection[int] = (),
     ) -> None:
+        self._left_out = frozenset(left_out).intersection(clients)
+        self.unseen_bytes = 0
         self._purse = purse
         self._delays_vary = delays_vary
         self._round = round
@@ -183,8 +191,8 @@ class Replies:
 
     @property
     def valid(self) -> int:
-        """Clients that gave a usable answer so far."""
-        return len(self.metrics)
+        """Clients that gave a usable answer so far; who is left out fails nobody."""
+        return len(self.metrics.keys() | self._left_out)
 
     def disagreement(self) -> float | None:
         """Return how often two peers' top classes differ on public rows, in [0, 1]."""
@@ -210,7 +218,11 @@ class Replies:
             error = self._quorum.error(self.valid, self.rejected)
             if isinstance(error, TooLateError) and not self._delays_vary:
                 raise error
-            clients = [client for client in clients if client not in self.metrics]
+            clients = [
+                client
+                for client in clients
+                if client not in self.metrics and client not in self._left_out
+            ]
             if self._purse is not None:
                 clients = self._purse.again(clients)
         raise self._quorum.error(self.valid, self.rejected)
@@ -256,6 +268,8 @@ class Replies:
                     self._turn.forget(client)
                 if error.payload is not None:
                     self._count(client, "up", error.payload)
+                if client in self._left_out:
+                    continue
                 self.rejected[client] = error.told
                 if late_seconds(error.told) is None:
                     self._tell_of(client)
@@ -267,9 +281,9 @@ class Replies:
             self.rejected.pop(client, None)
             if reply.payload is not None:
                 self._count(client, "up", reply.payload)
-            if payload is not None:
+            if payload is not None and client not in self._left_out:
                 yield Upload(client, payload, self._num_examples[client])
-        if 1 < len(late) == asked:
+        if 1 < len(late) == asked - len(self._left_out):
             self._tell_of_all(late)
         else:
             for client in late:
@@ -331,6 +345,9 @@ class Replies:
         )
 
     def _count(self, client: int, direction: str, payload: Payload) -> None:
+        if client in self._left_out:
+            self.unseen_bytes += payload.payload_bytes
+            return
         self.exchanged.append(
             {
                 "round": self._round.number,

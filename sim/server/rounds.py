@@ -79,6 +79,10 @@ class Boundary:
     simulated_s: float = 0.0
 
 
+LEFT_OUT = "left_out"
+"""Marks the rows of clients that are left out: they are part of no mean."""
+
+
 class NobodyThereError(Exception):
     """A round has nobody who could be asked."""
 
@@ -111,13 +115,25 @@ class RoundLoop:
         self._privacy = PrivacyPlan(settings, self._strategy)
         self._clock = clock_of(settings, data)
         self._presence = presence_of(settings)
+        self._left_out = frozenset(settings.counterfactual.without)
         self._observers_know = False
         self.history = History()
         self.boundary: Boundary | None = None
         self._opened: ServerTurn | None = None
 
     def start(self) -> None:
-        """Stand before the first round."""
+        """Stand before the first round.
+
+        Raises:
+            SettingsError: this goes on from a later round, whose checkpoint is not there.
+        """
+        since = self._settings.counterfactual.from_round
+        if since:
+            raise SettingsError(
+                f"counterfactual.from_round: this goes on from the checkpoint of round {since} of "
+                "another run, which is not in its folder: fedkd replay RUN --from-round "
+                f"{since} makes it anew"
+            )
         with authors_code("before round 1, the server's half"):
             state = self._checked(self._strategy.begin(self._server), "begin")
         check_asked(self._stages, self._strategy, state, self._server)
@@ -272,7 +288,9 @@ class RoundLoop:
             event=self.tell,
             purse=purse,
             delays_vary=bool(self._settings.faults),
+            left_out=self._left_out,
         )
+        self._tell_of_left_out(round)
         noting = Noting(round.number) if self._settings.keeps_exchange else None
         skipped = spent_up = False
         try:
@@ -305,7 +323,7 @@ class RoundLoop:
             self._pass_events_on()
         state = self._forgotten(state, where)
         exchange = turn.skipped() if skipped else turn.committed()
-        spent = sum(row["bytes"] for row in replies.exchanged)
+        spent = sum(row["bytes"] for row in replies.exchanged) + replies.unseen_bytes
         exchange = replace(exchange, spent=exchange.spent + spent)
         simulated_s = before.simulated_s
         if self._clock is not None:
@@ -330,8 +348,8 @@ class RoundLoop:
             "round": round.number,
             "scope": "federation",
             **({} if round.present is None else {"present": len(round.present)}),
-            "participants": len(clients),
-            "replies": replies.valid,
+            "participants": len(set(clients) - self._left_out),
+            "replies": len(replies.metrics.keys() - self._left_out),
             **({"skipped": True} if skipped else {}),
             **federation,
             "peer_disagreement": replies.disagreement(),
@@ -509,10 +527,11 @@ class RoundLoop:
     def _evaluate(
         self, round: Round, clients: Sequence[int], state: Value, turn: ServerTurn
     ) -> tuple[dict[int, Row], Row]:
-        """Judge clients' models and their ensemble."""
+        """Judge clients' models and their ensemble; who is left out is no part of any mean."""
         silent = not self._strategy.judges_received
         outbox = Outbox(self._strategy, state, round.next(), turn, silent=silent)
         rows: dict[int, Row] = {}
+        apart: dict[int, Row] = {}
         ensemble = StreamingMean()
         test_rows = len(self._data.test_labels)
         expected = Expected.evaluation(
@@ -521,7 +540,8 @@ class RoundLoop:
             self._data.num_classes,
             ensemble=has_ensemble(self._strategy, self._data),
         )
-        quorum = Quorum(round.number, len(clients), "could be judged", self._settings.engine)
+        counted = [client for client in clients if client not in self._left_out]
+        quorum = Quorum(round.number, len(counted), "could be judged", self._settings.engine)
         failed: dict[int, str] = {}
         waiting = list(clients)
         for attempt in quorum.attempts():
@@ -531,14 +551,18 @@ class RoundLoop:
                 try:
                     reply = valid_answer(message, expected, again=client in rows)
                 except RejectedReplyError as error:
-                    failed[client] = error.told
-                    self._client_event(round, client, "evaluation failed", error.told)
+                    if client not in self._left_out:
+                        failed[client] = error.told
+                        self._client_event(round, client, "evaluation failed", error.told)
+                    continue
+                if client in self._left_out:
+                    apart[client] = reply.metrics
                     continue
                 rows[client] = reply.metrics
                 if reply.test_probabilities is not None:
                     ensemble.add(reply.test_probabilities)
             self._pass_events_on()
-            waiting = [client for client in clients if client not in rows]
+            waiting = [client for client in counted if client not in rows]
             if quorum.is_reached(len(rows)):
                 break
         else:
@@ -562,7 +586,7 @@ class RoundLoop:
             classes = ensemble.mean().numpy().argmax(-1)
             counts = confusion_counts(self._data.test_labels, classes, self._data.num_classes)
             federation["ensemble_accuracy"] = accuracy(counts)
-        return rows, federation
+        return rows | {client: {**row, LEFT_OUT: True} for client, row in apart.items()}, federation
 
     def _of_honest(self, rows: Mapping[int, Row]) -> Row:
         """Return what honest clients' models show, and how many fell for what is wanted of them."""
@@ -574,9 +598,20 @@ class RoundLoop:
             if honest and name in honest[0]
         }
 
+    def _tell_of_left_out(self, round: Round) -> None:
+        """Say once, at the first round of all that are run, who is left out of them."""
+        counterfactual = self._settings.counterfactual
+        if round.number == counterfactual.from_round + 1:
+            for client in sorted(self._left_out):
+                reason = "counterfactual.without: it goes on learning, and nothing it sends counts"
+                self._client_event(round, client, "left out", reason)
+
     def _check_that_anybody_was_judged(self, federation: Row) -> None:
         """Refuse to end a run that says nothing about any client's model."""
-        if not any("accuracy" in row for row in (*self.history.federation, federation)):
+        everybody = len(self._left_out) == self._federation.num_clients
+        if not everybody and not any(
+            "accuracy" in row for row in (*self.history.federation, federation)
+        ):
             raise QuorumError(
                 f"round {federation['round']}: no client could be judged in any round; "
                 "the events say why"

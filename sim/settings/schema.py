@@ -316,6 +316,65 @@ def _one_noise(table: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return {**table, **own}
 
 
+class CounterfactualSettings(_Section):
+    """What is otherwise than in the run that is repeated (``counterfactual``).
+
+    Empty, it is no part of a run's settings: nothing of that run is otherwise.
+    """
+
+    without: tuple[_Client, ...] = Field(
+        (),
+        max_length=100_000,
+        description="clients that are left out: they keep their places and their draws and go on "
+        "learning, but nothing that they send counts, and nobody else learns from their rows",
+    )
+    flipped: tuple[_Client, ...] = Field(
+        (),
+        max_length=100_000,
+        description="clients whose private labels are flipped: class c of C becomes C - 1 - c",
+    )
+    from_round: CountOrZero = Field(
+        0,
+        description="the round whose checkpoint this goes on from; 0: from the start. Set by fedkd "
+        "replay, which brings the checkpoint along",
+    )
+    run: Text | None = Field(
+        None, description="weights_sha256 of the run whose rounds up to from_round these are"
+    )
+
+    @field_validator("without", "flipped", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if type(value) is int else value
+
+    @field_validator("without", "flipped")
+    @classmethod
+    def _each_once(cls, clients: tuple[int, ...]) -> tuple[int, ...]:
+        twice = [client for place, client in enumerate(clients) if client in clients[:place]]
+        if twice:
+            raise ValueError(f"must name each client once, got {twice[0]} twice")
+        return tuple(sorted(clients))
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is otherwise."""
+        return self != CounterfactualSettings()
+
+    def check_clients(self, count: int) -> None:
+        """Refuse clients that there are not.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for name, clients in (("without", self.without), ("flipped", self.flipped)):
+            strangers = [client for client in clients if client >= count]
+            if strangers:
+                raise ValueError(
+                    f"counterfactual.{name} must name clients below clients.count ({count}), got "
+                    f"{strangers[0]}"
+                )
+
+
 class EngineSettings(_Section):
     """What runs the clients (``engine``)."""
 
@@ -529,6 +588,7 @@ class Settings(_Section):
         description="who controls some of the clients, and what these send or learn from instead; "
         "what each kind has beside its name: docs/adversaries.md",
     )
+    counterfactual: CounterfactualSettings = CounterfactualSettings()
     clock: ClockSettings = ClockSettings()
     presence: PresenceSettings = PresenceSettings()
     engine: EngineSettings = EngineSettings()
@@ -606,6 +666,14 @@ class Settings(_Section):
             )
         if isinstance(self.adversary, Controlling):
             self.adversary.check_clients(count)
+        self.counterfactual.check_clients(count)
+        if self.counterfactual.on and self.privacy.on:
+            raise ValueError(
+                "counterfactual needs privacy.mechanism: none, got "
+                f"{self.privacy.mechanism.kind}: a repetition learns from the same private rows "
+                "again, and spends a second time what the ledger of the run has promised once; "
+                "its noise is drawn anew wherever a release differs, so nothing would be paired"
+            )
         kinds = [rule.kind for rule in self.faults if rule.kind in PROCESS_FAULTS]
         if kinds and self.engine.backend == "inline":
             raise ValueError(
@@ -654,8 +722,14 @@ class Settings(_Section):
         return clients.participation
 
     def to_table(self) -> dict[str, Any]:
-        """Return the settings as plain values, all defaults included."""
-        return self.model_dump(mode="json")
+        """Return the settings as plain values, all defaults included.
+
+        Where nothing is otherwise, nothing is said of that: the run is the one that it ever was.
+        """
+        table = self.model_dump(mode="json")
+        if not self.counterfactual.on:
+            del table["counterfactual"]
+        return table
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load_settings` reads back."""

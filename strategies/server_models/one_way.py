@@ -224,6 +224,8 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
         if self.settings.direction != "teacher_to_clients":
             return Teaching(model)
         teacher = self._train_teacher(model, server)
+        if teacher is None:
+            return Teaching(model)
         return Teaching(teacher, self._lesson_for(teacher, self.federation.round(1), server), True)
 
     @property
@@ -234,7 +236,8 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
             return {}
         return {"strategy.teacher_weights": Brought(settings.teacher_weights, settings.model)}
 
-    def _train_teacher(self, model: ServerModel, server: ServerTools) -> ServerModel:
+    def _train_teacher(self, model: ServerModel, server: ServerTools) -> ServerModel | None:
+        """Return the teacher; None where there is nobody left whose rows it may learn from."""
         for setting, brought in self.brought.items():
             return server.with_weights(model, server.read(brought, setting))
         if not self.settings.teacher_epochs:
@@ -246,6 +249,8 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
             return server.fit(model, supervised_public, round=None, public=lesson).model
         rows = server.data.client_rows
         chosen = max(rows, key=len) if source == "largest_client" else np.concatenate(rows)
+        if not len(chosen):
+            return None
         passes = first.passes(epochs)
         return server.fit(model, supervised, round=None, private=passes, rows=np.sort(chosen)).model
 
@@ -268,6 +273,8 @@ class OneWay(Strategy[OneWaySettings, Teaching]):
         """Keep the teacher as it is; or let the ensemble teach the server model."""
         following = round.next()
         if self.settings.direction == "teacher_to_clients":
+            if not state.taught:
+                return state
             return Teaching(state.model, self._lesson_for(state.model, following, server), True)
         temperature = self.settings.softening(round.progress)
         model, taught, trust = state.model, state.taught, state.trust
