@@ -225,6 +225,7 @@ class BackendCohort(Cohort):
         else:
             rows += sum(len(batch) for batch in feed.private or [])
         work = self.work[position]
+        work.steps += feed.steps * len(fit.learning)
         for name in fit.learning:
             work.trained[self._network(name)] += rows
         for like in fit.frozen.values():

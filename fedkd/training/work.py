@@ -24,10 +24,17 @@ class Work:
         trained: rows of steps, private and public ones, of each model that learnt in them.
         predicted: rows that went through a model forwards only, frozen ones beside those that learn
             included.
+        steps: of optimizers; where two models learn in one step these are two.
     """
 
     trained: Counter[Network] = field(default_factory=Counter)
     predicted: Counter[Network] = field(default_factory=Counter)
+    steps: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that models learnt from, each as often as it did and for each model that did."""
+        return self.trained.total()
 
     def flops(self, costs: "Mapping[Network, RowFlops]") -> int:
         """Return the floating-point operations of all rows."""

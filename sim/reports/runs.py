@@ -153,6 +153,21 @@ class RunRecord:
         spent = [value for row in self.federation if (value := number(row, "seconds")) is not None]
         return sum(spent) if spent else None
 
+    def effort(self, name: str, *whose: str) -> float | None:
+        """Return the steps, rows or gflops that learning took over the whole run.
+
+        Args:
+            name: ``steps``, ``rows`` or ``gflops``.
+            whose: ``client`` and ``server``; both by default.
+
+        Returns:
+            None where it was not counted in some round, or nowhere.
+        """
+        keys = [f"{each}_{name}" for each in whose or ("client", "server")]
+        counted = [number(row, key) for row in self.federation for key in keys if key in row]
+        known = [value for value in counted if value is not None]
+        return math.fsum(known) if known and len(known) == len(counted) else None
+
     @property
     def simulated_s(self) -> float | None:
         """What the simulated clock showed at the end; None without one."""

@@ -61,16 +61,24 @@ class Measure:
         rank: columns of lower rank find room first in a terminal.
         of: returns that of a run; None where it has none.
         share: whether it is one in [0, 1], which is written in percent with its interval.
+        decimals: of a number that is none.
     """
 
     title: str
     rank: int
     of: Callable[[RunRecord], float | None]
     share: bool = False
+    decimals: int = 1
 
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
+        "steps": Measure("steps", 8, lambda run: run.effort("steps"), decimals=0),
+        "rows": Measure("rows", 9, lambda run: run.effort("rows"), decimals=0),
+        "gflops": Measure("GFLOP", 8, lambda run: run.effort("gflops")),
+        "server_steps": Measure(
+            "server steps", 13, lambda run: run.effort("steps", "server"), decimals=0
+        ),
         "bits_up": Measure("bits up", 13, lambda run: run.bits.get("up")),
         "bits_down": Measure("bits down", 13, lambda run: run.bits.get("down")),
     }

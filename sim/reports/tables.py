@@ -95,7 +95,7 @@ def measure_text(key: str, summary: ArmSummary) -> str:
     value = summary.measures.get(key)
     if MEASURES[key].share:
         return percent(value)
-    return NOTHING if value is None else f"{value.mean:.1f}"
+    return NOTHING if value is None else f"{value.mean:,.{MEASURES[key].decimals}f}"
 
 
 def epsilon_text(value: float | None) -> str:
@@ -290,6 +290,8 @@ def _caption(summaries: Sequence[ArmSummary], *, several: bool) -> str:
         + (f", {FEW} few: see docs/runs.md" if _marked(summaries) else ""),
         "kB per client over the run; s: seconds of the rounds, without start-up",
     ]
+    if any("steps" in summary.measures for summary in summaries):
+        parts.append("steps, rows and GFLOP: of learning, all clients and the server together")
     if any(summary.epsilon is not None for summary in summaries):
         parts.append("epsilon: the largest of any client, over the whole run")
     if any(summary.simulated_s is not None for summary in summaries):
@@ -326,7 +328,8 @@ def summary_rows(
     sign-flip test. ``epsilon`` is the largest that any client of any seed has spent; None where
     nothing is promised. ``simulated_s`` is what the simulated clock showed at the end,
     ``simulated_s_to_target`` when the mean client first had ``clock.target_accuracy``, which
-    ``reached_target`` runs had.
+    ``reached_target`` runs had. ``steps``, ``rows`` and ``gflops`` are what learning took, of all
+    clients and the server together; ``server_steps`` are the server's.
     """
     differences = compare_arms(runs, "accuracy", "last", baseline)
     p_holm = corrected(differences)

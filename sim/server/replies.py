@@ -14,6 +14,7 @@ from fedkd.exchange.pipeline import BadPayloadError, ServerTurn
 from fedkd.exchange.views import Upload
 from fedkd.metrics.diversity import VoteCounter
 from sim.devices.clock import deadline_for, late_seconds
+from sim.devices.effort import Effort
 from sim.server.observers import Row
 from sim.server.outbox import Outbox
 from sim.server.validation import Expected, RejectedReplyError, valid_answer
@@ -130,6 +131,7 @@ class Replies:
             lasts as long as the slowest client that counts; as long as ``clock.deadline_s`` where
             somebody who was asked has not answered by then.
         unseen_bytes: what the clients that are left out sent and received.
+        effort: of the clients that gave a usable answer.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Replies:
         self.exchanged: list[Row] = []
         self.failure: BaseException | None = None
         self.simulated_s = 0.0
+        self.effort = Effort()
 
     def __iter__(self) -> Iterator[Upload]:
         return self._uploads
@@ -276,7 +279,9 @@ class Replies:
                 else:
                     late[client] = error.told
                 continue
-            self.metrics[client] = reply.metrics
+            metrics = dict(reply.metrics)
+            self.effort = self.effort.plus(Effort.taken(metrics))
+            self.metrics[client] = metrics
             slowest = max(slowest, reply.metrics.get("simulated_s", 0.0))
             self.rejected.pop(client, None)
             if reply.payload is not None:

@@ -28,6 +28,7 @@ from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
 from fedkd.training import Architecture, as_tensor
 from sim.commands.interruption import uninterrupted
+from sim.devices.effort import Effort, Efforts
 from sim.engine.data import goal_of
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
@@ -114,6 +115,8 @@ class RoundLoop:
         self._goal = goal_of(data, settings)
         self._privacy = PrivacyPlan(settings, self._strategy)
         self._clock = clock_of(settings, data)
+        self._efforts = Efforts(data.num_classes)
+        self._prepared = Effort()
         self._presence = presence_of(settings)
         self._left_out = frozenset(settings.counterfactual.without)
         self._observers_know = False
@@ -138,12 +141,14 @@ class RoundLoop:
             state = self._checked(self._strategy.begin(self._server), "begin")
         check_asked(self._stages, self._strategy, state, self._server)
         self.history = History()
-        self.boundary = Boundary(0, state, simulated_s=self._server_seconds())
+        seconds, self._prepared = self._server_took()
+        self.boundary = Boundary(0, state, simulated_s=seconds)
 
-    def _server_seconds(self) -> float:
-        """Return how long the server took by the simulated clock since this was asked last."""
+    def _server_took(self) -> tuple[float, Effort]:
+        """Return what the server did since this was asked last: simulated seconds, and effort."""
         work = self._server.take_work()
-        return 0.0 if self._clock is None else self._clock.server_seconds(work)
+        seconds = 0.0 if self._clock is None else self._clock.server_seconds(work)
+        return seconds, self._efforts.of(work)
 
     def go_back(self, boundary: Boundary, history: History) -> None:
         """Stand at a boundary that was reached before, here or in another process.
@@ -326,9 +331,13 @@ class RoundLoop:
         spent = sum(row["bytes"] for row in replies.exchanged) + replies.unseen_bytes
         exchange = replace(exchange, spent=exchange.spent + spent)
         simulated_s = before.simulated_s
+        seconds, effort = self._server_took()
+        if before.round == 0:
+            # What a teacher took before the first round belongs to the run as well.
+            effort = effort.plus(self._prepared)
         if self._clock is not None:
             taken = replies.simulated_s if clients else self._settings.presence.round_s
-            simulated_s += taken + self._server_seconds()
+            simulated_s += taken + seconds
         trained = time.perf_counter()
         evaluated: dict[int, Row] = {}
         federation: Row = {}
@@ -358,6 +367,8 @@ class RoundLoop:
             "bytes_down": sum(
                 row["bytes"] for row in replies.exchanged if row["direction"] == "down"
             ),
+            **replies.effort.row("client"),
+            **effort.row("server"),
             **({} if self._clock is None else {"simulated_s": simulated_s}),
             **self._bound(exchange.ledger),
             "train_seconds": trained - started,
