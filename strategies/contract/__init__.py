@@ -2,6 +2,7 @@
 
 from fedkd.exchange.views import Upload
 from strategies.contract.card import Card
+from strategies.contract.faults import Fault
 from strategies.contract.private_use import PrivateUse
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
@@ -28,6 +29,7 @@ __all__ = [
     "Brought",
     "Call",
     "Card",
+    "Fault",
     "Federation",
     "FinishedModel",
     "GivenRows",

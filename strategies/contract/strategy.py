@@ -26,6 +26,7 @@ from fedkd.training import Architecture, Cohort, ComposedObjective, Passes, stac
 from fedkd.training.binding import Stacking
 from fedkd.training.cohort import named_models
 from strategies.contract.card import NO_CARD, Card
+from strategies.contract.faults import Fault
 from strategies.contract.private_use import PrivateUse
 from strategies.contract.round import Call, Federation, Received, Round
 from strategies.contract.server import (
@@ -44,6 +45,8 @@ class StrategySettings(BaseModel):
         directions: who learns from others, by the names that the algorithm gives its learners,
             such as ``[private, meme]``; one that is left out learns from its labels alone, as in
             `local`. None: all.
+        as_published: faults read in published code that the algorithm is to commit, by the names
+            of `Strategy.faults`, such as ``[kl_mean]``; to measure what they cost. Empty: none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +54,9 @@ class StrategySettings(BaseModel):
     name: str
     directions: tuple[str, ...] | None = Field(
         None, description="who learns from others; the rest learn as in local; null: all"
+    )
+    as_published: tuple[str, ...] = Field(
+        (), description="faults of published code to commit on purpose; see docs/museum.md"
     )
 
 
@@ -113,6 +119,8 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
 
     Empty where there are no directions to be told apart.
     """
+    faults: ClassVar[Mapping[str, Fault]] = {}
+    """What published code does wrong that this algorithm can do too: ``strategy.as_published``."""
 
     def __init__(self, settings: SettingsT, federation: Federation) -> None:
         self.settings = settings
@@ -124,6 +132,12 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         """Return whether a learner, by its name in `directions`, learns from others at all."""
         given = self.settings.directions
         return given is None or learner in given
+
+    def commits(self, fault: str) -> bool:
+        """Return whether a fault of published code, by its name in `faults`, is asked for."""
+        if fault not in self.faults:
+            raise KeyError(f"{type(self).__name__}.faults has no {fault!r}")
+        return fault in self.settings.as_published
 
     @property
     def up(self) -> tuple[type[Payload], ...]:
@@ -199,6 +213,7 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
             ValueError: naming the setting, what it got and what would work.
         """
         self._check_directions()
+        self._check_as_published()
         if self.federation.view_shapes and not self.takes_views:
             raise ValueError(
                 f"data.views: {self.settings.name} cannot do with clients whose inputs differ; "
@@ -219,6 +234,20 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         known = ", ".join(f"{name} ({source})" for name, source in self.directions.items())
         raise ValueError(
             f"strategy.directions of {self.settings.name} must be some of {known}, got {told}"
+        )
+
+    def _check_as_published(self) -> None:
+        told = list(self.settings.as_published)
+        if not told or all(name in self.faults for name in told):
+            return
+        if not self.faults:
+            raise ValueError(
+                f"strategy.as_published of {self.settings.name} must be empty, got {shown(told)}: "
+                "no fault of published code is known that it could commit"
+            )
+        raise ValueError(
+            f"strategy.as_published of {self.settings.name} must be some of "
+            f"{', '.join(self.faults)}, got {shown(told)}"
         )
 
     def stackings(self, input_shape: Shape) -> dict[str, Stacking]:

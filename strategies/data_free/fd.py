@@ -35,6 +35,7 @@ from fedkd.training import (
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     PrivateUse,
     Received,
     Round,
@@ -97,8 +98,13 @@ def added_up(tables: Mapping[int, ClassTable]) -> Tables:
     return Tables(np.asarray(total), np.asarray(sum(weights.values())), tables)
 
 
-def mean_over_other_holders(tables: Tables, client: int | None) -> ClassTable:
-    """Average, for each class, what the other clients that hold it sent; all of them for None."""
+def mean_over_other_holders(
+    tables: Tables, client: int | None, *, absent_count: bool = False
+) -> ClassTable:
+    """Average, for each class, what the other clients that hold it sent; all of them for None.
+
+    With ``absent_count`` all of them count, also those that do not hold the class and sent zeros.
+    """
     total, weight = tables.total, tables.weight
     scale: Scale = next((table.scale for table in tables.own.values()), "probabilities")
     if client is not None:
@@ -107,6 +113,8 @@ def mean_over_other_holders(tables: Tables, client: int | None) -> ClassTable:
         if scale == "probabilities":
             # Of a client's own numbers only rounding is left, by which one may become < 0.
             total = np.maximum(total, 0)
+    if absent_count:
+        weight = np.full(len(weight), float(len(tables.own) - (client is not None)))
     mean = total / np.where(weight > 0, weight, np.inf)[:, None]
     return ClassTable(values=mean.astype(np.float32), scale=scale)
 
@@ -118,6 +126,26 @@ def taught_rows(
 ) -> Float[Tensor, " rows"]:
     """Return each row's cross-entropy with the soft label of its class; 0 where that is zero."""
     return -(taught[labels] * log_softmax(logits)).sum(-1)
+
+
+FAULTS = {
+    "raw_logit_target": Fault(
+        does="takes mean logits for the target of a cross-entropy, without any softmax",
+        read_in="TsingZ0/HtFLlib and PFLlib, clients/clientfd.py since ca3e29a (2025-11-29)",
+        right="targets are distributions: means of soft labels",
+    ),
+    "own_answer_kept": Fault(
+        does="leaves a client's own answer in what it learns",
+        read_in="TsingZ0/HtFLlib, servers/serverfd.py",
+        right="the mean of the others, Algorithm 1 line 15 of the paper",
+    ),
+    "absent_classes_count": Fault(
+        does="divides by all other clients, also by those that do not have the class",
+        read_in="Jeong et al. 2018 (the paper), Algorithm 1 line 15: M - 1",
+        right="the mean over the other holders of a class",
+        shows_with=("data.partition.alpha=0.1",),
+    ),
+}
 
 
 class FD(Strategy[FDSettings, Tables]):
@@ -137,11 +165,12 @@ class FD(Strategy[FDSettings, Tables]):
     State: ClassVar[type[Value]] = Tables
     up = (ClassTable,)
     down = (ClassTable,)
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def leaves_one_out(self) -> bool:
         """A client learns the mean of the others; where all hold each class it is one."""
-        return self.settings.weighting == "equal"
+        return not self.settings.as_published and self.settings.weighting == "equal"
 
     @property
     def private_use(self) -> PrivateUse:
@@ -170,18 +199,28 @@ class FD(Strategy[FDSettings, Tables]):
         """Cross-entropy with the label, and with what the others say of the label's class."""
         assert outputs.private is not None and batch.labels is not None  # noqa: S101, PT018
         rows = taught_rows(outputs.private, batch.labels, batch.tables[TAUGHT])
+        if self.commits("raw_logit_target"):
+            # Below 0 it is no cross-entropy, and a run takes it for a mistake; gradients stay.
+            rows = rows + (-rows.detach()).clamp_min(0)
         return {**supervised(outputs, batch), "kd": weight * PerRow(rows, of="private")}
 
     def _table(self, logits: np.ndarray, labels: np.ndarray | None) -> ClassTable:
-        soft = soften(as_tensor(logits), temperature=1.0).numpy()
+        raw = self._scale == "logits"
+        soft = logits if raw else soften(as_tensor(logits), temperature=1.0).numpy()
         means, counts = class_means(soft, labels, self.federation.num_classes)
         return ClassTable(
-            values=means, counts=counts if self.settings.weighting == "count" else None
+            values=means,
+            counts=counts if self.settings.weighting == "count" else None,
+            scale=self._scale,
         )
+
+    @property
+    def _scale(self) -> Scale:
+        return "logits" if self.commits("raw_logit_target") else "probabilities"
 
     def receives(self, state: Tables, client: int, round: Round) -> int | str | None:
         """The mean of the others; of all for a client that sent nothing; nothing without any."""
-        if client not in state.own:
+        if client not in state.own or self.commits("own_answer_kept"):
             return "all" if state.own else None
         others = state.weight - holding(state.own[client])
         return client if (others > 0).any() else None
@@ -190,12 +229,18 @@ class FD(Strategy[FDSettings, Tables]):
         """The mean over the other holders of each class."""
         if isinstance(key, str) and state.of_all is not None:
             return state.of_all
-        return mean_over_other_holders(state, None if isinstance(key, str) else key)
+        return mean_over_other_holders(
+            state,
+            None if isinstance(key, str) else key,
+            absent_count=self.commits("absent_classes_count"),
+        )
 
     def asks(self, state: Tables, client: int, round: Round, server: ServerTools) -> Asked:
         """A class table, with counts where they weight."""
         return ClassTable.asked(
-            self.federation.num_classes, counts=self.settings.weighting == "count"
+            self.federation.num_classes,
+            counts=self.settings.weighting == "count",
+            scale=self._scale,
         )
 
     def aggregate(

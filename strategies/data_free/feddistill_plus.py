@@ -13,7 +13,7 @@ sends a row of zeros that counts; and what was added up in earlier rounds is for
 be left out of its own lesson (``leave_one_out``).
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -41,6 +41,7 @@ from strategies.baselines.fedavg import AveragingSettings, GlobalModels, GlobalM
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     PrivateUse,
     Received,
     Round,
@@ -91,6 +92,21 @@ def targets_of(table: ClassTable) -> np.ndarray:
     return targets
 
 
+FAULTS = {
+    "counts_from_one": Fault(
+        does="begins to count the rows of each class at 1, so that means of few rows shrink to 0",
+        read_in="zhuangdizhu/FedGen, FLAlgorithms/users/userFedDistill.py",
+        right="the mean over the rows of a class",
+    ),
+    "absent_classes_count": Fault(
+        does="averages the rows of zeros in that clients send for classes they do not have",
+        read_in="zhuangdizhu/FedGen, FLAlgorithms/servers/serverFedDistill.py",
+        right="the mean over the holders of a class",
+        shows_with=("data.partition.alpha=0.1",),
+    ),
+}
+
+
 class FedDistillPlus(GlobalModelsServer[FedDistillPlusSettings, ModelsAndTables]):
     """Weights and class means of logits up, means of both down."""
 
@@ -104,6 +120,7 @@ class FedDistillPlus(GlobalModelsServer[FedDistillPlusSettings, ModelsAndTables]
     State: ClassVar[type[Value]] = ModelsAndTables
     up = (Bundle,)
     down = (Bundle, Weights)
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def private_use(self) -> PrivateUse:
@@ -131,7 +148,12 @@ class FedDistillPlus(GlobalModelsServer[FedDistillPlusSettings, ModelsAndTables]
             tables[TAUGHT] = Table([targets_of(lesson) for lesson in lessons])
         seen = fit_and_collect(cohort, objective, call, self.settings.collect, tables=tables)
         classes = self.federation.num_classes
-        means = [class_means(own.logits, own.labels, classes)[0] for own in seen]
+        means = []
+        for own in seen:
+            mean, counts = class_means(own.logits, own.labels, classes)
+            if self.commits("counts_from_one"):
+                mean = mean * (counts / (counts + 1))[:, None]
+            means.append(mean)
         return [
             Bundle(
                 parts={
@@ -163,7 +185,8 @@ class FedDistillPlus(GlobalModelsServer[FedDistillPlusSettings, ModelsAndTables]
         if isinstance(key, str):
             return state.models[key]
         architecture, client = key
-        table = mean_over_other_holders(state.tables, client)
+        absent_count = self.commits("absent_classes_count")
+        table = mean_over_other_holders(state.tables, client, absent_count=absent_count)
         return Bundle(parts={MODEL: state.models[architecture], TABLE: table})
 
     def asks(self, state: ModelsAndTables, client: int, round: Round, server: ServerTools) -> Asked:

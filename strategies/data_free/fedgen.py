@@ -47,6 +47,7 @@ from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalMode
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     PrivateUse,
     Received,
     Round,
@@ -163,6 +164,15 @@ def towards_generated(
     return losses
 
 
+FAULTS = {
+    "uniform_noise": Fault(
+        does="draws the generator's noise evenly from [0, 1)",
+        read_in="zhuangdizhu/FedGen, FLAlgorithms/trainmodel/generator.py: torch.rand",
+        right="Gaussian noise, as the paper and the code's own comment say",
+    ),
+}
+
+
 class FedGen(Averaging[FedGenSettings, Generating]):
     """Weights and a generator down, training beside generated features, weights and counts up."""
 
@@ -180,6 +190,7 @@ class FedGen(Averaging[FedGenSettings, Generating]):
     State: ClassVar[type[Value]] = Generating
     up = (Bundle,)
     down = (Weights, Bundle)
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def sums(self) -> None:
@@ -287,10 +298,11 @@ class FedGen(Averaging[FedGenSettings, Generating]):
             rng.choice(np.flatnonzero(known), len(own))
             for rng, own in zip(rngs, labels, strict=True)
         ]
+        made = partial(generated, uniform_noise=self.commits("uniform_noise"))
         tables = {
             "drawn labels": Table(drawn, of="private"),
-            "drawn": Table(generated(shape, generator, drawn, rngs), of="private"),
-            "same": Table(generated(shape, generator, labels, rngs), of="private"),
+            "drawn": Table(made(shape, generator, drawn, rngs), of="private"),
+            "same": Table(made(shape, generator, labels, rngs), of="private"),
             "known": Table([known[own].astype(np.float32) for own in labels], of="private"),
         }
         objective = partial(
@@ -367,6 +379,7 @@ class FedGen(Averaging[FedGenSettings, Generating]):
             teacher_weight=settings.teacher_weight,
             diversity_weight=settings.diversity_weight,
             rng=round.random(),
+            uniform_noise=self.commits("uniform_noise"),
         )
         labels = tuple(int(label) for label in known_labels(np.stack(counts)))
         return replace(after, generator=generator, labels=labels)

@@ -9,7 +9,7 @@ Differs from the paper: models may differ in the number of their features, which
 the number of the narrowest. A class that no client of a round holds keeps its prototype.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from fedkd.exchange.payloads import Prototypes
 from fedkd.exchange.values import Value
 from strategies.contract import (
     Card,
+    Fault,
     Round,
     ServerTools,
     StrategySettings,
@@ -39,23 +40,39 @@ class FedProtoSettings(PrototypeSettings):
     weighting: Literal["equal", "count"] = "equal"
 
 
-def mean_over_holders(sent: Iterable[Prototypes], before: Prototypes) -> Prototypes:
+def mean_over_holders(
+    sent: Iterable[Prototypes], before: Prototypes, *, by_holders: bool = False
+) -> Prototypes:
     """Average, for each class, what the clients that hold it sent; by counts where there are any.
 
     Args:
         sent: each client's prototypes.
         before: whose prototypes remain where nobody sent any.
+        by_holders: divide the mean by the number of holders once more.
     """
     means, held = before.by_class()
     total, weight = np.zeros(means.shape), np.zeros(len(means))
+    holders = np.zeros(len(means))
     for own in sent:
         counts = np.ones(len(own.classes)) if own.counts is None else own.counts.astype(np.float64)
         total[own.classes] += counts[:, None] * own.values
         weight[own.classes] += counts
+        holders[own.classes] += 1
     new = weight > 0
+    if by_holders:
+        weight *= np.maximum(holders, 1)
     means[new] = total[new] / weight[new, None]
     classes = np.flatnonzero(held | new)
     return Prototypes(classes=classes, values=means[classes], num_classes=len(means))
+
+
+FAULTS = {
+    "literal_equation_6": Fault(
+        does="divides a class's weighted mean by the number of its holders as well",
+        read_in="Tan et al. 2022 (the paper), equation 6, read literally",
+        right="a mean, as the authors' code has it",
+    ),
+}
 
 
 class FedProto(SharedPrototypes[FedProtoSettings, Prototypes]):
@@ -69,11 +86,12 @@ class FedProto(SharedPrototypes[FedProtoSettings, Prototypes]):
     )
     Settings: ClassVar[type[StrategySettings]] = FedProtoSettings
     State: ClassVar[type[Value]] = Prototypes
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def counted(self) -> bool:
         """Whether counts weight."""
-        return self.settings.weighting == "count"
+        return self.settings.weighting == "count" or self.commits("literal_equation_6")
 
     def prototypes(self, state: Prototypes) -> Prototypes:
         """The state itself."""
@@ -87,4 +105,5 @@ class FedProto(SharedPrototypes[FedProtoSettings, Prototypes]):
         self, state: Prototypes, uploads: Iterable[Upload], round: Round, server: ServerTools
     ) -> Prototypes:
         """Average over the holders of each class."""
-        return mean_over_holders((own for _, own in payloads_of(uploads, Prototypes)), state)
+        sent = (own for _, own in payloads_of(uploads, Prototypes))
+        return mean_over_holders(sent, state, by_holders=self.commits("literal_equation_6"))

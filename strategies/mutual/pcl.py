@@ -27,6 +27,7 @@ from fedkd.bounds import Count, ShareBelowOne
 from fedkd.exchange.payload import Asked, Payload, expect
 from fedkd.exchange.payloads import Bundle, Predictions
 from fedkd.exchange.values import Value
+from fedkd.inputs import Shape
 from fedkd.losses.response import soft_target_rows
 from fedkd.mutual.averages import entering
 from fedkd.schedules import (
@@ -50,6 +51,7 @@ from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    Fault,
     Received,
     Round,
     ServerTools,
@@ -59,6 +61,7 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.mutual.taught_by_peers import lesson
+from strategies.shared.as_published import ramp_by_lambda
 from strategies.shared.robust import Consensus, RobustSettings
 
 OWN, MEAN_TEACHER = "own", "mean_teacher"
@@ -116,6 +119,15 @@ def taught_twice(
     return losses
 
 
+FAULTS = {
+    "ramp_by_lambda": Fault(
+        does="divides the ramp's epoch by the weight lambda (1) and not by its epochs alpha (80)",
+        read_in="a public port of PCL (shaoeric)",
+        right="the weight rises over the ramp's epochs",
+    ),
+}
+
+
 class PCL(Strategy[PCLSettings, Collective]):
     """Learn from labels, the ensemble and the others' mean teachers; predict with both models."""
 
@@ -136,6 +148,25 @@ class PCL(Strategy[PCLSettings, Collective]):
     needs_public = True
     has_ensemble = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from each other"}
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
+
+    def check(self, input_shape: Shape) -> None:
+        """Refuse a fault of the ramp where the weight has none."""
+        super().check(input_shape)
+        if self.commits("ramp_by_lambda") and not isinstance(
+            self.settings.kd_weight, RampUpSchedule
+        ):
+            raise ValueError(
+                "strategy.as_published ramp_by_lambda of pcl needs a strategy.kd_weight of kind "
+                f"ramp_up, got {self.settings.kd_weight.kind}"
+            )
+
+    def _weight(self, progress: float) -> float:
+        """Return the weight of both teachers at a moment of the run."""
+        ramp = self.settings.kd_weight
+        if self.commits("ramp_by_lambda") and isinstance(ramp, RampUpSchedule):
+            return ramp_by_lambda(progress, end=ramp.end, until=ramp.until)
+        return ramp.at(progress)
 
     @property
     def learns_alone(self) -> bool:
@@ -153,7 +184,7 @@ class PCL(Strategy[PCLSettings, Collective]):
     def client(self, cohort: Cohort, received: Received, call: Call) -> Sequence[Payload]:
         """Learn, while the mean teacher follows every step; then predict with both."""
         averages = {MEAN_TEACHER: Average(decay=self.settings.decay)}
-        weight = self.settings.kd_weight.at(call.progress)
+        weight = self._weight(call.progress)
         if not self.learns(CLIENTS):
             cohort.fit(supervised, private=call.local, averages=averages)
         elif received and weight:
@@ -192,7 +223,7 @@ class PCL(Strategy[PCLSettings, Collective]):
             taught_twice,
             temperature=temperature,
             ce_weight=settings.ce_weight.at(progress),
-            kd_weight=settings.kd_weight.at(progress),
+            kd_weight=self._weight(progress),
         )
         soft = [np.asarray(targets.probabilities(temperature)) for targets in others]
         cohort.fit(

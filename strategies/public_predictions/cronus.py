@@ -11,17 +11,22 @@ cross-entropy. Other robust rules, the plain mean, and a trust in clients that f
 (``trust_rate``, as in ExpGuard) are settings.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from fedkd.exchange.payload import Asked, Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.schedules import ConstantSchedule, PositiveSchedule
+from fedkd.targets import Scale
 from fedkd.training import Cohort, ComposedObjective, supervised
 from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    Fault,
     Federation,
     Received,
     Round,
@@ -32,6 +37,7 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.public_predictions.dsfl import soft_labels
+from strategies.shared.as_published import published_filter
 from strategies.shared.lessons import Lesson, SharedLesson
 from strategies.shared.robust import Consensus, Rule, TrustingSettings
 from strategies.shared.taught import (
@@ -55,6 +61,41 @@ class CronusSettings(TaughtSettings, TrustingSettings):
     temperature: PositiveSchedule = ConstantSchedule(value=1.0)
     aggregation: Rule = "filter"
 
+    def by_row(self, scale: Scale) -> Callable[[Tensor], Tensor]:
+        """Return the rule of one row; by faults of a later implementation its filter."""
+        if not self.as_published:
+            return super().by_row(scale)
+        return partial(
+            published_filter,
+            dishonest=self.dishonest,
+            from_ones="zero_start" in self.as_published,
+            quantile_of_rest="quantile_of_rest" in self.as_published,
+        )
+
+
+LIARS = (
+    "clients.count=10",
+    "adversary={kind: sign_flip, mode: fixed, fraction: 0.2}",
+    "strategy.dishonest=0.4",
+)
+"""Settings in which a filter has something to leave out."""
+
+FAULTS = {
+    "zero_start": Fault(
+        does="begins to look for the direction of most variance at a vector of ones, which every "
+        "covariance of probabilities maps to 0",
+        read_in="ZIB-IOL/FedDistill, utilities.py: top_ev",
+        right="the eigenvalue problem is solved",
+        shows_with=LIARS,
+    ),
+    "quantile_of_rest": Fault(
+        does="leaves out by a quantile of the clients that the first pass left, fewer than stated",
+        read_in="ZIB-IOL/FedDistill, byzantine/defences.py: Cronus",
+        right="both passes leave out half of the stated share of all clients",
+        shows_with=LIARS,
+    ),
+}
+
 
 class Cronus(SharedLesson[CronusSettings, Lesson]):
     """Learn from own labels and from the robust mean at once; then predict the public rows."""
@@ -72,11 +113,17 @@ class Cronus(SharedLesson[CronusSettings, Lesson]):
     Settings: ClassVar[type[StrategySettings]] = CronusSettings
     takes_views = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the robust mean of all clients"}
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     def __init__(self, settings: CronusSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
         if self.learns(CLIENTS):
             check_public_labels(settings, federation)
+        if settings.as_published and settings.aggregation != "filter":
+            raise ValueError(
+                "strategy.as_published of cronus is about strategy.aggregation: filter, got "
+                f"{settings.aggregation}"
+            )
 
     @property
     def learns_alone(self) -> bool:

@@ -31,6 +31,7 @@ from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    Fault,
     Received,
     Round,
     ServerTools,
@@ -75,6 +76,22 @@ class FedMDSettings(TrustingSettings):
         return self
 
 
+FAULTS = {
+    "revisit_first": Fault(
+        does="trains on private rows before it digests the consensus",
+        read_in="shaojiawei07/Selective-FD, its FedMD baseline (issue #1)",
+        right="digest first, then revisit private rows",
+    ),
+    "no_pretraining": Fault(
+        does="leaves out transfer learning on the labelled public set",
+        read_in="shaojiawei07/Selective-FD, its FedMD baseline (issue #1)",
+        right="a client begins on the labelled public set, where it has labels",
+        shows_with=("data.public.labelled=true",),
+        stands_for="strategy.transfer_epochs=0",
+    ),
+}
+
+
 class FedMD(SharedLesson[FedMDSettings, Lesson]):
     """Transfer; then communicate, aggregate, distribute, digest, revisit, round after round."""
 
@@ -89,6 +106,7 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
     directions: ClassVar[Mapping[str, str]] = {
         CLIENTS: "from the consensus, and from public labels"
     }
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def sums(self) -> Weighting | None:
@@ -103,7 +121,8 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
     @property
     def _transfers(self) -> bool:
         """Whether a client begins on the labelled public set."""
-        return self.federation.public_labelled and self.settings.transfer_epochs > 0
+        wanted = self.settings.transfer_epochs > 0 and not self.commits("no_pretraining")
+        return self.federation.public_labelled and wanted
 
     def smallest_steps(self) -> Iterator[Step]:
         """Clients learn from public rows alone, too: before the first round and in the digest."""
@@ -128,9 +147,12 @@ class FedMD(SharedLesson[FedMDSettings, Lesson]):
         epochs = self.settings.digest_epochs
         if self.learns(CLIENTS):
             self._transfer(cohort, call)
-            if received and epochs:
-                cohort.fit(self._digest, public=call.lesson(received, epochs=epochs))
-        cohort.fit(supervised, private=call.local)
+        if self.commits("revisit_first"):
+            cohort.fit(supervised, private=call.local)
+        if self.learns(CLIENTS) and received and epochs:
+            cohort.fit(self._digest, public=call.lesson(received, epochs=epochs))
+        if not self.commits("revisit_first"):
+            cohort.fit(supervised, private=call.local)
         return upload_logits(cohort, call)
 
     def _transfer(self, cohort: Cohort, call: Call) -> None:

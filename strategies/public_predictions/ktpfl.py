@@ -37,6 +37,7 @@ from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    Fault,
     Received,
     Round,
     ServerTools,
@@ -151,6 +152,32 @@ def projected(coefficients: np.ndarray, how: Literal["simplex", "softmax5"]) -> 
     return soften(torch.from_numpy(coefficients), temperature=1 / 5).numpy()
 
 
+FAULTS = {
+    "kl_mean": Fault(
+        does="divides the divergence by the number of classes as well as by the rows",
+        read_in="cugzj/KT-pFL, src/engine_kt_pfl.py: reduction='mean'",
+        right="the mean over rows of the sum over classes",
+    ),
+    "no_t2": Fault(
+        does="leaves out the temperature's square, at a temperature of 10",
+        read_in="cugzj/KT-pFL, src/engine_kt_pfl.py",
+        right="T^2 times the divergence, so that gradients keep their size",
+        stands_for="strategy.scale_by_t2=false",
+    ),
+    "softmax_drift": Fault(
+        does="passes coefficients through softmax(5 c) every round, which draws them to equal ones",
+        read_in="cugzj/KT-pFL, src/engine_kt_pfl.py",
+        right="the nearest point of the simplex, which leaves shares as they are",
+        stands_for="strategy.project=softmax5",
+    ),
+    "fresh_optimizer": Fault(
+        does="makes a new optimizer for every phase, so that what it remembers is lost",
+        read_in="cugzj/KT-pFL, src/engine_kt_pfl.py",
+        right="one optimizer for the whole run",
+    ),
+}
+
+
 class KTpFL(Strategy[KTpFLSettings, Knowledge]):
     """Predict; the server moves the coefficients and mixes; distil the mix, train at home."""
 
@@ -167,6 +194,7 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
     takes_views = True
     State: ClassVar[type[Value]] = Knowledge
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "each from its own mix of all clients"}
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
     up = (Predictions,)
     down = (Predictions,)
     needs_public = True
@@ -183,16 +211,25 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
         """Distil the mix, train on private rows, predict the round's public rows."""
         if received and self.settings.kd_weight.at(call.progress):
             lesson = call.lesson(received, epochs=self.settings.distil_epochs)
+            self._forget(cohort)
             cohort.fit(self.objective(call.progress), public=lesson)
+        self._forget(cohort)
         cohort.fit(supervised, private=call.local)
         return upload_logits(cohort, call)
+
+    def _forget(self, cohort: Cohort) -> None:
+        """Begin a phase with a new optimizer, as the fault ``fresh_optimizer``; else do nothing."""
+        if self.commits("fresh_optimizer"):
+            cohort.reset_optimizers()
 
     def objective(self, progress: float) -> Distilling:
         """Return what a client minimises on public rows."""
         weight = self.settings.kd_weight.at(progress)
         temperature = self.settings.temperature
-        if not self.settings.scale_by_t2:
+        if not self.settings.scale_by_t2 or self.commits("no_t2"):
             weight /= temperature**2
+        if self.commits("kl_mean"):
+            weight /= self.federation.num_classes
         return Distilling(weight, temperature)
 
     # -- server half ---------------------------------------------------------------------
@@ -260,8 +297,9 @@ class KTpFL(Strategy[KTpFLSettings, Knowledge]):
         steps = published_steps(gradient) if settings.step is None else settings.step
         # What the senders have of a row together stays with them: absentees' parts do not move.
         whole = coefficients[among].sum(axis=1, keepdims=True)
+        project = "softmax5" if self.commits("softmax_drift") else settings.project
         stepped = shares_of(coefficients[among]) - steps * gradient
-        coefficients[among] = whole * projected(stepped, settings.project)
+        coefficients[among] = whole * projected(stepped, project)
         return coefficients
 
     def smallest_steps(self) -> Iterator[Step]:

@@ -22,6 +22,7 @@ from fedkd.training import Cohort, supervised, towards_targets
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     Received,
     Round,
     ServerModel,
@@ -65,7 +66,8 @@ class Cache(Value):
 
     Attributes:
         labels: float32 ``[public, classes]``, a soft label of each public row that has one.
-        made: int64 ``[public]``, the round in which it was made; 0 where there is none.
+        made: int64 ``[public]``, the round in which it was made; 0 where there is none; negative,
+            by the fault ``stale_cache``, where it is used once and not kept.
         held: bool ``[clients, public]``, whether a client is known to have a row's label.
         lesson: the round whose rows are learnt next; 0 where none of them has a label.
         model: the server's own, where it has one.
@@ -79,6 +81,17 @@ class Cache(Value):
     lesson: int = 0
     model: ServerModel | None = None
     trust: np.ndarray | None = None
+
+
+FAULTS = {
+    "stale_cache": Fault(
+        does="lets clients learn an old label in the round in which the server gets the new one, "
+        "and keeps an expired one's successor only at the next request",
+        read_in="kitsuyaazuma/SCARLET main: get_next_indices, update_global_cache",
+        right="a label that is asked for is replaced at once, for server and clients",
+        shows_with=("strategy.cache=2",),
+    ),
+}
 
 
 class SCARLET(Strategy[SCARLETSettings, Cache]):
@@ -97,6 +110,7 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
     down = (Predictions,)
     needs_public = True
     has_ensemble = True
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     # -- client half ---------------------------------------------------------------------
 
@@ -145,13 +159,13 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
         if not state.lesson:
             return np.empty(0, np.int64)
         rows = self.federation.round(state.lesson).public_rows
-        known: np.ndarray = rows[state.made[rows] > 0]
+        known: np.ndarray = rows[state.made[rows] != 0]
         return known
 
     def asked_rows(self, state: Cache, round: Round) -> np.ndarray:
         """Return the round's rows that have no fresh label."""
         rows, made = round.public_rows, state.made[round.public_rows]
-        stale: np.ndarray = rows[(made == 0) | (round.number - made >= self.settings.cache)]
+        stale: np.ndarray = rows[(made <= 0) | (round.number - made >= self.settings.cache)]
         return stale
 
     def receives(self, state: Cache, client: int, round: Round) -> bytes | None:
@@ -195,17 +209,36 @@ class SCARLET(Strategy[SCARLETSettings, Cache]):
                 held[upload.client, self.learnt(state)] = True
                 if len(asked):
                     consensus.add(upload.client, sent.values)
+            told = labels
             if consensus.clients:
-                labels[asked] = self.settings.sharpened(consensus.of_all())
-                made[asked] = round.number
-                held[:, asked] = False
+                new = self.settings.sharpened(consensus.of_all())
+                replaced, noted = self._replaced(made[asked], round)
+                labels[asked[replaced]] = new[replaced]
+                made[asked[replaced]] = noted[replaced]
+                held[:, asked[replaced]] = False
+                # What the server's model learns; clients learn the same, but for a fault.
+                told = labels.copy()
+                told[asked] = new
             trust = consensus.trust
         after = Cache(labels, made, held, round.number, state.model, trust)
         rows = self.learnt(after)
         if not len(rows):
             return replace(after, lesson=0)
-        target = _labels_of(labels, rows)
+        target = _labels_of(told, rows)
         return replace(after, model=self.settings.taught(state.model, target, round, server))
+
+    def _replaced(self, made: np.ndarray, round: Round) -> tuple[np.ndarray, np.ndarray]:
+        """Return which labels that were asked for are replaced, and what is noted for the new ones.
+
+        All, and the round. By ``stale_cache`` those that have just become stale are not, and those
+        that were replaced a round late are noted as not kept.
+        """
+        noted = np.full(len(made), round.number, np.int64)
+        if not self.commits("stale_cache"):
+            return np.ones(len(made), bool), noted
+        age = round.number - made
+        late = (made > 0) & (age > self.settings.cache)
+        return (made <= 0) | late, np.where(late, -noted, noted)
 
     def forget(self, state: Cache, clients: Sequence[int]) -> Cache:
         """Whoever lost its cache lacks every label."""

@@ -30,6 +30,7 @@ from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    Fault,
     Federation,
     PrivateUse,
     Received,
@@ -41,6 +42,7 @@ from strategies.contract import (
     payloads_of,
 )
 from strategies.public_predictions.dsfl import soft_labels
+from strategies.shared.as_published import multiplied_density_ratio
 from strategies.shared.lessons import Lesson, SharedLesson
 from strategies.shared.robust import Consensus, RobustSettings
 
@@ -95,7 +97,9 @@ def claimed_rows(
     width = settings.width or _width(private[known], blind)
     # The other rows set the threshold; a client with a single row has no others.
     held = private[others] if len(others) else private[known]
-    ratios = density_ratio(torch.cat([held, public]), private[known], blind, width=width)
+    published = "multiplies_by_matrix" in settings.as_published
+    estimate = multiplied_density_ratio if published else density_ratio
+    ratios = estimate(torch.cat([held, public]), private[known], blind, width=width)
     threshold = torch.quantile(ratios[: len(held)], settings.quantile)
     claimed: np.ndarray = (ratios[len(held) :] > threshold).numpy()
     return claimed
@@ -149,6 +153,21 @@ def robust_consensus(
         return said.of_all().numpy(), said.speakers()
 
 
+FAULTS = {
+    "multiplies_by_matrix": Fault(
+        does="multiplies by the matrix of the density ratio's system instead of its inverse",
+        read_in="shaojiawei07/Selective-FD, KuLSIF.py: np.dot(LHS_matrix, RHS)",
+        right="the system is solved",
+    ),
+    "never_filters": Fault(
+        does="sets the server's threshold to 2.0, above any distance that there can be",
+        read_in="kitsuyaazuma/SCARLET (reproducibility): l1_distance_threshold",
+        right="a threshold below 2 (1 - 1/C)",
+        stands_for="strategy.ambiguous=null",
+    ),
+}
+
+
 class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
     """Distil what is kept, train at home, send soft labels of the rows that one claims."""
 
@@ -164,6 +183,7 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
     Settings: ClassVar[type[StrategySettings]] = SelectiveFDSettings
     takes_views = True
     directions: ClassVar[Mapping[str, str]] = {CLIENTS: "from the clients that claim a row"}
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def sums(self) -> Weighting | None:
@@ -255,7 +275,7 @@ class SelectiveFD(SharedLesson[SelectiveFDSettings, Lesson]):
         if not claims.any():
             return state
         keep = claims > 0
-        if self.settings.ambiguous is not None:
+        if self.settings.ambiguous is not None and not self.commits("never_filters"):
             keep &= ambiguity(torch.from_numpy(means)).numpy() < self.settings.ambiguous
         if keep.sum() < min(FEWEST, len(rows)):
             return Lesson()

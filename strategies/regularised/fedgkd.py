@@ -26,6 +26,7 @@ from fedkd.exchange.payload import Payload, expect
 from fedkd.exchange.payloads import Bundle, Numbers, Weights
 from fedkd.exchange.values import Value
 from fedkd.exchange.views import RunningMean
+from fedkd.inputs import Shape
 from fedkd.losses.distances import logit_mse_rows
 from fedkd.losses.reduction import PerRow
 from fedkd.losses.response import soft_target_rows
@@ -37,6 +38,7 @@ from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalMode
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     PrivateUse,
     Received,
     Round,
@@ -123,6 +125,16 @@ def distance_rows(
     return soft_target_rows(logits, target, temperature=temperature)
 
 
+FAULTS = {
+    "no_gradient": Fault(
+        does="computes what the voting teachers say within torch.no_grad(), so nobody learns it",
+        read_in="CGCL-codes/FedGKD: distillation_with_multiple",
+        right="clients learn from their teachers",
+        shows_with=("strategy.teacher=vote",),
+    ),
+}
+
+
 class FedGKD(Averaging[FedGKDSettings, PastModels]):
     """FedAvg with the last global models as teachers at every client's side."""
 
@@ -135,6 +147,16 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
     Settings: ClassVar[type[StrategySettings]] = FedGKDSettings
     State: ClassVar[type[Value]] = PastModels
     down = (Weights, Bundle)
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
+
+    def check(self, input_shape: Shape) -> None:
+        """Refuse a fault of votes where nobody votes."""
+        super().check(input_shape)
+        if self.commits("no_gradient") and self.settings.teacher != "vote":
+            raise ValueError(
+                "strategy.as_published no_gradient of fedgkd is a fault of strategy.teacher: vote, "
+                f"got {self.settings.teacher}"
+            )
 
     # -- client half ---------------------------------------------------------------------
 
@@ -182,6 +204,8 @@ class FedGKD(Averaging[FedGKDSettings, PastModels]):
             rows = rows + vote * distance_rows(
                 logits, teacher, distance=settings.distance, temperature=settings.temperature
             )
+        if self.commits("no_gradient"):
+            rows = rows.detach()
         scaled = settings.scale_by_t2 and settings.distance == "kl"
         factor = weight * t2_factor(settings.temperature, scaled)
         return {**supervised(own, batch), "gkd": factor * PerRow(rows, of="private")}

@@ -32,6 +32,7 @@ from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalMode
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     PrivateUse,
     Received,
     Round,
@@ -42,6 +43,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.as_published import train_mode_logits
 from strategies.shared.robust import Consensus, RobustSettings
 
 
@@ -90,6 +92,16 @@ class FedDFSettings(AveragingSettings, RobustSettings):
         return self
 
 
+FAULTS = {
+    "teacher_in_train_mode": Fault(
+        does="asks the teachers in training mode: BatchNorm by the batch at hand, dropout on",
+        read_in="WenkeHuang/FCCL, models/feddf.py",
+        right="teachers are in evaluation mode",
+        shows_with=("clients.models=[{name: cnn, options: {norm: batch}}]",),
+    ),
+}
+
+
 class FedDF(Averaging[FedDFSettings, GlobalModels]):
     """Weights up, averages that all clients' models teach, weights down."""
 
@@ -103,6 +115,7 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
     )
     Settings: ClassVar[type[StrategySettings]] = FedDFSettings
     needs_public = True
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def private_use(self) -> PrivateUse:
@@ -130,7 +143,7 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
         with Consensus(self.settings, scale="logits") as ensemble:
             for upload, sent in payloads_of(uploads, Weights):
                 model = self.federation.models[upload.client]
-                logits = server.predict_with(model, sent.arrays, round.public_rows)
+                logits = self._predicted(model, upload.client, sent, round, server)
                 # Huge weights are numbers, and what they make of a picture need not be one.
                 if not np.isfinite(logits).all():
                     continue
@@ -146,6 +159,22 @@ class FedDF(Averaging[FedDFSettings, GlobalModels]):
         if lesson is not None:
             models = {key: self._taught(key, models[key], lesson, round, server) for key in models}
         return GlobalModels(models)
+
+    def _predicted(
+        self, model: ModelSettings, client: int, sent: Weights, round: Round, server: ServerTools
+    ) -> np.ndarray:
+        """Return what a teacher says of the round's public rows."""
+        if not self.commits("teacher_in_train_mode"):
+            return server.predict_with(model, sent.arrays, round.public_rows)
+        return train_mode_logits(
+            model,
+            sent.arrays,
+            server.data.public_inputs[round.public_rows],
+            input_shape=server.data.input_shape,
+            num_classes=self.federation.num_classes,
+            batch_size=round.local.batch_size,
+            seed=int(round.random(client).integers(2**31)),
+        )
 
     def _say(self, model: ModelSettings, sent: Weights, server: ServerTools) -> float:
         """Return how much a client's model counts among the teachers; 0: it is none."""

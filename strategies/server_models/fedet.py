@@ -47,6 +47,7 @@ from strategies.baselines.fedavg import Averaging, AveragingSettings, GlobalMode
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     Received,
     Round,
     ServerModel,
@@ -135,11 +136,16 @@ def diverse_losses(
     dissent: Float[Tensor, "rows classes"],
     *,
     diversity_weight: float,
+    uniform_pull: bool = False,
 ) -> Losses:
-    """Learn the class of the consensus, and a little of those who disagree, where anybody does."""
+    """Learn the class of the consensus, and a little of those who disagree, where anybody does.
+
+    With ``uniform_pull`` where nobody does, too: what is not there says that all are as likely.
+    """
     known = ~dissent.isnan().any(-1)
     said = soften(torch.where(known[:, None], dissent, 0.0), temperature=1.0)
-    divergence = known * soft_target_rows(logits, said, temperature=1.0)
+    counted = torch.ones_like(known) if uniform_pull else known
+    divergence = counted * soft_target_rows(logits, said, temperature=1.0)
     return {
         "consensus": PerRow(hard_label_rows(logits, consensus.argmax(-1)), of="public"),
         "diversity": diversity_weight * PerRow(divergence, of="public"),
@@ -163,6 +169,16 @@ def head_arrays(
     return {part: (f"{path}.{part}", tuple(array.shape)) for part, array in arrays.items()}
 
 
+FAULTS = {
+    "uniform_pull": Fault(
+        does="draws the server to the uniform distribution in rows that nobody disagrees about",
+        read_in="an independent port of Fed-ET: s_div of 0 goes through a softmax",
+        right="such rows have no second term",
+        shows_with=("clients.models=[mlp]", "strategy.model=mlp"),
+    ),
+}
+
+
 class FedET(Averaging[FedETSettings, Transfer]):
     """Weights up, a server model taught by all of them, averages with its last layer down."""
 
@@ -178,6 +194,7 @@ class FedET(Averaging[FedETSettings, Transfer]):
     Settings: ClassVar[type[StrategySettings]] = FedETSettings
     State: ClassVar[type[Value]] = Transfer
     needs_public = True
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def sums(self) -> None:
@@ -249,7 +266,11 @@ class FedET(Averaging[FedETSettings, Transfer]):
         """Return the server's model after it has learnt from the clients'."""
         passes = Passes(batch_size=round.local.batch_size, steps=self.settings.server_steps)
         lesson = PublicLesson(rows=round.public_rows, targets=None, passes=passes)
-        learn = partial(_learn, diversity_weight=self.settings.diversity_weight)
+        learn = partial(
+            _learn,
+            diversity_weight=self.settings.diversity_weight,
+            uniform_pull=self.commits("uniform_pull"),
+        )
         student = server.new(SERVER, start)
         return server.fit(student, learn, round=round, public=lesson, tables=tables).model
 
@@ -279,11 +300,17 @@ class FedET(Averaging[FedETSettings, Transfer]):
         yield from self.public_steps("strategy.model", self.settings.model, rows)
 
 
-def _learn(outputs: Outputs, batch: Batch, *, diversity_weight: float) -> Losses:
+def _learn(
+    outputs: Outputs, batch: Batch, *, diversity_weight: float, uniform_pull: bool = False
+) -> Losses:
     assert outputs.public is not None  # noqa: S101
     tables: Mapping[str, Any] = batch.tables
     return diverse_losses(
-        outputs.public, tables[CONSENSUS], tables[DISSENT], diversity_weight=diversity_weight
+        outputs.public,
+        tables[CONSENSUS],
+        tables[DISSENT],
+        diversity_weight=diversity_weight,
+        uniform_pull=uniform_pull,
     )
 
 

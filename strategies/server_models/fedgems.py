@@ -12,10 +12,11 @@ as 0.001. Clients see public rows once the server has something to say about the
 labels and server is that of AIJack's port.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from strategies.contract import (
     CLIENTS,
     Call,
     Card,
+    Fault,
     Federation,
     Received,
     Round,
@@ -57,6 +59,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.as_published import reversed_kl_rows
 from strategies.shared.robust import CheckedSettings, checked, values_of
 
 SERVER = "server"
@@ -124,12 +127,15 @@ class Fusion(Value):
 
 
 def reliability(
-    logits: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]
+    logits: Float[Tensor, "rows classes"],
+    labels: Int[Tensor, " rows"],
+    *,
+    where_wrong: float = -math.inf,
 ) -> Float[Tensor, " rows"]:
     """Return how sure a client is of each row: 1/H, of its entropy in nats; -inf where it errs."""
     values = logits.double()
     sure = 1 / entropy(soften(values, temperature=1.0)).clamp(min=SMALLEST_ENTROPY)
-    return torch.where(values.argmax(-1) == labels, sure, -torch.inf)
+    return torch.where(values.argmax(-1) == labels, sure, where_wrong)
 
 
 class ReliableMean:
@@ -138,8 +144,10 @@ class ReliableMean:
     Memory of one client, whatever their number: sums are kept relative to the largest so far.
     """
 
-    def __init__(self, labels: Int[Tensor, " rows"], classes: int) -> None:
-        self._labels = labels
+    def __init__(
+        self, labels: Int[Tensor, " rows"], classes: int, *, where_wrong: float = -math.inf
+    ) -> None:
+        self._labels, self._where_wrong = labels, where_wrong
         self._largest = torch.full((len(labels),), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(len(labels), dtype=torch.float64)
         self._sum = torch.zeros(len(labels), classes, dtype=torch.float64)
@@ -147,7 +155,7 @@ class ReliableMean:
     def add(self, logits: np.ndarray) -> None:
         """Fold one client's logits in; rows that it gets wrong count nothing."""
         values = as_tensor(logits)
-        scores = reliability(values, self._labels)
+        scores = reliability(values, self._labels, where_wrong=self._where_wrong)
         largest = torch.maximum(self._largest, scores)
         # Where nobody is right so far the difference would be that of two infinities.
         top = torch.where(largest.isinf(), 0.0, largest)
@@ -170,15 +178,49 @@ def fused(
     known: Float[Tensor, " rows"],
     *,
     ce_share: float,
+    reversed_kl: bool = False,
+    kl_mean: bool = False,
 ) -> Losses:
     """Learn labels and teachers; a row without a teacher learns its label alone.
 
-    ``ce_share * CE + (1 - ce_share) * KL(taught || own)`` where ``known`` is 1, else ``CE``.
+    ``ce_share * CE + (1 - ce_share) * KL(taught || own)`` where ``known`` is 1, else ``CE``;
+    ``reversed_kl`` and ``kl_mean`` are the faults of these names.
     """
     share = (1 - ce_share) * known
     ce = (1 - share) * hard_label_rows(logits, labels)
-    kd = share * soft_target_rows(logits, taught, temperature=1.0)
+    if reversed_kl:
+        divergence = reversed_kl_rows(logits, taught)
+    else:
+        divergence = soft_target_rows(logits, taught, temperature=1.0)
+    kd = share * (divergence / logits.shape[-1] if kl_mean else divergence)
     return {"ce_public": PerRow(ce, of="public"), "kd": PerRow(kd, of="public")}
+
+
+class _Fusing(TypedDict, total=False):
+    """How `fused` is taken; its defaults where a part is missing."""
+
+    ce_share: Required[float]
+    reversed_kl: bool
+    kl_mean: bool
+
+
+FAULTS = {
+    "unreliable_weight": Fault(
+        does="gives clients that are wrong a share of the softmax, as if their 1/H were 0",
+        read_in="Koukyosyumei/AIJack 14a3883, collaborative/fedgems: _get_knowledge_from_clients",
+        right="clients that are wrong about a row have no weight in it",
+    ),
+    "reversed_kl": Fault(
+        does="takes KL(student || teacher): the arguments of kl_div are exchanged",
+        read_in="Koukyosyumei/AIJack 14a3883, collaborative/fedgems",
+        right="KL(teacher || student)",
+    ),
+    "kl_mean": Fault(
+        does="divides the divergence by the number of classes as well as by the rows",
+        read_in="Koukyosyumei/AIJack 14a3883, collaborative/fedgems",
+        right="the mean over rows of the sum over classes",
+    ),
+}
 
 
 class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
@@ -205,6 +247,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
     down = (Predictions,)
     needs_public = True
     has_ensemble = True
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     def __init__(self, settings: FedGEMSSettings, federation: Federation) -> None:
         super().__init__(settings, federation)
@@ -236,8 +279,16 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         assert batch.public_labels is not None  # noqa: S101
         taught = batch.targets.probabilities(1.0)
         known = torch.ones_like(taught[:, 0])
-        share = self.settings.ce_share
-        return fused(outputs.public, batch.public_labels, taught, known, ce_share=share)
+        return fused(outputs.public, batch.public_labels, taught, known, **self._fusing)
+
+    @property
+    def _fusing(self) -> _Fusing:
+        """Return how clients and server take `fused`."""
+        return {
+            "ce_share": self.settings.ce_share,
+            "reversed_kl": self.commits("reversed_kl"),
+            "kl_mean": self.commits("kl_mean"),
+        }
 
     # -- server half ---------------------------------------------------------------------
 
@@ -297,7 +348,9 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         not learn from them has labels and pool.
         """
         asked, classes = state.asked, self.federation.num_classes
-        mean, heard = ReliableMean(as_tensor(_labels(server)[asked]), classes), False
+        labels, heard = as_tensor(_labels(server)[asked]), False
+        where_wrong = 0.0 if self.commits("unreliable_weight") else -math.inf
+        mean = ReliableMean(labels, classes, where_wrong=where_wrong)
         # Where no row is asked for, answers say nothing that could be checked.
         kept = checked(self.settings, uploads, values_of) if len(asked) else uploads
         for _, sent in payloads_of(kept, Predictions):
@@ -314,7 +367,7 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
             TAUGHT: Table(soften(as_tensor(teachers), temperature=1.0).numpy(), of="public"),
             KNOWN: Table(known.astype(np.float32), of="public"),
         }
-        objective = partial(_taught_and_labelled, ce_share=self.settings.ce_share)
+        objective = partial(_taught_and_labelled, **self._fusing)
         fitted = server.fit(state.model, objective, round=round, public=lesson, tables=tables)
         after = replace(state, model=fitted.model, taught=True)
         return self._looked_at(after, round.next(), server)
@@ -327,10 +380,10 @@ class FedGEMS(Strategy[FedGEMSSettings, Fusion]):
         yield from self.public_steps("strategy.model", self.settings.model, rows)
 
 
-def _taught_and_labelled(outputs: Outputs, batch: Batch, *, ce_share: float) -> Losses:
+def _taught_and_labelled(outputs: Outputs, batch: Batch, **fusing: Unpack[_Fusing]) -> Losses:
     assert outputs.public is not None and batch.public_labels is not None  # noqa: S101, PT018
     taught, known = batch.tables[TAUGHT], batch.tables[KNOWN]
-    return fused(outputs.public, batch.public_labels, taught, known, ce_share=ce_share)
+    return fused(outputs.public, batch.public_labels, taught, known, **fusing)
 
 
 def _labels(server: ServerTools) -> np.ndarray:

@@ -43,6 +43,7 @@ from fedkd.training import (
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     GivenRows,
     PrivateUse,
     Received,
@@ -140,6 +141,16 @@ def taught_and_labelled(
     return {**ce, "kd": (kd_weight * temperature**2) * kd}
 
 
+FAULTS = {
+    "batch_keyed": Fault(
+        does="keeps the server's logits by their place in a batch, so that shuffled rows get "
+        "another row's",
+        read_in="FedML-AI/FedML, simulation/mpi/fedgkt, once its loader shuffles",
+        right="logits are known by the row they are of",
+    ),
+}
+
+
 class FedGKT(Strategy[FedGKTSettings, Server]):
     """Features, logits and labels up; the server's logits of the same rows down."""
 
@@ -156,6 +167,7 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
     State: ClassVar[type[Value]] = Server
     up = (RowFeatures,)
     down = (RowLogits,)
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     @property
     def private_use(self) -> PrivateUse:
@@ -184,7 +196,7 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
                 ce_weight=1.0,
                 temperature=settings.temperature,
             )
-            tables = self._tables(cohort, received)
+            tables = self._tables(cohort, received, call)
         cohort.fit(objective, private=call.local, tables=tables)
         return [
             RowFeatures(
@@ -196,7 +208,7 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
             for own in cohort.outputs(on="private", layers=[settings.layer])
         ]
 
-    def _tables(self, cohort: Cohort, received: Received) -> dict[str, Table]:
+    def _tables(self, cohort: Cohort, received: Received, call: Call) -> dict[str, Table]:
         """Return the server's logits of each member's rows; none for who received none."""
         none = RowLogits(
             rows=np.empty(0, np.int64),
@@ -206,6 +218,15 @@ class FedGKT(Strategy[FedGKTSettings, Server]):
             (none if piece is None else expect(piece, RowLogits)).of(rows)
             for piece, rows in zip(received, cohort.private_rows, strict=True)
         ]
+        if self.commits("batch_keyed"):
+            orders = [
+                call.random(client).permutation(len(values))
+                for client, (values, _) in zip(cohort.clients, found, strict=True)
+            ]
+            found = [
+                (values[order], known[order])
+                for order, (values, known) in zip(orders, found, strict=True)
+            ]
         return {
             TAUGHT: Table([values for values, _ in found], of="private"),
             KNOWN: Table([known.astype(np.float32) for _, known in found], of="private"),

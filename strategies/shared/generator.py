@@ -70,11 +70,22 @@ def generator_weights(state: Mapping[str, np.ndarray]) -> Arrays:
     return ClientState.from_arrays(state).models[MODEL].weights
 
 
+def noise_for(
+    rng: np.random.Generator, rows: int, width: int, *, uniform: bool
+) -> Float[np.ndarray, "rows noise"]:
+    """Draw Gaussian noise, or, as the fault ``uniform_noise``, evenly from [0, 1)."""
+    if uniform:
+        return rng.random((rows, width), np.float32)
+    return rng.standard_normal((rows, width), np.float32)
+
+
 def generated(
     shape: GeneratorShape,
     weights: Mapping[str, np.ndarray],
     labels: Sequence[np.ndarray],
     rngs: Sequence[np.random.Generator],
+    *,
+    uniform_noise: bool = False,
 ) -> list[Float[np.ndarray, "rows features"]]:
     """Return features for labels, in evaluation mode.
 
@@ -83,13 +94,14 @@ def generated(
         weights: of the generator.
         labels: int64 classes, for each of several clients.
         rngs: where each client's noise is drawn.
+        uniform_noise: see `noise_for`.
     """
     module = shape.built()
     module.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
     module.eval()
     features = []
     for own, rng in zip(labels, rngs, strict=True):
-        noise = rng.standard_normal((len(own), shape.noise), np.float32)
+        noise = noise_for(rng, len(own), shape.noise, uniform=uniform_noise)
         with torch.inference_mode():
             put_out = module(shape.read(torch.from_numpy(own), torch.from_numpy(noise)))
         features.append(put_out.numpy())
@@ -161,6 +173,7 @@ def taught(
     teacher_weight: float,
     diversity_weight: float,
     rng: np.random.Generator,
+    uniform_noise: bool = False,
 ) -> Arrays:
     """Train a generator for clients' heads to recognise; return its state then.
 
@@ -176,6 +189,7 @@ def taught(
         teacher_weight: of what they say.
         diversity_weight: of `diversity_loss`.
         rng: where labels and noise are drawn.
+        uniform_noise: see `noise_for`.
     """
     slot = Slot(shape.built(), optimizer, CPU)
     slot.load(ClientState.from_arrays(state).models[MODEL])
@@ -191,7 +205,8 @@ def taught(
     training = Steps([FixedRate(slot.optimizer)], steps)
     for _ in training:
         labels = torch.from_numpy(rng.choice(known, batch))
-        noise = torch.from_numpy(rng.standard_normal((batch, shape.noise), np.float32))
+        drawn = noise_for(rng, batch, shape.noise, uniform=uniform_noise)
+        noise = torch.from_numpy(drawn)
         features = slot.module(shape.read(labels, noise))
         logits = torch.einsum("kcf,nf->knc", matrices, features) + biases[:, None]
         taught = teacher_weight * teacher_loss(logits, labels, shares, teacher=teacher)

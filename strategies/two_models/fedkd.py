@@ -39,6 +39,7 @@ from fedkd.training import Architecture, Batch, Cohort, Losses, Outputs, PerRow,
 from strategies.contract import (
     Call,
     Card,
+    Fault,
     PrivateUse,
     Received,
     Round,
@@ -51,6 +52,7 @@ from strategies.contract import (
     Upload,
     payloads_of,
 )
+from strategies.shared.as_published import kl_of_both, without_full_rank
 from strategies.shared.features import feature_width, feature_widths
 
 MENTOR = "mentor"
@@ -122,8 +124,17 @@ def mutual(
     learners: Sequence[str] = (MENTOR, MENTEE),
     hidden_weight: float = 1.0,
     detach_denominator: bool = True,
+    kl_mean: bool = False,
+    no_detach: bool = False,
 ) -> Losses:
-    """Return both models' losses; those named in ``learners`` learn from the other as well."""
+    """Return both models' losses; those named in ``learners`` learn from the other as well.
+
+    ``kl_mean`` and ``no_detach`` are the faults of these names.
+    """
+
+    def constant(tensor: Tensor) -> Tensor:
+        return tensor if no_detach else tensor.detach()
+
     logits: dict[str, Tensor] = {}
     losses: dict[str, Loss] = {}
     sums: Tensor = torch.zeros(())
@@ -139,9 +150,13 @@ def mutual(
     divided = partial(adaptive, cross_entropies=sums, detach_denominator=detach_denominator)
     for name, other in ((MENTOR, MENTEE), (MENTEE, MENTOR)):
         if name in learners:
-            target = logits[other].detach().softmax(-1)
+            if no_detach:
+                rows = kl_of_both(logits[name], logits[other])
+            else:
+                target = logits[other].detach().softmax(-1)
+                rows = soft_target_rows(logits[name], target, temperature=1.0)
             losses[_called(name, "kd")] = divided(
-                soft_target_rows(logits[name], target, temperature=1.0)
+                rows / logits[name].shape[-1] if kl_mean else rows
             )
     if not learners or not hidden_weight:
         return losses
@@ -151,8 +166,8 @@ def mutual(
     mentee = mentee if MENTEE in learners else mentee.detach()
     projected = batch.parts.call(PROJECTION, mentee)
     for name, distance in (
-        (MENTOR, mentor - projected.detach()),
-        (MENTEE, projected - mentor.detach()),
+        (MENTOR, mentor - constant(projected)),
+        (MENTEE, projected - constant(mentor)),
     ):
         if name in learners or name == MENTEE:
             losses[_called(name, "hidden")] = hidden_weight * divided(distance.square().mean(-1))
@@ -161,6 +176,36 @@ def mutual(
 
 def _called(model: str, term: str) -> str:
     return term if model == MENTOR else f"{model}/{term}"
+
+
+FAULTS = {
+    "kl_mean": Fault(
+        does="divides both divergences by the number of classes as well as by the rows",
+        read_in="TsingZ0/HtFLlib and PFLlib, clients/clientkd.py; Koukyosyumei/AIJack, FedKD",
+        right="the mean over rows of the sum over classes",
+    ),
+    "no_detach": Fault(
+        does="lets each model receive the gradient of the other's loss as well",
+        read_in="TsingZ0/HtFLlib and PFLlib, clients/clientkd.py",
+        right="each model's predictions and features are constants for the other",
+    ),
+    "denominator_attached": Fault(
+        does="sends gradients through the cross-entropies it divides by, rewarding larger ones",
+        read_in="wuch15/FedKD, run.py; TsingZ0/HtFLlib, clients/clientkd.py",
+        right="the denominators are constants",
+        stands_for="strategy.detach_denominator=false",
+    ),
+    "svd_rank_zero": Fault(
+        does="replaces a matrix by zeros where only all its singular values have the energy",
+        read_in="wuch15/FedKD, run.py; TsingZ0/HtFLlib, clients/clientkd.py",
+        right="such a matrix travels whole",
+    ),
+    "compresses_parameters": Fault(
+        does="factorises the mentee's parameters themselves, not how they changed",
+        read_in="TsingZ0/HtFLlib, clients/clientkd.py",
+        right="updates are factorised, so that what is cut off is small",
+    ),
+}
 
 
 class FedKD(Strategy[FedKDSettings, Mentee]):
@@ -183,6 +228,7 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
         MENTOR: "from the mentee",
         MENTEE: "from the mentor",
     }
+    faults: ClassVar[Mapping[str, Fault]] = FAULTS
 
     def architecture(self, client: int) -> Architecture:
         """A mentor and a mentee."""
@@ -231,7 +277,7 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
             known = 0 if number is None else int(number)
             news = None if piece is None else expect(piece, LowRank)
             if news is not None and news.base in (0, known):
-                own, known = news.added_to(own), news.made
+                own, known = news.added_to(self._origin(own)), news.made
             shared.append(own)
             numbers.append(known)
         cohort.load_weights(shared, model=MENTEE)
@@ -240,7 +286,7 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
         energy = self.settings.energy.at(call.progress)
         # A client that lost its state has number 0: its answer is refused, and it gets the whole.
         updates = [
-            LowRank.between(before, after, energy=energy, base=number)
+            self._travelling(before, after, energy=energy, base=number)
             for before, after, number in zip(
                 shared, cohort.weights(model=MENTEE), numbers, strict=True
             )
@@ -248,6 +294,27 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
         cohort.load_weights(shared, model=MENTEE)
         cohort.keep(MENTEE, [np.array(number) for number in numbers])
         return updates
+
+    def _origin(self, weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return what changes are told from: weights, or zeros by ``compresses_parameters``."""
+        if not self.commits("compresses_parameters"):
+            return weights
+        return {name: np.zeros_like(array) for name, array in weights.items()}
+
+    def _travelling(
+        self,
+        before: Mapping[str, np.ndarray],
+        after: Mapping[str, np.ndarray],
+        *,
+        energy: float,
+        base: int,
+        made: int = 0,
+    ) -> LowRank:
+        """Return how weights changed, as far as it travels."""
+        start = self._origin(before)
+        if self.commits("svd_rank_zero"):
+            after = without_full_rank(start, after, energy)
+        return LowRank.between(start, after, energy=energy, base=base, made=made)
 
     def _learn(self, cohort: Cohort, call: Call) -> None:
         learners = [name for name in self.directions if self.learns(name)]
@@ -263,7 +330,10 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
             mutual,
             learners=learners,
             hidden_weight=hidden,
-            detach_denominator=self.settings.detach_denominator,
+            detach_denominator=self.settings.detach_denominator
+            and not self.commits("denominator_attached"),
+            kl_mean=self.commits("kl_mean"),
+            no_detach=self.commits("no_detach"),
         )
         cohort.fit(
             objective,
@@ -307,18 +377,19 @@ class FedKD(Strategy[FedKDSettings, Mentee]):
         weights, held = state.model.weights, dict(state.held)
         mean = RunningMean[Weights]()
         for upload, sent in payloads_of(uploads, LowRank):
-            mean.add(Weights(arrays=sent.added_to(weights)), upload.weight(self.settings.weighting))
+            own = sent.added_to(self._origin(weights))
+            mean.add(Weights(arrays=own), upload.weight(self.settings.weighting))
             held[upload.client] = state.number
         if not mean.weight:
             return state
-        news = LowRank.between(
+        news = self._travelling(
             weights,
             mean.mean().arrays,
             energy=self.settings.energy.at(round.progress),
             base=state.number,
             made=state.number + 1,
         )
-        model = server.with_weights(state.model, news.added_to(weights))
+        model = server.with_weights(state.model, news.added_to(self._origin(weights)))
         return Mentee(model, state.number + 1, news, dict(sorted(held.items())))
 
     def forget(self, state: Mentee, clients: Sequence[int]) -> Mentee:
