@@ -122,7 +122,7 @@ def test_faults_of_a_setting_are_refused_without_it(check, name, options, told):
 
 def test_a_fault_goes_with_no_promise():
     privacy = {"mechanism": {"kind": "dp_sgd", "noise": 1.0}}
-    case = Case("fedavg", {}, {"privacy": privacy})
+    case = Case("local", {}, {"privacy": privacy})
     settings, data = case.settings(), case.data()
     strategy, _ = case.parts(settings)
     check_privacy(settings, strategy, data, nodes=False)
