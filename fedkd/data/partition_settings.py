@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator
 
 from fedkd import own_code
-from fedkd.bounds import Count, Real, Rows, Text, Width, shown
+from fedkd.bounds import Count, Real, Rows, Text, Whole, Width, shown
 from fedkd.names import nearest
 
 Concentration: TypeAlias = Annotated[Real, Field(ge=1e-4, le=1e6)]
@@ -106,6 +106,47 @@ class InnerDirichletPartition(PartitionSettings):
     )
 
 
+OfEachClient: TypeAlias = Annotated[
+    Rows | None, Field(description="rows of each client; none: equal shares of all")
+]
+
+
+class ScarcePartition(PartitionSettings):
+    """Equal random shares, but each client has few rows of some classes."""
+
+    kind: Literal["scarce"] = "scarce"
+    rows: OfEachClient = None
+    classes: Width = Field(default=3, description="classes of which a client has few rows")
+    kept: Count = Field(default=5, description="rows that it keeps of each of them")
+
+    remedy: ClassVar[str] = "fewer data.partition.classes (now {classes})"
+
+
+class DominantPartition(PartitionSettings):
+    """Most rows of a client are of one class, the others of any other."""
+
+    kind: Literal["dominant"] = "dominant"
+    rows: OfEachClient = None
+    share: Annotated[Real, Field(ge=0, le=1)] = Field(
+        default=0.8, description="of a client's rows that are of its class"
+    )
+
+
+class NWayPartition(PartitionSettings):
+    """Each client holds equally many rows of each of a few classes."""
+
+    kind: Literal["n_way"] = "n_way"
+    ways: Width = Field(default=3, description="classes that a client holds, in the middle")
+    spread: Annotated[Whole, Field(ge=0, le=65_536)] = Field(
+        default=0,
+        description="the most by which a client's number of classes differs from that; all in "
+        "between are as likely, but none has less than two, unless ways is 1",
+    )
+    shots: Count = Field(default=100, description="rows that a client holds of each of them")
+
+    remedy: ClassVar[str] = "more data.partition.shots (now {shots})"
+
+
 class NaturalPartition(PartitionSettings):
     """A client for each value of a column that says whose a row is."""
 
@@ -180,6 +221,9 @@ PARTITIONS: dict[str, type[PartitionSettings]] = {
     "quantity": QuantityPartition,
     "power_law": PowerLawPartition,
     "inner_dirichlet": InnerDirichletPartition,
+    "scarce": ScarcePartition,
+    "dominant": DominantPartition,
+    "n_way": NWayPartition,
     "natural": NaturalPartition,
 }
 
@@ -200,6 +244,9 @@ PartitionField = Annotated[
     | Annotated[QuantityPartition, Tag("quantity")]
     | Annotated[PowerLawPartition, Tag("power_law")]
     | Annotated[InnerDirichletPartition, Tag("inner_dirichlet")]
+    | Annotated[ScarcePartition, Tag("scarce")]
+    | Annotated[DominantPartition, Tag("dominant")]
+    | Annotated[NWayPartition, Tag("n_way")]
     | Annotated[NaturalPartition, Tag("natural")]
     | Annotated[OwnPartition, Tag(own_code.OTHER_PACKAGE)],
     Discriminator(_kind_of),

@@ -16,14 +16,17 @@ from fedkd.bounds import shown
 from fedkd.data.natural_ids import Dealt, ReadIds, deal_by_id
 from fedkd.data.partition_settings import (
     DirichletPartition,
+    DominantPartition,
     IidPartition,
     InnerDirichletPartition,
     NaturalPartition,
+    NWayPartition,
     OwnPartition,
     PartitionSettings,
     PathologicalPartition,
     PowerLawPartition,
     QuantityPartition,
+    ScarcePartition,
     ShardPartition,
 )
 from fedkd.data.room import FewRowsError
@@ -72,7 +75,8 @@ def partition_rows(
 
     ``iid``, ``dirichlet``, ``quantity`` and ``power_law`` deal every row. ``pathological`` leaves
     out the classes that nobody was given (possible with few clients), ``shard`` the remainder that
-    fills no shard, ``inner_dirichlet`` what sizes do not ask for.
+    fills no shard, ``inner_dirichlet`` what sizes do not ask for; ``scarce`` what it cuts,
+    ``dominant`` and ``n_way`` what nobody's classes ask for.
 
     Args:
         labels: class of each private row.
@@ -90,6 +94,9 @@ def partition_rows(
         shard: McMahan et al., 2017. https://arxiv.org/abs/1602.05629
         inner_dirichlet: Hsu et al., 2019, https://arxiv.org/abs/1909.06335, as dealt by Acar et
         al., 2021. https://arxiv.org/abs/2111.04263
+        scarce: Jeong et al., 2018, section 4. https://arxiv.org/abs/1811.11479
+        dominant: Kalra et al., 2023, https://arxiv.org/abs/2111.11343, as dealt by its code
+        n_way: Tan et al., 2022, https://arxiv.org/abs/2105.00243, as dealt by its code
     """
     _check_feasible(labels, settings, num_clients)
     # Classes are cut into consecutive pieces, so the order decides who gets which row.
@@ -135,6 +142,21 @@ def _check_feasible(
                 f"data.partition.shards_per_client must be at most {rows // num_clients} for "
                 f"{num_clients} clients and {rows} private rows, got {settings.shards_per_client}"
             )
+        case ScarcePartition() | DominantPartition() if (settings.rows or 0) * num_clients > rows:
+            raise ValueError(
+                f"data.partition.rows must be at most {rows // num_clients} for {num_clients} "
+                f"clients and {rows} private rows, got {settings.rows}"
+            )
+        case ScarcePartition() if settings.classes > held_classes:
+            raise ValueError(
+                f"data.partition.classes must be at most the {held_classes} classes of the "
+                f"private rows, got {settings.classes}"
+            )
+        case NWayPartition() if settings.ways > held_classes:
+            raise ValueError(
+                f"data.partition.ways must be at most the {held_classes} classes of the private "
+                f"rows, got {settings.ways}"
+            )
         case InnerDirichletPartition() if settings.sizes is not None:
             if len(settings.sizes) != num_clients:
                 raise ValueError(
@@ -176,6 +198,12 @@ def _deal(
             return inner_dirichlet_parts(
                 labels, settings.sizes or even, alpha=settings.alpha, rng=rng
             )
+        case ScarcePartition():
+            return scarce_parts(labels, num_clients, settings, rng=rng)
+        case DominantPartition():
+            return dominant_parts(labels, num_clients, settings, rng=rng)
+        case NWayPartition():
+            return n_way_parts(labels, num_clients, settings, rng=rng)
         case OwnPartition():
             return own_parts(labels, num_clients, settings, rng=rng)
     raise ValueError(f"data.partition.kind {settings.kind!r} does not deal rows by their labels")
@@ -312,6 +340,95 @@ def _cumulated(shares: np.ndarray) -> np.ndarray:
     ends: np.ndarray = shares.cumsum(axis=1)
     ends /= ends[:, -1:]
     return ends
+
+
+def scarce_parts(
+    labels: Int64[np.ndarray, "rows"],
+    num_clients: int,
+    settings: ScarcePartition,
+    *,
+    rng: np.random.Generator,
+) -> Sequence[Rows]:
+    """Give each client as many rows, and let it keep but the first few of classes by lot."""
+    rows = settings.rows or len(labels) // num_clients
+    parts = []
+    for part in np.arange(rows * num_clients).reshape(num_clients, rows):
+        keep = np.ones(rows, dtype=bool)
+        for label in rng.choice(np.unique(labels), settings.classes, replace=False):
+            keep[np.flatnonzero(labels[part] == label)[settings.kept :]] = False
+        parts.append(part[keep])
+    return parts
+
+
+def dominant_parts(
+    labels: Int64[np.ndarray, "rows"],
+    num_clients: int,
+    settings: DominantPartition,
+    *,
+    rng: np.random.Generator,
+) -> Sequence[Rows]:
+    """Fill each client from one class, by lot among those with enough rows left, then from others.
+
+    Raises:
+        ValueError: if no class, or not the others together, have as many rows left as a client is
+            to hold.
+    """
+    rows = settings.rows or len(labels) // num_clients
+    of_class = int(settings.share * rows)
+    classes = np.unique(labels)
+    free = np.ones(len(labels), dtype=bool)
+    parts = []
+    for client in range(num_clients):
+        left = np.array([np.count_nonzero(labels[free] == label) for label in classes])
+        enough = (left >= of_class) & (left.sum() - left >= rows - of_class)
+        if not enough.any():
+            raise ValueError(
+                f"data.partition cannot be dealt: client {client} is to hold {of_class} rows of "
+                f"one class and {rows - of_class} of others, and of the classes "
+                f"{', '.join(map(str, left))} rows are left. Use fewer clients, fewer "
+                "data.partition.rows, another data.partition.share, or more private rows"
+            )
+        own = labels == rng.choice(classes[enough])
+        part = np.concatenate(
+            [np.flatnonzero(free & own)[:of_class], np.flatnonzero(free & ~own)[: rows - of_class]]
+        )
+        free[part] = False
+        parts.append(part)
+    return parts
+
+
+def n_way_parts(
+    labels: Int64[np.ndarray, "rows"],
+    num_clients: int,
+    settings: NWayPartition,
+    *,
+    rng: np.random.Generator,
+) -> Sequence[Rows]:
+    """Give each client its next rows of each of its classes, which and how many by lot.
+
+    Raises:
+        ValueError: if a class has fewer rows than its holders are to have.
+    """
+    classes = np.unique(labels)
+    fewest = max(min(settings.ways, 2), settings.ways - settings.spread)
+    most = min(len(classes), settings.ways + settings.spread)
+    held = [
+        rng.choice(classes, int(number), replace=False)
+        for number in rng.integers(fewest, most + 1, num_clients)
+    ]
+    pieces: list[list[Rows]] = [[] for _ in range(num_clients)]
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        holders = [client for client, own in enumerate(held) if label in own]
+        if len(holders) * settings.shots > len(rows):
+            raise ValueError(
+                f"data.partition cannot be dealt: {len(holders)} clients are to hold "
+                f"{settings.shots} rows each of class {label}, which has {len(rows)} private rows. "
+                "Use fewer clients, fewer data.partition.shots, or more private rows"
+            )
+        for place, client in enumerate(holders):
+            pieces[client].append(rows[place * settings.shots :][: settings.shots])
+    return [np.concatenate(piece) for piece in pieces]
 
 
 def own_parts(

@@ -1,11 +1,11 @@
 """Small convolutional networks: a plain one for quick runs, and LeNet-5 with modern parts."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedkd.bounds import Width
+from fedkd.bounds import Whole, Width
 from fedkd.inputs import InputShape
 from fedkd.models.options import ModelOptions, Normalisation, normalisation_layer
 
@@ -13,13 +13,33 @@ from fedkd.models.options import ModelOptions, Normalisation, normalisation_laye
 class CNNOptions(ModelOptions):
     """Options of ``cnn``."""
 
-    source: ClassVar[str] = "3x3 convolutions, each followed by ReLU and a halving of the image"
+    source: ClassVar[str] = "convolutions with ReLU that halve the image, then linear layers"
 
     channels: tuple[Width, ...] = Field(
         default=(16, 32), min_length=1, max_length=3, description="filters of each convolution"
     )
     norm: Normalisation = Field(default="none", description="layer after each convolution")
     groups: Width = Field(default=8, description="groups of GroupNorm, divides channels")
+    kernel: Annotated[Whole, Field(ge=1, le=15)] = Field(
+        default=3, description="side of each convolution's window in pixels"
+    )
+    padding: Literal["same", "none"] = Field(
+        default="same",
+        description="same: zeros around the image, so that a window of odd side keeps its size",
+    )
+    halving: Literal["pool", "last", "stride"] = Field(
+        default="pool",
+        description="pool: the 2x2 maximum after each convolution; last: after the last one alone; "
+        "stride: each convolution takes every other pixel",
+    )
+    hidden: tuple[Width, ...] = Field(
+        default=(),
+        max_length=3,
+        description="width of each linear layer, with ReLU, before the last",
+    )
+    bias: bool = Field(
+        default=True, description="whether linear layers, and convolutions without norm, have one"
+    )
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> "CNNOptions":
@@ -30,21 +50,65 @@ class CNNOptions(ModelOptions):
             )
         return self
 
+    @model_validator(mode="after")
+    def _same_needs_an_odd_window(self) -> "CNNOptions":
+        if self.padding == "same" and self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd with padding=same, got {self.kernel}")
+        return self
+
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        """Convolution, normalisation, ReLU and 2x2 maximum per stage, then one linear layer."""
+        """Convolution, normalisation, ReLU and halving per stage, then linear layers.
+
+        Raises:
+            ValueError: if nothing is left of the image.
+        """
         channels, height, width = input_shape
+        sides = [height, width]
         layers: list[nn.Module] = []
-        for filters in self.channels:
+        for stage, filters in enumerate(self.channels):
             layers += [
-                nn.Conv2d(channels, filters, kernel_size=3, padding=1, bias=self.norm == "none"),
+                nn.Conv2d(
+                    channels,
+                    filters,
+                    kernel_size=self.kernel,
+                    padding=self._padding,
+                    stride=2 if self.halving == "stride" else 1,
+                    bias=self.bias and self.norm == "none",
+                ),
                 normalisation_layer(self.norm, filters, groups=self.groups),
                 nn.ReLU(),
-                nn.MaxPool2d(2),
             ]
-            channels, height, width = filters, height // 2, width // 2
-        return nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(channels * height * width, num_classes)
-        )
+            pooled = self._pooled(stage)
+            if pooled:
+                layers.append(nn.MaxPool2d(2))
+            channels, sides = filters, [self._side_after(side, pooled=pooled) for side in sides]
+        if min(sides) < 1:
+            raise ValueError(
+                f"nothing is left of an image of {height}x{width} after {len(self.channels)} "
+                f"convolutions of kernel={self.kernel}: use padding=same, a smaller kernel, fewer "
+                "channels or larger images"
+            )
+        features = channels * sides[0] * sides[1]
+        layers.append(nn.Flatten())
+        for hidden in self.hidden:
+            layers += [nn.Linear(features, hidden, bias=self.bias), nn.ReLU()]
+            features = hidden
+        return nn.Sequential(*layers, nn.Linear(features, num_classes, bias=self.bias))
+
+    @property
+    def _padding(self) -> int:
+        return self.kernel // 2 if self.padding == "same" else 0
+
+    def _pooled(self, stage: int) -> bool:
+        last = stage == len(self.channels) - 1
+        return self.halving == "pool" or (self.halving == "last" and last)
+
+    def _side_after(self, side: int, *, pooled: bool) -> int:
+        """Return a side of the maps that a stage leaves; below 1 where its window does not fit."""
+        windows = side + 2 * self._padding - self.kernel + 1
+        if self.halving == "stride":
+            windows = (windows + 1) // 2
+        return windows // 2 if pooled else windows
 
 
 class LeNetOptions(ModelOptions):

@@ -19,9 +19,14 @@ PARAMETERS = {
     "quantity": ("alpha",),
     "power_law": ("exponent",),
     "inner_dirichlet": ("alpha", "sizes"),
+    "scarce": ("rows", "classes", "kept"),
+    "dominant": ("rows", "share"),
+    "n_way": ("ways", "spread", "shots"),
 }
 KINDS = tuple(PARAMETERS)
-IN_FLWR = tuple(kind for kind in KINDS if kind != "quantity")
+IN_FLWR = tuple(kind for kind in KINDS if kind not in {"quantity", "scarce", "dominant", "n_way"})
+FITTING = {"dominant": {"rows": 50}, "n_way": {"shots": 10}}
+"""What these kinds need beside their defaults to deal so few rows."""
 
 
 def read(**table):
@@ -142,7 +147,8 @@ def test_parts_are_those_of_flwr_datasets_row_for_row(case):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_are_sorted_disjoint_and_reproducible(kind):
-    parts, again, other = deal(kind=kind), deal(kind=kind), deal(kind=kind, seed=1)
+    table = {"kind": kind, **FITTING.get(kind, {})}
+    parts, again, other = deal(**table), deal(**table), deal(seed=1, **table)
     held = np.concatenate(parts)
     assert len(parts) == 6
     assert len(np.unique(held)) == len(held)
@@ -391,3 +397,62 @@ def test_a_parameter_of_another_kind_is_refused(kind):
     for name in others:
         with pytest.raises(ValueError, match="Extra inputs are not permitted"):
             read(**{"kind": kind, name: 1})
+
+
+# --- partitions of published comparisons ------------------------------------------------------
+
+
+def test_scarce_clients_have_equal_rows_but_for_the_classes_cut_to_a_few():
+    labels = np.arange(6000) % 10
+    parts = deal(labels, kind="scarce", clients=4, rows=500, classes=3, kept=5)
+    counts = class_counts(parts, labels)
+    for part in counts:
+        assert (part == 5).sum() == 3
+        assert (part[part != 5] > 20).all()  # about 50 of each other class, as in the source
+    assert len({tuple(np.flatnonzero(part == 5)) for part in counts}) > 1  # by lot, each its own
+
+
+def test_scarce_without_a_number_shares_all_rows_and_without_classes_cuts_none():
+    assert [len(part) for part in deal(kind="scarce", clients=7, classes=1, kept=1000)] == [85] * 7
+
+
+def test_dominant_clients_hold_their_share_of_one_class_and_the_rest_of_others():
+    counts = class_counts(deal(kind="dominant", clients=6, rows=50, share=0.8))
+    assert (counts.sum(axis=1) == 50).all()
+    assert (counts.max(axis=1) == 40).all()
+    assert ((counts > 0).sum(axis=1) > 3).all()
+
+
+def test_a_class_with_too_few_rows_left_dominates_nobody_else():
+    # 200 rows of a class are enough for one client with 135 of them: ten take all ten classes.
+    labels = np.arange(2000) % 10
+    counts = class_counts(deal(labels, kind="dominant", clients=10, rows=150, share=0.9), labels)
+    assert sorted(counts.argmax(axis=1)) == list(range(10))
+
+
+def test_n_way_clients_hold_as_many_rows_of_each_of_their_classes():
+    labels = np.arange(20_000) % 10
+    counts = class_counts(
+        deal(labels, kind="n_way", clients=60, ways=4, spread=3, shots=20), labels
+    )
+    assert set(counts.ravel()) == {0, 20}
+    ways = (counts > 0).sum(axis=1)
+    assert set(ways) == set(range(2, 8))  # none of a single class
+    exact = class_counts(deal(labels, kind="n_way", clients=8, ways=1, shots=9), labels)
+    assert ((exact > 0).sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "refusal"),
+    [
+        ({"kind": "scarce", "rows": 101}, r"partition\.rows must be at most 100 .*got 101"),
+        ({"kind": "scarce", "classes": 11}, r"partition\.classes must be at most the 10 .*got 11"),
+        ({"kind": "dominant", "rows": 101}, r"partition\.rows must be at most 100 .*got 101"),
+        ({"kind": "dominant", "rows": 90}, r"client 0 is to hold 72 rows of one class and 18 of"),
+        ({"kind": "n_way", "ways": 11}, r"partition\.ways must be at most the 10 .*got 11"),
+        ({"kind": "n_way", "ways": 9, "shots": 50}, r"to hold 50 rows each of class 0, which has"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused_with_the_way_out(table, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        deal(**table)

@@ -56,6 +56,58 @@ def test_cnn_has_one_convolution_per_entry_of_channels():
     ]
 
 
+PUBLISHED = {
+    # FD: 3x3x32 + 32x3x3x64 + 64x12x12x128 + 128x10, without biases.
+    "fd": (
+        {
+            "channels": [32, 64],
+            "padding": "none",
+            "halving": "last",
+            "hidden": [128],
+            "bias": False,
+        },
+        288 + 18_432 + 1_179_648 + 1_280,
+    ),
+    # FedProto: 5x5 windows leave 24, 12, 8 and 4 pixels; features of 50.
+    "fedproto": (
+        {"channels": [10, 20], "kernel": 5, "padding": "none", "hidden": [50]},
+        260 + 5_020 + 16_050 + 510,
+    ),
+    # FedGen's code: every other pixel, 16 maps of 7x7, features of 32.
+    "fedgen": (
+        {"channels": [6, 16], "halving": "stride", "hidden": [32]},
+        60 + 880 + 25_120 + 330,
+    ),
+    # McMahan et al., 2017: "1,663,370 total parameters".
+    "fedavg": ({"channels": [32, 64], "kernel": 5, "hidden": [512]}, 1_663_370),
+}
+
+
+@pytest.mark.parametrize(("options", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_cnn_can_be_the_networks_of_papers(options, parameters):
+    model = build("cnn", input_shape=(1, 28, 28), **options)
+    assert count_parameters(model) == parameters
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert [layer.out_features for layer in layers(model, nn.Linear)][:-1] == options["hidden"]
+
+
+@pytest.mark.parametrize("halving", ["pool", "last", "stride"])
+@pytest.mark.parametrize("padding", ["same", "none"])
+@pytest.mark.parametrize("side", [10, 11, 14])
+def test_cnn_maps_are_as_large_as_announced_however_they_are_halved(side, padding, halving):
+    model = build(
+        "cnn", input_shape=(1, side, side + 1), padding=padding, halving=halving, norm="group"
+    )
+    assert model(torch.zeros(1, 1, side, side + 1)).shape == (1, 10)
+
+
+def test_a_cnn_that_leaves_nothing_of_the_image_is_refused():
+    with pytest.raises(ValueError, match=r"left of an image of 8x8 .*kernel=5: use padding"):
+        build("cnn", kernel=5, padding="none")
+    with pytest.raises(ValueError, match=r"kernel must be odd with padding=same, got 4"):
+        build("cnn", kernel=4)
+
+
 @pytest.mark.parametrize("side", [28, 32])
 def test_lenet_reaches_the_papers_five_by_five_maps(side):
     model = build("lenet", input_shape=(1, side, side))
