@@ -675,6 +675,115 @@ def replay(
             typer.echo(f"report {row['report']}")
 
 
+@app.command(cls=_Command)
+def value(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="loo|shapley|both",
+            help="loo: as many runs as clients; shapley: many more, by sampled permutations.",
+        ),
+    ] = "loo",
+    permutations: Annotated[
+        int, typer.Option(help="Orders in which clients join, for Shapley values.")
+    ] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws these orders.")] = 0,
+    of: Annotated[
+        str,
+        typer.Option(
+            metavar="clients|server",
+            help="Whose accuracy: the mean client's, or that of the server's model.",
+        ),
+    ] = "clients",
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="test|validation",
+            help="Rows that accuracy is measured on; who is chosen by values is chosen on "
+            "validation.",
+        ),
+    ] = "test",
+    truncate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ACCURACY",
+            help="Once a coalition is so close to all, as 0.005, who joins later adds nothing.",
+        ),
+    ] = None,
+    independent: Annotated[
+        bool,
+        typer.Option(
+            "--independent",
+            help="Draw every order by itself; by default every second one is the one before, "
+            "backwards, which has less noise.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, max=256, help="Processes, each with a coalition; 1: the run's own engine."
+        ),
+    ] = 1,
+    with_report: WithReport = False,
+    accept_code: AcceptCode = False,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    wide: Wide = False,
+    json: AsJson = False,
+) -> None:
+    """Say what each client of a finished run is worth: leave-one-out, and Shapley values.
+
+    The whole federation runs again and again, each time with other clients who teach; everybody
+    else is left out as by fedkd replay, goes on learning, and is judged as ever. Each coalition
+    runs once and is kept in RUN/value, so what was stopped goes on, and more permutations add to
+    what there is.
+
+    Examples:
+    - `fedkd value RUN`
+    - `fedkd value RUN --method both --permutations 40 --workers 4`
+    - `fedkd value RUN --split validation` : for choosing who takes part
+    - `fedkd value RUN --method shapley --truncate 0.005`
+    """
+    from sim.commands.progress import CoalitionProgress, signs_of_life
+    from sim.commands.value import Asked
+    from sim.commands.value import value as value_of
+    from sim.keeping.records import to_json
+    from sim.reports.counterfactual import VALUE_WORDS, value_table
+
+    asked = Asked(
+        method=method,  # type: ignore[arg-type]
+        permutations=permutations,
+        seed=seed,
+        of=of,  # type: ignore[arg-type]
+        split=split,  # type: ignore[arg-type]
+        tolerance=truncate,
+        antithetic=not independent,
+    )
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="coalitions", json=json)
+    hint = f"the same command goes on with what is in {run / 'value'}"
+    with signs, _stoppable(hint), redirect_stdout(sys.stderr):
+        found = value_of(
+            run,
+            asked,
+            workers=workers,
+            accept_code=accept_code,
+            allow=allow or (),
+            reached=CoalitionProgress(signs),
+            tell=lambda words: signs.say_once("value", words),
+        )
+    row = dict(found.row)
+    if with_report:
+        row["report"] = str(_report_on(run))
+    if json:
+        typer.echo(to_json(row))
+    elif not quiet:
+        _print(value_table(found.row), wide=wide)
+        _print_words(VALUE_WORDS)
+        typer.echo(f"kept   {found.path}")
+        typer.echo(f"report {row['report']}" if "report" in row else f"draw   fedkd report {run}")
+
+
 Model = Annotated[
     str | None,
     typer.Option(

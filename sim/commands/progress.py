@@ -357,6 +357,26 @@ class AttackProgress:
         self._signs.ended(self._task)
 
 
+class CoalitionProgress:
+    """Counts the runs of coalitions; see `sim.counterfactual.valuing`.
+
+    Args:
+        signs: where they are shown.
+    """
+
+    def __init__(self, signs: Signs) -> None:
+        self._signs = signs
+        self._task: int | None = None
+
+    def __call__(self, done: int, total: int, doing: str) -> None:
+        """Show how many of how many are done, and what goes on; several lots may follow."""
+        if self._task is None:
+            self._task = self._signs.begin("value")
+        self._signs.reached(self._task, done, total, doing)
+        if done >= total:
+            self._task = None
+
+
 class FitProgress:
     """Counts the epochs of every model; an `fedkd.distillation.fit.workshop.EpochListener`.
 

@@ -1,6 +1,6 @@
 """What replays and values of clients say: tables for a terminal and a report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sim.reports.tables import kilobytes, points
@@ -96,3 +96,90 @@ def replay_words(found: Mapping[str, Any]) -> list[str]:
     if len(found["clients"]) > MOST_CLIENTS:
         said.append(f"Clients beyond the first {MOST_CLIENTS} are in replay.json.")
     return said
+
+
+def value_table(found: Mapping[str, Any], names: Sequence[str] = ()) -> FittedTable:
+    """Return what clients are worth, in points, the ones of most worth first.
+
+    Args:
+        found: the content of ``value.json``.
+        names: of classes.
+    """
+    asked = found["asked"]
+    by = "shapley" if asked["method"] == "shapley" else "leave_one_out"
+    rows = sorted(found["clients"], key=lambda row: (-row[by], row["client"]))
+    return FittedTable(
+        label="client",
+        labels=[str(row["client"]) for row in rows],
+        columns=[
+            Column(title="rows", cells=[str(row["rows"]) for row in rows], rank=3),
+            Column(
+                title="classes", cells=[_classes(row["classes"], names) for row in rows], rank=4
+            ),
+            Column(title="accuracy", cells=[_points(row["accuracy"]) for row in rows], rank=2),
+            Column(
+                title="leave one out",
+                cells=[_worth(row.get("leave_one_out")) for row in rows],
+                rank=0,
+            ),
+            Column(
+                title="Shapley", cells=[_worth(row.get("shapley"), row) for row in rows], rank=1
+            ),
+        ],
+        title="what clients are worth to the others, in points of accuracy",
+        caption=_caption(found),
+    )
+
+
+def _points(value: float) -> str:
+    return points(value, signed=False)
+
+
+def _worth(value: float | None, row: Mapping[str, Any] | None = None) -> str:
+    """Write points with two digits: what a client is worth is often less than one."""
+    if value is None:
+        return NOTHING
+    text = f"{round(100 * value, 2) + 0.0:+.2f}"
+    error = None if row is None else row.get("standard_error")
+    return text if error is None else f"{text} ±{100 * error:.2f}"
+
+
+def _classes(classes: Sequence[int], names: Sequence[str]) -> str:
+    """Write classes shortly: runs of numbers as their ends."""
+    if names and len(classes) <= 3:
+        return ", ".join(names[each] for each in classes)
+    parts: list[list[int]] = []
+    for each in classes:
+        if parts and each == parts[-1][-1] + 1:
+            parts[-1].append(each)
+        else:
+            parts.append([each])
+    texts = [
+        str(part[0]) if len(part) == 1 else f"{part[0]}{',' if len(part) == 2 else '-'}{part[-1]}"
+        for part in parts
+    ]
+    return ",".join(texts)
+
+
+def _caption(found: Mapping[str, Any]) -> str:
+    asked = found["asked"]
+    whose = "mean client" if asked["of"] == "clients" else "server model"
+    said = f"{whose}, {asked['split']} split: {_points(found['all'])} % with everybody"
+    if "nobody" in found:
+        added = found["all"] - found["nobody"]
+        said += (
+            f", {_points(found['nobody'])} % with nobody who teaches; Shapley values share out the "
+            f"{points(added)} between over {asked['permutations']} orders, ± one standard error"
+        )
+        if found.get("truncated"):
+            said += f", {found['truncated']} of their steps cut short"
+    return f"{said}; {found['coalitions']} coalitions"
+
+
+VALUE_WORDS = (
+    "Leave-one-out: by how much the others lose where a client teaches nobody. A Shapley value is "
+    "what it adds on average to those who teach already, itself among those who gain. Both are of "
+    "this seed: another split or other draws give others, so compare them with the spread over "
+    "seeds before somebody is rewarded, or left out, by them."
+)
+"""What values are, and are not."""

@@ -32,6 +32,8 @@ REPORT_OF = "study-"
 ENVIRONMENT_FILE = "environment.json"
 ATTACKS_FILE = "attacks.json"
 """What attacks on a run found; see `sim.attacks`."""
+VALUE_FILE = "value.json"
+"""What a run's clients are worth; see `sim.counterfactual`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class RunRecord:
             part.
         bits: under a budget the mean bits of a number, by direction.
         attacks: content of ``attacks.json``; empty if there is none.
+        value: content of ``value.json``; empty if there is none.
         environment: content of ``environment.json``; empty if there is none.
     """
 
@@ -69,6 +72,7 @@ class RunRecord:
     environment: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, float] = field(default_factory=dict)
     attacks: Mapping[str, Any] = field(default_factory=dict)
+    value: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def backends(self) -> dict[str, list[str]]:
@@ -276,6 +280,7 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
         environment=_read_json(folder, ENVIRONMENT_FILE),
         bits={direction: fmean(found) for direction, found in bits.items()},
         attacks=_read_json(folder, ATTACKS_FILE),
+        value=_read_json(folder, VALUE_FILE),
     )
 
 
