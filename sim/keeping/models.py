@@ -231,13 +231,13 @@ def best_client(history: History, trained: Sequence[int]) -> Sequence[int]:
     """Return the one client whose last judged model was best on the validation rows.
 
     Args:
-        history: what the rounds measured.
+        history: what the rounds measured; a client that was left out is not chosen.
         trained: whose models there are; of others there is nothing to keep.
     """
     judged = {
         client: history.clients[client]["validation_accuracy"]
         for client in trained
-        if client in history.clients
+        if client in history.clients and not history.clients[client].get("left_out")
     }
     if not judged:
         return trained[:1]

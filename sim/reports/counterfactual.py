@@ -98,6 +98,30 @@ def replay_words(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def is_of_run(found: Mapping[str, Any], weights_sha256: object) -> bool:
+    """Tell whether this is what `fedkd value` found of a run that ended with these weights.
+
+    Args:
+        found: the content of ``value.json``, whoever wrote it.
+        weights_sha256: of the run.
+    """
+    asked, clients = found.get("asked"), found.get("clients")
+    if weights_sha256 is None or found.get("run") != weights_sha256:
+        return False
+    numbers = [found.get("all"), found.get("coalitions")]
+    if not isinstance(asked, dict) or not {"method", "of", "split", "permutations"} <= asked.keys():
+        return False
+    worth = {"loo": ("leave_one_out",), "shapley": ("shapley",)}.get(
+        asked["method"], ("leave_one_out", "shapley")
+    )
+    wanted = {"client", "rows", "classes", "accuracy", *worth}
+    return (
+        all(isinstance(each, int | float) for each in numbers)
+        and isinstance(clients, list)
+        and all(isinstance(row, dict) and wanted <= row.keys() for row in clients)
+    )
+
+
 def value_table(found: Mapping[str, Any], names: Sequence[str] = ()) -> FittedTable:
     """Return what clients are worth, in points, the ones of most worth first.
 

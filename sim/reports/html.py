@@ -17,6 +17,7 @@ from sim.reports.attacks import (
     is_attacked,
     leakage_cells,
 )
+from sim.reports.counterfactual import VALUE_WORDS, is_of_run, value_table
 from sim.reports.grids import Grid
 from sim.reports.runs import (
     STUDY_FILE,
@@ -157,6 +158,8 @@ def write_report(
         leakage_caption=LEAKAGE_CAPTION,
         attacks=_attack_tables(runs),
         audits=audits_of(runs),
+        values=_value_tables(runs),
+        value_words=VALUE_WORDS,
         figures=[each for each in pictures if each.name not in GRID_FIGURES],
         grid_figures=[each for each in pictures if each.name in GRID_FIGURES],
         arms=list(runs),
@@ -542,6 +545,24 @@ def _attack_tables(runs: Mapping[str, Sequence[RunRecord]]) -> list[tuple[str, T
     return tables
 
 
+def _value_tables(runs: Mapping[str, Sequence[RunRecord]]) -> list[tuple[str, Table]]:
+    """Return what clients of each run are worth, as far as somebody asked and it is of that run."""
+    tables = []
+    for arm, of_arm in runs.items():
+        for run in of_arm:
+            if not is_of_run(run.value, run.result.get("weights_sha256")):
+                continue
+            fitted = value_table(run.value)
+            columns = [column for column in fitted.columns if not column.empty]
+            rows = [
+                [label, *(column.cells[place] for column in columns)]
+                for place, label in enumerate(fitted.labels)
+            ]
+            table = Table([fitted.label, *(column.title for column in columns)], rows)
+            tables.append((f"{arm}, seed {run.seed}: {fitted.caption}", table))
+    return tables
+
+
 def _span(rounds: Sequence[int | None]) -> str:
     known = [round for round in rounds if round is not None]
     if not known:
@@ -629,7 +650,7 @@ def _client_table(arm: str, runs: Sequence[RunRecord]) -> Table:
                 [
                     labels[client],
                     str(run.seed),
-                    str(client),
+                    f"{client} (left out)" if row.get("left_out") else str(client),
                     *shares,
                     f"{sent / 1e3:,.1f}",
                     f"{received / 1e3:,.1f}",
