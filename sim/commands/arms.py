@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkd.names import nearest
-from sim.commands.sweeps import Draft, drafts, grid_of, patch_of, settle
+from sim.commands.sweeps import Draft, drafts, grid_of, name_of, patch_of, settle
 from sim.keeping.identity import fingerprint, numbers_of
+from sim.reports.families import Families
 from sim.reports.grids import Grid
 from sim.settings import (
     Settings,
@@ -46,6 +47,7 @@ class Study:
         remarks: arms that do not have what was said for all.
         notes: arms that are equal, and what makes them so.
         grid: how arms that come from a sweep lie side by side.
+        families: arms that are compared with each other, by the family's name.
     """
 
     settings: Settings
@@ -53,6 +55,7 @@ class Study:
     remarks: Sequence[str] = ()
     notes: Sequence[str] = ()
     grid: Grid | None = None
+    families: Families = field(default_factory=dict)
 
     @property
     def combinations(self) -> int:
@@ -203,7 +206,34 @@ class _Reader:
             remarks,
             self._equal(arms, kept, known, said),
             grid_of(bases, sweep, names, arms) if sweep else None,
+            self._families(settings.study.families, kept, known),
         )
+
+    def _families(
+        self, families: Mapping[str, Sequence[str]], kept: Mapping[str, Draft], known: Table
+    ) -> Families:
+        """Return the arms of each family; with a sweep it is one for each combination of values.
+
+        Args:
+            families: the names of arms before they are swept over.
+            kept: what each arm of the study is made of.
+            known: arms that the file has.
+
+        Raises:
+            SettingsError: if a family names an arm that there is not.
+        """
+        found: dict[str, list[str]] = {}
+        for family, bases in families.items():
+            strangers = [base for base in bases if not _is_arm(base, known)]
+            if strangers:
+                raise SettingsError(
+                    f"study.families.{family}: {_unknown(strangers[0], list(known))}"
+                )
+            for base in bases:
+                for name, draft in kept.items():
+                    if draft.base == base:
+                        found.setdefault(name_of(family, draft.swept.values()), []).append(name)
+        return {family: arms for family, arms in found.items() if len(arms) > 1}
 
     def _arm(self, draft: Draft, known: Table, said: _Words, words: Sequence[str]) -> Settings:
         name, label = draft.base, draft.label

@@ -312,6 +312,7 @@ def compare(
     from sim.keeping.records import to_json
     from sim.reports import plane_tables, summary_table, verdicts
     from sim.reports.attacks import is_attacked, leakage_table
+    from sim.reports.families import family_tables
 
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     folder = planned.settings.output / planned.settings.name
@@ -342,6 +343,11 @@ def compare(
         _print_words(*(note for note in study.notes if note not in told))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
+        for table in family_tables(study.runs, study.families):
+            typer.echo()
+            _print(table, wide=wide)
+        if study.families:
+            return
         if study.grid is None:
             _print_words("", *verdicts(study.runs, study.baseline))
             return

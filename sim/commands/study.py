@@ -25,6 +25,7 @@ from sim.keeping.records import (
     write_text,
 )
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
+from sim.reports.families import Families, family_rows
 from sim.reports.grids import Grid
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.server.asking import check_first_answers
@@ -51,6 +52,8 @@ class StudyResult:
         differs: each setting that arms differ in, with its value in every arm that has it.
         refused: arms that could not run, each with the reason; they have no runs.
         grid: how arms that come from a sweep lie side by side.
+        families: arms that belong to one question, by its name; the pairs of others are not
+            compared where there are any.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class StudyResult:
     differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     grid: Grid | None = None
+    families: Families = field(default_factory=dict)
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -69,7 +73,9 @@ class StudyResult:
             "report": str(self.report),
             "baseline": self.baseline,
             "arms": summary_rows(self.runs, self.baseline),
-            "pairs": pair_rows(self.runs),
+            "pairs": family_rows(self.runs, self.families)
+            if self.families
+            else pair_rows(self.runs),
             "verdicts": list(verdicts(self.runs, self.baseline)),
             "notes": list(self.notes),
             "differs": {path: dict(values) for path, values in self.differs.items()},
@@ -313,6 +319,7 @@ def compare(
             "notes": notes,
             "refused": refused,
             **({"grid": study.grid.to_row()} if study.grid is not None else {}),
+            **({"families": dict(study.families)} if study.families else {}),
         }
         write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")
         report = write_report(
@@ -322,6 +329,7 @@ def compare(
             baseline=baseline,
             refused=refused,
             grid=study.grid,
+            families=study.families,
         )
     return StudyResult(
         folder=place,
@@ -332,6 +340,7 @@ def compare(
         differs=study.differs,
         refused=refused,
         grid=study.grid,
+        families=study.families,
     )
 
 

@@ -18,6 +18,7 @@ from sim.reports.attacks import (
     leakage_cells,
 )
 from sim.reports.counterfactual import VALUE_WORDS, is_of_run, value_table
+from sim.reports.families import Families, compare_families
 from sim.reports.grids import Grid
 from sim.reports.runs import (
     STUDY_FILE,
@@ -27,6 +28,7 @@ from sim.reports.runs import (
     model_label,
     number,
     study_baseline,
+    study_families,
     study_grid,
     study_refused,
 )
@@ -104,6 +106,7 @@ def write_report(
     baseline: str | None = None,
     refused: Mapping[str, str] = MappingProxyType({}),
     grid: Grid | None = None,
+    families: Families = MappingProxyType({}),
 ) -> Path:
     """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
 
@@ -114,6 +117,7 @@ def write_report(
         baseline: the arm that the others are compared with; the first by default.
         refused: arms that could not run, each with the reason.
         grid: how arms that come from a sweep lie side by side.
+        families: arms that belong to one question; where there are any only their pairs are shown.
 
     Raises:
         SettingsError: if there is no run, an arm has two runs with one seed, the baseline is none
@@ -151,7 +155,8 @@ def write_report(
         crowded=MOST_BY_ARM if crowded else 0,
         verdicts=verdicts(runs, baseline),
         differences=_difference_table(runs, baseline),
-        pairs=None if crowded else _pair_table(runs),
+        pairs=None if crowded or families else _pair_table(runs),
+        families=_family_tables(runs, families),
         privacy=_privacy_table(runs),
         promises=promises_of(runs),
         leakage=_leakage_table(runs),
@@ -246,6 +251,7 @@ def report(
         baseline=baseline,
         refused=refused,
         grid=study_grid(study),
+        families=study_families(study),
     )
 
 
@@ -601,6 +607,22 @@ def _pair_table(runs: Mapping[str, Sequence[RunRecord]]) -> Table | None:
         for (first, other), difference in differences.items()
     ]
     return Table(["arm", "minus", *DIFFERENCE_HEADER], rows, left=2)
+
+
+def _family_tables(runs: Mapping[str, Sequence[RunRecord]], families: Families) -> list[Table]:
+    """Compare every pair of arms of each family."""
+    return [
+        Table(
+            ["arm", "minus", *DIFFERENCE_HEADER],
+            [
+                [other, first, *_difference_cells(difference, p_holm)]
+                for (first, other), (difference, p_holm) in pairs.items()
+            ],
+            left=2,
+            title=name,
+        )
+        for name, pairs in compare_families(runs, families).items()
+    ]
 
 
 DIFFERENCE_HEADER = (

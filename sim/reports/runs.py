@@ -331,6 +331,16 @@ def study_grid(folder: Path) -> Grid | None:
         raise _damaged(folder, STUDY_FILE, error) from None
 
 
+def study_families(folder: Path) -> dict[str, list[str]]:
+    """Return the arms of a study that belong to one question, by its name."""
+    families = _read_json(folder, STUDY_FILE).get("families", {})
+    if not isinstance(families, dict) or not all(
+        isinstance(arms, list) for arms in families.values()
+    ):
+        raise _damaged(folder, STUDY_FILE, "'families' must be a table of lists of arms")
+    return {str(name): [str(arm) for arm in arms] for name, arms in families.items()}
+
+
 def _study_root(folder: Path) -> Path:
     """Return the folder that holds a study's runs: a report on others of them lies inside it."""
     folder = folder.resolve()

@@ -357,7 +357,7 @@ def summary_rows(
         reached = 0 if summary.to_target is None else summary.to_target.n
         row["reached_target"] = reached if summary.targets else None
         difference = differences.get(summary.arm)
-        row.update(_difference_row("difference", difference, p_holm.get(summary.arm)))
+        row.update(difference_row("difference", difference, p_holm.get(summary.arm)))
         rows.append(row)
     return rows
 
@@ -373,13 +373,14 @@ def pair_rows(runs: Mapping[str, Sequence[RunRecord]]) -> list[dict[str, Any]]:
         {
             "first": first,
             "other": other,
-            **_difference_row("difference", value, p_holm[first, other]),
+            **difference_row("difference", value, p_holm[first, other]),
         }
         for (first, other), value in differences.items()
     ]
 
 
-def _difference_row(key: str, value: Difference | None, p_holm: float | None) -> dict[str, Any]:
+def difference_row(key: str, value: Difference | None, p_holm: float | None) -> dict[str, Any]:
+    """Return a difference as flat plain values whose names begin with ``key``."""
     return {
         **_flat(key, value),
         f"{key}_p_value": _p_value(value),

@@ -498,6 +498,13 @@ class StudySettings(_Section):
         description="by setting, a list of values: every combination of them is an arm, of every "
         "arm there is; combinations that are equal in effect are one",
     )
+    families: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        max_length=MOST_ARMS,
+        description="by name, arms that belong to one question: every pair of a family is "
+        "compared, corrected for the pairs of the family, and no others; with a sweep a family for "
+        "each of its values",
+    )
     refused: Literal["stop", "show"] = Field(
         "stop",
         description="arms whose settings cannot work together, such as a guarantee that would be "
@@ -514,6 +521,22 @@ class StudySettings(_Section):
         for name in arms:
             check_name(name, "the name of an arm")
         return arms
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _none(cls, families: object) -> object:
+        # A word that leaves out those of a file is ``study.families=null``.
+        return {} if families is None else families
+
+    @field_validator("families")
+    @classmethod
+    def _pairs_in_each(cls, families: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name, arms in families.items():
+            if len(set(arms)) < 2 or len(set(arms)) < len(arms):
+                raise ValueError(
+                    f"families.{name} must name at least two arms, each once, got {shown(arms)}"
+                )
+        return families
 
     @field_validator("sweep", mode="before")
     @classmethod

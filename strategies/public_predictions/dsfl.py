@@ -24,6 +24,7 @@ from fedkd.models import ModelSettings
 from fedkd.targets import entropy_reduction, entropy_reduction_by_power
 from fedkd.training import Cohort, as_tensor, supervised, towards_targets
 from strategies.contract import (
+    CLIENTS,
     Call,
     Card,
     Received,
@@ -147,6 +148,15 @@ class DSFL(SharedLesson[DSFLSettings, Target]):
     Settings: ClassVar[type[StrategySettings]] = DSFLSettings
     takes_views = True
     State: ClassVar[type[Value]] = Target
+    directions: ClassVar[Mapping[str, str]] = {
+        CLIENTS: "from the clients' mean",
+        SERVER: "its model, if there is one, from the clients' mean",
+    }
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether clients learn nothing of what the others say."""
+        return not self.learns(CLIENTS)
 
     @property
     def sums(self) -> Weighting | None:
@@ -186,7 +196,9 @@ class DSFL(SharedLesson[DSFLSettings, Target]):
         target = Predictions(
             rows=round.public_rows, values=labels, scale="probabilities", averaged=True
         )
-        model = self.settings.taught(state.model, target, round, server)
+        model = state.model
+        if self.learns(SERVER):
+            model = self.settings.taught(model, target, round, server)
         return Target(target, model, trust=trust)
 
     def smallest_steps(self) -> Iterator[Step]:

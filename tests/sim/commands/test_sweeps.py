@@ -273,3 +273,38 @@ def test_nobody_s_attack_has_the_bits_of_none(tmp_path: Path) -> None:
         for adversary in ("none", "{kind: lma, fraction: 0}", "{kind: fdla, fraction: 0.2}")
     }
     assert len(digests) == 1
+
+
+FAMILIES = """
+study:
+  arms: {one: {strategy: {name: local}}, two: {strategy: {name: dml}}, three: {rounds: 3}}
+  families: {pair: [two, one], all: [one, two, three]}
+  sweep: {clients.count: [2, 4]}
+"""
+
+
+def test_a_family_is_one_for_each_value_of_a_sweep(study: Read) -> None:
+    assert study(FAMILIES).families == {
+        "pair-2": ["two-2", "one-2"],
+        "pair-4": ["two-4", "one-4"],
+        "all-2": ["one-2", "two-2", "three-2"],
+        "all-4": ["one-4", "two-4", "three-4"],
+    }
+    plain = study(FAMILIES, "study.sweep=null")
+    assert plain.families == {"pair": ["two", "one"], "all": ["one", "two", "three"]}
+    # Of a family that has one arm left there is nothing to compare.
+    few = study(FAMILIES, "study.sweep=null", arms=["one", "three"])
+    assert few.families == {"all": ["one", "three"]}
+
+
+@pytest.mark.parametrize(
+    ("families", "told"),
+    [
+        ("{a: [one, tow]}", "study.families.a: unknown arm 'tow'.*two"),
+        ("{a: [one]}", "families.a must name at least two arms, each once, got"),
+        ("{a: [one, two, one]}", "families.a must name at least two arms, each once, got"),
+    ],
+)
+def test_a_family_that_cannot_be_compared_is_refused(study: Read, families: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        study(FAMILIES, "study.families=null", f"study.families={families}")

@@ -153,3 +153,16 @@ def test_a_loop_and_a_stack_learn_alike(tiny_settings, tiny_data, simulate):
     for one, other in zip(loop.states, stack.states, strict=True):
         for name, weights in one.models["model"].weights.items():
             assert np.allclose(weights, other.models["model"].weights[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("directions", [[], ["clients"], ["server"]])
+def test_each_direction_alone(directions, tiny_settings, tiny_data, simulate):
+    data = tiny_data()
+    options = {"server_model": "mlp", "directions": directions}
+    run = simulate(tiny_settings("dsfl", options=options), data)
+    alone = simulate(tiny_settings("local"), data)
+    assert (run.digest == alone.digest) == ("clients" not in directions)
+    learnt = [row.get("server_steps", 0) > 0 for row in run.history.federation]
+    assert learnt == [directions == ["server"]] * len(learnt)
+    ways = {row["direction"] for row in run.exchange if row["bytes"]}
+    assert ways == ({"up", "down"} if "clients" in directions else {"up"})

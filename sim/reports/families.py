@@ -1,0 +1,91 @@
+"""Families of arms: those that belong to one question are compared with each other, and no others.
+
+A study of many arms has more pairs than anybody asked about, and a correction for all of them hides
+what was asked. Within a family every pair is compared, and p is corrected for the pairs of the
+family.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sim.reports.runs import RunRecord
+from sim.reports.statistics import Difference, compare_pairs, corrected
+from sim.reports.tables import difference_row, p_text, percent
+from sim.reports.terminal import NOTHING, Column, FittedTable
+
+Families = Mapping[str, Sequence[str]]
+"""The arms of each family, by its name."""
+
+
+def compare_families(
+    runs: Mapping[str, Sequence[RunRecord]], families: Families
+) -> dict[str, dict[tuple[str, str], tuple[Difference | None, float | None]]]:
+    """Compare every pair of arms of each family: mean client accuracy at the last round.
+
+    Args:
+        runs: of each arm, one a seed.
+        families: arms that have no runs are left out.
+
+    Returns:
+        By family and (first, other): other - first, and its p corrected by Holm for the pairs of
+        the family.
+    """
+    found = {}
+    for name, arms in families.items():
+        of_family = {arm: runs[arm] for arm in arms if runs.get(arm)}
+        differences = compare_pairs(of_family, "accuracy", "last")
+        p_holm = corrected(differences)
+        found[name] = {pair: (value, p_holm[pair]) for pair, value in differences.items()}
+    return {name: pairs for name, pairs in found.items() if pairs}
+
+
+def family_tables(runs: Mapping[str, Sequence[RunRecord]], families: Families) -> list[FittedTable]:
+    """Return a table of its pairs for each family, for the terminal."""
+    tables = []
+    for name, pairs in compare_families(runs, families).items():
+        values = list(pairs.values())
+        few = [value is not None and value.few for value, _ in values]
+
+        cells = {
+            "points": [percent(value, signed=True) for value, _ in values],
+            "p (Holm)": _p_cells([p for _, p in values], few),
+            "p": _p_cells([None if v is None else v.p_value for v, _ in values], few),
+            "sign-flip": _p_cells([None if v is None else v.p_sign_flip for v, _ in values], few),
+            "ahead": [NOTHING if v is None else f"{v.ahead} of {v.n}" for v, _ in values],
+        }
+        tables.append(
+            FittedTable(
+                label="pair",
+                labels=[f"{other} - {first}" for first, other in pairs],
+                columns=[
+                    Column(title=title, cells=own, rank=rank)
+                    for rank, (title, own) in enumerate(cells.items())
+                ],
+                title=f"{name}: mean client, last round, paired by seed",
+                caption=_smallest([value for value, _ in values]),
+            )
+        )
+    return tables
+
+
+def _p_cells(given: Sequence[float | None], few: Sequence[bool]) -> list[str]:
+    return [p_text(p, few=each) for p, each in zip(given, few, strict=True)]
+
+
+def _smallest(differences: Sequence[Difference | None]) -> str:
+    """Say what p the exact test can reach with the fewest pairs among these."""
+    fewest = min((value.n for value in differences if value is not None), default=0)
+    count = len(differences)
+    told = f"p corrected for {count} pairs by Holm" if count > 1 else "p of 1 pair"
+    return told if fewest < 2 else f"{told}; sign-flip is at least {2 / 2**fewest:.3g}"
+
+
+def family_rows(
+    runs: Mapping[str, Sequence[RunRecord]], families: Families
+) -> list[dict[str, Any]]:
+    """Return one flat row for every pair of every family, see `pair_rows`."""
+    return [
+        {"family": name, "first": first, "other": other, **difference_row("difference", value, p)}
+        for name, pairs in compare_families(runs, families).items()
+        for (first, other), (value, p) in pairs.items()
+    ]

@@ -1,0 +1,52 @@
+"""Arms of one question are compared with each other, corrected for their pairs and no others."""
+
+import pytest
+
+from sim.reports.families import compare_families, family_rows, family_tables
+from sim.reports.statistics import compare_pairs, corrected
+
+FAMILIES = {"first": ["a", "b", "c"], "second": ["c", "d"], "gone": ["a", "refused"]}
+RISES = {"a": 0.0, "b": 0.05, "c": 0.02, "d": 0.3}
+
+
+@pytest.fixture
+def runs(make_run):
+    return {
+        arm: [
+            make_run(strategy="dml", arm=arm, seed=seed, accuracies=[0.5 + rise + noise * seed])
+            for seed in range(3)
+        ]
+        for (arm, rise), noise in zip(RISES.items(), (0.01, 0.013, -0.004, 0.02), strict=True)
+    }
+
+
+def test_pairs_are_those_of_a_family_and_p_is_corrected_for_them_alone(runs):
+    found = compare_families(runs, FAMILIES)
+    assert {name: list(pairs) for name, pairs in found.items()} == {
+        "first": [("a", "b"), ("a", "c"), ("b", "c")],
+        "second": [("c", "d")],
+    }
+    every = compare_pairs(runs, "accuracy", "last")
+    for pairs in found.values():
+        assert all(value == every[pair] for pair, (value, _) in pairs.items())
+    # A single pair needs no correction; among all pairs of the study it would.
+    value, p = found["second"]["c", "d"]
+    assert p == value.p_value < corrected(every)["c", "d"]
+    of_three = sorted(value.p_value for value, _ in found["first"].values())
+    assert min(p for _, p in found["first"].values()) == pytest.approx(min(1, 3 * of_three[0]))
+
+
+def test_tables_and_rows_say_what_was_compared(runs):
+    rows = family_rows(runs, FAMILIES)
+    assert [(row["family"], row["first"], row["other"]) for row in rows] == [
+        ("first", "a", "b"),
+        ("first", "a", "c"),
+        ("first", "b", "c"),
+        ("second", "c", "d"),
+    ]
+    assert rows[-1]["difference_p_sign_flip"] == 0.25
+    tables = family_tables(runs, FAMILIES)
+    assert [table.labels for table in tables] == [["b - a", "c - a", "c - b"], ["d - c"]]
+    # The smallest p that three pairs can reach stands below.
+    assert tables[1].caption == "p of 1 pair; sign-flip is at least 0.25"
+    assert tables[0].caption == "p corrected for 3 pairs by Holm; sign-flip is at least 0.25"
