@@ -1,6 +1,6 @@
 """What averaging soft labels ends in, without training: kernel ridge students on digits.
 
-    python -m benchmarks.closed_forms
+    python examples/closed_forms.py
 
 Six clients, 500 public rows, Dirichlet partitions; the table is in docs/closed-forms.md.
 """
@@ -123,7 +123,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print a line for each partition and weight."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args(words).seeds)
+    count = parser.parse_args(words).seeds
+    if count < 1:
+        parser.error(f"--seeds must be >= 1, got {count}")
+    seeds = range(count)
     for alpha in (0.1, 1.0, 100.0):
         for public_weight in (0.01, 1.0, 10.0):
             found = [accuracies(data_of(alpha, seed), public_weight) for seed in seeds]
