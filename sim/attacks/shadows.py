@@ -39,7 +39,12 @@ from sim.devices.clock import ClockSettings
 from sim.devices.presence import PresenceSettings
 from sim.engine.inline import InlineGrid
 from sim.server.rounds import RoundLoop
-from sim.settings.schema import ExchangeSettings, PrivacySettings, Settings
+from sim.settings.schema import (
+    CounterfactualSettings,
+    ExchangeSettings,
+    PrivacySettings,
+    Settings,
+)
 from strategies.baselines.local import LocalSettings
 
 
@@ -169,6 +174,7 @@ def learn_alone(
             "exchange": ExchangeSettings(),
             "privacy": private,
             "adversary": NoAdversary(),
+            "counterfactual": CounterfactualSettings(),
             "clock": ClockSettings(),
             "presence": PresenceSettings(),
             "faults": (),

@@ -131,7 +131,7 @@ class Replies:
             lasts as long as the slowest client that counts; as long as ``clock.deadline_s`` where
             somebody who was asked has not answered by then.
         unseen_bytes: what the clients that are left out sent and received.
-        effort: of the clients that gave a usable answer.
+        effort: of the clients that gave a usable answer that counts.
     """
 
     def __init__(
@@ -280,7 +280,9 @@ class Replies:
                     late[client] = error.told
                 continue
             metrics = dict(reply.metrics)
-            self.effort = self.effort.plus(Effort.taken(metrics))
+            taken = Effort.taken(metrics)
+            if client not in self._left_out:
+                self.effort = self.effort.plus(taken)
             self.metrics[client] = metrics
             slowest = max(slowest, reply.metrics.get("simulated_s", 0.0))
             self.rejected.pop(client, None)

@@ -245,6 +245,9 @@ def test_what_is_judged_is_who_remains(
     assert own[GHOST]["left_out"] is True
     assert not any("left_out" in own[client] for client in OTHERS)
     assert {row["client"] for row in found.exchange} == set(OTHERS)
+    whole = simulate(tiny_settings("feddf", options=QUICK["feddf"]), tiny_data())
+    steps = [run.history.federation[0]["client_steps"] for run in (found, whole)]
+    assert 0 < steps[0] < steps[1]
 
 
 @pytest.mark.parametrize(("name", "codec"), [("cfd", "cfd_delta"), ("fedmd", "int8")])

@@ -223,7 +223,7 @@ class _StopsAtOnce(Observer):
         (Wanted(words=("clients.participation=0.5",)), "--set clients.participation"),
         (Wanted(words=("clients.models=[cnn]",)), "--set clients.models"),
         (Wanted(words=("privacy.mechanism=gaussian", "privacy.noise=4")), "--set privacy"),
-        (Wanted(words=("presence.kind=churn",)), "presence"),
+        (Wanted(words=("presence.leave=0.1",)), "--set presence.leave: a replay cannot"),
         (Wanted(words=("counterfactual.without=[1]",)), "--without-client, --flip-labels"),
         (Wanted(words=("rounds",)), "--set takes key=value, got 'rounds'"),
         (Wanted(without=(4,)), "--without-client must name clients of the run, 0 to 3, got 4"),
