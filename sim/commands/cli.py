@@ -188,6 +188,7 @@ def root(
     - `fedkd distill` : one machine, a teacher, a student
     - `fedkd data conf/quickstart.yaml` : who holds which rows
     - `fedkd algorithms` : who learns from whom, what travels
+    - `fedkd museum` : what faults of published code cost
     - `fedkd attack RUN` : what a run tells of private rows
     - `fedkd replay RUN --without-client 3` : what would have been
     - `fedkd report runs/quickstart` : the report again, or over several runs
@@ -354,6 +355,81 @@ def compare(
         for table in plane_tables(study.runs, study.grid, study.refused):
             typer.echo()
             _print(table, wide=wide)
+
+
+@app.command(cls=_Command)
+def museum(
+    arguments: ConfigAndOverrides = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Only these faults, or those of these algorithms: svd_rank_zero,fml.",
+        ),
+    ] = None,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="Say what each fault is and where it was read; run nothing."),
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Paired seeds; study.seeds by default.")
+    ] = None,
+    accept_code: AcceptCode = False,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    wide: Wide = False,
+    json: AsJson = False,
+) -> None:
+    """Measure what the faults of published code cost, each against the same done right.
+
+    Every fault that an algorithm can commit (strategy.as_published) is run and not run, over paired
+    seeds, in a small setting in which it can show. It takes about ten minutes; the same command
+    goes on with a museum that was stopped.
+
+    Examples:
+    - `fedkd museum --list` : what there is, and where it was read
+    - `fedkd museum`
+    - `fedkd museum --only fml,svd_rank_zero --seeds 10`
+    - `fedkd museum --only kl_mean data.partition.alpha=0.1 rounds=20`
+    - `fedkd run strategy.name=fml 'strategy.as_published=[kl_mean]'` : one of them in a run
+    """
+    from sim.commands.museum import exhibits, load_museum
+    from sim.commands.museum import museum as run_museum
+    from sim.keeping.records import to_json
+
+    chosen = [name.strip() for name in only.split(",")] if only else []
+    if list_:
+        shown = exhibits(chosen)
+        if json:
+            typer.echo(to_json({"faults": [show.to_row() for show in shown]}))
+        else:
+            _print_words(*(line for show in shown for line in show.lines()))
+        return
+    planned = load_museum(*_split(arguments), only=chosen, allow=allow or ())
+    from sim.commands.progress import ProgressObserver, signs_of_life
+    from sim.reports.museum import museum_table, museum_words
+
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
+    folder = planned.settings.output / planned.settings.name
+    with (
+        signs,
+        _stoppable(f"the same command goes on in {folder}"),
+        redirect_stdout(sys.stderr),
+    ):
+        found = run_museum(
+            planned,
+            only=chosen,
+            seeds=seeds,
+            accept_code=accept_code,
+            tell=_tell,
+            observer_of=lambda arm, seed: [ProgressObserver(signs, f"{arm} seed {seed}")],
+        )
+    if json:
+        typer.echo(to_json(found.to_row()))
+    elif not quiet:
+        _print(museum_table(found.findings), wide=wide)
+        _print_words("", *museum_words(found.findings))
+        typer.echo(f"runs   {found.study.folder}")
 
 
 @app.command(cls=_Command)

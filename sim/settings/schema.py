@@ -752,6 +752,9 @@ class Settings(_Section):
         table = self.model_dump(mode="json")
         if not self.counterfactual.on:
             del table["counterfactual"]
+        if not self.strategy.as_published:
+            # As above: what is not asked for is no part of a run's identity.
+            del table["strategy"]["as_published"]
         return table
 
     def to_yaml(self) -> str:

@@ -158,6 +158,8 @@ FAULTS = {
         does="multiplies by the matrix of the density ratio's system instead of its inverse",
         read_in="shaojiawei07/Selective-FD, KuLSIF.py: np.dot(LHS_matrix, RHS)",
         right="the system is solved",
+        # The authors' width; with a narrow kernel no claim changes.
+        shows_with=("strategy.width=5",),
     ),
     "never_filters": Fault(
         does="sets the server's threshold to 2.0, above any distance that there can be",

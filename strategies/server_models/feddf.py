@@ -97,7 +97,10 @@ FAULTS = {
         does="asks the teachers in training mode: BatchNorm by the batch at hand, dropout on",
         read_in="WenkeHuang/FCCL, models/feddf.py",
         right="teachers are in evaluation mode",
-        shows_with=("clients.models=[{name: cnn, options: {norm: batch}}]",),
+        shows_with=(
+            "clients.models=[{name: cnn, options: {norm: batch}}]",
+            "strategy.server_steps=100",
+        ),
     ),
 }
 
