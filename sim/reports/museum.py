@@ -152,8 +152,9 @@ def _mean(runs: Sequence[RunRecord], key: str) -> Estimate | None:
 def _difference(
     right: Sequence[RunRecord], published: Sequence[RunRecord], key: str
 ) -> Difference | None:
-    of_each = [values_by_seed(runs, key, "last") for runs in (published, right)]
-    return difference_by_seed(*of_each)
+    return difference_by_seed(
+        values_by_seed(published, key, "last"), values_by_seed(right, key, "last")
+    )
 
 
 def _bytes_ratio(right: Sequence[RunRecord], published: Sequence[RunRecord]) -> float | None:
