@@ -13,10 +13,10 @@ ARMS: Mapping[str, tuple[int, set[str]]] = {
     "fd": (6, {"fd", "fedavg"}),
     "fedgen": (12, {"fedavg", "fedprox", "fd", "feddistill_plus", "feddf", "fedgen"}),
     "fedproto": (9, {"local", "fedavg", "fedproto"}),
-    "cfd": (8, {"cfd"}),
-    "scarlet": (5, {"dsfl", "scarlet"}),
+    "cfd": (4, {"cfd"}),
+    "scarlet": (3, {"dsfl", "scarlet"}),
     "proxyfl": (7, {"local", "pooled", "fedavg", "fml", "proxyfl"}),
-    "fedtgp": (6, {"local", "fml", "fedkd", "fd", "fedproto", "fedtgp"}),
+    "heterogeneous": (4, {"local", "fml", "fedkd", "fd"}),
 }
 """How many arms there are, and of which algorithms."""
 
