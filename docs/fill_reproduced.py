@@ -1,0 +1,160 @@
+"""Fill the tables of reproduced.md from the studies that were run.
+
+    python docs/fill_reproduced.py runs           # runs/<study>/<arm>/seed-...
+    python docs/fill_reproduced.py runs --check   # exit status 1 where a table is another one
+
+A table of a study that has not ended there stays as it is. Published figures are written here,
+with what they measure; ours are read from run folders and never typed.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from sim.reports.runs import load_study
+from sim.reports.statistics import estimate
+
+PAGE = Path(__file__).with_name("reproduced.md")
+BLOCK = re.compile(r"(<!-- reproduced: ([a-z]+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+
+
+class Published(NamedTuple):
+    """What a source says of an arm."""
+
+    figure: str
+    key: str = "accuracy"
+    """The column of ours that measures the same: of the last judged round."""
+
+
+WAYS = ("bytes_up", "bytes_down")
+OWN, SERVER = "personal_accuracy", "server_accuracy"
+STUDIES: dict[str, dict[str, Published]] = {
+    "fd": {
+        "fd-2": Published("72.30"),
+        "fd-6": Published("69.51"),
+        "fd-10": Published("75.24"),
+        "fl-2": Published("80.77"),
+        "fl-6": Published("87.38"),
+        "fl-10": Published("90.60"),
+    },
+    "fedgen": {
+        "fedavg-0.1": Published("90.16 ± 0.59"),
+        "fedprox-0.1": Published("90.10"),
+        "feddistill-0.1": Published("64.11 ± 1.36"),
+        "feddistill_plus-0.1": Published("90.28"),
+        "feddfusion-0.1": Published("91.11 ± 0.43"),
+        "fedgen-0.1": Published("93.03 ± 0.32"),
+        "fedavg-1": Published("93.84 ± 0.25"),
+        "fedprox-1": Published("93.83"),
+        "feddistill-1": Published("79.88 ± 0.66"),
+        "feddistill_plus-1": Published("94.73"),
+        "feddfusion-1": Published("93.37 ± 0.40"),
+        "fedgen-1": Published("95.52 ± 0.07"),
+    },
+    "fedproto": {
+        "local-3": Published("94.05", OWN),
+        "fedavg-3": Published("95.04", OWN),
+        "fedproto-3": Published("97.13", OWN),
+        "local-4": Published("93.35", OWN),
+        "fedavg-4": Published("94.32", OWN),
+        "fedproto-4": Published("96.80", OWN),
+        "local-5": Published("92.92", OWN),
+        "fedavg-5": Published("93.22", OWN),
+        "fedproto-5": Published("96.70", OWN),
+    },
+    "cfd": {
+        "32-32-0.1": Published("no figure", SERVER),
+        "1-1-0.1": Published("no less than 32-32", SERVER),
+        "32-32-100": Published("no figure", SERVER),
+        "1-1-100": Published("at most 1 point less", SERVER),
+    },
+    "scarlet": {
+        "dsfl": Published("no figure"),
+        "scarlet-5": Published("about equal"),
+        "scarlet-20": Published("about equal, up to half of the bytes less"),
+    },
+    "proxyfl": {
+        "regular": Published("curves"),
+        "fedavg": Published("curves"),
+        "fml": Published("curves"),
+        "proxyfl": Published("curves"),
+        "joint": Published("curves"),
+        "regular-dp": Published("curves"),
+        "fedavg-dp": Published("curves"),
+    },
+    "heterogeneous": {
+        "local": Published("no figure", OWN),
+        "fml": Published("85.88 ± 0.08", OWN),
+        "fedkd": Published("86.45 ± 0.10", OWN),
+        "fd": Published("86.01 ± 0.31", OWN),
+    },
+}
+
+
+def _of_each_client(runs: list[Mapping[int, int]]) -> float:
+    """Return the bytes of a client in a run, in the mean over clients and runs."""
+    return sum(sum(run.values()) / len(run) for run in runs) / len(runs)
+
+
+def _shown(values: list[float], digits: int = 1) -> str:
+    found = estimate(values, (0, 100))
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def table(study: Path, name: str) -> str:
+    """Return the table of a study.
+
+    Args:
+        study: its folder.
+        name: which of `STUDIES`.
+    """
+    lines = [
+        "| arm | published, % | ours, % (95 % interval) | seeds | bytes up | bytes down | s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    seconds = 0.0
+    found = load_study(study)
+    for arm, published in STUDIES[name].items():
+        runs = [run for run in found.get(arm, []) if run.status == "finished"]
+        if not runs:
+            lines.append(f"| `{arm}` | {published.figure} | not run | 0 | | | |")
+            continue
+        up, down = (_of_each_client([getattr(run, way) for run in runs]) for way in WAYS)
+        took = [run.seconds or 0.0 for run in runs]
+        seconds += sum(took)
+        measured = _shown([100 * float(run.last[published.key]) for run in runs])
+        lines.append(
+            f"| `{arm}` | {published.figure} | {measured} | {len(runs)} | {up:,.0f} | "
+            f"{down:,.0f} | {sum(took) / len(took):.0f} |"
+        )
+    return "\n".join(lines) + f"\n\nSeconds of all rounds of these runs: {seconds:,.0f}.\n"
+
+
+def main() -> int:
+    """Rewrite the page, or only check it."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if len(words) != 1:
+        sys.stderr.write(f"usage: {Path(__file__).name} RUNS [--check]\n")
+        return 2
+    runs, old = Path(words[0]), PAGE.read_text(encoding="utf-8")
+
+    def fresh(block: re.Match[str]) -> str:
+        start, name, before = block.groups()
+        study = runs / name
+        return start + (table(study, name) if (study / "study.json").exists() else before)
+
+    new = BLOCK.sub(fresh, old)
+    if "--check" in sys.argv[1:]:
+        return int(new != old)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
