@@ -81,7 +81,6 @@ STUDIES: dict[str, dict[str, Published]] = {
         "fml": Published("curves"),
         "proxyfl": Published("curves"),
         "joint": Published("curves"),
-        "regular-dp": Published("curves"),
         "fedavg-dp": Published("curves"),
     },
     "heterogeneous": {
