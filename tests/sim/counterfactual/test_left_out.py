@@ -15,6 +15,8 @@ from sim.contract import sections_of
 from sim.contract.claims import Case
 from sim.contract.toy import ListeningGrid, Simulated
 from sim.keeping.identity import fingerprint, numbers_of
+from sim.keeping.models import best_client
+from sim.server.history import History
 from sim.settings import Settings, SettingsError
 from sim.wire.messages import read_reply
 from strategies import STRATEGIES
@@ -332,3 +334,12 @@ def test_where_nothing_is_otherwise_nothing_is_said_of_it(small: Callable[..., S
     assert not any(path.startswith("counterfactual") for path in numbers_of(small()))
     assert fingerprint(small("counterfactual.without=[]")) == fingerprint(small())
     assert fingerprint(small("counterfactual.without=[1]")) != fingerprint(small())
+
+
+def test_the_best_model_that_is_kept_is_none_of_theirs() -> None:
+    history = History()
+    history.clients = {
+        0: {"round": 2, "validation_accuracy": 0.5},
+        1: {"round": 2, "validation_accuracy": 0.9, "left_out": True},
+    }
+    assert best_client(history, [0, 1]) == [0]
