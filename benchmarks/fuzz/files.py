@@ -31,7 +31,7 @@ from fedkd.data import DataSettings, build_federated_data
 from fedkd.distillation.task.first_weights import load_weights
 from fedkd.models import ModelSettings, build_model
 from sim.commands import running
-from sim.commands.cli import _code_of
+from sim.commands.cli.ending import code_of
 from sim.commands.running import run
 from sim.keeping.checkpoints import _manifest_text
 from sim.keeping.records import read_rows
@@ -159,7 +159,7 @@ def _timeless(folder: Path) -> tuple[Row, ...]:
 
 def refusal(error: Exception, names: tuple[str, ...]) -> str:
     """Return "" for an error that is shown as one line and names what is damaged."""
-    if _code_of(error) is None:
+    if code_of(error) is None:
         raise error
     text = str(error)
     if len(text.splitlines()) != 1 or not text.isprintable():

@@ -1,87 +1,196 @@
-"""What learning took: optimizer steps, rows and arithmetic, of clients and of the server.
+"""What learning took: optimizer steps, rows, and the networks that these went through.
 
 Accuracies of two algorithms can only be compared beside what each of them was given. Like the
 simulated clock this is counted and not timed, so the same settings and seed give the same numbers
 on any machine, in any backend, and in a resumed run.
 
+A run counts rows by the network that they went through. Operations are those rows times what a row
+costs, which takes torch's counter seconds to load: whoever shows them computes them.
+
 Judging models is no part of it. Nor is what a server computes without one of its models: averages,
-coefficients, gates.
+coefficients, gates, and generators, which are trained by steps of their own.
 """
 
-from collections.abc import MutableMapping
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
-from fedkd.training import Work
-from sim.devices.clock import RowCosts
+from fedkd.compression.cost import row_flops
+from fedkd.inputs import InputShape, Shape
+from fedkd.models import ModelSettings, build_model
+from fedkd.training import Network, RowFlops, Work
+from strategies.contract import Strategy
 
 PREFIX = "effort_"
 """Begins what a client reports of its effort, which is summed up and in no row of its own."""
 
+_UNKNOWN = "other"
+"""Stands for a network that nobody announced."""
 
-class Effort(NamedTuple):
+
+def networks_of(strategy: Strategy[Any, Any]) -> tuple[Network, ...]:
+    """Return every network that clients and server of a run have, each once, in a fixed order."""
+    federation = strategy.federation
+    clients = [
+        Network(model, federation.shape_of(client))
+        for client in federation.first_clients.values()
+        for model in _models_of(strategy, client)
+    ]
+    servers = [
+        Network(each.model, each.input_shape or federation.input_shape)
+        for each in strategy.server_models().values()
+    ]
+    return tuple(dict.fromkeys([*clients, *servers]))
+
+
+def _models_of(strategy: Strategy[Any, Any], client: int) -> Sequence[ModelSettings]:
+    architecture = strategy.architecture(client)
+    return [*architecture.values()] if isinstance(architecture, Mapping) else [architecture]
+
+
+@dataclass(frozen=True)
+class Effort:
     """What learning took.
 
     Attributes:
         steps: of optimizers, one for each model that learns in it.
-        rows: that models learnt from, private and public ones, each as often as it was used.
-        gflops: 10^9 floating-point operations, forward passes that teach or predict included; None
-            where they cannot be counted, as in a model of one's own that hides them from torch.
+        trained: rows that a network learnt from, private and public ones, each as often as it was
+            used, by its place in `networks_of`.
+        predicted: rows that went through it forwards only, to teach or to be sent.
     """
 
     steps: int = 0
-    rows: int = 0
-    gflops: float | None = 0.0
+    trained: Counter[str] = field(default_factory=Counter)
+    predicted: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, work: Work, networks: Sequence[Network]) -> "Effort":
+        """Return the effort behind some work."""
+        places = {network: str(place) for place, network in enumerate(networks)}
+
+        def by_place(rows: Mapping[Network, int]) -> Counter[str]:
+            found: Counter[str] = Counter()
+            for network, count in rows.items():
+                found[places.get(network, _UNKNOWN)] += count
+            return found
+
+        return cls(work.steps, by_place(work.trained), by_place(work.predicted))
+
+    @property
+    def rows(self) -> int:
+        """Rows that models learnt from."""
+        return self.trained.total()
 
     def plus(self, other: "Effort") -> "Effort":
-        """Return both together; operations are known if both are."""
-        known = self.gflops is not None and other.gflops is not None
-        gflops = (self.gflops or 0.0) + (other.gflops or 0.0) if known else None
-        return Effort(self.steps + other.steps, self.rows + other.rows, gflops)
+        """Return both together."""
+        return Effort(
+            self.steps + other.steps,
+            self.trained + other.trained,
+            self.predicted + other.predicted,
+        )
 
     @property
     def metrics(self) -> dict[str, float]:
         """As a client reports it."""
-        known = {"steps": float(self.steps), "rows": float(self.rows)}
-        if self.gflops is not None:
-            known["gflops"] = self.gflops
-        return {PREFIX + name: value for name, value in known.items()}
+        by_kind = {f"{PREFIX}{key}": float(value) for key, value in self.by_network.items()}
+        return {f"{PREFIX}steps": float(self.steps), **by_kind}
 
     @classmethod
     def taken(cls, metrics: MutableMapping[str, float]) -> "Effort":
         """Take what a client reported of its effort out of its metrics."""
-        steps, rows = (int(metrics.pop(PREFIX + name, 0)) for name in ("steps", "rows"))
-        return cls(steps, rows, metrics.pop(f"{PREFIX}gflops", None))
+        own = {key: int(metrics.pop(key)) for key in list(metrics) if key.startswith(PREFIX)}
 
-    def row(self, whose: str) -> dict[str, float | int | None]:
-        """As it stands in the federation's row of a round: ``whose`` is ``client`` or ``server``.
+        def rows(kind: str) -> Counter[str]:
+            start = f"{PREFIX}{kind}_"
+            return Counter(
+                {k.removeprefix(start): v for k, v in own.items() if k.startswith(start)}
+            )
 
-        Nothing where nobody learnt.
+        return cls(own.get(f"{PREFIX}steps", 0), rows("trained"), rows("predicted"))
+
+    @property
+    def by_network(self) -> dict[str, int]:
+        """Rows by kind and network, as they stand in the federation's row of a round."""
+        return {
+            f"{kind}_{place}": count
+            for kind in ("trained", "predicted")
+            for place, count in sorted(getattr(self, kind).items())
+        }
+
+    def row(self, whose: str) -> dict[str, int]:
+        """As it stands in the federation's row of a round; nothing where nobody learnt.
+
+        Args:
+            whose: ``client`` or ``server``.
         """
-        if not self.steps and not self.gflops:
-            return {}
-        named = self._asdict()
-        return {f"{whose}_{name}": value for name, value in named.items()}
+        return {f"{whose}_steps": self.steps, f"{whose}_rows": self.rows} if self.steps else {}
 
 
-class Efforts:
-    """Says what work amounts to.
+# -- operations ----------------------------------------------------------------------------------
+
+
+def network_rows(networks: Sequence[Network], num_classes: int) -> list[dict[str, Any]]:
+    """Return networks as plain values, for the record."""
+    return [
+        {
+            "model": each.model.model_dump(mode="json"),
+            "sides": list(each.input_shape),
+            "vocabulary": getattr(each.input_shape, "vocabulary", None),
+            "classes": num_classes,
+        }
+        for each in networks
+    ]
+
+
+def operations(
+    rows: Sequence[Mapping[str, Any]], networks: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """Return the floating-point operations of a run: forwards and backwards, losses left out.
 
     Args:
-        num_classes: of the run's data.
+        rows: of the federation, one a round.
+        networks: what `network_rows` wrote.
+
+    Returns:
+        None where they cannot be counted: a network that is not known, or one of the user's own.
     """
+    total = 0
+    for row in rows:
+        for kind in ("trained", "predicted"):
+            start = f"{kind}_"
+            for key in (key for key in row if key.startswith(start)):
+                place = key.removeprefix(start)
+                if not place.isdigit() or int(place) >= len(networks):
+                    return None
+                cost = _cost_of(networks[int(place)])
+                if cost is None:
+                    return None
+                total += int(row[key]) * int(getattr(cost, kind))
+    return float(total)
 
-    def __init__(self, num_classes: int) -> None:
-        self._costs = RowCosts(num_classes)
-        self._counts = True
 
-    def of(self, work: Work) -> Effort:
-        """Return the effort behind some work."""
-        gflops = None
-        if self._counts:
-            try:
-                gflops = work.flops(self._costs) / 1e9
-            except Exception:
-                # A model of one's own may do what torch's counter cannot follow; that it trains is
-                # known by now, and a number that is for information only ends no run.
-                self._counts = False
-        return Effort(work.steps, work.rows, gflops)
+def _cost_of(network: Mapping[str, Any]) -> RowFlops | None:
+    try:
+        model = ModelSettings.model_validate(network["model"])
+        sides, vocabulary = tuple(network["sides"]), network["vocabulary"]
+        return _row_flops(model.model_dump_json(), sides, vocabulary, int(network["classes"]))
+    except Exception:
+        # Code of the user's own that is not here, or that torch's counter cannot follow; a number
+        # that is for information only ends no report.
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _row_flops(
+    model: str, sides: tuple[int, ...], vocabulary: int | None, num_classes: int
+) -> RowFlops:
+    try:
+        shape: Shape = InputShape(sides, vocabulary)
+    except ValueError:
+        # Of features that another network puts out.
+        shape = sides
+    settings = ModelSettings.model_validate_json(model)
+    module = build_model(settings, input_shape=shape, num_classes=num_classes, seed=0)
+    return row_flops(module, shape)

@@ -44,7 +44,7 @@ from fedkd.training.backends import measure_backends, open_cohort
 from sim.adversity.bad_replies import BAD_REPLIES
 from sim.adversity.faults import FaultPlan
 from sim.devices.clock import Clock
-from sim.devices.effort import Efforts
+from sim.devices.effort import Effort, networks_of
 from sim.devices.presence import Presence
 from sim.engine.data import goal_of
 from sim.engine.deadline import DeadlineError, deadline
@@ -258,7 +258,7 @@ class ClientRuntime:
         ]
         self._label_counts = data.label_counts(true=True)
         self._clock = clock_of(settings, data)
-        self._efforts = Efforts(data.num_classes)
+        self._networks = networks_of(self._strategy)
         self._faults = FaultPlan(settings.faults, settings.seed, simulated=self._clock is not None)
 
     def serve(
@@ -498,7 +498,7 @@ class ClientRuntime:
                 metrics={
                     **terms,
                     "seconds": seconds,
-                    **self._efforts.of(cohort.work[position]).metrics,
+                    **Effort.of(cohort.work[position], self._networks).metrics,
                     **self._clocked(call, position, came, cohort.work[position], sent.get(client)),
                 },
                 round=call.round,

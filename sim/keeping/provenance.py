@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 OURS = (fedkd, sim, strategies)
 SHOWING = (
     "sim/reports/",
-    "sim/commands/cli.py",
+    "sim/commands/cli/",
     "sim/commands/progress.py",
     "sim/commands/overview.py",
     "sim/commands/planning.py",

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedkd.models import ModelSettings
+from sim.devices.effort import operations
 from sim.keeping.records import (
     EXCHANGE_FILE,
     METRICS_FILE,
@@ -158,19 +159,27 @@ class RunRecord:
         return sum(spent) if spent else None
 
     def effort(self, name: str, *whose: str) -> float | None:
-        """Return the steps, rows or gflops that learning took over the whole run.
+        """Return the steps or rows that learning took over the whole run; None if unknown.
 
         Args:
-            name: ``steps``, ``rows`` or ``gflops``.
+            name: ``steps`` or ``rows``.
             whose: ``client`` and ``server``; both by default.
-
-        Returns:
-            None where it was not counted in some round, or nowhere.
         """
         keys = [f"{each}_{name}" for each in whose or ("client", "server")]
-        counted = [number(row, key) for row in self.federation for key in keys if key in row]
-        known = [value for value in counted if value is not None]
-        return math.fsum(known) if known and len(known) == len(counted) else None
+        known = [number(row, key) for row in self.federation for key in keys if key in row]
+        return math.fsum(value for value in known if value is not None) if known else None
+
+    @property
+    def gflops(self) -> float | None:
+        """10^9 operations that learning took, of all networks; None if they cannot be counted.
+
+        Computed where it is asked for: torch's counter takes seconds to load.
+        """
+        networks = self.result.get("networks")
+        if not isinstance(networks, list) or not networks:
+            return None
+        total = operations(self.federation, networks)
+        return None if total is None else total / 1e9
 
     @property
     def simulated_s(self) -> float | None:

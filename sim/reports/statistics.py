@@ -75,7 +75,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
         "steps": Measure("steps", 8, lambda run: run.effort("steps"), decimals=0),
         "rows": Measure("rows", 9, lambda run: run.effort("rows"), decimals=0),
-        "gflops": Measure("GFLOP", 8, lambda run: run.effort("gflops")),
+        "gflops": Measure("GFLOP", 8, lambda run: run.gflops),
         "server_steps": Measure(
             "server steps", 13, lambda run: run.effort("steps", "server"), decimals=0
         ),

@@ -21,6 +21,7 @@ class History:
         server: the last row of the server's model, the first where it has several.
         bytes_up, bytes_down: totals by client.
         bits: under a budget how many payloads had so many bits a number, by direction.
+        networks: what rows of efforts are counted by, see `sim.devices.effort`.
     """
 
     federation: list[Row] = field(default_factory=list)
@@ -29,6 +30,7 @@ class History:
     bytes_up: dict[int, int] = field(default_factory=dict)
     bytes_down: dict[int, int] = field(default_factory=dict)
     bits: dict[str, dict[int, int]] = field(default_factory=dict)
+    networks: list[Row] = field(default_factory=list)
 
     def add_metrics(self, rows: Iterable[Row]) -> None:
         """Take in rows of ``metrics.jsonl``."""
@@ -80,5 +82,6 @@ def summary(history: History, num_clients: int, *, selects: bool = True) -> dict
         "server": history.server,
         "bytes_up": [history.bytes_up.get(client, 0) for client in range(num_clients)],
         "bytes_down": [history.bytes_down.get(client, 0) for client in range(num_clients)],
+        "networks": history.networks,
         **({"bits": history.bits} if history.bits else {}),
     }

@@ -28,7 +28,7 @@ from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
 from fedkd.training import Architecture, as_tensor
 from sim.commands.interruption import uninterrupted
-from sim.devices.effort import Effort, Efforts
+from sim.devices.effort import Effort, network_rows, networks_of
 from sim.engine.data import goal_of
 from sim.engine.grid import FIRST_NODE_ID, CohortGrid
 from sim.engine.nodes import Nodes
@@ -115,7 +115,7 @@ class RoundLoop:
         self._goal = goal_of(data, settings)
         self._privacy = PrivacyPlan(settings, self._strategy)
         self._clock = clock_of(settings, data)
-        self._efforts = Efforts(data.num_classes)
+        self._networks = networks_of(self._strategy)
         self._prepared = Effort()
         self._presence = presence_of(settings)
         self._left_out = frozenset(settings.counterfactual.without)
@@ -140,22 +140,27 @@ class RoundLoop:
         with authors_code("before round 1, the server's half"):
             state = self._checked(self._strategy.begin(self._server), "begin")
         check_asked(self._stages, self._strategy, state, self._server)
-        self.history = History()
+        self.history = self._new(History())
         seconds, self._prepared = self._server_took()
         self.boundary = Boundary(0, state, simulated_s=seconds)
+
+    def _new(self, history: History) -> History:
+        """Return a history that says which networks the rows of its efforts went through."""
+        history.networks = network_rows(self._networks, self._federation.num_classes)
+        return history
 
     def _server_took(self) -> tuple[float, Effort]:
         """Return what the server did since this was asked last: simulated seconds, and effort."""
         work = self._server.take_work()
         seconds = 0.0 if self._clock is None else self._clock.server_seconds(work)
-        return seconds, self._efforts.of(work)
+        return seconds, Effort.of(work, self._networks)
 
     def go_back(self, boundary: Boundary, history: History) -> None:
         """Stand at a boundary that was reached before, here or in another process.
 
         The grid has to hold the clients' states of that moment.
         """
-        self.history = history
+        self.history = self._new(history)
         self.boundary = boundary
 
     def check_boundary(self, state: Value, exchange: Value) -> None:
@@ -369,6 +374,7 @@ class RoundLoop:
             ),
             **replies.effort.row("client"),
             **effort.row("server"),
+            **replies.effort.plus(effort).by_network,
             **({} if self._clock is None else {"simulated_s": simulated_s}),
             **self._bound(exchange.ledger),
             "train_seconds": trained - started,

@@ -379,7 +379,7 @@ def test_a_signal_before_anything_runs_is_one_line_and_its_own_exit_status(
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(sys, "argv", ["fedkd", "run"])
-    monkeypatch.setattr(cli, "_settings", settings)
+    monkeypatch.setattr("sim.commands.cli.runs.read_settings", settings)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == code
@@ -387,7 +387,7 @@ def test_a_signal_before_anything_runs_is_one_line_and_its_own_exit_status(
 
 
 def test_the_last_line_of_a_run_says_what_was_spent_where_something_is_promised() -> None:
-    from sim.commands.cli import _privacy_text
+    from sim.commands.cli.printing import privacy_text
 
     spent = {
         "mechanism": "dp_sgd",
@@ -396,7 +396,7 @@ def test_the_last_line_of_a_run_says_what_was_spent_where_something_is_promised(
         "budget": 8,
         "epsilon": 7.99996,
     }
-    assert _privacy_text(spent) == "; epsilon 8 of 8 for each example, delta 1e-05"
+    assert privacy_text(spent) == "; epsilon 8 of 8 for each example, delta 1e-05"
     noised = {
         "mechanism": "gaussian",
         "unit": "client",
@@ -404,9 +404,9 @@ def test_the_last_line_of_a_run_says_what_was_spent_where_something_is_promised(
         "budget": None,
         "epsilon": 12.3456,
     }
-    assert _privacy_text(noised) == "; epsilon 12.35 for each client, delta 1e-05"
-    assert _privacy_text({}) == ""
-    assert "–" in _privacy_text({"mechanism": "own:Noise", "unknown": "nobody knows"})  # noqa: RUF001
+    assert privacy_text(noised) == "; epsilon 12.35 for each client, delta 1e-05"
+    assert privacy_text({}) == ""
+    assert "–" in privacy_text({"mechanism": "own:Noise", "unknown": "nobody knows"})  # noqa: RUF001
 
 
 SWEPT = (

@@ -8,10 +8,11 @@ import pytest
 from fedkd.inputs import InputShape
 from fedkd.models import ModelSettings
 from fedkd.training import Network, Work
-from sim.commands.running import run
-from sim.devices.effort import Effort, Efforts
+from sim.commands.running import run, settings_of_run
+from sim.devices.effort import Effort, network_rows, operations
 from sim.keeping.records import read_rows
 from sim.reports.runs import load_run
+from sim.server.observers import Observer
 from sim.settings import Settings
 
 MLP = ModelSettings(name="mlp", options={"hidden": [4]})
@@ -20,31 +21,45 @@ WORDS = ("rounds=2", "clients.count=3", "clients.models=[{name: mlp, options: {h
 
 
 def efforts_of(result) -> list[dict[str, float]]:
-    keys = [f"{whose}_{name}" for whose in ("client", "server") for name in Effort._fields]
     rows = [r for r in read_rows(result.folder / "metrics.jsonl") if r["scope"] == "federation"]
-    return [{key: row[key] for key in keys if key in row} for row in rows]
+    kinds = ("client_steps", "client_rows", "server_steps", "server_rows", "trained_", "predicted_")
+    return [{key: row[key] for key in row if key.startswith(kinds)} for row in rows]
 
 
-def test_effort_of_known_work() -> None:
+def test_operations_are_rows_times_what_a_row_costs() -> None:
     # 4 x 4 and 4 x 3 weights: forwards 2 operations each; backwards as many for the weights, and
     # for the second layer's inputs again.
-    work = Work(trained=Counter({NETWORK: 5}), predicted=Counter({NETWORK: 2}), steps=3)
-    effort = Efforts(num_classes=3).of(work)
     forwards, backwards = 2 * 28, 2 * 28 + 2 * 12
-    assert (effort.steps, effort.rows) == (3, 5)
-    assert effort.gflops == pytest.approx((5 * (forwards + backwards) + 2 * forwards) / 1e9)
+    known = network_rows([NETWORK, NETWORK], num_classes=3)
+    rows = [{"trained_0": 5, "predicted_1": 2}, {"trained_0": 1}]
+    assert operations(rows, known) == 6 * (forwards + backwards) + 2 * forwards
+    # A network that nobody announced, and one whose code is not here.
+    assert operations([{"trained_other": 1}], known) is None
+    gone = [{**known[0], "model": {"name": "gone.module:build"}}]
+    assert operations(rows, gone) is None
 
 
-def test_efforts_add_up_and_unknown_operations_stay_unknown() -> None:
-    assert Effort(1, 2, 0.5).plus(Effort(3, 4, 1.0)) == Effort(4, 6, 1.5)
-    assert Effort(1, 2, None).plus(Effort(3, 4, 1.0)) == Effort(4, 6, None)
+def test_effort_is_by_network_and_adds_up() -> None:
+    other = Network(MLP, InputShape((1, 3, 3)))
+    work = Work(trained=Counter({NETWORK: 5}), predicted=Counter({NETWORK: 2, other: 4}), steps=3)
+    effort = Effort.of(work, [NETWORK])
+    assert effort == Effort(3, Counter({"0": 5}), Counter({"0": 2, "other": 4}))
+    assert effort.by_network == {"trained_0": 5, "predicted_0": 2, "predicted_other": 4}
+    assert effort.plus(effort).by_network == {
+        "trained_0": 10,
+        "predicted_0": 4,
+        "predicted_other": 8,
+    }
+    assert effort.row("server") == {"server_steps": 3, "server_rows": 5}
+    assert Effort().row("server") == {}
 
 
 def test_what_a_client_reports_is_taken_out_of_its_metrics() -> None:
-    metrics = {"loss/ce": 1.0, **Effort(7, 90, 0.25).metrics}
-    assert Effort.taken(metrics) == Effort(7, 90, 0.25)
+    effort = Effort(7, Counter({"0": 90, "1": 4}), Counter({"1": 8}))
+    metrics = {"loss/ce": 1.0, **effort.metrics}
+    assert Effort.taken(metrics) == effort
     assert metrics == {"loss/ce": 1.0}
-    assert Effort.taken({}) == Effort(0, 0, None)
+    assert Effort.taken({}) == Effort()
 
 
 @pytest.mark.parametrize("vectorize", ["loop", "vmap"])
@@ -86,23 +101,30 @@ def test_what_a_teacher_took_before_the_first_round_belongs_to_the_run(
 
 
 def test_a_run_says_what_it_took(small: Callable[..., Settings]) -> None:
-    result = run(small(*WORDS, "strategy.name=dsfl", "strategy.server_model=mlp"))
+    result = run(small(*WORDS, "strategy.name=dsfl", "strategy.server_model=cnn"))
     record, rows = load_run(result.folder), efforts_of(result)
     assert record.effort("steps") == sum(r["client_steps"] + r["server_steps"] for r in rows)
     assert record.effort("steps", "server") == sum(r["server_steps"] for r in rows) > 0
-    assert record.effort("gflops") == pytest.approx(
-        sum(r["client_gflops"] + r["server_gflops"] for r in rows)
-    )
+    assert [each["model"]["name"] for each in record.result["networks"]] == ["mlp", "cnn"]
+    # The server's model only learns, the clients' also predict public rows.
+    assert sum(row["trained_1"] for row in rows) == record.effort("rows", "server")
+    assert all(row["predicted_0"] for row in rows)
+    assert record.gflops is not None
+    assert record.gflops > 0
 
 
-def test_a_model_that_hides_its_arithmetic_is_counted_without(
-    small: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def hidden(*_: object) -> None:
-        raise NotImplementedError
+def test_a_resumed_run_counts_alike(small: Callable[..., Settings]) -> None:
+    settings = small(*WORDS, "strategy.name=one_way", "rounds=3", "checkpoints.every=1")
+    whole = run(settings)
 
-    monkeypatch.setattr("sim.devices.clock.row_flops", hidden)
-    result = run(small(*WORDS, "strategy.name=local", "clients.local.steps=4"))
-    assert [row["client_gflops"] for row in efforts_of(result)] == [None, None]
-    assert load_run(result.folder).effort("gflops") is None
-    assert load_run(result.folder).effort("steps") == 24
+    class Stop(Observer):
+        def completed(self, round: int) -> None:
+            if round == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(settings, observers=[Stop()])
+    folder = stopped.value.folder
+    resumed = run(settings_of_run(folder), resume=folder)
+    assert efforts_of(resumed) == efforts_of(whole)
+    assert load_run(folder).result["networks"] == load_run(whole.folder).result["networks"]

@@ -1,0 +1,39 @@
+"""The command line: ``fedkd run``, ``compare``, ``distill``, ``data``, ``predict``, ``export``, ...
+
+Every command is a thin shell around the function of the same name in `sim`. Heavy imports wait
+until a command needs them, so that ``--help`` and mistakes answer at once.
+"""
+
+from collections.abc import Callable
+
+from sim.commands.cli.distillation import distill
+from sim.commands.cli.ending import main
+from sim.commands.cli.looking import algorithms, data, privacy
+from sim.commands.cli.reporting import report
+from sim.commands.cli.runs import attack, replay, run, value
+from sim.commands.cli.shell import Command, ManyTimes, app
+from sim.commands.cli.studies import compare, museum
+from sim.commands.cli.trained import export, predict
+
+__all__ = ["app", "main"]
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    run,
+    compare,
+    museum,
+    distill,
+    data,
+    privacy,
+    attack,
+    replay,
+    value,
+    predict,
+    export,
+    algorithms,
+    report,
+)
+"""In the order of the help."""
+
+for command in COMMANDS:
+    app.command(cls=ManyTimes if command is replay else Command)(command)
