@@ -43,9 +43,7 @@ def arms_table(runs: Runs) -> str:
     for base in dict.fromkeys(arm.rpartition("-")[0] for arm in runs):
         found = [summarize(f"{base}-{alpha}", runs[f"{base}-{alpha}"]) for alpha in ALPHAS]
         cells = [
-            percent(each.last.get(key))
-            for key in ("accuracy", "server_accuracy")
-            for each in found
+            percent(each.last.get(key)) for key in ("accuracy", "server_accuracy") for each in found
         ]
         cells += [_both(found, name) for name in ("steps", "server_steps", "rows", "gflops")]
         cells += [kilobytes(found[-1].bytes_up), kilobytes(found[-1].bytes_down)]
