@@ -186,16 +186,22 @@ def standard_errors(
 
     Args:
         marginals: one row an order.
-        antithetic: whether rows come in pairs. A last row without its partner is left aside: it
-            counts for the mean, and says little of how far pairs spread.
+        antithetic: whether rows come in pairs. A last row without its partner is part of the mean
+            with half the weight of a pair, and as uncertain as any single order.
     """
-    drawn = marginals
-    if antithetic:
-        even = len(marginals) // 2 * 2
-        drawn = (marginals[0:even:2] + marginals[1:even:2]) / 2
-    if len(drawn) < 2:
+    count = len(marginals)
+    if not antithetic:
+        if count < 2:
+            return np.full(marginals.shape[1], np.nan)
+        return np.sqrt(marginals.var(axis=0, ddof=1) / count)
+    even = count // 2 * 2
+    pairs = (marginals[0:even:2] + marginals[1:even:2]) / 2
+    if len(pairs) < 2:
         return np.full(marginals.shape[1], np.nan)
-    errors: np.ndarray = drawn.std(axis=0, ddof=1) / math.sqrt(len(drawn))
+    of_all = 4 * len(pairs) * pairs.var(axis=0, ddof=1)
+    if even < count:
+        of_all = of_all + marginals.var(axis=0, ddof=1)
+    errors: np.ndarray = np.sqrt(of_all) / count
     return errors
 
 

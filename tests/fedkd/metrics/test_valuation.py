@@ -66,11 +66,25 @@ def test_standard_errors_are_those_of_independent_draws():
     # Orders: mean 3, variance (4 + 0 + 1 + 9) / 3, over 4.
     alone = standard_errors(marginals, antithetic=False)
     assert alone == pytest.approx([math.sqrt(14 / 3 / 4)])
-    # Pairs: 2 and 4, whose variance is 2, over 2. A row without partner changes nothing.
+    # Pairs: 2 and 4, whose variance is 2, over 2.
     assert standard_errors(marginals, antithetic=True) == pytest.approx([1.0])
-    odd = np.concatenate([marginals, [[100.0]]])
-    assert standard_errors(odd, antithetic=True) == pytest.approx([1.0])
+    # A fifth order alone: the mean is (4 + 8 + 3) / 5, its variance (4 (2 + 2) + 14 / 4) / 25.
+    odd = np.concatenate([marginals, [[3.0]]])
+    assert standard_errors(odd, antithetic=True) == pytest.approx([math.sqrt((16 + 3.5) / 25)])
     assert np.isnan(standard_errors(marginals[:1], antithetic=False)).all()
+
+
+def test_an_order_without_its_partner_leaves_doubt_where_pairs_leave_none():
+    def both(coalition):
+        return float(len(coalition) == 2)
+
+    orders = drawn_permutations(2, 5, np.random.default_rng(0))
+    even, odd = sampled_shapley(both, orders[:4]), sampled_shapley(both, orders)
+    # A pair has both orders of two players: exact.
+    assert even.values.tolist() == [0.5, 0.5]
+    assert even.standard_errors.tolist() == [0, 0]
+    assert sorted(odd.values) == pytest.approx([0.4, 0.6])
+    assert (odd.standard_errors > 0.1).all()
 
 
 @given(games, st.integers(1, 7), st.booleans(), st.integers(0, 99))
