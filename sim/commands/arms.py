@@ -206,17 +206,27 @@ class _Reader:
             remarks,
             self._equal(arms, kept, known, said),
             grid_of(bases, sweep, names, arms) if sweep else None,
-            self._families(settings.study.families, kept, known),
+            self._families(
+                settings.study.families, list(zip(made, names, strict=True)), arms, known
+            ),
         )
 
     def _families(
-        self, families: Mapping[str, Sequence[str]], kept: Mapping[str, Draft], known: Table
+        self,
+        families: Mapping[str, Sequence[str]],
+        made: Sequence[tuple[Draft, str]],
+        arms: Mapping[str, Settings],
+        known: Table,
     ) -> Families:
         """Return the arms of each family; with a sweep it is one for each combination of values.
 
+        An arm that several combinations have in common is in the family of each of them; families
+        of the same arms are one.
+
         Args:
             families: the names of arms before they are swept over.
-            kept: what each arm of the study is made of.
+            made: each combination, and the arm that it is.
+            arms: of the study.
             known: arms that the file has.
 
         Raises:
@@ -229,11 +239,17 @@ class _Reader:
                 raise SettingsError(
                     f"study.families.{family}: {_unknown(strangers[0], list(known))}"
                 )
+            of_values: dict[str, list[str]] = {}
             for base in bases:
-                for name, draft in kept.items():
-                    if draft.base == base:
-                        found.setdefault(name_of(family, draft.swept.values()), []).append(name)
-        return {family: arms for family, arms in found.items() if len(arms) > 1}
+                for draft, name in made:
+                    if draft.base == base and name in arms:
+                        of_values.setdefault(name_of(family, draft.swept.values()), []).append(name)
+            apart: list[list[str]] = []
+            for told, members in of_values.items():
+                if len(members) > 1 and members not in apart:
+                    found[told] = members
+                    apart.append(members)
+        return found
 
     def _arm(self, draft: Draft, known: Table, said: _Words, words: Sequence[str]) -> Settings:
         name, label = draft.base, draft.label

@@ -297,6 +297,25 @@ def test_a_family_is_one_for_each_value_of_a_sweep(study: Read) -> None:
     assert few.families == {"all": ["one", "three"]}
 
 
+def test_an_arm_that_combinations_have_in_common_is_in_the_family_of_each(study: Read) -> None:
+    # `local` has no temperature, and without anybody an adversary changes nothing: one arm each.
+    for sweep, expected in (
+        (
+            "{strategy.temperature: [1, 3]}",
+            {"pair-1": ["two-1", "one"], "pair-3": ["two-3", "one"]},
+        ),
+        (
+            "{adversary: [{kind: none}, {kind: sign_flip, fraction: 0.0}]}",
+            {"pair-none": ["two", "one"]},
+        ),
+    ):
+        read = study(
+            "study: {arms: {one: {strategy: {name: local}}, two: {strategy: {name: dml}}}, "
+            f"families: {{pair: [two, one]}}, sweep: {sweep}}}"
+        )
+        assert read.families == expected
+
+
 @pytest.mark.parametrize(
     ("families", "told"),
     [
