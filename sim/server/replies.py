@@ -256,7 +256,7 @@ class Replies:
         late: dict[int, str] = {}
         asked = 0
         for client, message in messages:
-            asked += 1
+            asked += client not in self._left_out
             unreached = message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
             waits = waits or (message.has_error() and not unreached)
             if not unreached:
@@ -290,7 +290,7 @@ class Replies:
                 self._count(client, "up", reply.payload)
             if payload is not None and client not in self._left_out:
                 yield Upload(client, payload, self._num_examples[client])
-        if 1 < len(late) == asked - len(self._left_out):
+        if 1 < len(late) == asked:
             self._tell_of_all(late)
         else:
             for client in late:

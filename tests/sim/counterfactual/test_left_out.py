@@ -236,6 +236,22 @@ def test_it_cannot_make_up_for_others_who_fail(
     assert sorted(grid.told["train"][1]) == [0]
 
 
+def test_nobody_in_time_is_said_only_where_nobody_was(
+    tiny_data: Make, tiny_settings: Make, simulate: Make
+) -> None:
+    late = {"kind": "delay", "seconds": 100.0, "rounds": [1]}
+    settings = tiny_settings(
+        rounds=1,
+        clock={"speed": 1e18, "deadline_s": 5.0},
+        engine={"backend": "inline", "quorum": 0.5},
+        # All at first; when they are asked again, without the ghost, all but one.
+        faults=[late, {**late, "clients": [0, 2], "attempts": 2}],
+        **left_out(GHOST),
+    )
+    events = [row["event"] for row in simulate(settings, tiny_data()).events]
+    assert events == ["left out", "all rejected", "round retried", "rejected", "rejected"]
+
+
 def test_what_is_judged_is_who_remains(
     tiny_data: Make, tiny_settings: Make, simulate: Make
 ) -> None:
