@@ -189,19 +189,15 @@ def standard_errors(
         antithetic: whether rows come in pairs. A last row without its partner is part of the mean
             with half the weight of a pair, and as uncertain as any single order.
     """
-    count = len(marginals)
-    if not antithetic:
-        if count < 2:
-            return np.full(marginals.shape[1], np.nan)
-        return np.sqrt(marginals.var(axis=0, ddof=1) / count)
-    even = count // 2 * 2
-    pairs = (marginals[0:even:2] + marginals[1:even:2]) / 2
-    if len(pairs) < 2:
+    count, size = len(marginals), 2 if antithetic else 1
+    whole = count // size * size
+    drawn = marginals[:whole].reshape(-1, size, marginals.shape[1]).mean(1)
+    if len(drawn) < 2:
         return np.full(marginals.shape[1], np.nan)
-    of_all = 4 * len(pairs) * pairs.var(axis=0, ddof=1)
-    if even < count:
-        of_all = of_all + marginals.var(axis=0, ddof=1)
-    errors: np.ndarray = np.sqrt(of_all) / count
+    variance = size**2 * len(drawn) * drawn.var(axis=0, ddof=1)
+    if whole < count:
+        variance = variance + marginals.var(axis=0, ddof=1)
+    errors: np.ndarray = np.sqrt(variance) / count
     return errors
 
 
