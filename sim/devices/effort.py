@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedkd.compression.cost import row_flops
-from fedkd.inputs import InputShape, Shape
+from fedkd.inputs import InputShape, Shape, input_shape_of
 from fedkd.models import ModelSettings, build_model
 from fedkd.training import Network, RowFlops, Work
 from strategies.contract import Strategy
@@ -34,12 +34,12 @@ def networks_of(strategy: Strategy[Any, Any]) -> tuple[Network, ...]:
     """Return every network that clients and server of a run have, each once, in a fixed order."""
     federation = strategy.federation
     clients = [
-        Network(model, federation.shape_of(client))
+        Network(model, input_shape_of(federation.shape_of(client)))
         for client in federation.first_clients.values()
         for model in _models_of(strategy, client)
     ]
     servers = [
-        Network(each.model, each.input_shape or federation.input_shape)
+        Network(each.model, input_shape_of(each.input_shape or federation.input_shape))
         for each in strategy.server_models().values()
     ]
     return tuple(dict.fromkeys([*clients, *servers]))

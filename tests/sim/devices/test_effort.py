@@ -113,6 +113,13 @@ def test_a_run_says_what_it_took(small: Callable[..., Settings]) -> None:
     assert record.gflops > 0
 
 
+def test_networks_of_features_are_known_as_well(small: Callable[..., Settings]) -> None:
+    result = run(small(*WORDS, "strategy.name=fedgkt"))
+    counted = {key for row in efforts_of(result) for key in row if key.startswith("trained_")}
+    assert counted == {"trained_0", "trained_1"}
+    assert load_run(result.folder).gflops
+
+
 def test_a_resumed_run_counts_alike(small: Callable[..., Settings]) -> None:
     settings = small(*WORDS, "strategy.name=one_way", "rounds=3", "checkpoints.every=1")
     whole = run(settings)
