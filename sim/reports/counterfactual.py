@@ -81,7 +81,9 @@ def replay_words(found: Mapping[str, Any]) -> list[str]:
     first, (before, after) = found["first_difference"], found["weights_sha256"]
     said = []
     if before == after:
-        said.append(f"Equal bits: both end with the weights {str(before)[:16]}.")
+        said.append(f"Equal bits: clients of both end with the weights {str(before)[:16]}.")
+        if first is not None:
+            said.append(f"Other figures, such as the server model's, differ from round {first} on.")
     elif first is None:
         said.append("No figure of those who remain differs in any round.")
     else:

@@ -367,12 +367,16 @@ class ServerTools:
         if settings.input_shape is None and settings.optimizer is None:
             return self._pool
         if name not in self._pools:
-            tensors = self._tensors
-            if settings.input_shape is not None:
-                none = torch.zeros(2, *settings.input_shape, device=self._device)
-                tensors = self._given(none, torch.zeros(2, dtype=torch.int64))
-            self._pools[name] = ModelPool(tensors, settings.optimizer or self._optimizer)
+            optimizer = settings.optimizer or self._optimizer
+            self._pools[name] = ModelPool(self._seen_by(settings), optimizer)
         return self._pools[name]
+
+    def _seen_by(self, settings: ServerModelSettings) -> TrainingData:
+        """Return what a model reads: the run's rows, or nothing but the shape of its features."""
+        if settings.input_shape is None:
+            return self._tensors
+        none = torch.zeros(2, *settings.input_shape, device=self._device)
+        return self._given(none, torch.zeros(2, dtype=torch.int64))
 
     def _given(self, inputs: torch.Tensor, labels: torch.Tensor) -> TrainingData:
         return TrainingData(
@@ -391,8 +395,9 @@ class ServerTools:
         given: GivenRows | None = None,
     ) -> LoopCohort:
         settings = self._settings(model.name)
-        tensors = self._tensors
-        if given is not None:
+        if given is None:
+            tensors = self._seen_by(settings)
+        else:
             tensors = self._given(as_tensor(given.inputs), as_tensor(given.labels))
         member = Member(
             self._number(model.name),

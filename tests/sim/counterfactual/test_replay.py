@@ -313,6 +313,11 @@ def test_tables_say_what_is_otherwise() -> None:
         ["+2.5", "-1.5", "+2.5", NOTHING],
     ]
     assert "is of round 5" in replay_words(row)[0]
+    # A digest is of clients' weights: a server's model may differ where it teaches nobody.
+    row["weights_sha256"] = ["a" * 64] * 2
+    assert "clients of both end with the weights aaaa" in replay_words(row)[0]
+    assert "server model's, differ from round 5 on" in replay_words(row)[1]
+    assert "differ" not in " ".join(replay_words({**row, "first_difference": None}))
 
 
 def test_the_first_difference_is_of_those_who_remain(finished: Make) -> None:
