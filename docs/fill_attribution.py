@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sim.reports.families import compare_families
 from sim.reports.runs import RunRecord, load_study, study_families
-from sim.reports.statistics import ArmSummary, summarize
+from sim.reports.statistics import MEASURES, ArmSummary, summarize
 from sim.reports.tables import kilobytes, p_text, percent
 from sim.reports.terminal import NOTHING
 
@@ -54,7 +54,9 @@ def arms_table(runs: Runs) -> str:
 def _both(found: Sequence[ArmSummary], name: str) -> str:
     """Return a number of effort: one for both splits where it is the same."""
     texts = dict.fromkeys(
-        NOTHING if (value := each.measures.get(name)) is None else f"{value.mean:,.0f}"
+        NOTHING
+        if (value := each.measures.get(name)) is None
+        else f"{value.mean:,.{MEASURES[name].decimals}f}"
         for each in found
     )
     return " / ".join(texts)

@@ -11,6 +11,7 @@ Judging models is no part of it. Nor is what a server computes without one of it
 coefficients, gates, and generators, which are trained by steps of their own.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from strategies.contract import Strategy
 PREFIX = "effort_"
 """Begins what a client reports of its effort, which is summed up and in no row of its own."""
 
+_PLACE = re.compile("0|[1-9][0-9]{0,3}")
 _UNKNOWN = "other"
 """Stands for a network that nobody announced."""
 
@@ -99,16 +101,21 @@ class Effort:
 
     @classmethod
     def taken(cls, metrics: MutableMapping[str, float]) -> "Effort":
-        """Take what a client reported of its effort out of its metrics."""
-        own = {key: int(metrics.pop(key)) for key in list(metrics) if key.startswith(PREFIX)}
+        """Take what a client reported of its effort out of its metrics.
 
-        def rows(kind: str) -> Counter[str]:
-            start = f"{PREFIX}{kind}_"
-            return Counter(
-                {k.removeprefix(start): v for k, v in own.items() if k.startswith(start)}
-            )
-
-        return cls(own.get(f"{PREFIX}steps", 0), rows("trained"), rows("predicted"))
+        Whatever it calls its networks: what is no place of one counts for an unknown one.
+        """
+        own = {
+            key.removeprefix(PREFIX): max(0, int(metrics.pop(key)))
+            for key in list(metrics)
+            if key.startswith(PREFIX)
+        }
+        rows: dict[str, Counter[str]] = {"trained": Counter(), "predicted": Counter()}
+        for key, count in own.items():
+            kind, _, place = key.partition("_")
+            if kind in rows:
+                rows[kind][place if _PLACE.fullmatch(place) else _UNKNOWN] += count
+        return cls(own.get("steps", 0), rows["trained"], rows["predicted"])
 
     @property
     def by_network(self) -> dict[str, int]:

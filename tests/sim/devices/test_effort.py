@@ -60,6 +60,15 @@ def test_what_a_client_reports_is_taken_out_of_its_metrics() -> None:
     assert Effort.taken(metrics) == effort
     assert metrics == {"loss/ce": 1.0}
     assert Effort.taken({}) == Effort()
+    # A stranger's client names no column of the record.
+    odd = {
+        "effort_trained_<b>": 5.0,
+        "effort_predicted_01": 2.0,
+        "effort_why": 1.0,
+        "effort_steps": -3,
+    }
+    assert Effort.taken(odd) == Effort(0, Counter({"other": 5}), Counter({"other": 2}))
+    assert odd == {}
 
 
 @pytest.mark.parametrize("vectorize", ["loop", "vmap"])
