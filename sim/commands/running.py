@@ -493,10 +493,12 @@ def _check_kept(ours: Settings, wanted: Settings) -> None:
 
 def _finished_result(folder: Path, settings: Settings) -> RunResult:
     result = read_result(folder, rows=True)
+    history = read_history(folder)
+    history.networks = result.get("networks", [])
     return run_result(
         settings,
         folder,
-        read_history(folder),
+        history,
         digest=result.get("weights_sha256"),
         backends=result.get("backends", {}),
         models=result.get("models", {}),

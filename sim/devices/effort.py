@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from fedkd import own_code
 from fedkd.compression.cost import row_flops
 from fedkd.inputs import InputShape, Shape, input_shape_of
 from fedkd.models import ModelSettings, build_model
@@ -180,12 +181,15 @@ def operations(
 
 def _cost_of(network: Mapping[str, Any]) -> RowFlops | None:
     try:
+        if own_code.is_own_code(network["model"]["name"]):
+            # Reading a record runs nobody's code.
+            return None
         model = ModelSettings.model_validate(network["model"])
         sides, vocabulary = tuple(network["sides"]), network["vocabulary"]
         return _row_flops(model.model_dump_json(), sides, vocabulary, int(network["classes"]))
     except Exception:
-        # Code of the user's own that is not here, or that torch's counter cannot follow; a number
-        # that is for information only ends no report.
+        # Of another version, or what torch's counter cannot follow; a number that is only for
+        # information ends no report.
         return None
 
 

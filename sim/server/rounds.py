@@ -137,6 +137,8 @@ class RoundLoop:
                 "another run, which is not in its folder: fedkd replay RUN --from-round "
                 f"{since} makes it anew"
             )
+        # Of a round that was broken off nothing counts.
+        self._server.take_work()
         with authors_code("before round 1, the server's half"):
             state = self._checked(self._strategy.begin(self._server), "begin")
         check_asked(self._stages, self._strategy, state, self._server)

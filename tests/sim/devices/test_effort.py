@@ -33,7 +33,7 @@ def test_operations_are_rows_times_what_a_row_costs() -> None:
     known = network_rows([NETWORK, NETWORK], num_classes=3)
     rows = [{"trained_0": 5, "predicted_1": 2}, {"trained_0": 1}]
     assert operations(rows, known) == 6 * (forwards + backwards) + 2 * forwards
-    # A network that nobody announced, and one whose code is not here.
+    # A network that nobody announced, and one of the user's own, whose code no reader runs.
     assert operations([{"trained_other": 1}], known) is None
     gone = [{**known[0], "model": {"name": "gone.module:build"}}]
     assert operations(rows, gone) is None
