@@ -15,6 +15,7 @@ from sim.commands.sweeps import is_swept, sweep_notes
 from sim.engine.resources import check_engine
 from sim.keeping.identity import fingerprint
 from sim.keeping.models import kept_otherwise
+from sim.keeping.plans import announced
 from sim.keeping.provenance import Place, Provenance, notes_on, place_run, provenance_of
 from sim.keeping.records import (
     SETTINGS_FILE,
@@ -182,6 +183,26 @@ class StudyPlan:
             parts.append(f"{len(self.left)} to run")
         return "; ".join(parts)
 
+    def to_row(self) -> Row:
+        """Return what is going to be there, as plain values: what a study's folder says of it."""
+        first = self.study.settings.seed
+        return {
+            "name": self.study.settings.name,
+            "baseline": self.baseline,
+            "arms": {
+                arm: [
+                    {
+                        "seed": first + offset,
+                        "folder": os.path.relpath(of_run, self.folder),
+                        "rounds": self.study.arms[arm].rounds,
+                    }
+                    for offset, of_run in enumerate(of_arm)
+                ]
+                for arm, of_arm in self.folders.items()
+            },
+            "refused": dict(self.refused),
+        }
+
 
 def plan_study(
     study: Study,
@@ -292,7 +313,8 @@ def compare(
     baseline, notes, refused = plan.baseline, plan.notes, plan.refused
     if planned is not None:
         planned(plan)
-    _run_all(plan.left, observer_of, accept_code=accept_code)
+    with announced(folder, plan.to_row()):
+        _run_all(plan.left, observer_of, accept_code=accept_code)
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }

@@ -46,6 +46,7 @@ SHOWING = (
     "sim/commands/progress.py",
     "sim/commands/overview.py",
     "sim/commands/planning.py",
+    "sim/keeping/plans.py",
     "sim/__main__.py",
 )
 """What shows numbers and makes none."""

@@ -114,6 +114,13 @@ def test_an_interrupted_study_goes_on_where_it_stopped(small: Small) -> None:
         compare(settings, seeds=1, observer_of=stop_in_hot)
     folder = settings.output / settings.name
     assert [is_finished(run) for run in sorted(folder.glob("*/seed-*"))] == [True, False]
+    # What was to come is written down, also of runs that were not begun.
+    (path,) = folder.glob("plan-*.json")
+    plan = json.loads(path.read_text())
+    assert list(plan["arms"]) == ["alone", "hot", "cold"]
+    (run_of_cold,) = plan["arms"]["cold"]
+    assert (run_of_cold["seed"], run_of_cold["rounds"]) == (0, 2)
+    assert not (folder / run_of_cold["folder"]).exists()
     started: list[tuple[str, int]] = []
     resumed = compare(settings, seeds=1, observer_of=lambda a, s: [Counting(started, a, s)])
     assert started == [("hot", 0), ("cold", 0)]
