@@ -23,6 +23,7 @@ from sim.keeping.records import (
     make_folder,
     only_one,
     to_json,
+    turn,
     write_text,
 )
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
@@ -134,6 +135,11 @@ class PlannedRun:
         """Whether it was started before, so that it goes on where it stopped."""
         return _is_begun(self.folder)
 
+    @property
+    def finished(self) -> bool:
+        """Whether it is finished by now, with all attacks that are asked for."""
+        return is_finished(self.folder) and _is_attacked(self.folder, self.settings)
+
 
 @dataclass(frozen=True, slots=True)
 class StudyPlan:
@@ -243,13 +249,12 @@ def plan_study(
     folders, notes = _place_runs(folder, runs, accept_code=accept_code, remember=writes)
     for note in [*study.remarks, *study.notes, *notes]:
         tell(note)
-    unfinished = [
-        PlannedRun(arm, of_run, run_folder)
+    planned = (
+        PlannedRun(arm, runs[arm][offset], folders[arm][offset])
         for offset in range(count)
         for arm in runs
-        for of_run, run_folder in [(runs[arm][offset], folders[arm][offset])]
-        if not is_finished(run_folder) or not _is_attacked(run_folder, of_run)
-    ]
+    )
+    unfinished = [each for each in planned if not each.finished]
     refused = _check_all(unfinished, show=settings.study.refused == "show")
     for note in refused_notes(refused):
         tell(note)
@@ -314,7 +319,7 @@ def compare(
     if planned is not None:
         planned(plan)
     with announced(folder, plan.to_row()):
-        _run_all(plan.left, observer_of, accept_code=accept_code)
+        _run_all(plan.left, observer_of, accept_code=accept_code, tell=tell or _ignore)
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
@@ -533,22 +538,73 @@ def _run_all(
     observer_of: Callable[[str, int], Sequence[Observer]] | None,
     *,
     accept_code: bool,
+    tell: Callable[[str], None],
 ) -> None:
     session: RaySession | None = None
     try:
-        for each in runs:
-            arm, settings, folder = each.arm, each.settings, each.folder
-            if settings.engine.backend == "ray" and session is None:
-                session = open_session(settings.engine)
-            make_folder(settings.output, folder)
-            run(
-                settings,
-                folder=folder,
-                resume=folder if each.begun else None,
-                accept_code=accept_code,
-                observers=observer_of(arm, settings.seed) if observer_of is not None else (),
-                session=session,
-            )
+        # Runs that another process is making come last: two commands share the work.
+        for waits in (False, True):
+            left = []
+            for each in runs:
+                if each.settings.engine.backend == "ray" and session is None:
+                    session = open_session(each.settings.engine)
+                made = make_run(
+                    each,
+                    observer_of,
+                    accept_code=accept_code,
+                    session=session,
+                    waits=waits,
+                    tell=tell,
+                )
+                if not made:
+                    left.append(each)
+            runs = left
     finally:
         if session is not None:
             session.close()
+
+
+def make_run(
+    each: PlannedRun,
+    observer_of: Callable[[str, int], Sequence[Observer]] | None,
+    *,
+    accept_code: bool,
+    session: "RaySession | None",
+    waits: bool,
+    tell: Callable[[str], None],
+) -> bool:
+    """Make a run of a study, or go on with it, unless another process has done so or does so.
+
+    Args:
+        each: the run.
+        observer_of: see `compare`; not called where there is nothing to run.
+        accept_code: see `compare`.
+        session: of Ray, where the run needs one.
+        waits: wait for another process that is making it.
+        tell: is told that another process is waited for, or that it has made the run.
+
+    Returns:
+        Whether the run is finished; False where another process is making it, and was not waited
+        for.
+    """
+    label = f"{each.arm} seed {each.settings.seed}"
+
+    def waiting(process: str) -> None:
+        tell(f"{label}: process {process} is making this run; waiting for it")
+
+    make_folder(each.settings.output, each.folder)
+    with turn(each.folder, waiting=waiting if waits else None) as ours:
+        if not ours:
+            return False
+        if each.finished:
+            tell(f"{label}: another command has made this run; it is taken as it is")
+            return True
+        run(
+            each.settings,
+            folder=each.folder,
+            resume=each.folder if each.begun else None,
+            accept_code=accept_code,
+            observers=observer_of(each.arm, each.settings.seed) if observer_of is not None else (),
+            session=session,
+        )
+    return True

@@ -10,7 +10,7 @@ import secrets
 import subprocess
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
 IDENTITY_FILE = "identity.json"
 LOCK_FILE = ".lock"
+TURN_FILE = ".turn"
 ROW_FILES = (METRICS_FILE, EXCHANGE_FILE, EVENTS_FILE)
 
 Marks = dict[str, dict[str, Any]]
@@ -257,7 +258,8 @@ def make_folder(output: Path, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        # Another process may try the same at the same moment.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise SettingsError(
             f"output: cannot write to {str(output)!r}: {error.strerror or error}"
@@ -609,15 +611,68 @@ def only_one(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def turn(folder: Path, *, waiting: Callable[[str], None] | None) -> Iterator[bool]:
+    """Have a run folder for oneself, from before one looks at what is in it.
+
+    Of several processes that are to make one run, one makes it; when it is the next one's turn,
+    the run is finished, or was stopped and can be gone on with. A process that was killed has no
+    turn any more.
+
+    Args:
+        folder: of the run; exists, and need not hold one yet.
+        waiting: is told which process has it, where there is one, and then it is waited for; None
+            does not wait.
+
+    Yields:
+        Whether it is ours: always, where it is waited for.
+    """
+    # Whoever goes on with the single run has only the folder's own lock.
+    with _having(folder / TURN_FILE, waiting) as first:
+        with _having(folder / LOCK_FILE, waiting) if first else nullcontext(False) as both:
+            pass
+        yield both
+
+
+@contextmanager
+def _having(path: Path, waiting: Callable[[str], None] | None) -> Iterator[bool]:
+    """Have the lock on a file inside the block; see `turn`."""
+    with storing(path.parent, goes_on="repeat the command"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                yield False
+                return
+            waiting(_holder(descriptor))
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _sign(descriptor)
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """Return the process that signed a lock."""
+    return os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a lock that this process has it."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
 def _lock(folder: Path) -> int:
     """Lock a run folder for this process and return the lock; it ends with the process."""
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        _sign(descriptor)
     except BlockingIOError:
-        holder = os.read(descriptor, 32).decode().strip() or "unknown"
+        holder = _holder(descriptor)
         os.close(descriptor)
         raise FolderBusyError(
             f"run folder {folder} is in use by process {holder}; wait for it or stop it first"

@@ -1,8 +1,12 @@
 import importlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,9 +18,9 @@ from PIL import Image
 
 from sim.commands.arms import study_of
 from sim.commands.running import run
-from sim.commands.study import StudyResult, baseline_arm, compare
+from sim.commands.study import StudyResult, baseline_arm, compare, plan_study
 from sim.keeping.identity import fingerprint
-from sim.keeping.records import is_finished, only_one
+from sim.keeping.records import is_finished, only_one, turn
 from sim.reports import load_study, report
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError
@@ -392,3 +396,83 @@ def test_two_commands_on_one_study_wait_for_each_other(small: Small) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "late"]
+
+
+def test_two_commands_on_one_study_make_every_run_once(small: Small) -> None:
+    settings = small(
+        "rounds=1", "study={seeds: 1, arms: {a: {strategy: local}, b: {strategy: dml}}}"
+    )
+    started: list[tuple[str, int]] = []
+    told: list[str] = []
+    both_plan = threading.Barrier(2)
+    found: list[StudyResult] = []
+
+    def command() -> None:
+        found.append(
+            compare(
+                settings,
+                observer_of=lambda arm, seed: [Counting(started, arm, seed)],
+                tell=told.append,
+                planned=lambda plan: both_plan.wait() and None,
+            )
+        )
+
+    threads = [threading.Thread(target=command) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(started) == [("a", 0), ("b", 0)]
+    first, second = found
+    assert first.to_row() == second.to_row()
+    # Each of them has taken what the other made, and says so; none was waited for in vain.
+    taken = [note for note in told if note.endswith("made this run; it is taken as it is")]
+    assert len(taken) == 2
+    assert all(f"process {os.getpid()} is making this run" in n for n in set(told) - set(taken))
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_study_make_every_run_once(
+    small: Small, small_words: tuple[str, ...]
+) -> None:
+    output = small().output
+    command = [sys.executable, "-m", "fedkd", "compare", "--arms", "local,dml", "--seeds", "2"]
+    command += [*small_words, f"output={output}", "--json"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    first, second = (json.loads(out) for out, _ in said)
+    assert first == second
+    runs = [path.parent for path in output.glob("default/*/*/result.json")]
+    assert len(runs) == 4
+    # Rows of two processes in one folder would be twice as many.
+    assert {len((run / "metrics.jsonl").read_bytes().splitlines()) for run in runs} == {10}
+
+
+def test_a_command_that_is_killed_leaves_its_run_to_the_other(small: Small) -> None:
+    settings = small("study={seeds: 1, arms: {a: {strategy: local}}}")
+    (planned,) = plan_study(study_of(settings)).left
+    planned.folder.mkdir(parents=True)
+    ready, hold = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with turn(planned.folder, waiting=None):
+            os.write(hold, b"!")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    told: list[str] = []
+
+    def tell(note: str) -> None:
+        told.append(note)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+    compare(settings, tell=tell)
+    assert told == [f"a seed 0: process {child} is making this run; waiting for it"]
+    assert planned.finished
+    os.close(ready)
+    os.close(hold)

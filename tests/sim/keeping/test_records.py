@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sim.keeping.records import (
     read_result,
     read_rows,
     to_json,
+    turn,
     write_text,
 )
 from sim.settings import Settings, SettingsError, load_settings
@@ -205,6 +207,36 @@ def test_a_run_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     # The one who came too late has changed nothing, and has not kept the folder busy.
     assert load_settings(tmp_path / "settings.yaml").rounds == Settings().rounds
     RunFolder(tmp_path, Settings()).__exit__()
+
+
+def test_a_turn_is_waited_for_or_given_up(tmp_path: Path) -> None:
+    told: list[str] = []
+    seen: list[str] = []
+
+    def late() -> None:
+        with turn(tmp_path, waiting=told.append) as ours:
+            seen.append(f"late {ours}")
+
+    with turn(tmp_path, waiting=None) as ours:
+        assert ours
+        with turn(tmp_path, waiting=None) as second:
+            assert not second
+        # Who has the turn may open the folder.
+        RunFolder(tmp_path, Settings()).__exit__()
+        thread = threading.Thread(target=late)
+        thread.start()
+        thread.join(0.1)
+        seen.append("first")
+    thread.join()
+    assert seen == ["first", "late True"]
+    assert told == [str(os.getpid())]
+
+
+def test_a_turn_waits_for_who_goes_on_with_the_run_alone(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Settings()), turn(tmp_path, waiting=None) as ours:
+        assert not ours
+    with turn(tmp_path, waiting=None) as ours:
+        assert ours
 
 
 def test_what_the_disk_refuses_is_one_error_that_says_how_to_go_on(
