@@ -8,8 +8,9 @@ family.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sim.reports.power import PRECISION
 from sim.reports.runs import RunRecord
-from sim.reports.statistics import Difference, compare_pairs, corrected
+from sim.reports.statistics import Difference, compare_pairs, corrected, smallest_p
 from sim.reports.tables import difference_row, p_text, percent
 from sim.reports.terminal import NOTHING, Column, FittedTable
 
@@ -77,15 +78,20 @@ def _smallest(differences: Sequence[Difference | None]) -> str:
     fewest = min((value.n for value in differences if value is not None), default=0)
     count = len(differences)
     told = f"p corrected for {count} pairs by Holm" if count > 1 else "p of 1 pair"
-    return told if fewest < 2 else f"{told}; sign-flip is at least {2 / 2**fewest:.3g}"
+    return told if fewest < 2 else f"{told}; sign-flip is at least {smallest_p(fewest):.3g}"
 
 
 def family_rows(
-    runs: Mapping[str, Sequence[RunRecord]], families: Families
+    runs: Mapping[str, Sequence[RunRecord]], families: Families, precision: float = PRECISION
 ) -> list[dict[str, Any]]:
     """Return one flat row for every pair of every family, see `pair_rows`."""
     return [
-        {"family": name, "first": first, "other": other, **difference_row("difference", value, p)}
+        {
+            "family": name,
+            "first": first,
+            "other": other,
+            **difference_row("difference", value, p, precision),
+        }
         for name, pairs in compare_families(runs, families).items()
         for (first, other), (value, p) in pairs.items()
     ]

@@ -11,6 +11,7 @@ from sim.reports.statistics import (
     difference_by_seed,
     estimate,
     holm,
+    is_decided,
     values_by_seed,
 )
 from sim.reports.tables import p_text, percent
@@ -185,7 +186,7 @@ def museum_table(found: Sequence[Finding]) -> FittedTable:
             emphasized=[
                 place
                 for place, each in enumerate(found)
-                if each.p_holm is not None and each.p_holm < 0.05
+                if each.cost is not None and is_decided(each.cost, each.p_holm)
             ],
         ),
         Column(title="p", cells=[_p(each) for each in found], rank=4),
@@ -230,11 +231,7 @@ def museum_words(found: Sequence[Finding]) -> list[str]:
     def named(chosen: Sequence[Finding]) -> str:
         return ", ".join(f"{each.show.name} ({each.show.algorithm})" for each in chosen)
 
-    sure = [
-        each
-        for each in found
-        if each.cost is not None and each.p_holm is not None and each.p_holm < 0.05
-    ]
+    sure = [each for each in found if each.cost is not None and is_decided(each.cost, each.p_holm)]
     worst = sorted(sure, key=lambda each: -each.cost.mean if each.cost else 0.0)
     groups = [
         ("cost accuracy", [each for each in worst if each.cost and each.cost.mean > 0]),

@@ -16,10 +16,16 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fedkd.names import nearest
+from sim.reports.power import (
+    CONFIDENCE,
+    PRECISION,
+    SeedsNeeded,
+    detectable_effect,
+    seeds_needed,
+    t_quantile,
+)
 from sim.reports.runs import RunRecord, number
 from sim.settings import SettingsError
-
-CONFIDENCE = 0.95
 
 ENOUGH_SEEDS = 6
 """With fewer pairs no test that assumes nothing can reach p < 0.05: signs alone reach 2 / 2**n."""
@@ -159,6 +165,32 @@ class Difference:
         """The p-value of the exact sign-flip test; None beyond `MOST_FLIPPED` pairs."""
         return sign_flip_p(self.pairs) if 1 < len(self.pairs) <= MOST_FLIPPED else None
 
+    @property
+    def p_smallest(self) -> float | None:
+        """The smallest p-value that the sign-flip test can reach; None as there.
+
+        Pairs without a difference have no sign that could be another, and count for nothing.
+        """
+        if self.p_sign_flip is None:
+            return None
+        return smallest_p(sum(difference != 0 for difference in self.pairs))
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation of the pairs; None for one pair, or where all differ by the same."""
+        if len(self.pairs) < 2 or self.low == self.high:
+            return None
+        return float(np.std(self.pairs, ddof=1))
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest effect that so many pairs find in 80 % of studies; None without `sd`."""
+        return None if self.sd is None else detectable_effect(self.sd, self.n)
+
+    def seeds_needed(self, precision: float = PRECISION) -> SeedsNeeded | None:
+        """Return how many pairs an interval of this half width needs; None without `sd`."""
+        return None if self.sd is None else seeds_needed(precision, self.sd, self.n)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary:
@@ -221,10 +253,7 @@ def estimate(values: Sequence[float], bounds: Bounds = ANYTHING) -> Estimate | N
 
 
 def _half_width(values: Sequence[float]) -> float:
-    from scipy import special  # imported late: a single run has no interval
-
-    quantile = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
-    return quantile * _standard_error(values)
+    return t_quantile(len(values)) * _standard_error(values)
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -265,13 +294,16 @@ def paired_difference(
     one, two = np.asarray(first, np.float64), np.asarray(other, np.float64)
     if not (np.isfinite(one).all() and np.isfinite(two).all()):
         raise ValueError(f"values must be finite, got {list(first)} and {list(other)}")
-    differences = tuple((two - one).tolist())
+    rounding = 1e-12 * max(np.abs(one).max(), np.abs(two).max())
+    # What differs by rounding only is a tie, and nobody is ahead.
+    differences = tuple(
+        0.0 if abs(difference) <= rounding else difference for difference in (two - one).tolist()
+    )
     mean, count = math.fsum(differences) / len(differences), len(differences)
     if count == 1:
         return Difference(mean, None, None, None, 1, pairs=differences)
-    rounding = 1e-12 * max(np.abs(one).max(), np.abs(two).max())
     if max(differences) - min(differences) <= rounding:
-        p_value = 1.0 if abs(mean) <= rounding else None
+        p_value = 1.0 if mean == 0 else None
         return Difference(mean, mean, mean, p_value, count, pairs=differences)
     low, high, clipped = _interval(mean, _half_width(differences), bounds)
     from scipy import special
@@ -304,6 +336,15 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float((np.abs(sums) >= seen - rounding).mean())
 
 
+def smallest_p(count: int) -> float:
+    """Return the smallest p-value that the sign-flip test of so many differences can reach.
+
+    They all have one sign then, and of the 2**n choices of signs two are as far from 0: 0.5 for two
+    differences, 0.25 for three, 0.0625 for five.
+    """
+    return min(1.0, 2.0 ** (1 - count))
+
+
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
     """Correct p-values of several comparisons, so that one false finding among all is as rare.
 
@@ -326,6 +367,15 @@ def corrected(differences: Mapping[Key, Difference | None]) -> dict[Key, float |
     return holm(
         {key: None if value is None else value.p_value for key, value in differences.items()}
     )
+
+
+def is_decided(difference: Difference, corrected_p: float | None) -> bool:
+    """Say whether one arm can be said to beat the other.
+
+    It can where the p-value, corrected for the number of comparisons, is below 0.05; never on two
+    seeds, whose spread is one number.
+    """
+    return difference.n > 2 and corrected_p is not None and corrected_p < 1 - CONFIDENCE
 
 
 def difference_by_seed(

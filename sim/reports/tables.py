@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sim.reports.grids import Grid
+from sim.reports.power import PRECISION
 from sim.reports.runs import RunRecord, number
 from sim.reports.statistics import (
     ACCURACIES,
@@ -16,6 +17,7 @@ from sim.reports.statistics import (
     compare_arms,
     compare_pairs,
     corrected,
+    is_decided,
     measured,
     measured_title,
     summarize,
@@ -316,7 +318,9 @@ def _marked(summaries: Sequence[ArmSummary]) -> bool:
 
 
 def summary_rows(
-    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None = None
+    runs: Mapping[str, Sequence[RunRecord]],
+    baseline: str | None = None,
+    precision: float = PRECISION,
 ) -> list[dict[str, Any]]:
     """Return one flat row an arm, plain values, None where there is nothing.
 
@@ -325,8 +329,9 @@ def summary_rows(
     the round with the best validation accuracy; ``difference...`` is mean client accuracy at the
     last round minus the baseline's (by default the first arm), paired by seed.
     ``difference_p_holm`` is corrected for all rows, ``difference_p_sign_flip`` that of the exact
-    sign-flip test. ``epsilon`` is the largest that any client of any seed has spent; None where
-    nothing is promised. ``simulated_s`` is what the simulated clock showed at the end,
+    sign-flip test; for the others see `difference_row`, where ``precision`` is the half width of
+    an interval that is wanted. ``epsilon`` is the largest that any client of any seed has spent;
+    None where nothing is promised. ``simulated_s`` is what the simulated clock showed at the end,
     ``simulated_s_to_target`` when the mean client first had ``clock.target_accuracy``, which
     ``reached_target`` runs had. ``steps``, ``rows`` and ``gflops`` are what learning took, of all
     clients and the server together; ``server_steps`` are the server's.
@@ -357,15 +362,18 @@ def summary_rows(
         reached = 0 if summary.to_target is None else summary.to_target.n
         row["reached_target"] = reached if summary.targets else None
         difference = differences.get(summary.arm)
-        row.update(difference_row("difference", difference, p_holm.get(summary.arm)))
+        row.update(difference_row("difference", difference, p_holm.get(summary.arm), precision))
         rows.append(row)
     return rows
 
 
-def pair_rows(runs: Mapping[str, Sequence[RunRecord]]) -> list[dict[str, Any]]:
+def pair_rows(
+    runs: Mapping[str, Sequence[RunRecord]], precision: float = PRECISION
+) -> list[dict[str, Any]]:
     """Return one flat row for every pair of arms: mean client accuracy at the last round.
 
-    ``difference`` is ``other`` minus ``first``; ``difference_p_holm`` is corrected for all pairs.
+    ``difference`` is ``other`` minus ``first``; ``difference_p_holm`` is corrected for all pairs;
+    for the others see `difference_row`.
     """
     differences = compare_pairs(runs, "accuracy", "last")
     p_holm = corrected(differences)
@@ -373,21 +381,43 @@ def pair_rows(runs: Mapping[str, Sequence[RunRecord]]) -> list[dict[str, Any]]:
         {
             "first": first,
             "other": other,
-            **difference_row("difference", value, p_holm[first, other]),
+            **difference_row("difference", value, p_holm[first, other], precision),
         }
         for (first, other), value in differences.items()
     ]
 
 
-def difference_row(key: str, value: Difference | None, p_holm: float | None) -> dict[str, Any]:
-    """Return a difference as flat plain values whose names begin with ``key``."""
+def difference_row(
+    key: str,
+    value: Difference | None,
+    p_holm: float | None,
+    precision: float = PRECISION,
+) -> dict[str, Any]:
+    """Return a difference as flat plain values whose names begin with ``key``.
+
+    ``_p_smallest`` is the smallest p that the sign-flip test of so many pairs can reach,
+    ``_decided`` whether one arm is said to beat the other, ``_sd`` the standard deviation of the
+    pairs, ``_detectable`` the smallest effect that the t-test of so many finds in 80 % of studies,
+    ``_seeds_needed`` how many pairs an interval with the half width ``precision`` needs, and
+    ``_seeds_needed_low`` and ``_high`` what that is at the ends of the 95 % interval of the
+    standard deviation. All None where they cannot be said.
+    """
+    needed = None if value is None else value.seeds_needed(precision)
     return {
         **_flat(key, value),
         f"{key}_p_value": _p_value(value),
         f"{key}_p_holm": p_holm,
         f"{key}_p_sign_flip": None if value is None else value.p_sign_flip,
+        f"{key}_p_smallest": None if value is None else value.p_smallest,
+        f"{key}_decided": value is not None and is_decided(value, p_holm),
         f"{key}_ahead": 0 if value is None else value.ahead,
         f"{key}_pairs": 0 if value is None else value.n,
+        f"{key}_sd": None if value is None else value.sd,
+        f"{key}_detectable": None if value is None else value.detectable,
+        f"{key}_seeds_needed": None if needed is None else needed.seeds,
+        f"{key}_seeds_needed_low": None if needed is None else needed.low,
+        f"{key}_seeds_needed_high": None if needed is None else needed.high,
+        f"{key}_precision": precision,
     }
 
 

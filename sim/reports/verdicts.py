@@ -1,26 +1,32 @@
 """What a comparison of arms amounts to, in sentences that claim no more than was measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+from sim.reports.power import CONFIDENCE, PRECISION
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
-    CONFIDENCE,
     ENOUGH_SEEDS,
     Difference,
     baseline_of,
     compare_arms,
     corrected,
+    is_decided,
+    smallest_p,
 )
 
 
 def verdicts(
-    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None = None
+    runs: Mapping[str, Sequence[RunRecord]],
+    baseline: str | None = None,
+    precision: float = PRECISION,
 ) -> tuple[str, ...]:
     """Say of each arm whether it beats the baseline in mean client accuracy at the last round.
 
     Args:
         runs: of each arm, one a seed.
         baseline: an arm; the first by default.
+        precision: the half width of an interval that is wanted, a share.
 
     Returns:
         A heading, a sentence for each other arm, and a remark where seeds are few; nothing where
@@ -42,53 +48,100 @@ def verdicts(
         + (f", corrected for {tests} comparisons by Holm" if tests > 1 else "")
         + ":",
         *(
-            verdict(difference, p_values[arm], arm=arm, baseline=reference)
+            verdict(difference, p_values[arm], arm=arm, baseline=reference, precision=precision)
             for arm, difference in differences.items()
         ),
-        *few_seeds(list(differences.values())),
+        *few_seeds(list(differences.values()), comparisons=max(tests, 1)),
     )
 
 
 def verdict(
-    difference: Difference | None, corrected_p: float | None, *, arm: str, baseline: str
+    difference: Difference | None,
+    corrected_p: float | None,
+    *,
+    arm: str,
+    baseline: str,
+    precision: float = PRECISION,
 ) -> str:
     """Say whether an arm beats another, by how much, and how sure that is.
 
-    It is said to be decided where the p-value, corrected for the number of comparisons, is below
-    0.05.
+    What is undecided is told what so many seeds could have seen, and how many would do. Two seeds
+    are called two seeds, and decide nothing.
 
     Args:
         difference: arm - baseline, a share.
         corrected_p: after Holm; None where nothing can be tested.
         arm: its name.
         baseline: the name of the other.
+        precision: the half width of an interval that is wanted, a share.
     """
     if difference is None:
         return f"{arm} and {baseline} cannot be compared: no seed is finished in both."
-    points = round(100 * difference.mean, 1) + 0.0
+    points = _points(difference.mean)
     size = f"{abs(points):.1f} points"
     if difference.n == 1:
         return f"{arm} is {_place(points, size, baseline)} with one seed: no interval, no test."
+    if difference.n == 2:
+        each = " and ".join(f"{_points(pair):+.1f}" for pair in difference.pairs)
+        return f"{arm} is {_place(points, size, baseline)} with two seeds ({each}): no verdict."
     evidence = f"{_interval(difference)}; {_test(difference, corrected_p)}"
-    if corrected_p is not None and corrected_p < 1 - CONFIDENCE:
+    if is_decided(difference, corrected_p):
         beats = f"{arm} beats {baseline}" if points > 0 else f"{arm} falls behind {baseline}"
         return f"{beats} by {size} ({evidence})."
     undecided = f"It is undecided whether {arm} beats {baseline}"
-    return f"{undecided}: {_place(points, size, '')} ({evidence})."
+    said = f"{undecided}: {_place(points, size, '')} ({evidence})."
+    return f"{said} {_what_would_do(difference, precision)}".rstrip()
 
 
-def few_seeds(differences: Sequence[Difference | None]) -> tuple[str, ...]:
-    """Say what tests on few pairs cannot show, where there are some."""
-    counts = [value.n for value in differences if value is not None and value.few and value.n > 1]
-    if not counts:
-        return ()
-    fewest = min(counts)
-    return (
-        f"* {fewest} seeds are few: intervals and p assume normal differences, which so few cannot "
-        f"show. The exact sign-flip test, which assumes nothing, cannot go below "
-        f"{2 / 2**fewest:.3g} with {fewest} pairs, nor below 0.05 with fewer than {ENOUGH_SEEDS} "
-        f"(--seeds {ENOUGH_SEEDS}).",
+def _what_would_do(difference: Difference, precision: float) -> str:
+    """Say what so many seeds could have seen, and how many give an interval as wanted."""
+    needed = difference.seeds_needed(precision)
+    if needed is None or difference.detectable is None:
+        return ""
+    seen = (
+        f"{100 * difference.detectable:.1f} points"
+        if difference.detectable < 1
+        else "no difference that is possible"
     )
+    return (
+        f"{difference.n} such seeds find {seen} in 4 of 5 studies; an interval of "
+        f"±{100 * precision:g} takes about {needed.seeds:,}."
+    )
+
+
+def few_seeds(differences: Sequence[Difference | None], *, comparisons: int = 1) -> tuple[str, ...]:
+    """Say what tests on few pairs cannot show, where there are some.
+
+    Args:
+        differences: that are told of.
+        comparisons: for how many their p is corrected.
+    """
+    fewest = min((each.n for each in differences if each is not None and each.n > 1), default=0)
+    enough = _enough_for_signs(comparisons)
+    if not fewest or fewest >= enough:
+        return ()
+    corrected = f" corrected for {comparisons} comparisons" if comparisons > 1 else ""
+    least = min(1.0, comparisons * smallest_p(fewest))
+    exact = (
+        f"The exact sign-flip test, which assumes nothing, cannot go below {least:.3g}{corrected} "
+        f"with {fewest} pairs, nor below 0.05 with fewer than {enough} (--seeds {enough})."
+    )
+    if fewest >= ENOUGH_SEEDS:
+        return (exact,)
+    return (
+        f"* {'two' if fewest == 2 else fewest} seeds are few: intervals and p assume normal "
+        f"differences, which so few cannot show. {exact}",
+    )
+
+
+def _enough_for_signs(comparisons: int) -> int:
+    """Return with how many pairs the exact test can reach 0.05, corrected for so many by Holm."""
+    return 1 + math.ceil(math.log2(comparisons / (1 - CONFIDENCE)))
+
+
+def _points(share: float) -> float:
+    # Adding 0 turns -0.0, which would read as a loss, into 0.0.
+    return round(100 * share, 1) + 0.0
 
 
 def _place(points: float, size: str, baseline: str) -> str:
@@ -101,7 +154,7 @@ def _place(points: float, size: str, baseline: str) -> str:
 def _interval(difference: Difference) -> str:
     if difference.low is None or difference.high is None:
         return "no interval"
-    low, high = (round(100 * end, 1) + 0.0 for end in (difference.low, difference.high))
+    low, high = _points(difference.low), _points(difference.high)
     edge = ", cut off at what is possible" if difference.clipped else ""
     return f"95 % interval {low:+.1f} to {high:+.1f}{edge}"
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from sim.reports.power import detectable_effect
 from sim.reports.statistics import (
     Difference,
     Estimate,
@@ -16,6 +17,7 @@ from sim.reports.statistics import (
     holm,
     paired_difference,
     sign_flip_p,
+    smallest_p,
     summarize,
     values_by_seed,
 )
@@ -49,7 +51,7 @@ def test_interval_agrees_with_scipy(values):
     low, high = stats.t.interval(
         0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
     )
-    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12, abs=1e-12)
 
 
 def test_paired_difference_matches_hand_computed_value():
@@ -72,9 +74,29 @@ def test_paired_difference_agrees_with_scipy_and_changes_sign(pairs):
     found = paired_difference(first, other)
     expected = stats.ttest_rel(other, first)
     interval = expected.confidence_interval(0.95)
-    assert found.p_value == pytest.approx(expected.pvalue)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert paired_difference(other, first).mean == pytest.approx(-found.mean)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    back = paired_difference(other, first)
+    assert (back.mean, back.p_value) == pytest.approx((-found.mean, found.p_value), abs=1e-12)
+
+
+@given(
+    st.lists(st.tuples(shares, shares), min_size=3, max_size=8).filter(
+        lambda pairs: np.std([a - b for a, b in pairs]) > 1e-3
+    ),
+    st.floats(-1, 1),
+    st.floats(0.1, 10),
+)
+def test_what_both_arms_gain_changes_nothing_and_units_do_not_matter(pairs, shift, scale):
+    first, other = (np.array(values) for values in zip(*pairs, strict=True))
+    found = paired_difference(first.tolist(), other.tolist())
+    moved = paired_difference(
+        (scale * (first + shift)).tolist(), (scale * (other + shift)).tolist()
+    )
+    assert moved.mean == pytest.approx(scale * found.mean, abs=1e-12)
+    assert moved.p_value == pytest.approx(found.p_value, abs=1e-9)
+    assert moved.detectable == pytest.approx(scale * found.detectable, rel=1e-9)
+    assert moved.p_sign_flip == found.p_sign_flip
 
 
 def test_pairing_sees_what_the_spread_over_seeds_hides():
@@ -154,7 +176,36 @@ def test_sign_flips_agree_with_scipy(differences):
         n_resamples=np.inf,
         vectorized=True,
     )
-    assert sign_flip_p([float(value) for value in differences]) == pytest.approx(expected.pvalue)
+    found = sign_flip_p([float(value) for value in differences])
+    assert found == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+def test_pairs_that_differ_by_rounding_are_ties_and_cannot_be_flipped():
+    # 0.1 + 0.2 is not 0.3 by 5e-17: nobody is ahead there, and of the two other signs two of four
+    # sums are as far from 0.
+    found = paired_difference([0.3, 0.1, 0.1], [0.1 + 0.2, 0.2, 0.4])
+    assert (found.pairs[0], found.ahead) == (0.0, 2)
+    assert found.p_sign_flip == found.p_smallest == 2 / 4
+    assert paired_difference([0.1, 0.2], [0.1, 0.2]).p_smallest == 1.0
+    assert [smallest_p(count) for count in (2, 3, 5, 6)] == [0.5, 0.25, 0.0625, 0.03125]
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=7))
+def test_no_sign_flip_p_is_below_the_smallest(differences):
+    found = paired_difference([0.0] * len(differences), [float(each) for each in differences])
+    assert found.p_smallest <= found.p_sign_flip
+    if all(each > 0 for each in differences) or all(each < 0 for each in differences):
+        assert found.p_smallest == found.p_sign_flip
+
+
+def test_what_so_many_pairs_could_have_seen_goes_by_their_own_spread():
+    # Differences 1, 2, 3: standard deviation 1.
+    found = paired_difference([1.0, 1.0, 1.0], [2.0, 3.0, 4.0])
+    assert found.sd == pytest.approx(1.0, abs=1e-12)
+    assert found.detectable == pytest.approx(detectable_effect(1.0, 3))
+    assert found.seeds_needed(1.05).seeds == 6
+    for without in (paired_difference([0.5], [0.75]), paired_difference([0.1, 0.2], [0.3, 0.4])):
+        assert (without.sd, without.detectable, without.seeds_needed()) == (None, None, None)
 
 
 def test_holm_matches_hand_computed_values():

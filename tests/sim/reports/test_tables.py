@@ -55,6 +55,12 @@ def test_the_baseline_is_what_others_are_compared_with(make_run):
         ("dml-with-a-cold-start", "third"),
     ]
     assert pairs[0]["difference"] == pytest.approx(0.11)
+    # Differences 10, 11, 12 points: of standard deviation 1.
+    assert pairs[0]["difference_sd"] == pytest.approx(0.01)
+    assert pairs[0]["difference_detectable"] == pytest.approx(0.0326, abs=5e-5)
+    assert (pairs[0]["difference_p_smallest"], pairs[0]["difference_decided"]) == (0.25, True)
+    assert pairs[0]["difference_seeds_needed"] == 7
+    assert pair_rows(runs, 0.02)[0]["difference_seeds_needed"] == 4
     assert json.loads(json.dumps(pairs, allow_nan=False)) == pairs
 
 
