@@ -1,8 +1,8 @@
 """Figures of what `fedkd.metrics` computes, as matplotlib figures that nothing else knows of.
 
 No display and no global list of figures: each function returns a ``Figure`` for the caller to save
-(``figure.savefig("reliability.png")``). Importing this room imports matplotlib, so import it where
-something is drawn.
+(``save_figure(figure, Path("reliability.png"))``). Importing this room imports matplotlib, so
+import it where something is drawn.
 """
 
 from fedkd.figures.confidence import confidence_plot, reliability_diagram, threshold_plot
@@ -15,6 +15,7 @@ from fedkd.figures.heat_maps import (
     error_correlation_heat_map,
     kl_heat_map,
 )
+from fedkd.figures.saving import figure_bytes, save_figure
 
 __all__ = [
     "agreement_heat_map",
@@ -24,10 +25,12 @@ __all__ = [
     "correlation_difference_heat_map",
     "entropy_curves",
     "error_correlation_heat_map",
+    "figure_bytes",
     "flatness_plot",
     "gradient_plot",
     "kl_heat_map",
     "reliability_diagram",
+    "save_figure",
     "schedules_in_force",
     "threshold_plot",
 ]

@@ -1,40 +1,42 @@
 """How every figure looks, and what they share: colours, dashes, names and ticks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
+from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that people with any common colour blindness tell apart.
-
-Source:
-    Okabe and Ito, 2008. https://jfly.uni-koeln.de/color/ (without yellow, which white swallows).
-"""
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-STYLE: Any = MappingProxyType(
-    {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "text.parse_math": False,  # a name such as a$b is no formula
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#666666",
-        "axes.axisbelow": True,
-        "grid.color": "#e4e4e4",
-        "legend.frameon": False,
-        "savefig.dpi": 160,
-    }
-)
+STYLE_FILE = Path(__file__).with_name("fedkd.mplstyle")
+STYLE: Any = MappingProxyType(dict(rc_params_from_file(STYLE_FILE, use_default_template=False)))
+COLORS = tuple(map(to_hex, STYLE["axes.prop_cycle"].by_key()["color"]))
+"""Those of the style, by the position of what is drawn."""
+
+
+def color(position: int) -> str:
+    """Return the colour of what is drawn at this position, under the style in force."""
+    colors = _colors()
+    return colors[position % len(colors)]
+
+
+def dash(position: int) -> Any:
+    """Return how its line is dashed: whole until colours come round again."""
+    return DASHES[position // len(_colors()) % len(DASHES)]
+
+
+def _colors() -> Sequence[str]:
+    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()
+    return [to_hex(each) for each in cycle.get("color", COLORS)]
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.data.overview import plot_split, shortened, split_table
+from fedkd.figures.saving import save_figure
 from sim.engine.data import data_of
 from sim.keeping.records import make_folder
 from sim.reports.terminal import Column, FittedTable
@@ -95,7 +96,7 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
     if figure is None:
         figure = make_folder(settings.output, settings.output / settings.name) / "split.png"
     try:
-        plot_split(loaded).savefig(figure, dpi=150)
+        save_figure(plot_split(loaded), figure)
     except (OSError, ValueError) as error:
         raise SettingsError(f"figure: cannot write {str(figure)!r}: {error}") from None
     return DataOverview(

@@ -11,11 +11,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from fedkd.figures.saving import Style
+from fedkd.figures.style import DASHES, color
 from sim.reports.attacks import ATTACKS, LEADING, LEAKS, PLACES, leak_estimate
 from sim.reports.figures import (
-    DASHES,
     MARKERS,
-    PALETTE,
     STYLE,
     Runs,
     new_figure,
@@ -65,7 +65,7 @@ def membership_roc(runs: Runs) -> Figure | None:
                 (line,) = axes.plot(
                     curve["false"],
                     curve["true"],
-                    color=PALETTE[look % len(PALETTE)],
+                    color=color(look),
                     linestyle=DASHES[look % len(DASHES)],
                     lw=1.7,
                     drawstyle="steps-post",
@@ -128,7 +128,7 @@ def accuracy_by_leak(runs: Runs) -> Figure | None:
             axes.plot(
                 100 * measured[arm].mean,
                 factor * value.mean,
-                color=PALETTE[algorithms.index(algorithm) % len(PALETTE)],
+                color=color(algorithms.index(algorithm)),
                 marker=MARKERS[defences.index(defence) % len(MARKERS)],
                 markersize=6.5,
                 alpha=0.85,
@@ -139,7 +139,7 @@ def accuracy_by_leak(runs: Runs) -> Figure | None:
         title_axes(axes, _TITLES[leak], _NOTES.get(leak, ""))
         axes.set_xlabel("mean client accuracy (%)")
     handles = [
-        *(_mark(PALETTE[n % len(PALETTE)], "o") for n in range(len(algorithms))),
+        *(_mark(color(n), "o") for n in range(len(algorithms))),
         *(_mark("#444444", MARKERS[n % len(MARKERS)]) for n in range(len(defences))),
     ]
     place_legend(figure, handles, [*algorithms, *defences])
@@ -188,8 +188,10 @@ ATTACK_FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType
 """What a report draws of attacks, by file name."""
 
 
-def draw_attacks(runs: Mapping[str, Sequence[RunRecord]]) -> dict[str, Figure]:
+def draw_attacks(
+    runs: Mapping[str, Sequence[RunRecord]], style: Style = STYLE
+) -> dict[str, Figure]:
     """Draw all figures that attacks have something to show in, by name."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style):
         drawn = {name: draw(runs) for name, draw in ATTACK_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

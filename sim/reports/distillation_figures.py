@@ -11,9 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedkd.distillation.judging.figures import draw
+from fedkd.figures.style import color, dash
 from sim.reports.figures import (
-    DASHES,
-    PALETTE,
     STYLE,
     new_figure,
     place_legend,
@@ -122,8 +121,8 @@ def _handles(count: int) -> list[Line2D]:
 
 def _look(position: int) -> dict[str, Any]:
     return {
-        "color": PALETTE[position % len(PALETTE)],
-        "linestyle": DASHES[position // len(PALETTE) % len(DASHES)],
+        "color": color(position),
+        "linestyle": dash(position),
     }
 
 
@@ -144,7 +143,7 @@ def _draw(axes: Axes, epochs: Epochs, model: str, key: str, position: int, facto
             steps,
             [min(by_epoch[step]) for step in steps],
             [max(by_epoch[step]) for step in steps],
-            color=PALETTE[position % len(PALETTE)],
+            color=color(position),
             alpha=0.12,
             lw=0,
         )

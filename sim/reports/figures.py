@@ -5,7 +5,6 @@ seed, and returns None where the runs hold nothing to draw. Colours and markers 
 the position of an arm, so an arm looks the same in every figure.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,43 +22,26 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from fedkd.figures.saving import Style, figure_bytes
+from fedkd.figures.style import STYLE as HOUSE_STYLE
+from fedkd.figures.style import color, dash
 from sim.reports.runs import RunRecord, number
 from sim.reports.statistics import SHARES, counted, epsilon_of, estimate, values_by_seed
 
 Runs = Mapping[str, Sequence[RunRecord]]
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that people with any common colour blindness tell apart.
-
-Source:
-    Okabe and Ito, 2008. https://jfly.uni-koeln.de/color/ (without yellow, which white swallows).
-"""
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-
 DOTS_PER_INCH = 160
 STYLE: Any = MappingProxyType(
     {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "text.parse_math": False,  # a name such as a$b is no formula
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#666666",
+        **HOUSE_STYLE,
         "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e4e4e4",
         "grid.linewidth": 0.8,
         "xtick.color": "#333333",
         "ytick.color": "#333333",
-        "legend.frameon": False,
-        "figure.facecolor": "white",
-        "axes.facecolor": "white",
     }
 )
+"""A report's figures are read off, not only looked at: they have a grid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +54,9 @@ class _Look:
 def _looks(runs: Runs) -> dict[str, _Look]:
     return {
         arm: _Look(
-            PALETTE[position % len(PALETTE)],
+            color(position),
             MARKERS[position % len(MARKERS)],
-            DASHES[position // len(PALETTE) % len(DASHES)],
+            dash(position),
         )
         for position, arm in enumerate(runs)
     }
@@ -463,10 +445,10 @@ FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
 """What a report draws, by file name."""
 
 
-def draw_figures(runs: Runs) -> dict[str, Figure]:
+def draw_figures(runs: Runs, style: Style = STYLE) -> dict[str, Figure]:
     """Draw all figures that the runs have something to show in, by name."""
     figures = {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style):
         for name, draw in FIGURES.items():
             figure = draw(runs)
             if figure is not None:
@@ -475,11 +457,8 @@ def draw_figures(runs: Runs) -> dict[str, Figure]:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return buffer.getvalue()
+    """Render a figure for a report; the same figure gives the same bytes."""
+    return figure_bytes(figure, "png", style={**STYLE, "savefig.dpi": DOTS_PER_INCH})
 
 
 def new_figure(columns: int, *, height: float) -> tuple[Figure, list[Axes]]:

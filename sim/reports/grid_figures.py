@@ -17,8 +17,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from fedkd.figures.style import readable_on, visible
-from sim.reports.figures import DASHES, MARKERS, PALETTE, STYLE, Runs
+from fedkd.figures.saving import Style
+from fedkd.figures.style import DASHES, color, readable_on, visible
+from sim.reports.figures import MARKERS, STYLE, Runs
 from sim.reports.grids import Grid, Plane
 from sim.reports.statistics import Estimate, measured, measured_title
 
@@ -159,9 +160,11 @@ GRID_FIGURES: Mapping[str, Callable[[Runs, Grid, int], Figure | None]] = Mapping
 """What a report on a sweep draws besides, by file name."""
 
 
-def draw_grid(runs: Runs, grid: Grid, columns: int = WIDE) -> dict[str, Figure]:
+def draw_grid(
+    runs: Runs, grid: Grid, columns: int = WIDE, style: Style = STYLE
+) -> dict[str, Figure]:
     """Draw all figures of a sweep that there is something to show in, by name."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style):
         drawn = {name: draw(runs, grid, columns) for name, draw in GRID_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -230,7 +233,7 @@ def _draw_line(axes: Axes, number: int, found: Sequence[tuple[float, Estimate]])
 
 def _look(number: int) -> dict[str, Any]:
     return {
-        "color": PALETTE[number % len(PALETTE)],
+        "color": color(number),
         "marker": MARKERS[number % len(MARKERS)],
         # Lines lie on each other where an attack does nothing.
         "linestyle": DASHES[number % len(DASHES)],

@@ -1,6 +1,7 @@
 import io
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from scipy import stats
 
+from fedkd.figures.style import COLORS
 from sim.reports.figures import (
     FIGURES,
-    PALETTE,
+    STYLE,
     accuracy_by_client,
     accuracy_by_epsilon,
     accuracy_by_exchange,
@@ -22,6 +24,13 @@ from sim.reports.figures import (
     targets_by_round,
     to_png,
 )
+
+
+@pytest.fixture(autouse=True)
+def in_style():
+    with matplotlib.rc_context(STYLE):
+        yield
+
 
 EXCHANGED = {"target_entropy": 1.5, "peer_disagreement": 0.25}
 
@@ -78,8 +87,8 @@ def test_arms_keep_their_colour_where_others_are_absent(make_run):
     }
     by_round = accuracy_by_round(runs)
     targets = targets_by_round(runs)
-    assert [line.get_color() for line in by_round.axes[0].lines] == list(PALETTE[:2])
-    assert [line.get_color() for line in targets.axes[0].lines] == [PALETTE[1]]
+    assert [line.get_color() for line in by_round.axes[0].lines] == list(COLORS[:2])
+    assert [line.get_color() for line in targets.axes[0].lines] == [COLORS[1]]
     assert legend(by_round) == ["local", "dml"]
     assert legend(targets) == ["dml"]
 
