@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from fedkd.figures.style import STYLE
 
-Style = Mapping[str, Any]
-"""Parameters of matplotlib by name."""
+Style = Any
+"""Parameters of matplotlib by name, as `matplotlib.rc_context` takes them."""
 
 UNSAID: Mapping[str, Mapping[str, None]] = MappingProxyType(
     {
