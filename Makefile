@@ -6,7 +6,7 @@ WHOLE_RUNS := tests/sim tests/strategies/contract
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-all lint types bench clean
+.PHONY: help demo test test-all lint types docs bench clean
 
 help:
 	@echo "make demo      install, then compare local, one-way and mutual learning on digits"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff and the floors (import-linter)"
 	@echo "make types     mypy --strict"
+	@echo "make docs      the documentation as a site, site/index.html; fails on a dead link or an undocumented name"
 	@echo "make bench     run all benchmarks (about an hour) and print their table"
 	@echo "make clean     remove the virtual environment and caches"
 
@@ -47,6 +48,11 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# Not --quiet: what is not shown is not counted, and nothing would fail. Material's note that MkDocs is
+# not developed further is no news at every build.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # pfl pins other versions than we do; it is measured from an environment of its own.
 .venv-pfl/.installed:
 	$(PYTHON) -m venv .venv-pfl
@@ -57,4 +63,4 @@ bench: $(VENV)/.installed .venv-pfl/.installed
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

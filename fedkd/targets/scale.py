@@ -18,6 +18,7 @@ from fedkd.targets.softening import check_temperature, soften
 from fedkd.tensors import as_tensor
 
 Scale = Literal["logits", "probabilities"]
+"""What predictions are: unnormalised scores, or shares that sum to 1 in each row."""
 
 FEWEST_ROWS = 4
 """Rows that must all be distributions before logits are taken for soft labels: honest ones are some

@@ -32,6 +32,7 @@ class Plain(GradientRule):
 
 
 PLAIN = Plain()
+"""Gradients as they are: what every step takes that says nothing else."""
 
 Method = Literal["norms", "vmap"]
 """How the gradients of rows are clipped, see `Clipped`."""

@@ -130,6 +130,7 @@ Losses = Mapping[str, Loss]
 """Named losses, already weighted: of each row, or of the step as a whole."""
 
 ObjectiveFunction = Callable[[Outputs, Batch], Losses]
+"""What a client minimises, from a model's outputs and the step's rows."""
 JointObjective = Callable[[Mapping[str, Outputs], Batch], Losses]
 """What a client minimises that trains several models in one step: outputs by model name."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
+"""Named arrays: a client's weights, optimizer or memory, as they are kept and sent."""
 
 
 def copy_to_numpy(tensor: Tensor) -> np.ndarray:

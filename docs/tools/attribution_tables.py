@@ -1,13 +1,5 @@
-"""Fill the tables of mutual-vs-one-way.md from the studies that were run.
+"""The tables of mutual-vs-one-way.md, from the studies that were run."""
 
-    python docs/fill_attribution.py runs           # runs/attribution, runs/attribution-mnist
-    python docs/fill_attribution.py runs --check   # exit status 1 where a table is another one
-
-A table of a study that has not ended there stays as it is; no figure is typed.
-"""
-
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,14 +9,16 @@ from sim.reports.statistics import MEASURES, ArmSummary, summarize
 from sim.reports.tables import kilobytes, p_text, percent
 from sim.reports.terminal import NOTHING
 
-PAGE = Path(__file__).with_name("mutual-vs-one-way.md")
-BLOCK = re.compile(
-    r"(<!-- attribution: ([a-z-]+) (arms|pairs) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL
-)
 ALPHAS = ("0.1", "1")
 """The values of the sweep, the last word of each arm's name."""
 
 Runs = Mapping[str, Sequence[RunRecord]]
+
+
+def table(study: Path, kind: str) -> str:
+    """Return one of a study's tables: ``arms`` or ``pairs``."""
+    runs = load_study(study)
+    return arms_table(runs) if kind == "arms" else pairs_table(runs, study_families(study))
 
 
 def arms_table(runs: Runs) -> str:
@@ -77,31 +71,3 @@ def pairs_table(runs: Runs, families: Mapping[str, Sequence[str]]) -> str:
                 cells += [percent(value, signed=True), p_text(p), p_text(flip)]
             lines.append(f"| {family} | `{pair[1]}` - `{pair[0]}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    """Rewrite the page, or only check it."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    if len(words) != 1:
-        sys.stderr.write(f"usage: {Path(__file__).name} RUNS [--check]\n")
-        return 2
-    old = PAGE.read_text(encoding="utf-8")
-
-    def fresh(block: re.Match[str]) -> str:
-        start, name, kind, before = block.groups()
-        study = Path(words[0]) / name
-        if not (study / "study.json").exists():
-            return start + before
-        runs = load_study(study)
-        table = arms_table(runs) if kind == "arms" else pairs_table(runs, study_families(study))
-        return start + table
-
-    new = BLOCK.sub(fresh, old)
-    if "--check" in sys.argv[1:]:
-        return int(new != old)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,23 +1,15 @@
-"""Fill the tables of reproduced.md from the studies that were run.
+"""The tables of reproduced.md, from the studies that were run.
 
-    python docs/fill_reproduced.py runs           # runs/<study>/<arm>/seed-...
-    python docs/fill_reproduced.py runs --check   # exit status 1 where a table is another one
-
-A table of a study that has not ended there stays as it is. Published figures are written here,
-with what they measure; ours are read from run folders and never typed.
+Published figures are written here, with what they measure; ours are read from run folders and never
+typed.
 """
 
-import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from sim.reports.runs import load_study
 from sim.reports.statistics import estimate
-
-PAGE = Path(__file__).with_name("reproduced.md")
-BLOCK = re.compile(r"(<!-- reproduced: ([a-z]+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
 class Published(NamedTuple):
@@ -106,20 +98,15 @@ def _shown(values: list[float], digits: int = 1) -> str:
     return f"{found.mean:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
-def table(study: Path, name: str) -> str:
-    """Return the table of a study.
-
-    Args:
-        study: its folder.
-        name: which of `STUDIES`.
-    """
+def table(study: Path) -> str:
+    """Return the table of a study, whose folder has its name in `STUDIES`."""
     lines = [
         "| arm | published, % | ours, % (95 % interval) | seeds | bytes up | bytes down | s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     seconds = 0.0
     found = load_study(study)
-    for arm, published in STUDIES[name].items():
+    for arm, published in STUDIES[study.name].items():
         runs = [run for run in found.get(arm, []) if run.status == "finished"]
         if not runs:
             lines.append(f"| `{arm}` | {published.figure} | not run | 0 | | | |")
@@ -133,27 +120,3 @@ def table(study: Path, name: str) -> str:
             f"{down:,.0f} | {sum(took) / len(took):.0f} |"
         )
     return "\n".join(lines) + f"\n\nSeconds of all rounds of these runs: {seconds:,.0f}.\n"
-
-
-def main() -> int:
-    """Rewrite the page, or only check it."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    if len(words) != 1:
-        sys.stderr.write(f"usage: {Path(__file__).name} RUNS [--check]\n")
-        return 2
-    runs, old = Path(words[0]), PAGE.read_text(encoding="utf-8")
-
-    def fresh(block: re.Match[str]) -> str:
-        start, name, before = block.groups()
-        study = runs / name
-        return start + (table(study, name) if (study / "study.json").exists() else before)
-
-    new = BLOCK.sub(fresh, old)
-    if "--check" in sys.argv[1:]:
-        return int(new != old)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
