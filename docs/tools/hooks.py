@@ -20,6 +20,7 @@ from mkdocs.structure.pages import Page
 # What our libraries will change one day is nothing that this build can tell.
 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
     import algorithm_pages
+
     from strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
