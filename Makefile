@@ -6,7 +6,7 @@ WHOLE_RUNS := tests/sim tests/strategies/contract
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-all lint types docs bench clean
+.PHONY: help demo test test-all lint types docs bench lock clean
 
 help:
 	@echo "make demo      install, then compare local, one-way and mutual learning on digits"
@@ -16,6 +16,7 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make docs      the documentation as a site, site/index.html; fails on a dead link or an undocumented name"
 	@echo "make bench     run all benchmarks (about an hour) and print their table"
+	@echo "make lock      pin in constraints.txt what is installed, after versions were moved"
 	@echo "make clean     remove the virtual environment and caches"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -61,6 +62,12 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed .venv-pfl/.installed
 	$(BIN)/python benchmarks/table.py
+
+# torchdistill is installed without what it asks for; a build's mark (+cpu) is no version of a package.
+lock: $(VENV)/.installed
+	head -n 1 constraints.txt > constraints.new
+	$(BIN)/pip freeze --exclude-editable --exclude torchdistill | sed 's/+cpu$$//' >> constraints.new
+	mv constraints.new constraints.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

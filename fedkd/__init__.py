@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load_distill_settings,
         load_model,
         load_settings,
+        new,
         report,
         run,
     )
@@ -37,6 +38,7 @@ OFFERED = {
     # `fedkd.data` is the package of data sets.
     "data_overview": "data",
     "report": "report",
+    "new": "new",
     "load_model": "load_model",
     "check_strategy": "check_strategy",
     "Settings": "Settings",
@@ -58,6 +60,7 @@ __all__ = [
     "load_distill_settings",
     "load_model",
     "load_settings",
+    "new",
     "report",
     "run",
 ]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sim.commands.study import compare
     from sim.contract import check_strategy
     from sim.reports import report
+    from sim.scaffold import new
     from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
 
 # Nothing that we start reports to anybody; both are read when Flower and Ray are imported.
@@ -32,6 +33,7 @@ _FUNCTIONS = {
     "distill": "sim.commands.distilling.running",
     "data": "sim.commands.overview",
     "report": "sim.reports",
+    "new": "sim.scaffold",
     "load_model": "sim.commands.models",
     "check_strategy": "sim.contract",
     "Settings": "sim.settings",
@@ -53,6 +55,7 @@ __all__ = [
     "load_distill_settings",
     "load_model",
     "load_settings",
+    "new",
     "report",
     "run",
 ]

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     # A federated run, and every worker of it, does without the library of distillation.
     from fedkd.distillation.settings import DistillSettings
 
+CONF = Path(__file__).parents[1] / "conf"
+"""The settings files that fedkd ships."""
+
 MOST_PROBLEMS = 5
 """So many problems of one file are told at once."""
 LONGEST_LINE = 600
@@ -169,11 +172,22 @@ def _read_table(
 
 
 def read_file(config: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Return what a YAML file says, with ``${...}`` left as it is; nothing where there is none."""
+    """Return what a YAML file says, with ``${...}`` left as it is; nothing where there is none.
+
+    A file below ``conf/`` that is not there is the one that fedkd ships under that name, so that
+    the commands of its documentation work in any folder.
+    """
     try:
-        return read_yaml(Path(config)) if config is not None else {}
+        return read_yaml(_shipped(Path(config))) if config is not None else {}
     except ValueError as error:
         raise SettingsError(str(error)) from None
+
+
+def _shipped(config: Path) -> Path:
+    if config.parts[:1] != (CONF.name,) or ".." in config.parts or config.exists():
+        return config
+    ours = CONF.parent / config
+    return ours if ours.is_file() else config
 
 
 def read_over(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ until a command needs them, so that ``--help`` and mistakes answer at once.
 
 from collections.abc import Callable
 
+from sim.commands.cli.beginning import new
 from sim.commands.cli.distillation import distill
 from sim.commands.cli.ending import main
 from sim.commands.cli.looking import algorithms, data, privacy
@@ -32,6 +33,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     export,
     algorithms,
     report,
+    new,
 )
 """In the order of the help."""
 

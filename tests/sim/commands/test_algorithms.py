@@ -10,13 +10,13 @@ from sim.commands.algorithms import algorithms
 from sim.commands.arms import load_study
 from sim.commands.cli import app
 from sim.contract import sections_of
+from sim.scaffold import TEMPLATE
 from sim.settings import merge_tables, settings_from_table
 from strategies import STRATEGIES
 
 OURS = {"local", "pooled", "one_way"}
 """Nobody else's idea, or several people's."""
 EXAMPLE = Path(__file__).parents[3] / "conf" / "examples" / "all-algorithms.yaml"
-MY_METHOD = Path(__file__).parents[3] / "examples" / "my_method" / "src"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -49,10 +49,10 @@ def test_a_command_holds_what_an_algorithm_needs() -> None:
 def test_an_algorithm_of_a_package_of_ones_own_is_told_as_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(MY_METHOD)
-    told = algorithms("my_method.variance_weighted:VarianceWeighted")[0]
+    monkeypatch.syspath_prepend(TEMPLATE)
+    told = algorithms("my_method:MyMethod")[0]
     assert told.description.title
-    assert told.command.endswith("VarianceWeighted")
+    assert told.command.endswith("MyMethod")
 
 
 def test_the_example_of_all_algorithms_has_them_all_with_what_they_need() -> None:

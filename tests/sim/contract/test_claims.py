@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Predictions
 from fedkd.training import supervised
-from my_method.variance_weighted import Ensemble, Settings, VarianceWeighted
+from my_method.method import Ensemble, MyMethod, Settings
 from strategies.contract import StrategySettings, upload_logits
 
 drawn = itertools.count()
@@ -36,7 +36,7 @@ class Free(Predictions):
         return 0
 
 
-class Broken(VarianceWeighted):
+class Broken(MyMethod):
     """Not what it should be."""
 
 '''
@@ -244,7 +244,7 @@ def test_an_algorithm_that_cannot_be_found_is_told_first() -> None:
     with pytest.raises(SettingsError, match=r"strategy\.name 'nowhere_at_all:X': cannot import"):
         check_strategy("nowhere_at_all:X")
     with pytest.raises(SettingsError, match=r"unknown setting 'strategy.powr'.*strategy.power"):
-        check_strategy("my_method.variance_weighted:VarianceWeighted", {"powr": 1})
+        check_strategy("my_method:MyMethod", {"powr": 1})
     with pytest.raises(SettingsError, match="key=value"):
         check_strategy("local", words=["rounds"])
 

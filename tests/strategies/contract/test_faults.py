@@ -11,6 +11,7 @@ from sim.contract.toy import ROWS, simulate, toy_data
 from sim.server.privacy import check_privacy
 from strategies import STRATEGIES
 from strategies.contract import Fault
+from strategies.shared import as_published
 
 FAULTS = [(name, fault) for name, kind in STRATEGIES.items() for fault in kind.faults]
 
@@ -49,7 +50,10 @@ def digest_of(name, fault, *, committed):
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS)
-def test_each_fault_gives_other_weights(name, fault):
+def test_each_fault_gives_other_weights(name, fault, monkeypatch):
+    if fault == "zero_start":
+        # Rounding, which differs between processors, may find the right direction by luck.
+        monkeypatch.setattr(as_published, "scores_from_ones", lambda values: values.sum(-1) * 0)
     right, wrong = (digest_of(name, fault, committed=committed) for committed in (False, True))
     assert right != wrong
 

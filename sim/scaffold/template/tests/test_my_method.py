@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import fedkd
-from my_method.variance_weighted import certainty
+from my_method.method import certainty
 
-NAME = "my_method.variance_weighted:VarianceWeighted"
+NAME = "my_method:MyMethod"
 
 
 def test_a_row_counts_by_the_variance_of_its_logits():

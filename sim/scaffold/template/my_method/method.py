@@ -1,8 +1,11 @@
-"""Variance-weighted ensemble: on each public row, clients that are surer count for more.
+"""MyMethod, to be changed: on each public row, clients that are surer count for more.
 
 Source: Cho, Manoel, Joshi, Sim, Dimitriadis, 2022 (Fed-ET): a client's weight on a row is the
 variance of its logits over the classes. https://arxiv.org/abs/2204.12703
 Differs from the paper: clients learn from the ensemble themselves, not from a server's model.
+
+`certainty` is the idea; put yours there first. `Settings` are what a user may choose, `Ensemble` is
+what the server remembers, and the rest says who sends what and when.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,7 +57,7 @@ def certainty(logits: np.ndarray, power: float) -> np.ndarray:
     return logits.var(axis=-1, keepdims=True, dtype=np.float64) ** power
 
 
-class VarianceWeighted(Strategy[Settings, Ensemble]):
+class MyMethod(Strategy[Settings, Ensemble]):
     """Learn from own labels and from the ensemble; then predict the public rows again."""
 
     Settings = Settings
