@@ -240,6 +240,13 @@ class Payload(Value, ABC):
         """Return rows of the public set and the class that each is given; None: it has none."""
         return None
 
+    def answers(self) -> "tuple[np.ndarray, np.ndarray, bool] | None":
+        """Return rows of the public set, the scores of each, and whether these are logits.
+
+        Else they are probabilities. None: it has none.
+        """
+        return None
+
     def targets_entropy(self) -> float | None:
         """Return the mean entropy, in nats, of the soft labels that are taught; None: none are."""
         return None

@@ -1,10 +1,10 @@
 """Pure functions of labels, predictions, features and weights that say what a model has learned.
 
 How good it is (``classification``), whether its confidence can be believed (``calibration``), how
-closely it follows a teacher (``agreement``), how much peers differ (``diversity``), what a
-confidence threshold keeps (``filtering``), whether two networks compute alike (``similarity``,
-``geometry``), how far its weights may move (``flatness``) and whether two loss terms pull the same
-way (``gradients``). Figures of these are in `fedkd.figures`.
+closely it follows a teacher (``agreement``), how much peers differ (``diversity``) and how evenly
+they fare (``fairness``), what a confidence threshold keeps (``filtering``), whether two networks
+compute alike (``similarity``, ``geometry``), how far its weights may move (``flatness``), whether
+two loss terms pull the same way (``gradients``). Figures of these are in `fedkd.figures`.
 """
 
 from fedkd.metrics.agreement import (
@@ -19,6 +19,7 @@ from fedkd.metrics.agreement import (
 )
 from fedkd.metrics.calibration import (
     ReliabilityBins,
+    calibration_error_of_logits,
     expected_calibration_error,
     fit_temperature,
     maximum_calibration_error,
@@ -40,6 +41,7 @@ from fedkd.metrics.classification import (
 )
 from fedkd.metrics.diversity import (
     EnsembleEntropy,
+    PeerAnswers,
     VoteCounter,
     ensemble_entropy,
     ensemble_gain,
@@ -48,6 +50,11 @@ from fedkd.metrics.diversity import (
     pairwise_disagreement,
     q_statistic,
     target_entropy,
+)
+from fedkd.metrics.fairness import (
+    forgetting,
+    spread,
+    worst_mean,
 )
 from fedkd.metrics.filtering import (
     ConfidenceHistogram,
@@ -90,12 +97,14 @@ __all__ = [
     "LogitGeometry",
     "MinibatchCKA",
     "NoisePoint",
+    "PeerAnswers",
     "ReliabilityBins",
     "ThresholdCurve",
     "VoteCounter",
     "accuracy",
     "agreement_matrix",
     "brier_score",
+    "calibration_error_of_logits",
     "cka_matrix",
     "class_correlation",
     "class_correlation_difference",
@@ -111,6 +120,7 @@ __all__ = [
     "fidelity_by_correctness",
     "filter_normalize",
     "fit_temperature",
+    "forgetting",
     "jensen_shannon",
     "kept_by_class",
     "kl_matrix",
@@ -127,10 +137,12 @@ __all__ = [
     "personal_accuracy",
     "q_statistic",
     "root_mean_square_calibration_error",
+    "spread",
     "target_entropy",
     "temperature_scaled_calibration_error",
     "threshold_curve",
     "top1_agreement",
     "weight_noise_curve",
     "worst_class_recall",
+    "worst_mean",
 ]

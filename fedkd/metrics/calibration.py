@@ -6,9 +6,16 @@ errors would not. NaN without rows.
 """
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 
-from fedkd.metrics.arrays import Array, as_classes, as_float64, as_probabilities, log_softmax
+from fedkd.metrics.arrays import (
+    Array,
+    as_classes,
+    as_float64,
+    as_probabilities,
+    by_class,
+    log_softmax,
+)
 
 NAN = float("nan")
 
@@ -50,8 +57,12 @@ class ReliabilityBins:
         """
         distributions = as_probabilities(probabilities)
         true_classes = as_classes("labels", labels, distributions.shape[1])
-        confidence = distributions.max(axis=1)
-        correct = distributions.argmax(axis=1) == true_classes
+        self.add_answers(distributions.max(axis=1), distributions.argmax(axis=1) == true_classes)
+
+    def add_answers(
+        self, confidence: Float[np.ndarray, " rows"], correct: Bool[np.ndarray, " rows"]
+    ) -> None:
+        """Count rows of which only the highest probability, in [0, 1], and the verdict is known."""
         interval = np.searchsorted(self.edges[1:-1], confidence, side="right")
         bins = len(self.counts)
         self.counts += np.bincount(interval, minlength=bins)
@@ -118,6 +129,36 @@ def expected_calibration_error(
         Guo, Pleiss, Sun, Weinberger, 2017, equation 3. https://arxiv.org/abs/1706.04599
     """
     return _bins_of(probabilities, labels, bins).expected_error()
+
+
+def calibration_error_of_logits(
+    logits: Float[Array, "rows classes"],
+    labels: Integer[Array, " rows"],
+    *,
+    bins: int = 15,
+) -> float:
+    """Return `expected_calibration_error` of the softmax of logits, which is never written down.
+
+    Confidence is all that counts, and that is one over the sum of ``exp(logit - largest)``. A class
+    may have a logit of -inf; NaN without rows, or where a row's largest logit is not finite.
+
+    Args:
+        logits: unnormalised scores, taken at temperature 1.
+        labels: true class of each row.
+        bins: intervals of confidence, >= 1.
+
+    Raises:
+        ValueError: if ``bins`` < 1 or a label is no class of ``logits``.
+    """
+    reliability = ReliabilityBins(bins)
+    scores = by_class(logits)
+    true_classes = as_classes("labels", labels, len(scores))
+    largest = scores.max(axis=0)
+    if not np.isfinite(largest).all():
+        return NAN
+    confidence = 1 / np.exp(scores - largest).sum(axis=0)
+    reliability.add_answers(confidence, scores.argmax(axis=0) == true_classes)
+    return reliability.expected_error()
 
 
 def maximum_calibration_error(

@@ -13,6 +13,7 @@ from fedkd.metrics.arrays import (
     as_classes,
     as_int64,
     as_probabilities,
+    by_class,
     entropy,
     log_softmax,
     mean_or_nan,
@@ -79,6 +80,83 @@ class VoteCounter:
         peers = self.votes.sum(axis=1, keepdims=True)
         voted = peers[:, 0] > 0
         return mean_or_nan(entropy(self.votes[voted] / peers[voted]))
+
+
+class PeerAnswers:
+    """Sums up peers' soft labels for each row, one peer at a time.
+
+    Holds rows x classes numbers however many peers there are. Peers may answer some of the rows
+    only: what a row says is said by those that answered it.
+
+    Args:
+        num_rows: rows that peers answer.
+        num_classes: classes that an answer is about.
+    """
+
+    def __init__(self, num_rows: int, num_classes: int) -> None:
+        self.sums = np.zeros((num_rows, num_classes))
+        self.entropies = np.zeros(num_rows)
+        self.peers = np.zeros(num_rows, dtype=np.int64)
+
+    def add(
+        self,
+        scores: Float[Array, "answered classes"],
+        rows: Integer[Array, " answered"] | None = None,
+        *,
+        from_logits: bool = False,
+    ) -> None:
+        """Take in one peer's soft labels.
+
+        Args:
+            scores: class probabilities of each row that the peer answered, or its logits.
+            rows: which these are, all different; None: all of them, in order.
+            from_logits: whether ``scores`` are logits, then taken at temperature 1.
+
+        Raises:
+            ValueError: if a row is no probability distribution.
+        """
+        places = slice(None) if rows is None else as_int64(rows)
+        if from_logits:
+            probabilities, entropies = _softmax_with_entropy(scores)
+        else:
+            probabilities = as_probabilities(scores)
+            entropies = entropy(probabilities)
+        self.sums[places] += probabilities
+        self.entropies[places] += entropies
+        self.peers[places] += 1
+
+    def peer_entropy(self) -> float:
+        """Return how undecided single peers are, in nats: their mean on a row, averaged over rows.
+
+        From 0 (one-hot) to ln(classes); with all peers on all rows, the mean of
+        ``ensemble_entropy(...).peers``. NaN without answers.
+        """
+        answered = self.peers > 0
+        return mean_or_nan(self.entropies[answered] / self.peers[answered])
+
+    def diversity(self) -> float:
+        """Return ``H(mean p) - mean H(p)`` over a row's peers, in nats, averaged over rows.
+
+        From 0 (all answer the same) to ln(min(peers, classes)); with all peers on all rows,
+        `jensen_shannon`. Rows with fewer than two peers say nothing; NaN without others.
+        """
+        compared = self.peers > 1
+        peers = self.peers[compared]
+        of_mean = entropy(self.sums[compared] / peers[:, None])
+        divergence = of_mean - self.entropies[compared] / peers
+        return max(mean_or_nan(divergence), 0.0) if len(divergence) else float("nan")
+
+
+def _softmax_with_entropy(
+    logits: Float[Array, "rows classes"],
+) -> tuple[Float[np.ndarray, "rows classes"], Float[np.ndarray, " rows"]]:
+    """Return both with a single pass of ``exp``: it runs for every upload of every round."""
+    scores = by_class(logits)
+    shifted = scores - scores.max(axis=0)
+    powers = np.exp(shifted)
+    totals = powers.sum(axis=0)
+    probabilities = powers / totals
+    return probabilities.T, np.log(totals) - (probabilities * shifted).sum(axis=0)
 
 
 def pairwise_disagreement(predicted_classes: Integer[Array, "clients rows"]) -> float:

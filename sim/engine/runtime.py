@@ -20,6 +20,7 @@ from fedkd.exchange.budget import NO_BUDGET
 from fedkd.exchange.mechanisms import DPSGD
 from fedkd.exchange.payload import Payload
 from fedkd.exchange.pipeline import PREFIX, ClientTurn, MemoryLostError, Standing
+from fedkd.metrics.calibration import calibration_error_of_logits
 from fedkd.metrics.classification import (
     accuracy,
     confusion_counts,
@@ -50,7 +51,7 @@ from sim.engine.data import goal_of
 from sim.engine.deadline import DeadlineError, deadline
 from sim.engine.mistakes import NotFiniteError, author_traceback, is_misfortune
 from sim.server.privacy import PrivacyPlan
-from sim.server.validation import ATTACK_SUCCESS
+from sim.server.validation import ATTACK_SUCCESS, CALIBRATION_ERROR
 from sim.settings import Settings, SettingsError
 from sim.settings.schema import UnreadStrategy
 from sim.wire.messages import ClientReply, CohortCall, MemoryLost, Mistake
@@ -563,6 +564,7 @@ class ClientRuntime:
                 validation_scores[position],
                 mix,
                 own_scores.get(position),
+                are_logits=strategy.scores_are_logits,
             )
             if goal is not None and aimed is not None:
                 metrics[ATTACK_SUCCESS] = goal.success(aimed[position])
@@ -610,8 +612,10 @@ def judge(
     validation_scores: np.ndarray,
     label_mix: np.ndarray | None = None,
     own_scores: np.ndarray | None = None,
+    *,
+    are_logits: bool = True,
 ) -> dict[str, float]:
-    """Return accuracy and recall on the test split, and accuracy on the validation split.
+    """Return accuracy, recall and calibration error on the test split, and validation accuracy.
 
     Args:
         data: the run's data.
@@ -620,6 +624,7 @@ def judge(
         label_mix: a client's share of each class, for its accuracy under that mix.
         own_scores: scores on the test rows as that client sees them, for the same; ``None``: as
             everybody does.
+        are_logits: whether the scores are; of others there is no calibration error.
 
     Raises:
         NotFiniteError: if a score is NaN: the largest of a row would be the first that is none.
@@ -640,6 +645,8 @@ def judge(
             (validation_scores.argmax(-1) == data.validation_labels).mean()
         ),
     }
+    if are_logits:
+        metrics[CALIBRATION_ERROR] = calibration_error_of_logits(test_scores, data.test_labels)
     if label_mix is not None:
         if own_scores is not None:
             counts = confusion_counts(data.test_labels, own_scores.argmax(-1), data.num_classes)

@@ -67,6 +67,7 @@ class Measure:
         rank: columns of lower rank find room first in a terminal.
         of: returns that of a run; None where it has none.
         share: whether it is one in [0, 1], which is written in percent with its interval.
+        signed: whether that share is a difference, in [-1, 1].
         decimals: of a number that is none.
     """
 
@@ -75,6 +76,19 @@ class Measure:
     of: Callable[[RunRecord], float | None]
     share: bool = False
     decimals: int = 1
+    signed: bool = False
+
+
+def _last(title: str, rank: int, key: str, *, signed: bool = False) -> Measure:
+    """Return a share in the federation's row of the last judged round."""
+    return Measure(title, rank, lambda run: number(run.last, key), share=True, signed=signed)
+
+
+def _worst_tenth(title: str, rank: int, key: str) -> Measure:
+    """Return the mean of the worst clients where a tenth of them are more than the worst one."""
+    return Measure(
+        title, rank, lambda run: number(run.last, key) if run.num_clients > 10 else None, share=True
+    )
 
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
@@ -87,6 +101,21 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         ),
         "bits_up": Measure("bits up", 13, lambda run: run.bits.get("up")),
         "bits_down": Measure("bits down", 13, lambda run: run.bits.get("down")),
+        "calibration_error": _last("ECE", 14, "calibration_error"),
+        "ensemble_gain": _last("ens. gain", 14, "ensemble_gain", signed=True),
+        "forgetting": _last("forgetting", 14, "forgetting", signed=True),
+        "accuracy_spread": _last("spread", 15, "accuracy_spread"),
+        "accuracy_worst_tenth": _worst_tenth("worst 10 %", 15, "accuracy_worst_tenth"),
+        "personal_accuracy_spread": _last("own spread", 16, "personal_accuracy_spread"),
+        "personal_accuracy_worst_tenth": _worst_tenth(
+            "own worst 10 %", 16, "personal_accuracy_worst_tenth"
+        ),
+        "peer_entropy": Measure(
+            "peer entropy", 17, lambda run: number(run.last, "peer_entropy"), decimals=2
+        ),
+        "peer_diversity": Measure(
+            "peer diversity", 17, lambda run: number(run.last, "peer_diversity"), decimals=2
+        ),
     }
 )
 """What runs may have beside accuracies, by its key in rows of plain values."""
@@ -526,7 +555,8 @@ def summarize(arm: str, runs: Sequence[RunRecord]) -> ArmSummary:
 def _measure(key: str, runs: Sequence[RunRecord]) -> Estimate | None:
     measure = MEASURES[key]
     values = [value for run in runs if (value := measure.of(run)) is not None]
-    return estimate(values, SHARES if measure.share else ANYTHING)
+    shares = SHARE_DIFFERENCES if measure.signed else SHARES
+    return estimate(values, shares if measure.share else ANYTHING)
 
 
 def measured(runs: Sequence[RunRecord]) -> Estimate | None:

@@ -1,11 +1,13 @@
 """What a run's rounds measured, as far as the end of the run needs it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fedkd.metrics.fairness import forgetting
 from sim.server.observers import Row
 
 
@@ -22,6 +24,7 @@ class History:
         bytes_up, bytes_down: totals by client.
         bits: under a budget how many payloads had so many bits a number, by direction.
         networks: what rows of efforts are counted by, see `sim.devices.effort`.
+        best_personal: the best accuracy under its own label mix that each client ever had.
     """
 
     federation: list[Row] = field(default_factory=list)
@@ -31,6 +34,7 @@ class History:
     bytes_down: dict[int, int] = field(default_factory=dict)
     bits: dict[str, dict[int, int]] = field(default_factory=dict)
     networks: list[Row] = field(default_factory=list)
+    best_personal: dict[int, float] = field(default_factory=dict)
 
     def add_metrics(self, rows: Iterable[Row]) -> None:
         """Take in rows of ``metrics.jsonl``."""
@@ -40,9 +44,32 @@ class History:
                     self.federation.append(row)
                 case "client" if "accuracy" in row:
                     self.clients[row["client"]] = row
+                    self._note_personal(row)
                 # Of several models the first leads; the others say which they are.
                 case "server" if "model" not in row:
                     self.server = row
+
+    def _note_personal(self, row: Row) -> None:
+        # Of a client none of whose classes is in the test split it is NaN; null in the file.
+        accuracy = row.get("personal_accuracy")
+        if accuracy is not None and not math.isnan(accuracy):
+            client = row["client"]
+            self.best_personal[client] = max(accuracy, self.best_personal.get(client, accuracy))
+
+    def forgotten(self, client: int, row: Row) -> Row:
+        """Return by how much a client is worse on its own label mix than it ever was.
+
+        Args:
+            client: that was judged.
+            row: what was measured, not taken in yet.
+
+        Returns:
+            ``forgetting``; nothing where one of the two accuracies is not known.
+        """
+        best = self.best_personal.get(client)
+        if best is None or math.isnan(row["personal_accuracy"]):
+            return {}
+        return {"forgetting": forgetting([best], row["personal_accuracy"])}
 
     def add_exchange(self, rows: Iterable[Row]) -> None:
         """Take in rows of payloads in ``exchange.jsonl``."""

@@ -12,7 +12,7 @@ from fedkd.exchange.payload import Payload
 from fedkd.exchange.payloads import Orders
 from fedkd.exchange.pipeline import BadPayloadError, ServerTurn
 from fedkd.exchange.views import Upload
-from fedkd.metrics.diversity import VoteCounter
+from fedkd.metrics.diversity import PeerAnswers, VoteCounter
 from sim.devices.clock import deadline_for, late_seconds
 from sim.devices.effort import Effort
 from sim.server.observers import Row
@@ -163,6 +163,7 @@ class Replies:
         self._deadline_s = deadline_s
         self._event = event
         self._votes: VoteCounter | None = None
+        self._answers: PeerAnswers | None = None
         self._uploads = self._watched(self._all_uploads(ask))
         self.rejected: dict[int, str] = {}
         self.metrics: dict[int, dict[str, float]] = {}
@@ -197,9 +198,17 @@ class Replies:
         """Clients that gave a usable answer so far; who is left out fails nobody."""
         return len(self.metrics.keys() | self._left_out)
 
-    def disagreement(self) -> float | None:
-        """Return how often two peers' top classes differ on public rows, in [0, 1]."""
-        return None if self._votes is None else self._votes.disagreement()
+    def of_peers(self) -> Row:
+        """Return how much peers' answers differ on public rows, and how undecided they are.
+
+        None where nobody sent predictions.
+        """
+        votes, answers = self._votes, self._answers
+        return {
+            "peer_disagreement": None if votes is None else votes.disagreement(),
+            "peer_entropy": None if answers is None else answers.peer_entropy(),
+            "peer_diversity": None if answers is None else answers.diversity(),
+        }
 
     def _all_uploads(self, ask: Ask) -> Iterator[Upload]:
         clients = self._clients
@@ -317,15 +326,18 @@ class Replies:
             raise RejectedReplyError(str(error), reply.payload) from error
 
     def _voted(self, upload: Upload) -> Upload:
-        """Count the classes of an upload, and return it."""
-        votes = upload.payload.votes()
-        if votes is None:
-            return upload
-        rows, classes = votes
-        if self._votes is None:
-            federation = self._round.federation
-            self._votes = VoteCounter(federation.public_size, federation.num_classes)
-        self._votes.add(classes, rows)
+        """Count the classes of an upload, add up its soft labels, and return it."""
+        federation = self._round.federation
+        size = federation.public_size, federation.num_classes
+        votes, answers = upload.payload.votes(), upload.payload.answers()
+        if votes is not None:
+            rows, classes = votes
+            self._votes = self._votes or VoteCounter(*size)
+            self._votes.add(classes, rows)
+        if answers is not None:
+            rows, scores, logits = answers
+            self._answers = self._answers or PeerAnswers(*size)
+            self._answers.add(scores, rows, from_logits=logits)
         return upload
 
     def _tell_of(self, client: int) -> None:

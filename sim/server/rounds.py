@@ -4,6 +4,7 @@ Plan, send, validate, aggregate, judge, record; see `strategies.contract` for th
 algorithm adds. Runs over any Flower `Grid`.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,9 @@ from fedkd.exchange.mechanisms import WantedNoise
 from fedkd.exchange.pipeline import ExchangeState, ServerTurn
 from fedkd.exchange.spending import PrivacyBudgetError, bounds_by_client, spent_by_client
 from fedkd.exchange.values import Value, read_only
+from fedkd.metrics.calibration import expected_calibration_error
 from fedkd.metrics.classification import accuracy, confusion_counts
+from fedkd.metrics.fairness import spread, worst_mean
 from fedkd.models import ignores_seed
 from fedkd.randomness import Purpose, generator_for
 from fedkd.targets import StreamingMean
@@ -53,6 +56,7 @@ from sim.server.privacy import PrivacyPlan
 from sim.server.replies import Quorum, QuorumError, Replies
 from sim.server.validation import (
     ATTACK_SUCCESS,
+    CALIBRATION_ERROR,
     Expected,
     RejectedReplyError,
     authors_code,
@@ -357,9 +361,9 @@ class RoundLoop:
             state = self._forgotten(state, where)
             servers = self._evaluate_server(round, state)
             if servers:
-                federation["server_accuracy"] = servers[0]["accuracy"]
-                if ATTACK_SUCCESS in servers[0]:
-                    federation[f"server_{ATTACK_SUCCESS}"] = servers[0][ATTACK_SUCCESS]
+                for name in ("accuracy", CALIBRATION_ERROR, ATTACK_SUCCESS):
+                    if name in servers[0]:
+                        federation[f"server_{name}"] = servers[0][name]
         federation = {
             "round": round.number,
             "scope": "federation",
@@ -368,7 +372,7 @@ class RoundLoop:
             "replies": len(replies.metrics.keys() - self._left_out),
             **({"skipped": True} if skipped else {}),
             **federation,
-            "peer_disagreement": replies.disagreement(),
+            **replies.of_peers(),
             "target_entropy": outbox.entropy(),
             "bytes_up": sum(row["bytes"] for row in replies.exchanged if row["direction"] == "up"),
             "bytes_down": sum(
@@ -575,9 +579,9 @@ class RoundLoop:
                         self._client_event(round, client, "evaluation failed", error.told)
                     continue
                 if client in self._left_out:
-                    apart[client] = reply.metrics
+                    apart[client] = dict(reply.metrics)
                     continue
-                rows[client] = reply.metrics
+                rows[client] = dict(reply.metrics)
                 if reply.test_probabilities is not None:
                     ensemble.add(reply.test_probabilities)
             self._pass_events_on()
@@ -592,19 +596,17 @@ class RoundLoop:
             event = "evaluation skipped"
             self.tell({"round": round.number, "event": event, "reason": str(too_few)})
             return {}, {}
-        federation: Row = {}
-        for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
-            values = [row[name] for row in rows.values()]
-            if values:
-                federation[name] = fmean(values)
-        if rows:
-            federation["worst_accuracy"] = min(row["accuracy"] for row in rows.values())
+        for client, row in (*rows.items(), *apart.items()):
+            row.update(self.history.forgotten(client, row))
+        federation = of_clients(list(rows.values())) if rows else {}
         if not isinstance(self._stages.adversary, NoAdversary):
             federation |= self._of_honest(rows)
         if ensemble.count:
-            classes = ensemble.mean().numpy().argmax(-1)
-            counts = confusion_counts(self._data.test_labels, classes, self._data.num_classes)
+            labels, mean = self._data.test_labels, ensemble.mean().numpy()
+            counts = confusion_counts(labels, mean.argmax(-1), self._data.num_classes)
             federation["ensemble_accuracy"] = accuracy(counts)
+            federation["ensemble_gain"] = accuracy(counts) - federation["accuracy"]
+            federation["ensemble_calibration_error"] = expected_calibration_error(mean, labels)
         return rows | {client: {**row, LEFT_OUT: True} for client, row in apart.items()}, federation
 
     def _of_honest(self, rows: Mapping[int, Row]) -> Row:
@@ -694,6 +696,32 @@ class RoundLoop:
         if isinstance(self._grid, CohortGrid):
             for row in self._grid.take_events():
                 self.tell(row)
+
+
+def of_clients(rows: Sequence[Row]) -> Row:
+    """Return what the rows of judged clients make of a federation.
+
+    Args:
+        rows: of at least one client.
+
+    Returns:
+        Means over clients; of calibration and forgetting over those that have any. How evenly they
+        fare on the common test split and on their own label mixes, side by side.
+    """
+    values = {
+        name: [row[name] for row in rows]
+        for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy")
+    }
+    federation: Row = {name: fmean(own) for name, own in values.items()}
+    federation["worst_accuracy"] = min(values["accuracy"])
+    for name in ("accuracy", "personal_accuracy"):
+        federation[f"{name}_spread"] = spread(values[name])
+        federation[f"{name}_worst_tenth"] = worst_mean(values[name])
+    for name in (CALIBRATION_ERROR, "forgetting"):
+        known = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
+        if known:
+            federation[name] = fmean(known)
+    return federation
 
 
 def _exchanged(noting: Noting, outbox: Outbox, turn: ServerTurn) -> Exchanged:

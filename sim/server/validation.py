@@ -38,8 +38,8 @@ LONGEST_NAME = 100
 SLIGHTLY_NEGATIVE = -1e-3
 """A divergence of near-equal distributions may round to a little less than 0, no loss to more."""
 
-RESERVED_METRICS = frozenset({"round", "scope", "client"})
-"""What a row of metrics says about itself."""
+RESERVED_METRICS = frozenset({"round", "scope", "client", "forgetting"})
+"""What a row of metrics says about itself, and what the server adds to it."""
 
 ACCURACIES = (
     "accuracy",
@@ -49,6 +49,10 @@ ACCURACIES = (
     "validation_accuracy",
 )
 """What every evaluation reports, in [0, 1]; nothing that a client measures in training."""
+
+CALIBRATION_ERROR = "calibration_error"
+"""What an evaluation reports beside where scores are logits, in [0, 1]; NaN where some are no
+numbers that a probability could be made of."""
 
 ATTACK_SUCCESS = "attack_success"
 """What an evaluation reports beside where an adversary wants test rows to be given a class."""
@@ -392,11 +396,11 @@ def _bad_metrics(metrics: Mapping[str, float], *, judged: bool, any_loss: bool) 
             return f"metric {name!r} has a name that records use themselves"
         if len(name) > LONGEST_NAME:
             return f"metric {name[:20]!r}... has a name of {len(name)} letters"
-        if not judged and name in ACCURACIES:
+        if not judged and name in (*ACCURACIES, CALIBRATION_ERROR):
             return f"metric {name!r} is for evaluations, and this is a reply to training"
-        if judged and name in (*ACCURACIES, ATTACK_SUCCESS):
+        if judged and name in (*ACCURACIES, CALIBRATION_ERROR, ATTACK_SUCCESS):
             # A client none of whose classes occurs in the test split has no accuracy of its own.
-            no_number = name == "personal_accuracy" and math.isnan(value)
+            no_number = name in ("personal_accuracy", CALIBRATION_ERROR) and math.isnan(value)
             if not (0 <= value <= 1 or no_number):
                 return f"metric {name!r} is {value:g}, expected a number in [0, 1]"
         elif any_loss and name.startswith("loss/"):

@@ -155,6 +155,14 @@ class Strategy(ABC, Generic[SettingsT, StateT]):
         return False
 
     @property
+    def scores_are_logits(self) -> bool:
+        """Whether `scores` are logits, so that their softmax is what a client believes.
+
+        Else, as with distances to prototypes, nothing can be said of its calibration.
+        """
+        return True
+
+    @property
     def sums(self) -> Weighting | None:
         """How a client is weighted where `aggregate` uses nothing but the weighted mean of uploads.
 

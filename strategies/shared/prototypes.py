@@ -77,6 +77,11 @@ class SharedPrototypes(Strategy[SettingsT, StateT]):
         """Whether clients say how many features their means are of."""
         return False
 
+    @property
+    def scores_are_logits(self) -> bool:
+        """Not where they say how near a prototype is."""
+        return self.settings.judge == "head"
+
     @abstractmethod
     def prototypes(self, state: StateT) -> Prototypes:
         """Return the prototypes that clients receive; none before there are any."""

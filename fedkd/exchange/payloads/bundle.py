@@ -67,6 +67,10 @@ class Bundle(Payload):
         """Return the votes of the first part that has any."""
         return next((v for part in self.parts.values() if (v := part.votes()) is not None), None)
 
+    def answers(self) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """Return the answers of the first part that has any."""
+        return next((a for part in self.parts.values() if (a := part.answers()) is not None), None)
+
     def targets_entropy(self) -> float | None:
         """Return the entropy of the first part that teaches soft labels."""
         return next(

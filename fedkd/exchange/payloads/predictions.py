@@ -192,6 +192,15 @@ class Predictions(Payload):
         """Return the rows and the class that each is given; None without rows."""
         return (self.rows, self.values.argmax(-1)) if len(self.rows) else None
 
+    def answers(self) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """Return the rows, the values, and whether these are logits; None without rows.
+
+        None as well for soft labels that codecs or mechanisms of privacy made something else of.
+        """
+        logits = self.scale == "logits"
+        good = len(self.rows) > 0 and (logits or are_distributions(self.values))
+        return (self.rows, self.values, logits) if good else None
+
     def targets_entropy(self) -> float | None:
         """Return the mean entropy of the soft labels, in nats; None without rows."""
         return target_entropy(self.probabilities()) if len(self.rows) else None

@@ -63,6 +63,10 @@ def run_table(result: "RunResult") -> "FittedTable":
         "server_accuracy": "server model accuracy",
         "attack_success": "attack success, honest clients",
         "server_attack_success": "attack success, server model",
+        "accuracy_spread": "spread of clients' accuracies",
+        "calibration_error": "calibration error, mean client",
+        "ensemble_gain": "ensemble minus mean client",
+        "forgetting": "forgetting of own label mix",
     }
     shown = [key for key in names if key in last]
 

@@ -7,6 +7,7 @@ from scipy.optimize import minimize_scalar
 
 from fedkd.metrics import (
     ReliabilityBins,
+    calibration_error_of_logits,
     expected_calibration_error,
     fit_temperature,
     maximum_calibration_error,
@@ -47,6 +48,25 @@ def test_certain_and_right_is_perfectly_calibrated_and_certain_and_wrong_is_not(
     certain = np.eye(3)
     assert expected_calibration_error(certain, np.arange(3)) == 0
     assert expected_calibration_error(certain, np.roll(np.arange(3), 1)) == 1
+
+
+def test_calibration_error_of_logits_is_that_of_their_softmax():
+    logits, labels = overconfident(np.random.default_rng(1), 300)
+    for scores in (logits, logits - 1e4):
+        assert calibration_error_of_logits(scores, labels) == pytest.approx(
+            expected_calibration_error(softmax(scores), labels), rel=1e-9
+        )
+    # One class impossible, the other two alike: half sure, and right in half of the rows.
+    halves = np.array([[0.0, 0.0, -np.inf]] * 2)
+    assert calibration_error_of_logits(halves, np.array([0, 1])) == 0
+
+
+def test_logits_without_a_finite_largest_have_no_calibration_error():
+    labels = np.array([0])
+    for broken in (np.inf, np.nan):
+        assert math.isnan(calibration_error_of_logits(np.array([[broken, 0.0]]), labels))
+    assert math.isnan(calibration_error_of_logits(np.full((1, 2), -np.inf), labels))
+    assert math.isnan(calibration_error_of_logits(np.zeros((0, 2)), np.zeros(0, int)))
 
 
 @pytest.mark.parametrize("bins", [5, 15])

@@ -11,6 +11,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
 from fedkd.metrics import (
+    PeerAnswers,
     VoteCounter,
     ensemble_entropy,
     ensemble_gain,
@@ -89,6 +90,34 @@ def test_votes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"predictions must lie in \[0, 3\), got 0 to 3"):
         counter.add(np.array([0, 3]))
     assert counter.votes.sum() == 0
+
+
+def test_answers_that_come_one_by_one_have_the_entropies_of_the_whole_stack():
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), size=(3, 20))
+    peers = PeerAnswers(20, 4)
+    for number, own in enumerate(probabilities):
+        peers.add(np.log(own) - 50.0 if number else own, from_logits=number > 0)
+    assert peers.peer_entropy() == pytest.approx(ensemble_entropy(probabilities).peers.mean())
+    assert peers.diversity() == pytest.approx(jensen_shannon(probabilities))
+
+
+def test_answers_of_peers_that_answer_some_rows_by_hand():
+    peers = PeerAnswers(num_rows=3, num_classes=2)
+    peers.add(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0, 1]))
+    peers.add(np.array([[0.0, 1.0]]), np.array([0]))
+    # Row 0: two certain peers of which the mean is a coin. Row 1: one coin. Row 2: nobody.
+    assert peers.peer_entropy() == pytest.approx((0 + math.log(2)) / 2)
+    assert peers.diversity() == pytest.approx(math.log(2))
+
+
+def test_answers_without_two_peers_on_any_row_have_no_diversity():
+    peers = PeerAnswers(num_rows=2, num_classes=2)
+    assert math.isnan(peers.peer_entropy())
+    peers.add(np.array([[0.5, 0.5]]), np.array([1]))
+    assert math.isnan(peers.diversity())
+    with pytest.raises(ValueError, match="probabilities must be >= 0 and sum to 1"):
+        peers.add(np.array([[1.0, 2.0]]), np.array([0]))
+    assert peers.peers.tolist() == [0, 1]
 
 
 def test_target_entropy_runs_from_one_hot_to_uniform():

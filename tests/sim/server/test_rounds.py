@@ -1,5 +1,6 @@
 """The round loop: who is left out, when it stops, what it writes down, which round it selects."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,14 +8,16 @@ import pytest
 
 from fedkd.exchange.payloads import Weights
 from fedkd.exchange.values import digest
-from fedkd.metrics.diversity import target_entropy
+from fedkd.metrics.calibration import expected_calibration_error
+from fedkd.metrics.diversity import ensemble_entropy, jensen_shannon, target_entropy
 from sim.engine.grid import FIRST_NODE_ID, Outcome
 from sim.engine.inline import InlineGrid
 from sim.engine.runtime import build_strategy, federation_of, judge, server_tools
 from sim.server.history import History, selected_round, summary
 from sim.server.replies import QuorumError
-from sim.server.rounds import RoundLoop
+from sim.server.rounds import RoundLoop, of_clients
 from sim.settings import SettingsError
+from sim.wire.messages import read_reply
 from strategies.contract import ServerTools
 
 # -- replies that are left out -----------------------------------------------------------------
@@ -392,6 +395,57 @@ def test_rows_of_a_round(tiny_settings, tiny_data, simulate):
     for name in ("accuracy", "personal_accuracy", "macro_recall", "validation_accuracy"):
         assert last[name] == pytest.approx(np.mean([row[name] for row in of_clients]))
     assert last["worst_accuracy"] == min(row["accuracy"] for row in of_clients)
+    for name in ("accuracy", "personal_accuracy"):
+        assert last[f"{name}_spread"] == pytest.approx(np.std([row[name] for row in of_clients]))
+        assert last[f"{name}_worst_tenth"] == min(row[name] for row in of_clients)
+    errors = [row["calibration_error"] for row in of_clients]
+    assert last["calibration_error"] == pytest.approx(np.mean(errors))
+    assert last["server_calibration_error"] == run.metrics[-1]["calibration_error"]
+
+
+def test_a_client_forgets_from_its_best_round_on(tiny_settings, tiny_data, simulate):
+    run = simulate(tiny_settings(rounds=4), tiny_data())
+    rows = [row for row in run.metrics if row["scope"] == "client"]
+    own = np.array([row["personal_accuracy"] for row in rows]).reshape(4, 4)
+    assert not any("forgetting" in row for row in rows[:4])
+    for number in (1, 2, 3):
+        lost = own[:number].max(axis=0) - own[number]
+        told = [row["forgetting"] for row in rows[4 * number : 4 * number + 4]]
+        assert told == pytest.approx(lost)
+        assert run.history.federation[number]["forgetting"] == pytest.approx(lost.mean())
+
+
+def test_rows_that_are_read_again_know_the_best_of_each_client():
+    history = History()
+    known = {"scope": "client", "accuracy": 0.5}
+    history.add_metrics(
+        [
+            {**known, "client": 0, "personal_accuracy": 0.8},
+            {**known, "client": 1, "personal_accuracy": None},
+            {**known, "client": 0, "personal_accuracy": 0.6},
+            {"scope": "client", "client": 2},
+        ]
+    )
+    assert history.best_personal == {0: 0.8}
+    assert history.forgotten(0, {"personal_accuracy": 0.7}) == pytest.approx({"forgetting": 0.1})
+    assert history.forgotten(1, {"personal_accuracy": 0.7}) == {}
+    assert history.forgotten(0, {"personal_accuracy": math.nan}) == {}
+
+
+def test_who_has_no_value_is_no_part_of_a_mean():
+    row = {"accuracy": 0.5, "personal_accuracy": 0.6, "macro_recall": 0.5}
+    row["validation_accuracy"] = 0.4
+    known = {**row, "forgetting": 0.1, "calibration_error": 0.2}
+    found = of_clients([known, row, {**known, "calibration_error": math.nan}])
+    assert (found["forgetting"], found["calibration_error"]) == pytest.approx((0.1, 0.2))
+    assert not {"forgetting", "calibration_error"} & of_clients([row]).keys()
+
+
+def test_distances_to_prototypes_are_no_beliefs(tiny_settings, tiny_data, simulate):
+    for judge_by, known in (("prototype", False), ("head", True)):
+        settings = tiny_settings("fedproto", options={"judge": judge_by}, rounds=1)
+        last = simulate(settings, tiny_data()).history.federation[-1]
+        assert ("calibration_error" in last) is known
 
 
 def test_the_entropy_of_targets_is_that_of_those_which_somebody_received_in_the_round(
@@ -496,7 +550,29 @@ def test_ensemble_is_the_mean_of_the_clients_probabilities(
     ]
     classes = np.mean(np.stack(tables).astype(np.float64), axis=0).argmax(-1)
     expected = (classes == data.test_labels).mean()
-    assert run.history.federation[-1]["ensemble_accuracy"] == pytest.approx(expected)
+    last = run.history.federation[-1]
+    assert last["ensemble_accuracy"] == pytest.approx(expected)
+    assert last["ensemble_gain"] == pytest.approx(expected - last["accuracy"])
+    mean = np.mean(np.stack(tables), axis=0)
+    assert last["ensemble_calibration_error"] == pytest.approx(
+        expected_calibration_error(mean, data.test_labels)
+    )
+
+
+def test_entropy_and_diversity_are_those_of_what_clients_sent(
+    tiny_settings, tiny_data, simulate, listening_grid
+):
+    settings, data = tiny_settings(rounds=1), tiny_data()
+    grid = listening_grid(settings, data)
+    (row,) = simulate(settings, data, grid).history.federation
+    sent = np.stack(
+        [read_reply(reply.content).payload.values for reply in grid.replies["train"][-1].values()]
+    )
+    peers = ensemble_entropy(sent, from_logits=True).peers
+    assert row["peer_entropy"] == pytest.approx(peers.mean(), rel=1e-5)
+    assert row["peer_diversity"] == pytest.approx(jensen_shannon(sent, from_logits=True), rel=1e-5)
+    (row,) = simulate(tiny_settings("fedavg", rounds=1), data).history.federation
+    assert row["peer_entropy"] is row["peer_diversity"] is None
 
 
 # -- selection ---------------------------------------------------------------------------------

@@ -413,6 +413,11 @@ def test_metrics_that_are_text_come_in_a_record_of_another_kind_and_are_named(va
         ({"accuracy": 1.5}, "metric 'accuracy' is 1.5, expected a number in [0, 1]"),
         ({"macro_recall": -0.1}, "metric 'macro_recall' is -0.1, expected a number in [0, 1]"),
         ({"accuracy": math.nan}, "metric 'accuracy' is nan, expected a number in [0, 1]"),
+        (
+            {"calibration_error": 1.5},
+            "metric 'calibration_error' is 1.5, expected a number in [0, 1]",
+        ),
+        ({"forgetting": -1.0}, "metric 'forgetting' has a name that records use themselves"),
         ({"worst_class_recall": None}, "metric 'worst_class_recall' is missing"),
         ({"more": -1e300}, "metric 'more' is -1e+300, expected at most 9.0072e+15"),
     ],
@@ -425,6 +430,11 @@ def test_a_judgement_that_cannot_be_is_named(change, named):
 
 def test_a_client_without_classes_in_the_test_split_has_no_accuracy_of_its_own():
     metrics = {**dict.fromkeys(ACCURACIES, 0.5), "personal_accuracy": math.nan}
+    assert reason(judged(metrics=metrics), JUDGED) is None
+
+
+def test_infinite_scores_have_no_calibration_error():
+    metrics = {**dict.fromkeys(ACCURACIES, 0.5), "calibration_error": math.nan}
     assert reason(judged(metrics=metrics), JUDGED) is None
 
 
