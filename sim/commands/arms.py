@@ -27,6 +27,8 @@ from sim.settings import (
     settings_from_table,
     strategy_fields,
 )
+from sim.settings.combinations import ARM, values_meant
+from sim.settings.schema import StudySettings
 from sim.settings.tables import read_word
 from strategies import STRATEGIES
 
@@ -180,10 +182,11 @@ class _Reader:
         if not chosen or swept_arms:
             of_all = list(known) or ([""] if sweep else list(DEFAULT_ARMS))
             bases = list(dict.fromkeys([*of_all, *bases]))
-        made = drafts(bases, sweep)
+        self._check_conditions(settings.study, known)
+        made = drafts(bases, settings.study)
         read = [(draft, self._arm(draft, known, said, said.common)) for draft in made]
         names, found = settle(read)
-        self._check_absent([draft.label for draft in made])
+        self._check_absent(made)
         arms = {
             name: found[name]
             for draft, name in zip(made, names, strict=True)
@@ -192,8 +195,9 @@ class _Reader:
         for name in swept_arms:
             if name not in arms:
                 raise _unknown(name, [*known, *found])
-        kept = {name: draft for draft, name in zip(made, names, strict=True) if name in arms}
-        labels = {draft.label: name for draft, name in zip(made, names, strict=True)}
+        combined = list(zip(made, names, strict=True))
+        kept = {name: draft for draft, name in combined if name in arms}
+        labels = {draft.label: name for draft, name in combined}
         remarks = self._remarks({label: name for label, name in labels.items() if name in arms})
         if len(found) < len(made):
             remarks.append(
@@ -205,11 +209,19 @@ class _Reader:
             arms,
             remarks,
             self._equal(arms, kept, known, said),
-            grid_of(bases, sweep, names, arms) if sweep else None,
-            self._families(
-                settings.study.families, list(zip(made, names, strict=True)), arms, known
-            ),
+            grid_of(bases, settings.study, combined, arms) if sweep else None,
+            self._families(settings.study.families, combined, arms, known),
         )
+
+    @staticmethod
+    def _check_conditions(study: StudySettings, known: Table) -> None:
+        """Refuse a condition on an arm that there is not."""
+        for condition in (*study.only, *study.without):
+            for name in values_meant(condition.get(ARM, ()), ()):
+                if not _is_arm(str(name), known):
+                    raise SettingsError(
+                        f"study.only, study.without: {_unknown(str(name), [*known, *STRATEGIES])}"
+                    )
 
     def _families(
         self,
@@ -321,15 +333,22 @@ class _Reader:
                 had.append(word)
         return had
 
-    def _check_absent(self, names: Sequence[str]) -> None:
+    def _check_absent(self, made: Sequence[Draft]) -> None:
         for setting, arms in self.absent.items():
-            if set(arms) == set(names):
-                key = setting.partition(".")[2]
-                known = {name for s in STRATEGIES.values() for name in s.Settings.model_fields}
+            if set(arms) != {draft.label for draft in made}:
+                continue
+            key = setting.split(".")[1]
+            having = [name for name, s in STRATEGIES.items() if key in s.Settings.model_fields]
+            among = _first(list(dict.fromkeys(draft.base or draft.label for draft in made)))
+            if having:
                 raise SettingsError(
-                    f"unknown setting {setting!r} in all arms ({', '.join(names)})"
-                    f"{nearest(key, sorted(known - {'name'}))}"
+                    f"no arm has the setting {setting!r} ({among}); {_first(having)} have it"
                 )
+            known = {name for s in STRATEGIES.values() for name in s.Settings.model_fields}
+            raise SettingsError(
+                f"unknown setting {setting!r} in all arms ({among})"
+                f"{nearest(key, sorted(known - {'name'}))}"
+            )
 
     def _remarks(self, names: Mapping[str, str]) -> list[str]:
         """Say which arms are without a setting; names of arms by the labels of their drafts."""

@@ -327,7 +327,7 @@ def compare(
     others = {path: told for path, told in study.differs.items() if not is_swept(path, sweep)}
     notes = [
         *study.notes,
-        *sweep_notes(sweep),
+        *sweep_notes(settings.study),
         *difference_notes(others),
         *notes,
         *backend_notes(runs),

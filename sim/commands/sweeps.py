@@ -1,9 +1,12 @@
-"""Sweeps: every combination of some values of some settings is an arm."""
+"""Sweeps: combinations of some values of some settings are arms.
+
+Every combination is, unless settings change together or a condition leaves some out.
+"""
 
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +15,11 @@ from fedkd.names import check_name
 from sim.keeping.identity import fingerprint
 from sim.reports.grids import ARM, Axis, Grid, value_label
 from sim.settings import Settings, SettingsError, merge_tables, named, nested_table
-from sim.settings.schema import MOST_ARMS
+from sim.settings.combinations import Condition, Sweep, holds, is_among
+from sim.settings.schema import MOST_ARMS, StudySettings
 
-Sweep = Mapping[str, Sequence[Any]]
-"""Values by the dotted name of a setting."""
+MOST_LOOKED_AT = 100 * MOST_ARMS
+"""So many combinations are looked at to find those that a condition leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,12 @@ class Draft:
         base: the arm that the file or the table of strategies knows; empty: what all have in
             common.
         swept: the value of each setting that is swept over.
+        place: the arm's number, and the step along each of `lines_of`.
     """
 
     base: str
     swept: Mapping[str, Any]
+    place: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -37,25 +43,92 @@ class Draft:
         return name_of(self.base, self.swept.values())
 
 
-def drafts(bases: Sequence[str], sweep: Sweep) -> list[Draft]:
-    """Return every combination of values for every arm; without a sweep the arms themselves.
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Settings that change together: an axis of a sweep.
+
+    Attributes:
+        settings: one, unless ``study.together`` says otherwise.
+        steps: the values of all of them, one step after the other.
+    """
+
+    settings: tuple[str, ...]
+    steps: tuple[tuple[Any, ...], ...]
+
+    @property
+    def axis(self) -> Axis:
+        """The axis by the first setting whose values tell its steps apart, or else by all."""
+        for setting, values in zip(self.settings, zip(*self.steps, strict=True), strict=True):
+            if not any(is_among(value, values[:place]) for place, value in enumerate(values)):
+                return Axis(setting, values)
+        return Axis("+".join(self.settings), tuple(map(list, self.steps)))
+
+    @property
+    def told(self) -> str:
+        """Which values there are, in words."""
+        steps = [" with ".join(map(value_label, step)) for step in self.steps]
+        return f"{' with '.join(self.settings)} ({', '.join(steps)})"
+
+
+def lines_of(study: StudySettings) -> list[Line]:
+    """Return the axes of a sweep, in the order in which its settings stand there."""
+    group_of = {setting: group for group in study.together for setting in group}
+    groups = dict.fromkeys(group_of.get(setting, (setting,)) for setting in study.sweep)
+    return [
+        Line(group, tuple(zip(*(study.sweep[setting] for setting in group), strict=True)))
+        for group in groups
+    ]
+
+
+def drafts(bases: Sequence[str], study: StudySettings) -> list[Draft]:
+    """Return every combination that is meant, of every arm; without a sweep the arms themselves.
+
+    Args:
+        bases: the arms.
+        study: its sweep, settings that change together, and conditions.
 
     Raises:
-        SettingsError: if these are more than anybody has the time for.
+        SettingsError: if these are more than anybody has the time for, or none.
     """
-    count = len(bases) * math.prod(len(values) for values in sweep.values())
-    if count > MOST_ARMS:
-        sizes = [f"{len(values)} of {setting}" for setting, values in sweep.items()]
-        arms = [f"{len(bases)} arms"] if len(bases) > 1 else []
+    lines = lines_of(study)
+    looked_at = len(bases) * math.prod(len(line.steps) for line in lines)
+    sizes = [f"{len(line.steps)} of {' with '.join(line.settings)}" for line in lines]
+    arms = [f"{len(bases)} arms"] if len(bases) > 1 else []
+    product = " x ".join([*arms, *sizes])
+    conditions = bool(study.only or study.without)
+    if looked_at > (MOST_LOOKED_AT if conditions else MOST_ARMS):
         raise SettingsError(
-            f"study.sweep makes {count} combinations ({' x '.join([*arms, *sizes])}), "
-            f"at most {MOST_ARMS}"
+            f"study.sweep makes {looked_at} combinations ({product}), at most "
+            f"{MOST_LOOKED_AT if conditions else MOST_ARMS}"
         )
-    return [
-        Draft(base, dict(zip(sweep, values, strict=True)))
-        for base in bases
-        for values in itertools.product(*sweep.values())
+    made = [
+        Draft(base, dict(_pairs(lines, steps)), (number, *places))
+        for number, base in enumerate(bases)
+        for places in itertools.product(*(range(len(line.steps)) for line in lines))
+        for steps in [[line.steps[place] for line, place in zip(lines, places, strict=True)]]
     ]
+    kept = [draft for draft in made if is_meant(study, draft.base, draft.swept)]
+    if not kept:
+        raise SettingsError(
+            f"study.only and study.without leave none of {looked_at} combinations ({product})"
+        )
+    if len(kept) > MOST_ARMS:
+        raise SettingsError(
+            f"study.sweep makes {len(kept)} combinations after study.only and study.without, at "
+            f"most {MOST_ARMS}"
+        )
+    return kept
+
+
+def _pairs(lines: Sequence[Line], steps: Sequence[tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+    for line, step in zip(lines, steps, strict=True):
+        yield from zip(line.settings, step, strict=True)
+
+
+def is_meant(study: StudySettings, arm: str, values: Mapping[str, Any]) -> bool:
+    """Tell whether the conditions of a study let a combination stand."""
+    wanted = not study.only or any(holds(each, arm, values) for each in study.only)
+    return wanted and not any(holds(each, arm, values) for each in study.without)
 
 
 def patch_of(swept: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,29 +220,50 @@ def _said(draft: Draft) -> str:
 
 
 def grid_of(
-    bases: Sequence[str], sweep: Sweep, names: Sequence[str], kept: Mapping[str, object]
+    bases: Sequence[str],
+    study: StudySettings,
+    made: Sequence[tuple[Draft, str]],
+    kept: Mapping[str, object],
 ) -> Grid:
     """Return how the arms of a sweep lie side by side.
 
+    Values that conditions leave no combination of have no place in it.
+
     Args:
         bases: the arms that were swept over.
-        sweep: values by setting.
-        names: the arm of each combination.
-        kept: the arms that are compared; the others have no place in the grid.
+        study: what was swept over.
+        made: each combination, and the name of its arm.
+        kept: the arms that are compared; the others are holes in the grid.
     """
-    axes = [Axis(ARM, tuple(bases))] if len(bases) > 1 else []
-    axes += [Axis(setting, tuple(values)) for setting, values in sweep.items()]
-    return Grid(tuple(axes), tuple(name if name in kept else "" for name in names))
-
-
-def sweep_notes(sweep: Sweep) -> list[str]:
-    """Say what was swept over."""
-    if not sweep:
-        return []
-    told = [
-        f"{setting} ({', '.join(map(value_label, values))})" for setting, values in sweep.items()
+    axes = [Axis(ARM, tuple(bases)), *(line.axis for line in lines_of(study))]
+    used = [sorted({draft.place[number] for draft, _ in made}) for number in range(len(axes))]
+    names = {draft.place: name for draft, name in made if name in kept}
+    axes = [
+        Axis(axis.name, tuple(axis.values[place] for place in places))
+        for axis, places in zip(axes, used, strict=True)
     ]
-    return [f"swept over {', '.join(told)}"]
+    arms = tuple(names.get(place, "") for place in itertools.product(*used))
+    return Grid(tuple(axes if len(bases) > 1 else axes[1:]), arms)
+
+
+def sweep_notes(study: StudySettings) -> list[str]:
+    """Say what was swept over, and which combinations were left out."""
+    if not study.sweep:
+        return []
+    notes = [f"swept over {', '.join(line.told for line in lines_of(study))}"]
+    for name in ("only", "without"):
+        conditions = getattr(study, name)
+        if conditions:
+            notes.append(f"study.{name}: {'; '.join(map(_condition_told, conditions))}")
+    return notes
+
+
+def _condition_told(condition: Condition) -> str:
+    return ", ".join(f"{setting}={_values_told(said)}" for setting, said in condition.items())
+
+
+def _values_told(said: Any) -> str:
+    return " or ".join(map(value_label, said)) if isinstance(said, list) else value_label(said)
 
 
 def is_swept(setting: str, sweep: Sweep) -> bool:

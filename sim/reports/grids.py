@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ARM = "arm"
-"""The name of the axis of arms that were swept over, where there are several."""
+from sim.settings.combinations import ARM
 
 
 @dataclass(frozen=True, slots=True)

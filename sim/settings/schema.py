@@ -48,6 +48,7 @@ from sim.adversity.faults import PROCESS_FAULTS, FaultRule
 from sim.attacks.settings import AttackSettings
 from sim.devices.clock import ClockSettings
 from sim.devices.presence import PresenceSettings
+from sim.settings.combinations import check_condition, check_together
 from sim.settings.tables import yaml_text
 from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
@@ -498,6 +499,23 @@ class StudySettings(_Section):
         description="by setting, a list of values: every combination of them is an arm, of every "
         "arm there is; combinations that are equal in effect are one",
     )
+    together: tuple[tuple[str, ...], ...] = Field(
+        (),
+        max_length=20,
+        description="settings of the sweep that change together: the first value of each, the "
+        "second of each, ..., instead of every combination; a list of lists, [[a, b], [c, d]]",
+    )
+    only: tuple[dict[str, Any], ...] = Field(
+        (),
+        max_length=MOST_ARMS,
+        description="combinations of the sweep that are made; each a table of settings with a "
+        "value or a list of values, arm among the keys; none: all",
+    )
+    without: tuple[dict[str, Any], ...] = Field(
+        (),
+        max_length=MOST_ARMS,
+        description="combinations of the sweep that are left out, as under only",
+    )
     families: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         max_length=MOST_ARMS,
@@ -560,9 +578,6 @@ class StudySettings(_Section):
                 raise ValueError(
                     f"sweep.{setting} must have 1 to {MOST_ARMS} values, got {len(values)}"
                 )
-            twice = [value for place, value in enumerate(values) if value in values[:place]]
-            if twice:
-                raise ValueError(f"sweep.{setting} has the value {shown(twice[0])} twice")
             inside = [other for other in sweep if other.startswith(f"{setting}.")]
             if inside:
                 raise ValueError(
@@ -570,6 +585,30 @@ class StudySettings(_Section):
                     f"values into those of {setting}"
                 )
         return sweep
+
+    @field_validator("together", mode="before")
+    @classmethod
+    def _groups(cls, groups: object) -> object:
+        """Take one group for a list of one, and null for none."""
+        if isinstance(groups, list | tuple) and any(isinstance(each, str) for each in groups):
+            return (groups,)
+        return () if groups is None else groups
+
+    @field_validator("only", "without", mode="before")
+    @classmethod
+    def _conditions(cls, conditions: object) -> object:
+        """Take one condition for a list of one, and null for none."""
+        if isinstance(conditions, Mapping):
+            return (conditions,)
+        return () if conditions is None else conditions
+
+    @model_validator(mode="after")
+    def _fit_the_sweep(self) -> "StudySettings":
+        check_together(self.together, self.sweep)
+        for name in ("only", "without"):
+            for condition in getattr(self, name):
+                check_condition(f"study.{name}", condition, self.sweep)
+        return self
 
 
 def _swept(table: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from sim.commands.cli.printing import print_table, print_words, say
 from sim.commands.cli.shell import AcceptCode, Allow, AsJson, ConfigAndOverrides, Quiet, Wide
 from sim.commands.cli.stopping import stoppable
-from sim.commands.cli.words import split_words
+from sim.commands.cli.words import split_words, sweep_words
 
 if TYPE_CHECKING:
     from sim.commands.arms import Study
@@ -36,6 +36,34 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Paired seeds; study.seeds by default.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUE,...",
+            help="Make an arm of each value of a setting, of every combination where there are "
+            "several; instead of the file's values of this setting.",
+        ),
+    ] = None,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING,SETTING",
+            help="Settings of the sweep that change together, and not in every combination.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUE,...",
+            help="Make only these combinations of the sweep; arm=NAME is one of the settings.",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUE,...", help="Leave out these combinations of the sweep."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -60,13 +88,18 @@ def compare(
     - `fedkd compare conf/quickstart.yaml --arms local,dml --seeds 10`
     - `fedkd compare --arms local,fedmd,dml rounds=10`
     - `fedkd compare --arms one_way,dml strategy.temperature=8`
+    - `fedkd compare --arms one_way,dml --sweep strategy.temperature=1,2,4 --sweep rounds=5,10`
+    - `fedkd compare --sweep rounds=20,10 --sweep clients.local.epochs=1,2
+      --together rounds,clients.local.epochs`
     - `fedkd compare conf/quickstart.yaml --baseline local`
     - `fedkd compare conf/examples/byzantine.yaml --dry-run` : runs, time and bytes beforehand
     """
     from sim.commands.arms import load_study
 
     chosen = [name.strip() for name in arms.split(",")] if arms else None
-    planned = load_study(*split_words(arguments, arms or ""), arms=chosen, allow=allow or ())
+    config, words = split_words(arguments, arms or "")
+    words += sweep_words(sweep, together, only, without)
+    planned = load_study(config, words, arms=chosen, allow=allow or ())
     if dry_run:
         _foresee(planned, seeds, baseline, accept_code, quiet=quiet, wide=wide, json=json)
         return

@@ -46,7 +46,7 @@ BAD = {
     "nothing to accept": (["run", "--accept-code"], "--accept-code is about earlier runs"),
     "a setting of no arm": (
         ["compare", "--arms", "local,fedavg", "strategy.temperature=8"],
-        "unknown setting 'strategy.temperature' in all arms (local, fedavg)",
+        "no arm has the setting 'strategy.temperature' (local, fedavg)",
     ),
     "missing folder": (["run", "data.source=./no/such/folder"], "data.source"),
     "missing config": (["run", "no.yaml"], "config 'no.yaml' does not exist"),

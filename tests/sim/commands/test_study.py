@@ -402,33 +402,35 @@ def test_two_commands_on_one_study_make_every_run_once(small: Small) -> None:
     settings = small(
         "rounds=1", "study={seeds: 1, arms: {a: {strategy: local}, b: {strategy: dml}}}"
     )
-    started: list[tuple[str, int]] = []
+    started: list[tuple[str, str]] = []
     told: list[str] = []
-    both_plan = threading.Barrier(2)
     found: list[StudyResult] = []
+    other_is_busy = threading.Event()
 
-    def command() -> None:
-        found.append(
-            compare(
-                settings,
-                observer_of=lambda arm, seed: [Counting(started, arm, seed)],
-                tell=told.append,
-                planned=lambda plan: both_plan.wait() and None,
-            )
-        )
+    def second_begins(arm: str, _seed: int) -> Sequence[Observer]:
+        # What the first is making is left for later: there is another run to make.
+        started.append(("second", arm))
+        other_is_busy.set()
+        return ()
 
-    threads = [threading.Thread(target=command) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(started) == [("a", 0), ("b", 0)]
-    first, second = found
-    assert first.to_row() == second.to_row()
-    # Each of them has taken what the other made, and says so; none was waited for in vain.
-    taken = [note for note in told if note.endswith("made this run; it is taken as it is")]
-    assert len(taken) == 2
-    assert all(f"process {os.getpid()} is making this run" in n for n in set(told) - set(taken))
+    second = threading.Thread(
+        target=lambda: found.append(compare(settings, observer_of=second_begins, tell=told.append))
+    )
+
+    def first_begins(arm: str, _seed: int) -> Sequence[Observer]:
+        started.append(("first", arm))
+        second.start()
+        assert other_is_busy.wait(60)
+        return ()
+
+    found.append(compare(settings, observer_of=first_begins, tell=told.append))
+    second.join()
+    assert started == [("first", "a"), ("second", "b")]
+    assert found[0].to_row() == found[1].to_row()
+    # Each has taken what the other made, and says so.
+    for arm in "ab":
+        taken = f"{arm} seed 0: another command has made this run; it is taken as it is"
+        assert told.count(taken) == 1
 
 
 @pytest.mark.slow

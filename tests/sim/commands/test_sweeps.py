@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.commands.arms import Study, load_study
+from sim.commands.cli.words import sweep_words
 from sim.commands.running import run
-from sim.commands.sweeps import drafts, name_of, patch_of
+from sim.commands.sweeps import drafts, name_of, patch_of, sweep_notes
 from sim.reports.grids import Axis
 from sim.settings import SettingsError, load_settings
+from sim.settings.schema import StudySettings
 
 CONF = Path(__file__).parents[3] / "conf" / "examples"
 Read = Callable[..., Study]
@@ -207,7 +209,7 @@ def test_a_run_of_the_file_takes_no_notice_of_the_sweep() -> None:
 )
 def test_drafts_are_the_product(values: list[list[int]]) -> None:
     sweep = {f"s{place}": of_setting for place, of_setting in enumerate(values)}
-    made = drafts(["a", "b"], sweep)
+    made = drafts(["a", "b"], StudySettings.model_validate({"sweep": sweep}))
     expected = 2
     for of_setting in values:
         expected *= len(of_setting)
@@ -327,3 +329,152 @@ def test_an_arm_that_combinations_have_in_common_is_in_the_family_of_each(study:
 def test_a_family_that_cannot_be_compared_is_refused(study: Read, families: str, told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         study(FAMILIES, "study.families=null", f"study.families={families}")
+
+
+# -- settings that change together, and conditions -----------------------------------------------
+
+STEPS = """
+study:
+  sweep:
+    rounds: [20, 10]
+    strategy.temperature: [1, 4]
+    clients.local.epochs: [1, 2]
+  together: [[rounds, clients.local.epochs]]
+"""
+
+
+def test_settings_that_change_together_are_one_axis(study: Read) -> None:
+    found = study(STEPS, arms=["one_way", "dml"])
+    assert {name: (arm.rounds, arm.clients.local.epochs) for name, arm in found.arms.items()} == {
+        f"{base}-{steps}-{temperature}": (int(steps[:2]), int(steps[3:]))
+        for base in ("one_way", "dml")
+        for steps in ("20-1", "10-2")
+        for temperature in (1, 4)
+    }
+    assert found.grid is not None
+    # The first of them stands for both, and has a scale.
+    assert found.grid.axes[1:] == (Axis("rounds", (20, 10)), Axis("strategy.temperature", (1, 4)))
+    assert found.grid.arms == tuple(found.arms)
+    assert sweep_notes(found.settings.study) == [
+        "swept over rounds with clients.local.epochs (20 with 1, 10 with 2), strategy.temperature "
+        "(1, 4)"
+    ]
+
+
+def test_steps_that_no_setting_tells_apart_are_named_by_all(study: Read) -> None:
+    found = study(
+        "study: {sweep: {rounds: [2, 2, 4], clients.count: [2, 4, 4]}, "
+        "together: [rounds, clients.count]}"
+    )
+    assert found.grid is not None
+    assert found.grid.axes == (Axis("rounds+clients.count", ([2, 2], [2, 4], [4, 4])),)
+    assert list(found.arms) == ["2-2", "2-4", "4-4"]
+
+
+def test_a_condition_leaves_holes_and_an_axis_only_what_there_is(study: Read) -> None:
+    file = """
+    study:
+      sweep: {strategy.temperature: [1, 2, 4], rounds: [5, 10, 20]}
+      without:
+      - {arm: dml, strategy.temperature: [2, 4]}
+      - {rounds: 20}
+    """
+    found = study(file, arms=["one_way", "dml"])
+    assert list(found.arms) == [
+        *(f"one_way-{t}-{r}" for t in (1, 2, 4) for r in (5, 10)),
+        "dml-1-5",
+        "dml-1-10",
+    ]
+    assert found.grid is not None
+    assert found.grid.axes[2] == Axis("rounds", (5, 10))
+    assert found.grid.arms[-4:] == ("",) * 4
+    assert found.combinations == 8
+    # Every plane is drawn, with nothing in the holes.
+    assert [plane.title for plane in found.grid.planes] == [f"temperature: {t}" for t in (1, 2, 4)]
+    only = study(file, "study.only={strategy.temperature: 1}", arms=["one_way", "dml"])
+    assert list(only.arms) == ["one_way-1-5", "one_way-1-10", "dml-1-5", "dml-1-10"]
+    assert sweep_notes(only.settings.study)[1:] == [
+        "study.only: strategy.temperature=1",
+        "study.without: arm=dml, strategy.temperature=2 or 4; rounds=20",
+    ]
+    # Conditions of a file are left out by a word.
+    assert len(study(file, "study.without=null", arms=["one_way", "dml"]).arms) == 18
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["study.only={rounds: 20, strategy.temperature: 3}"], "swept over 1, 4, got 3"),
+        (["study.without=[{arm: dlm}]"], "unknown arm 'dlm'.*did you mean 'dml'"),
+        (["study.without=[{rounds: [10, 20]}]"], "leave none of 4 combinations"),
+        (["study.together=[[rounds, clients.count]]"], "'clients.count' is not swept over"),
+    ],
+)
+def test_a_mistake_in_a_condition_is_named(study: Read, words: list[str], told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        study(STEPS, *words)
+
+
+def test_conditions_may_leave_few_of_very_many(study: Read) -> None:
+    many = f"rounds: {list(range(1, 101))}, clients.count: {list(range(1, 101))}"
+    file = f"study: {{sweep: {{{many}}}, only: [{{rounds: 7, clients.count: [3, 5]}}]}}"
+    assert list(study(file).arms) == ["7-3", "7-5"]
+    with pytest.raises(SettingsError, match=r"10000 combinations .* at most 1000"):
+        study(file, "study.only=null")
+
+
+# -- on the command line -------------------------------------------------------------------------
+
+
+def test_options_of_a_sweep_are_words_on_the_study(study: Read) -> None:
+    words = sweep_words(
+        [
+            "exchange.up=float32,{kind: top_k, k: 2}",
+            "clients.models=[mlp],[mlp,cnn]",
+            "rounds= 2, 4",
+        ],
+        ["rounds, clients.models"],
+        None,
+        ["rounds=2,exchange.up=[float32]"],
+    )
+    found = study(TWO_BY_TWO.replace("dsfl", "one_way"), *words).settings.study
+    assert found.sweep == {
+        # What the file sweeps over beside it stays.
+        "strategy.temperature": (1, 2.5),
+        "exchange.up": ("float32", {"kind": "top_k", "k": 2}),
+        "clients.models": (["mlp"], ["mlp", "cnn"]),
+        "rounds": (2, 4),
+    }
+    assert found.together == (("rounds", "clients.models"),)
+    assert found.without == ({"rounds": 2, "exchange.up": ["float32"]},)
+    assert sweep_words(['a="x,y",z'], None, None, None) == ['study.sweep.a=["x,y", "z"]']
+    assert sweep_words(None, None, None, None) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sweep": ["rounds"]}, "--sweep is written SETTING=VALUE,VALUE,..., got 'rounds'"),
+        ({"sweep": ["rounds="]}, "--sweep rounds has no value"),
+        ({"sweep": ["rounds=1,,2"]}, "--sweep rounds has an empty value, got 'rounds=1,,2'"),
+        ({"sweep": ["rounds=1,2,"]}, "--sweep rounds has an empty value"),
+        ({"sweep": ["rounds=[1,2]"]}, "without brackets: --sweep rounds=1,2"),
+        ({"sweep": ["rounds=1", "rounds=2"]}, "--sweep rounds stands there twice"),
+        ({"sweep": ["rounds={a: 1"]}, "--sweep rounds={a: 1: cannot read"),
+        ({"without": ["rounds"]}, "--without is written SETTING=VALUE"),
+        ({"only": ["rounds=1,rounds=2"]}, "--only rounds=1,rounds=2 names rounds twice"),
+    ],
+)
+def test_a_mistake_in_an_option_of_a_sweep_is_named(
+    options: dict[str, list[str]], told: str
+) -> None:
+    given = {name: options.get(name) for name in ("sweep", "together", "only", "without")}
+    with pytest.raises(SettingsError) as error:
+        sweep_words(**given)
+    assert told in str(error.value)
+
+
+def test_a_setting_that_no_arm_has_names_algorithms_that_have_it(study: Read) -> None:
+    words = sweep_words(["strategy.temperature=1,2"], None, None, None)
+    with pytest.raises(SettingsError, match=r"no arm has the setting .* \(local, fedavg\); .*dml"):
+        study("{}", *words, arms=["local", "fedavg"])
