@@ -38,4 +38,4 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 """In the order of the help."""
 
 for command in COMMANDS:
-    app.command(cls=ManyTimes if command is replay else Command)(command)
+    app.command(cls=ManyTimes if command in (replay, compare) else Command)(command)

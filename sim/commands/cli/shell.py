@@ -57,7 +57,10 @@ class Command(TyperCommand):
 class ManyTimes(Command):
     """A command some of whose options may be given several times."""
 
-    repeatable = ("--without-client", "--flip-labels", "--set")
+    repeatable = (
+        *("--without-client", "--flip-labels", "--set"),
+        *("--sweep", "--together", "--only", "--without"),
+    )
 
 
 def _given_twice(option: str, words: Sequence[str]) -> str:
