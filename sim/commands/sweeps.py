@@ -13,9 +13,9 @@ from typing import Any
 from fedkd.exchange.adversaries import Lying, NoAdversary
 from fedkd.names import check_name
 from sim.keeping.identity import fingerprint
-from sim.reports.grids import ARM, Axis, Grid, value_label
+from sim.reports.grids import Axis, Grid, value_label
 from sim.settings import Settings, SettingsError, merge_tables, named, nested_table
-from sim.settings.combinations import Condition, Sweep, holds, is_among
+from sim.settings.combinations import ARM, Condition, Sweep, holds, is_among
 from sim.settings.schema import MOST_ARMS, StudySettings
 
 MOST_LOOKED_AT = 100 * MOST_ARMS
