@@ -28,12 +28,14 @@ if TYPE_CHECKING:
         new,
         report,
         run,
+        watch,
     )
     from sim import data as data_overview
 
 OFFERED = {
     "run": "run",
     "compare": "compare",
+    "watch": "watch",
     "distill": "distill",
     # `fedkd.data` is the package of data sets.
     "data_overview": "data",
@@ -63,6 +65,7 @@ __all__ = [
     "new",
     "report",
     "run",
+    "watch",
 ]
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sim.commands.overview import data
     from sim.commands.running import run
     from sim.commands.study import compare
+    from sim.commands.watch import watch
     from sim.contract import check_strategy
     from sim.reports import report
     from sim.scaffold import new
@@ -30,6 +31,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 _FUNCTIONS = {
     "run": "sim.commands.running",
     "compare": "sim.commands.study",
+    "watch": "sim.commands.watch",
     "distill": "sim.commands.distilling.running",
     "data": "sim.commands.overview",
     "report": "sim.reports",
@@ -58,6 +60,7 @@ __all__ = [
     "new",
     "report",
     "run",
+    "watch",
 ]
 
 

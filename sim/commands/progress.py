@@ -23,7 +23,7 @@ from rich.table import Column
 from rich.text import Text
 
 from fedkd.names import printable
-from sim.server.observers import Observer, Row
+from sim.server.observers import Observer, Row, event_words
 
 if TYPE_CHECKING:
     from fedkd.data import FederatedData
@@ -328,11 +328,7 @@ class ProgressObserver(Observer):
 
     def event(self, row: Row) -> None:
         """Name what happened, such as a rejected reply, above the bar."""
-        where = f"round {row['round']}"
-        if "client" in row:
-            where += f", client {row['client']}"
-        last_line = str(row.get("reason", "")).strip().splitlines()[-1:] or [""]
-        self._signs.say(f"{self._label}: {where}: {row['event']}: {last_line[0]}")
+        self._signs.say(f"{self._label}: {event_words(row)}")
 
 
 class AttackProgress:

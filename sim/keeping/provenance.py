@@ -46,7 +46,9 @@ SHOWING = (
     "sim/commands/progress.py",
     "sim/commands/overview.py",
     "sim/commands/planning.py",
+    "sim/commands/watch.py",
     "sim/keeping/plans.py",
+    "sim/watching/",
     "sim/__main__.py",
 )
 """What shows numbers and makes none."""

@@ -11,6 +11,15 @@ Row = dict[str, Any]
 """What is written down as one line: plain values by name."""
 
 
+def event_words(row: Row) -> str:
+    """Say in a line what an event is; of its reason the last line."""
+    where = f"round {row['round']}"
+    if "client" in row:
+        where += f", client {row['client']}"
+    last_line = str(row.get("reason", "")).strip().splitlines()[-1:] or [""]
+    return f"{where}: {row['event']}: {last_line[0]}"
+
+
 class Observer:
     """Is told what happens in a run; override what you care about."""
 

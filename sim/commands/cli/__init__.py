@@ -15,6 +15,7 @@ from sim.commands.cli.runs import attack, replay, run, value
 from sim.commands.cli.shell import Command, ManyTimes, app
 from sim.commands.cli.studies import compare, museum
 from sim.commands.cli.trained import export, predict
+from sim.commands.cli.watching import watch
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     run,
     compare,
     museum,
+    watch,
     distill,
     data,
     privacy,

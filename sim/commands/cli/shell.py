@@ -108,7 +108,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NO_SETTINGS = ("report", "predict", "export", "replay", "value", "new")
+NO_SETTINGS = ("report", "predict", "export", "replay", "value", "new", "watch")
 """Commands that take no settings."""
 ConfigAndOverrides = Annotated[
     list[str] | None,
@@ -163,6 +163,7 @@ def root(
     - `fedkd run` : the digits default
     - `fedkd run strategy.name=fedmd rounds=10 seed=7`
     - `fedkd compare conf/quickstart.yaml` : arms x seeds, a table and a report
+    - `fedkd watch runs/quickstart` : how far it is, from another window
     - `fedkd distill` : one machine, a teacher, a student
     - `fedkd data conf/quickstart.yaml` : who holds which rows
     - `fedkd algorithms` : who learns from whom, what travels
