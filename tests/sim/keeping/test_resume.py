@@ -533,6 +533,32 @@ def at_nothing() -> dict[str, Any]:
     return flatten(Remembered(1, {}, {})).plain
 
 
+StoppedRun = tuple[Path, tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def made_once() -> dict[str, Any]:
+    """What tests of this module keep for each other."""
+    return {}
+
+
+@pytest.fixture
+def stopped_once(
+    make: Make,
+    made_once: dict[str, Any],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> StoppedRun:
+    """Return a copy of a run stopped in its third round, and the bits that it has to end with."""
+    if not made_once:
+        kept = tmp_path_factory.mktemp("stopped") / "run"
+        shutil.copytree(stopped(make(rounds=3), 3), kept)
+        made_once |= {"folder": kept, "bits": bits(run(make(rounds=3)).folder)}
+    folder = tmp_path / "stopped"
+    shutil.copytree(made_once["folder"], folder)
+    return folder, made_once["bits"]
+
+
 SHARED = ("state", "fields", "shared", "fields")
 OTHERS = ("state", "fields", "others", "map")
 
@@ -597,9 +623,9 @@ FORGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", FORGED)
 def test_a_forged_checkpoint_with_right_checksums_is_named_and_passed_over(
-    make: Make, what: str
+    stopped_once: StoppedRun, what: str
 ) -> None:
-    folder = stopped(make(rounds=3), 3)
+    folder, ends_with = stopped_once
     newest = folder / CHECKPOINTS_FOLDER / "round-000002"
     forge(newest, FORGED[what])
     run(resume=folder)
@@ -607,7 +633,7 @@ def test_a_forged_checkpoint_with_right_checksums_is_named_and_passed_over(
     assert event["reason"].startswith(f"checkpoint {newest}: ")
     assert event["reason"].endswith("; went back to round-000001")
     assert "\n" not in event["reason"]
-    assert bits(folder) == bits(run(make(rounds=3)).folder)
+    assert bits(folder) == ends_with
 
 
 BATCH_NORM = [{"name": "cnn", "options": {"channels": [4], "norm": "batch"}}]
@@ -668,9 +694,9 @@ def test_what_other_algorithms_remember_is_looked_at_too(make: Make, strategy: s
     ],
 )
 def test_a_forged_manifest_with_a_right_checksum_is_named_and_passed_over(
-    make: Make, change: Any
+    stopped_once: StoppedRun, change: Any
 ) -> None:
-    folder = stopped(make(rounds=3), 3)
+    folder, _ = stopped_once
     newest = folder / CHECKPOINTS_FOLDER / "round-000002"
     sign(newest, change)
     run(resume=folder)
@@ -683,9 +709,9 @@ def test_a_forged_manifest_with_a_right_checksum_is_named_and_passed_over(
 )
 @pytest.mark.parametrize("name", ["state.json", "arrays-00001.safetensors"])
 def test_files_that_are_none_with_right_checksums_are_named(
-    make: Make, name: str, content: bytes
+    stopped_once: StoppedRun, name: str, content: bytes
 ) -> None:
-    folder = stopped(make(rounds=3), 3)
+    folder, _ = stopped_once
     newest = folder / CHECKPOINTS_FOLDER / "round-000002"
     (newest / name).write_bytes(content)
     sign(newest)

@@ -16,6 +16,8 @@ from strategies.shared import as_published
 FAULTS = [(name, fault) for name, kind in STRATEGIES.items() for fault in kind.faults]
 
 TOY = {
+    # Half of a round went into the singular values of a wide model's weights.
+    "fedkd": ("strategy.mentee={name: mlp, options: {hidden: [16]}}",),
     # Labels are reused for two rounds, and the ramp has more than one.
     "scarlet": ("rounds=6",),
     "pcl": ("rounds=9",),
@@ -64,7 +66,8 @@ def test_a_fault_that_a_setting_commits_has_that_settings_bits(name, fault):
     word = kind.faults[fault].stands_for
     if not word:
         return
-    sections = sections_of([*kind.card.needs, *kind.faults[fault].shows_with])
+    needs = [*kind.card.needs, *kind.faults[fault].shows_with, *TOY.get(name, ())]
+    sections = dict(sections_of(needs))
     options = dict(sections.pop("strategy", {}))
     setting = dict(sections_of([word])["strategy"])
     runs = [
