@@ -1,4 +1,4 @@
-"""S1 to S3: what a process costs before it works.
+"""S1 to S4: what a process costs before it works.
 
     python benchmarks/startup.py            # about 3 minutes on two idle CPUs
     python benchmarks/startup.py --quick    # tiny; shows that it runs
@@ -10,6 +10,8 @@
 - S2: Ray's start: from its import to the moment at which every worker has the run's data. A process
   of its own each time.
 - S3: the demo, ``fedkd compare conf/quickstart.yaml`` as a whole process, by `demo.py`.
+- S4: CPU time of ``fedkd --help`` and of ``fedkd compare --help`` as whole processes, whichever
+  takes longer.
 
 S2 and S3 are wall time and mean something on idle CPUs only; the load is printed beside them.
 """
@@ -35,6 +37,7 @@ from measurement import (
 
 MOST_RAY_SECONDS = 8.0
 MOST_DEMO_SECONDS = 45.0
+MOST_HELP_SECONDS = 0.3
 
 IMPORT_TORCH = [sys.executable, "-c", "import torch"]
 RAY_START = """
@@ -58,7 +61,7 @@ def main() -> int:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     before = machine()
 
-    whole, bare, ray = Samples(), Samples(), Samples()
+    whole, bare, ray, helped = Samples(), Samples(), Samples(), Samples()
     with tempfile.TemporaryDirectory() as output:
         run = [sys.executable, "-m", "fedkd", "run", "rounds=1", "engine.backend=inline", "--quiet"]
         run.append(f"output={output}")
@@ -69,6 +72,11 @@ def main() -> int:
         for _ in range(repeats):
             whole.values.append(cpu_seconds(run))
             bare.values.append(cpu_seconds(IMPORT_TORCH))
+    commands = [
+        [sys.executable, "-m", "fedkd", *words] for words in (["--help"], ["compare", "-h"])
+    ]
+    for _ in range(repeats):
+        helped.values.append(max(cpu_seconds(command, quiet=True) for command in commands))
     for _ in range(1 if options.quick else 3):
         ray.values.append(ray_seconds())
     demo, _ = run_demo("rounds=1", "--seeds", "1") if options.quick else run_demo()
@@ -78,6 +86,7 @@ def main() -> int:
     print(f"whole process {whole.text()} s of CPU, import torch {bare.text()} s")
     print(f"ratio {ratio.text()}; {verdict(ratio, options)}")
     print(f"Ray's start {ray.text()} s, target at most {MOST_RAY_SECONDS:g} on two idle CPUs")
+    print(f"help {helped.text()} s of CPU, target at most {MOST_HELP_SECONDS:g}")
     print(f"the demo {demo:.1f} s, target at most {MOST_DEMO_SECONDS:g} on two idle CPUs")
     row(
         "S1",
@@ -103,16 +112,30 @@ def main() -> int:
         demo <= MOST_DEMO_SECONDS,
         options,
     )
+    row(
+        "S4",
+        "`fedkd --help`, CPU time",
+        f"{helped.text(2)} s",
+        f"at most {MOST_HELP_SECONDS:g} s",
+        helped.median <= MOST_HELP_SECONDS,
+        options,
+    )
     if options.json:
-        sides = {"whole": whole, "import_torch": bare, "ratio": ratio, "ray_start": ray}
+        sides = {
+            "whole": whole,
+            "import_torch": bare,
+            "ratio": ratio,
+            "ray_start": ray,
+            "help": helped,
+        }
         table = {name: samples.to_table() for name, samples in sides.items()}
         print(json.dumps({**table, "demo": demo, "machine": before}))
     return exit_status(ratio, options)
 
 
-def cpu_seconds(command: list[str]) -> float:
+def cpu_seconds(command: list[str], *, quiet: bool = False) -> float:
     """Return the CPU time, user and system, of a process and all that it waited for."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
