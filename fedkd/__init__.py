@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SettingsError,
         check_strategy,
         compare,
+        cost,
         distill,
         load_distill_settings,
         load_model,
@@ -40,6 +41,7 @@ OFFERED = {
     # `fedkd.data` is the package of data sets.
     "data_overview": "data",
     "report": "report",
+    "cost": "cost",
     "new": "new",
     "load_model": "load_model",
     "check_strategy": "check_strategy",
@@ -57,6 +59,7 @@ __all__ = [
     "SettingsError",
     "check_strategy",
     "compare",
+    "cost",
     "data_overview",
     "distill",
     "load_distill_settings",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sim.commands.watch import watch
     from sim.contract import check_strategy
     from sim.reports import report
+    from sim.reports.costs import cost
     from sim.scaffold import new
     from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
 
@@ -35,6 +36,7 @@ _FUNCTIONS = {
     "distill": "sim.commands.distilling.running",
     "data": "sim.commands.overview",
     "report": "sim.reports",
+    "cost": "sim.reports.costs",
     "new": "sim.scaffold",
     "load_model": "sim.commands.models",
     "check_strategy": "sim.contract",
@@ -52,6 +54,7 @@ __all__ = [
     "SettingsError",
     "check_strategy",
     "compare",
+    "cost",
     "data",
     "distill",
     "load_distill_settings",

@@ -29,6 +29,7 @@ from sim.keeping.records import (
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
 from sim.reports.families import Families, family_rows
 from sim.reports.grids import Grid
+from sim.reports.power import PRECISION
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.server.asking import check_first_answers
 from sim.server.observers import Observer, Row
@@ -56,6 +57,7 @@ class StudyResult:
         grid: how arms that come from a sweep lie side by side.
         families: arms that belong to one question, by its name; the pairs of others are not
             compared where there are any.
+        precision: the half width of an interval that is wanted, a share.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class StudyResult:
     refused: Mapping[str, str] = field(default_factory=dict)
     grid: Grid | None = None
     families: Families = field(default_factory=dict)
+    precision: float = PRECISION
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -74,11 +77,11 @@ class StudyResult:
             "folder": str(self.folder),
             "report": str(self.report),
             "baseline": self.baseline,
-            "arms": summary_rows(self.runs, self.baseline),
-            "pairs": family_rows(self.runs, self.families)
+            "arms": summary_rows(self.runs, self.baseline, self.precision),
+            "pairs": family_rows(self.runs, self.families, self.precision)
             if self.families
-            else pair_rows(self.runs),
-            "verdicts": list(verdicts(self.runs, self.baseline)),
+            else pair_rows(self.runs, self.precision),
+            "verdicts": list(verdicts(self.runs, self.baseline, self.precision)),
             "notes": list(self.notes),
             "differs": {path: dict(values) for path, values in self.differs.items()},
             "refused": dict(self.refused),
@@ -338,6 +341,7 @@ def compare(
         table = {
             "name": settings.name,
             "baseline": baseline,
+            "precision": settings.study.precision / 100,
             "arms": {
                 arm: [os.path.relpath(run_folder, place) for run_folder in of_arm]
                 for arm, of_arm in folders.items()
@@ -357,6 +361,7 @@ def compare(
             refused=refused,
             grid=study.grid,
             families=study.families,
+            precision=settings.study.precision / 100,
         )
     return StudyResult(
         folder=place,
@@ -368,6 +373,7 @@ def compare(
         refused=refused,
         grid=study.grid,
         families=study.families,
+        precision=settings.study.precision / 100,
     )
 
 

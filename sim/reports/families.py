@@ -11,7 +11,7 @@ from typing import Any
 from sim.reports.power import PRECISION
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import Difference, compare_pairs, corrected, smallest_p
-from sim.reports.tables import difference_row, p_text, percent
+from sim.reports.tables import difference_row, p_text, percent, points
 from sim.reports.terminal import NOTHING, Column, FittedTable
 
 Families = Mapping[str, Sequence[str]]
@@ -40,8 +40,16 @@ def compare_families(
     return {name: pairs for name, pairs in found.items() if pairs}
 
 
-def family_tables(runs: Mapping[str, Sequence[RunRecord]], families: Families) -> list[FittedTable]:
-    """Return a table of its pairs for each family, for the terminal."""
+def family_tables(
+    runs: Mapping[str, Sequence[RunRecord]], families: Families, precision: float = PRECISION
+) -> list[FittedTable]:
+    """Return a table of its pairs for each family, for the terminal.
+
+    Args:
+        runs: of each arm, one a seed.
+        families: arms that have no runs are left out.
+        precision: the half width of an interval that is wanted, a share.
+    """
     tables = []
     for name, pairs in compare_families(runs, families).items():
         values = list(pairs.values())
@@ -53,6 +61,8 @@ def family_tables(runs: Mapping[str, Sequence[RunRecord]], families: Families) -
             "p": _p_cells([None if v is None else v.p_value for v, _ in values], few),
             "sign-flip": _p_cells([None if v is None else v.p_sign_flip for v, _ in values], few),
             "ahead": [NOTHING if v is None else f"{v.ahead} of {v.n}" for v, _ in values],
+            "would find": [_would_find(value) for value, _ in values],
+            f"seeds for ±{100 * precision:g}": [_seeds(value, precision) for value, _ in values],
         }
         tables.append(
             FittedTable(
@@ -73,12 +83,31 @@ def _p_cells(given: Sequence[float | None], few: Sequence[bool]) -> list[str]:
     return [p_text(p, few=each) for p, each in zip(given, few, strict=True)]
 
 
+def _would_find(value: Difference | None) -> str:
+    """Write the smallest effect that so many pairs could have seen."""
+    if value is None or value.detectable is None:
+        return NOTHING
+    return points(value.detectable, signed=False)
+
+
+def _seeds(value: Difference | None, precision: float) -> str:
+    """Write how many pairs an interval as wanted takes."""
+    needed = None if value is None else value.seeds_needed(precision)
+    return NOTHING if needed is None else f"{needed.seeds:,}"
+
+
 def _smallest(differences: Sequence[Difference | None]) -> str:
-    """Say what p the exact test can reach with the fewest pairs among these."""
+    """Say what the fewest pairs among these can show."""
     fewest = min((value.n for value in differences if value is not None), default=0)
     count = len(differences)
     told = f"p corrected for {count} pairs by Holm" if count > 1 else "p of 1 pair"
-    return told if fewest < 2 else f"{told}; sign-flip is at least {smallest_p(fewest):.3g}"
+    if fewest < 2:
+        return told
+    two = "two seeds, no verdict; " if fewest == 2 else ""
+    return (
+        f"{two}{told}; sign-flip is at least {smallest_p(fewest):.3g}; would find: points that so "
+        "many seeds see in 4 of 5 studies"
+    )
 
 
 def family_rows(

@@ -20,6 +20,7 @@ from sim.reports.attacks import (
 from sim.reports.counterfactual import VALUE_WORDS, is_of_run, value_table
 from sim.reports.families import Families, compare_families
 from sim.reports.grids import Grid
+from sim.reports.power import PRECISION
 from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,
@@ -30,6 +31,7 @@ from sim.reports.runs import (
     study_baseline,
     study_families,
     study_grid,
+    study_precision,
     study_refused,
 )
 from sim.reports.statistics import (
@@ -107,6 +109,7 @@ def write_report(
     refused: Mapping[str, str] = MappingProxyType({}),
     grid: Grid | None = None,
     families: Families = MappingProxyType({}),
+    precision: float = PRECISION,
 ) -> Path:
     """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
 
@@ -118,6 +121,7 @@ def write_report(
         refused: arms that could not run, each with the reason.
         grid: how arms that come from a sweep lie side by side.
         families: arms that belong to one question; where there are any only their pairs are shown.
+        precision: the half width of an interval that is wanted, a share.
 
     Raises:
         SettingsError: if there is no run, an arm has two runs with one seed, the baseline is none
@@ -153,7 +157,7 @@ def write_report(
         planes=_plane_tables(runs, grid, refused) if grid is not None else [],
         measured=measured_title(runs),
         crowded=MOST_BY_ARM if crowded else 0,
-        verdicts=verdicts(runs, baseline),
+        verdicts=verdicts(runs, baseline, precision),
         differences=_difference_table(runs, baseline),
         pairs=None if crowded or families else _pair_table(runs),
         families=_family_tables(runs, families),
@@ -252,6 +256,7 @@ def report(
         refused=refused,
         grid=study_grid(study),
         families=study_families(study),
+        precision=study_precision(study),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +23,7 @@ from sim.keeping.records import (
     read_rows,
 )
 from sim.reports.grids import Grid
+from sim.reports.power import PRECISION
 from sim.server.observers import Row
 from sim.settings import SettingsError
 from sim.settings.tables import fill_in, read_yaml
@@ -315,6 +316,50 @@ def load_study(folder: Path) -> dict[str, list[RunRecord]]:
                 raise _damaged(folder, STUDY_FILE, f"{path!r} lies outside the study")
         runs[arm] = [load_run(folder / path, arm) for path in paths]
     return runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedArms:
+    """The runs of a folder by arm, and how its study lays them out.
+
+    Attributes:
+        name: of the study or the run.
+        runs: of each arm.
+        baseline: the arm that the study compares its others with; None where it names none.
+        precision: the half width of an interval that the study wants, a share.
+        grid: how the arms of a sweep lie side by side.
+    """
+
+    name: str
+    runs: Mapping[str, Sequence[RunRecord]]
+    baseline: str | None = None
+    precision: float = PRECISION
+    grid: Grid | None = None
+
+
+def load_arms(folder: Path) -> LoadedArms:
+    """Read a study folder, or a run folder as a study of one arm.
+
+    Raises:
+        SettingsError: names the folder, if it is neither or damaged.
+    """
+    if (folder / SETTINGS_FILE).is_file():
+        run = load_run(folder)
+        return LoadedArms(name=str(run.settings.get("name", run.arm)), runs={run.arm: [run]})
+    runs = load_study(folder)
+    name = _read_json(folder, STUDY_FILE).get("name")
+    return LoadedArms(
+        name=name if isinstance(name, str) else folder.resolve().name,
+        runs=runs,
+        baseline=study_baseline(folder),
+        precision=study_precision(folder),
+        grid=study_grid(folder),
+    )
+
+
+def study_precision(folder: Path) -> float:
+    """Return the half width of an interval that a study wants, a share."""
+    return number(_read_json(folder, STUDY_FILE), "precision") or PRECISION
 
 
 def study_baseline(folder: Path) -> str | None:

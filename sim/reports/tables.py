@@ -349,16 +349,16 @@ def summary_rows(
             "selected_rounds": list(summary.selected_rounds),
         }
         for key in ACCURACIES:
-            row.update(_flat(key, summary.last.get(key)))
-            row.update(_flat(f"{key}_selected", summary.selected.get(key)))
-        row.update(_flat("bytes_up_per_client", summary.bytes_up))
-        row.update(_flat("bytes_down_per_client", summary.bytes_down))
+            row.update(flat(key, summary.last.get(key)))
+            row.update(flat(f"{key}_selected", summary.selected.get(key)))
+        row.update(flat("bytes_up_per_client", summary.bytes_up))
+        row.update(flat("bytes_down_per_client", summary.bytes_down))
         for key in MEASURES:
-            row.update(_flat(key, summary.measures.get(key)))
+            row.update(flat(key, summary.measures.get(key)))
         row["epsilon"] = summary.epsilon
-        row.update(_flat("seconds", summary.seconds))
-        row.update(_flat("simulated_s", summary.simulated_s))
-        row.update(_flat("simulated_s_to_target", summary.to_target))
+        row.update(flat("seconds", summary.seconds))
+        row.update(flat("simulated_s", summary.simulated_s))
+        row.update(flat("simulated_s_to_target", summary.to_target))
         reached = 0 if summary.to_target is None else summary.to_target.n
         row["reached_target"] = reached if summary.targets else None
         difference = differences.get(summary.arm)
@@ -404,7 +404,7 @@ def difference_row(
     """
     needed = None if value is None else value.seeds_needed(precision)
     return {
-        **_flat(key, value),
+        **flat(key, value),
         f"{key}_p_value": _p_value(value),
         f"{key}_p_holm": p_holm,
         f"{key}_p_sign_flip": None if value is None else value.p_sign_flip,
@@ -421,7 +421,8 @@ def difference_row(
     }
 
 
-def _flat(key: str, value: Estimate | Difference | None) -> dict[str, float | None]:
+def flat(key: str, value: Estimate | Difference | None) -> dict[str, float | None]:
+    """Return a mean and the ends of its interval as plain values whose names begin with ``key``."""
     return {
         key: None if value is None else value.mean,
         f"{key}_low": None if value is None else value.low,

@@ -532,6 +532,13 @@ class StudySettings(_Section):
     baseline: Text | None = Field(
         None, description="the arm that the others are compared with; none: the first"
     )
+    precision: Real = Field(
+        1.0,
+        ge=0.001,
+        le=100,
+        description="points: half the width of the interval that is wanted of a difference; "
+        "reports say how many seeds that takes",
+    )
 
     @field_validator("arms")
     @classmethod

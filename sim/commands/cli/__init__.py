@@ -6,6 +6,7 @@ until a command needs them, so that ``--help`` and mistakes answer at once.
 
 from collections.abc import Callable
 
+from sim.commands.cli.answers import cost
 from sim.commands.cli.beginning import new
 from sim.commands.cli.distillation import distill
 from sim.commands.cli.ending import main
@@ -35,6 +36,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     export,
     algorithms,
     report,
+    cost,
     new,
 )
 """In the order of the help."""

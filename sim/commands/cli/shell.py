@@ -108,7 +108,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NO_SETTINGS = ("report", "predict", "export", "replay", "value", "new", "watch")
+NO_SETTINGS = ("report", "predict", "export", "replay", "value", "new", "watch", "cost", "ranks")
 """Commands that take no settings."""
 ConfigAndOverrides = Annotated[
     list[str] | None,

@@ -139,13 +139,13 @@ def compare(
         print_words(*(note for note in study.notes if note not in told))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
-        for table in family_tables(study.runs, study.families):
+        for table in family_tables(study.runs, study.families, study.precision):
             typer.echo()
             print_table(table, wide=wide)
         if study.families:
             return
         if study.grid is None:
-            print_words("", *verdicts(study.runs, study.baseline))
+            print_words("", *verdicts(study.runs, study.baseline, study.precision))
             return
         for table in plane_tables(study.runs, study.grid, study.refused):
             typer.echo()

@@ -48,5 +48,13 @@ def test_tables_and_rows_say_what_was_compared(runs):
     tables = family_tables(runs, FAMILIES)
     assert [table.labels for table in tables] == [["b - a", "c - a", "c - b"], ["d - c"]]
     # The smallest p that three pairs can reach stands below.
-    assert tables[1].caption == "p of 1 pair; sign-flip is at least 0.25"
-    assert tables[0].caption == "p corrected for 3 pairs by Holm; sign-flip is at least 0.25"
+    assert tables[1].caption.startswith("p of 1 pair; sign-flip is at least 0.25; would find")
+    assert tables[0].caption.startswith("p corrected for 3 pairs by Holm; sign-flip is at least 0")
+    # What the rows say, in points.
+    by_title = {column.title: column.cells for column in tables[1].columns}
+    assert by_title["would find"] == [f"{100 * rows[-1]['difference_detectable']:.1f}"]
+    assert by_title["seeds for ±1"] == [f"{rows[-1]['difference_seeds_needed']:,}"]
+    assert (
+        "two seeds, no verdict"
+        in family_tables({arm: of_arm[:2] for arm, of_arm in runs.items()}, FAMILIES)[0].caption
+    )

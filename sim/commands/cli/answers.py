@@ -1,0 +1,79 @@
+"""Questions to studies that are finished: ``cost``, ``ranks``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sim.commands.cli.printing import print_table
+from sim.commands.cli.shell import AsJson, Wide
+
+
+def cost(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study's folder, or a run's.")],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT,...", help="Accuracies: what does each arm spend to them?"),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COST=AMOUNT,...",
+            help="Budgets: how good is each arm within them? rounds, steps, bytes (B, kB, MB, GB; "
+            "of a client), time (s, min, h; simulated), gflop.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="ARM", help="The arm that the others are compared with."),
+    ] = None,
+    measure: Annotated[
+        str, typer.Option(metavar="KEY", help="Whose accuracy, by its name in metrics.jsonl.")
+    ] = "accuracy",
+    wide: Wide = False,
+    json: AsJson = False,
+) -> None:
+    """Say what arms spend to reach an accuracy, and how good they are within a budget.
+
+    An accuracy is reached at the first judged round that has it; a budget buys the last judged
+    round that keeps to it. Runs that never get there are counted. Without options: the highest
+    whole percent that every run reached.
+
+    Examples:
+    - `fedkd cost runs/quickstart`
+    - `fedkd cost runs/quickstart --to 60,80`
+    - `fedkd cost runs/quickstart --at bytes=200kB,steps=2000`
+    - `fedkd cost runs/quickstart --at rounds=5 --measure worst_accuracy --json`
+    """
+    from sim.keeping.records import to_json
+    from sim.reports.costs import cost as cost_of
+
+    found = cost_of(
+        study,
+        to=[_percent(text) for text in _words(to)],
+        at=_words(at),
+        baseline=baseline,
+        measure=measure,
+    )
+    if json:
+        typer.echo(to_json(found.to_row()))
+        return
+    for place, table in enumerate(found.tables()):
+        if place:
+            typer.echo()
+        print_table(table, wide=wide)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in text.split(",")] if text else []
+
+
+def _percent(text: str) -> float:
+    from sim.settings import SettingsError
+
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise SettingsError(
+            f"--to takes accuracies in percent, such as 60,80, got {text!r}"
+        ) from None
