@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sim.contract import check_strategy
     from sim.reports import report
     from sim.reports.costs import cost
+    from sim.reports.rankings import ranks
     from sim.scaffold import new
     from sim.settings import Settings, SettingsError, load_distill_settings, load_settings
 
@@ -37,6 +38,7 @@ _FUNCTIONS = {
     "data": "sim.commands.overview",
     "report": "sim.reports",
     "cost": "sim.reports.costs",
+    "ranks": "sim.reports.rankings",
     "new": "sim.scaffold",
     "load_model": "sim.commands.models",
     "check_strategy": "sim.contract",
@@ -61,6 +63,7 @@ __all__ = [
     "load_model",
     "load_settings",
     "new",
+    "ranks",
     "report",
     "run",
     "watch",

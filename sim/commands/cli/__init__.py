@@ -6,7 +6,7 @@ until a command needs them, so that ``--help`` and mistakes answer at once.
 
 from collections.abc import Callable
 
-from sim.commands.cli.answers import cost
+from sim.commands.cli.answers import cost, ranks
 from sim.commands.cli.beginning import new
 from sim.commands.cli.distillation import distill
 from sim.commands.cli.ending import main
@@ -37,6 +37,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     algorithms,
     report,
     cost,
+    ranks,
     new,
 )
 """In the order of the help."""

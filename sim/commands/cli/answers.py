@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sim.commands.cli.printing import print_table
+from sim.commands.cli.printing import print_table, print_words
 from sim.commands.cli.shell import AsJson, Wide
 
 
@@ -62,6 +62,66 @@ def cost(
         if place:
             typer.echo()
         print_table(table, wide=wide)
+
+
+def ranks(
+    studies: Annotated[
+        list[Path],
+        typer.Argument(metavar="STUDY...", help="Folders of studies, each of them a data set."),
+    ],
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SETTING,...",
+            help="Settings of a sweep whose values are data sets; all of data.* by default.",
+        ),
+    ] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Draw the critical-difference diagram as .svg, .pdf or .png."),
+    ] = None,
+    measure: Annotated[
+        str, typer.Option(metavar="KEY", help="Whose accuracy, by its name in metrics.jsonl.")
+    ] = "accuracy",
+    wide: Wide = False,
+    json: AsJson = False,
+) -> None:
+    """Rank arms over several data sets, with Friedman's test and critical differences.
+
+    A study is a data set; one that sweeps over settings of the data is one for each of their
+    values. Arms that a data set lacks are left out. Pairs are compared by Wilcoxon's signed-rank
+    test, corrected by Holm.
+
+    Examples:
+    - `fedkd ranks runs/digits runs/mnist runs/cifar`
+    - `fedkd ranks runs/sweep` : one that sweeps over data.partition.alpha
+    - `fedkd ranks runs/sweep --over clients.count --figure ranks.svg`
+    """
+    from sim.keeping.records import storing, to_json
+    from sim.reports.rankings import pairs_table, ranks_row, ranks_table, ranks_words
+    from sim.reports.rankings import ranks as rank_arms
+
+    formats = (".svg", ".pdf", ".png")
+    if figure is not None and figure.suffix.lower() not in formats:
+        from sim.settings import SettingsError
+
+        raise SettingsError(f"--figure must end in {', '.join(formats)}, got {str(figure)!r}")
+    ranking = rank_arms(studies, over=_words(over), measure=measure)
+    if figure is not None:
+        from fedkd.figures.saving import save_figure
+        from sim.reports.rank_figures import critical_difference_diagram
+
+        with storing(figure.parent, goes_on="the same command with another --figure"):
+            save_figure(critical_difference_diagram(ranking), figure)
+    if json:
+        typer.echo(to_json(ranks_row(ranking)))
+        return
+    print_table(ranks_table(ranking), wide=wide)
+    typer.echo()
+    print_table(pairs_table(ranking), wide=wide)
+    print_words("", *ranks_words(ranking))
+    if figure is not None:
+        typer.echo(f"figure {figure}")
 
 
 def _words(text: str | None) -> list[str]:
