@@ -54,6 +54,7 @@ from sim.settings import (
     read_settings,
 )
 from sim.settings.permission import allow_flags, permit_of, permit_of_settings
+from sim.trackers.tracking import check_trackers, tracking_of
 from strategies.contract import Strategy
 from strategies.contract.trying import check_models
 
@@ -124,6 +125,7 @@ def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
     """
     check_engine(settings.engine)
     try:
+        check_trackers(settings, nodes=nodes)
         data = data_of(settings)
         strategy = build_strategy(settings, federation_of(settings, data))
         if strategy.needs_public and not len(data.public_inputs):
@@ -327,9 +329,12 @@ def run(
     privacy: Row = {}
     kept_exchange = [ExchangeFolder(place)] if settings.keeps_exchange else []
     with RunFolder(place, settings, made_of.to_row()) as recorder:
+        trackers = tracking_of(place, settings, recorder.event)
         try:
             with interruptible(), open_grid(settings, data, session) as grid:
-                loop = RoundLoop(grid, settings, data, [recorder, *kept_exchange, *observers])
+                loop = RoundLoop(
+                    grid, settings, data, [recorder, *kept_exchange, *trackers, *observers]
+                )
                 keeper = Persistence(recorder, settings, data, grid, loop)
                 shelf = ModelKeeper(place, settings, data, loop, grid)
                 try:
@@ -380,7 +385,12 @@ def run(
                 privacy=privacy,
             )
             with suppress(StorageError) if status != "finished" else nullcontext():
-                recorder.result(result.to_row())
+                try:
+                    # What fails there is an event, and the result seals events.
+                    for tracking in trackers:
+                        tracking.close(result.to_row())
+                finally:
+                    recorder.result(result.to_row())
     return _attacked(result, observers)
 
 

@@ -251,6 +251,7 @@ def replayed_settings(
             "counterfactual": counterfactual,
             "attacks": AttackSettings(),
             "study": StudySettings(),
+            "trackers": (),
         }
     )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
 
 HARMLESS = (
-    *("name", "output", "study", "checkpoints", "search", "nodes", "attacks"),
+    *("name", "output", "study", "checkpoints", "search", "nodes", "attacks", "trackers"),
     *("keep_models", "keep_round"),
 )
 """Sections that say where results go and how they are kept, not what they are."""
@@ -44,7 +44,7 @@ def _harmless(path: tuple[str, ...]) -> bool:
 def numbers_of(settings: "Settings | DistillSettings") -> dict[str, Any]:
     """Return every setting that changes numbers, by its path."""
     return {
-        ".".join(path): value for path, value in _leaves(settings.to_table()) if not _harmless(path)
+        ".".join(path): value for path, value in leaves(settings.to_table()) if not _harmless(path)
     }
 
 
@@ -64,7 +64,7 @@ def check_same_run(ours: Settings, wanted: Settings) -> None:
     Raises:
         SettingsError: names the first setting that must not change.
     """
-    before, after = (dict(_leaves(settings.to_table())) for settings in (ours, wanted))
+    before, after = (dict(leaves(settings.to_table())) for settings in (ours, wanted))
     for path in [*before, *(path for path in after if path not in before)]:
         old, new = before.get(path), after.get(path)
         if old == new or (_harmless(path) and path != ("name",)):
@@ -73,19 +73,20 @@ def check_same_run(ours: Settings, wanted: Settings) -> None:
         why = (
             "schedules run over all rounds, so the rounds before would have been others"
             if name == "rounds"
-            else "only checkpoints.*, keep_* and engine.* that changes no number may"
+            else "only checkpoints.*, keep_*, trackers and engine.* that changes no number may"
         )
         raise SettingsError(
             f"{name}: a resumed run cannot change it (it has {old!r}, got {new!r}): {why}"
         )
 
 
-def _leaves(
+def leaves(
     table: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every plain value of nested tables, with its path."""
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*path, str(key)))
+            yield from leaves(value, (*path, str(key)))
         else:
             yield (*path, str(key)), value
 

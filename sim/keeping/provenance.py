@@ -48,6 +48,7 @@ SHOWING = (
     "sim/commands/planning.py",
     "sim/commands/watch.py",
     "sim/keeping/plans.py",
+    "sim/trackers/",
     "sim/watching/",
     "sim/__main__.py",
 )
@@ -234,8 +235,9 @@ def code_of(settings: "Settings | DistillSettings") -> dict[str, str]:
 def _callables(settings: "Settings | DistillSettings") -> list[str]:
     """Return every name in settings that stands for code of one's own, or a model of timm."""
     table = settings.to_table()
-    # The arms of a study are settings of other runs.
-    table.pop("study", None)
+    # The arms of a study are settings of other runs, and a tracker makes no numbers.
+    for section in ("study", "trackers"):
+        table.pop(section, None)
     return [name for name in _names_in(table) if name.startswith(_TIMM) or is_own_code(name)]
 
 

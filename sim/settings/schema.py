@@ -36,6 +36,7 @@ from fedkd.data import DataSettings
 from fedkd.exchange.adversaries import AdversaryField, Controlling, NoAdversary
 from fedkd.exchange.budget import Allocation
 from fedkd.exchange.codecs import CodecField, Float32
+from fedkd.exchange.kinds import Stage
 from fedkd.exchange.mechanisms import MECHANISMS, MechanismField
 from fedkd.exchange.pipeline import Stages
 from fedkd.exchange.release import NoRelease, Unit, Where
@@ -50,6 +51,7 @@ from sim.devices.clock import ClockSettings
 from sim.devices.presence import PresenceSettings
 from sim.settings.combinations import check_condition, check_together
 from sim.settings.tables import yaml_text
+from sim.trackers import TrackerField
 from strategies import STRATEGIES, strategy_class
 from strategies.contract import StrategySettings
 
@@ -682,7 +684,27 @@ class Settings(_Section):
     attacks: AttackSettings = Field(
         AttackSettings(), description="attacks that are made on the run when it is finished"
     )
+    trackers: tuple[TrackerField, ...] = Field(
+        (),
+        max_length=20,
+        description="who is told of the run beside its folder: tensorboard, mlflow, wandb, or "
+        "package.module:Class; see docs/watching.md",
+    )
     study: StudySettings = StudySettings()
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str | Mapping) else value
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_tracker_once(cls, trackers: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        kinds = [tracker.kind for tracker in trackers]
+        twice = [kind for place, kind in enumerate(kinds) if kind in kinds[:place]]
+        if twice:
+            raise ValueError(f"trackers names {twice[0]} twice")
+        return trackers
 
     @field_validator("name")
     @classmethod
