@@ -49,7 +49,7 @@ class CalledOff(BaseException):
         error: what the main thread has to end with.
     """
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -60,10 +60,10 @@ CALL_OFF = signal.SIGURG
 _SIGNALS = (*STOP_SIGNALS, CALL_OFF)
 
 _last_signal = [int(signal.SIGINT)]
-_called_off: list[Exception] = []
+_called_off: list[BaseException] = []
 
 
-def call_off(error: Exception) -> None:
+def call_off(error: BaseException) -> None:
     """Let an `interruptible` block in the main thread end with this error; from any thread.
 
     Like a signal it waits until an `uninterrupted` block is done, and does nothing where there is

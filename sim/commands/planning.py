@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from sim.commands.arms import Study
+from sim.commands.planned import PlannedRun
 from sim.commands.running import load_data
-from sim.commands.study import PlannedRun, StudyPlan, plan_study
+from sim.commands.study import StudyPlan, plan_study
 from sim.engine.grid import Outcome, PackedCall
 from sim.engine.inline import InlineGrid
 from sim.engine.resources import available_cpus

@@ -240,7 +240,7 @@ def open_grid(
     settings: Settings, data: FederatedData, session: "RaySession | None" = None
 ) -> Iterator[CohortGrid[Any]]:
     """Open the grid that the settings ask for; a given Ray session is used and left open."""
-    if settings.engine.backend == "inline":
+    if not settings.engine.on_ray:
         yield InlineGrid(settings, data)
         return
     own = open_session(settings.engine) if session is None else None
@@ -267,6 +267,7 @@ def run(
     accept_code: bool = False,
     observers: Sequence[Observer] = (),
     session: "RaySession | None" = None,
+    lost: str = "",
 ) -> RunResult:
     """Run a federation, or go on with one that was stopped.
 
@@ -280,6 +281,8 @@ def run(
         accept_code: go on with a run although its code, or a library, has changed since.
         observers: told about every round while it happens.
         session: a Ray session to run in; by default one is started and stopped.
+        lost: what became of the process that made this run before, told as an event; empty if
+            nothing did.
 
     Returns:
         The result; the same is on disk in ``result.json``.
@@ -340,10 +343,10 @@ def run(
                 try:
                     if resume is not None:
                         keeper.restore()
-                    if accepted:
-                        reached = 0 if loop.boundary is None else loop.boundary.round
-                        row = {"round": reached, "event": "code changed", "reason": str(accepted)}
-                        loop.tell(row)
+                    for event, reason in (("process lost", lost), ("code changed", str(accepted))):
+                        if reason:
+                            reached = 0 if loop.boundary is None else loop.boundary.round
+                            loop.tell({"round": reached, "event": event, "reason": reason})
                     digest = _run_rounds(loop, keeper, shelf, grid, settings)
                     backends = grid.backends()
                     models = shelf.finish()

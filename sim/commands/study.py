@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd.names import nearest
 from sim.commands.arms import Study, difference_notes, refused_notes, study_of
-from sim.commands.running import load_data, open_session, run
+from sim.commands.packing import Division, divide, run_packed
+from sim.commands.planned import ObserverOf, PlannedRun, is_begun, make_run, nobody
+from sim.commands.running import load_data, open_session
 from sim.commands.sweeps import is_swept, sweep_notes
 from sim.engine.resources import check_engine
 from sim.keeping.identity import fingerprint
@@ -18,12 +20,9 @@ from sim.keeping.models import kept_otherwise
 from sim.keeping.plans import announced
 from sim.keeping.provenance import Place, Provenance, notes_on, place_run, provenance_of
 from sim.keeping.records import (
-    SETTINGS_FILE,
-    is_finished,
     make_folder,
     only_one,
     to_json,
-    turn,
     write_text,
 )
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
@@ -32,7 +31,7 @@ from sim.reports.grids import Grid
 from sim.reports.power import PRECISION
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
 from sim.server.asking import check_first_answers
-from sim.server.observers import Observer, Row
+from sim.server.observers import Row
 from sim.settings import Settings, SettingsError, check_seeds
 from strategies import STRATEGIES
 
@@ -120,31 +119,6 @@ def baseline_arm(
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedRun:
-    """A run of a study that is still to be made, or to be gone on with.
-
-    Attributes:
-        arm: whose run it is.
-        settings: with its seed.
-        folder: where it is, or is going to be.
-    """
-
-    arm: str
-    settings: Settings
-    folder: Path
-
-    @property
-    def begun(self) -> bool:
-        """Whether it was started before, so that it goes on where it stopped."""
-        return _is_begun(self.folder)
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is finished by now, with all attacks that are asked for."""
-        return is_finished(self.folder) and _is_attacked(self.folder, self.settings)
-
-
-@dataclass(frozen=True, slots=True)
 class StudyPlan:
     """What a study will run, checked as far as it can be before anything runs.
 
@@ -170,6 +144,11 @@ class StudyPlan:
     notes: Sequence[str]
 
     @property
+    def division(self) -> Division:
+        """How many of the runs that are left are made at a time."""
+        return divide(self.left, self.study.settings.study.parallel)
+
+    @property
     def finished(self) -> int:
         """How many runs are finished already and are taken as they are."""
         return sum(map(len, self.folders.values())) - len(self.left)
@@ -190,6 +169,8 @@ class StudyPlan:
             parts.append(f"{begun} begun, which go on")
         if len(self.left) < arms * self.seeds:
             parts.append(f"{len(self.left)} to run")
+        if divided := self.division.told():
+            parts.append(divided)
         return "; ".join(parts)
 
     def to_row(self) -> Row:
@@ -280,7 +261,7 @@ def compare(
     seeds: int | None = None,
     baseline: str | None = None,
     accept_code: bool = False,
-    observer_of: Callable[[str, int], Sequence[Observer]] | None = None,
+    observer_of: ObserverOf | None = None,
     tell: Callable[[str], None] | None = None,
     planned: Callable[["StudyPlan"], None] | None = None,
 ) -> StudyResult:
@@ -303,8 +284,9 @@ def compare(
             is one of the arms, and else the first.
         accept_code: take runs whose code or libraries have changed since as they are, and go on
             with them; never with other data.
-        observer_of: returns who is told about the run of an arm and a seed; called for runs
-            that are started, not for those that are finished already.
+        observer_of: returns who is told about the run of an arm and a seed; called in this process,
+            for runs that are started, not for those that are finished already. Of packed runs
+            (``study.parallel``) they are not told what travelled.
         tell: is told, before anything runs, what the notes say about arms and earlier runs.
         planned: is told what is going to run, once that is known and has been checked.
 
@@ -322,7 +304,7 @@ def compare(
     if planned is not None:
         planned(plan)
     with announced(folder, plan.to_row()):
-        _run_all(plan.left, observer_of, accept_code=accept_code, tell=tell or _ignore)
+        _run_all(plan, observer_of or nobody, accept_code=accept_code, tell=tell or _ignore)
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
@@ -377,15 +359,6 @@ def compare(
     )
 
 
-def _is_attacked(folder: Path, settings: Settings) -> bool:
-    """Tell whether the attacks that a finished run's settings ask for were made."""
-    if not settings.attacks.kinds:
-        return True
-    from sim.attacks.running import is_attacked
-
-    return is_attacked(folder, settings.attacks)
-
-
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
@@ -413,9 +386,7 @@ def _place_runs(
             if of_all_seeds not in made_of:
                 made_of[of_all_seeds] = provenance_of(settings, remember=remember)
             named = folder / arm / f"seed-{settings.seed}-{fingerprint(settings)[:8]}"
-            place = place_run(
-                named, made_of[of_all_seeds], accept_code=accept_code, begun=_is_begun
-            )
+            place = place_run(named, made_of[of_all_seeds], accept_code=accept_code, begun=is_begun)
             folders[arm].append(place.folder)
             places[f"{arm} seed {settings.seed}"] = place
             kept = kept_otherwise(place.folder, settings)
@@ -423,10 +394,6 @@ def _place_runs(
                 otherwise.setdefault(kept, []).append(f"{arm} seed {settings.seed}")
     told = [f"{', '.join(runs)}: {kept}" for kept, runs in otherwise.items()]
     return folders, [*notes_on(places), *told]
-
-
-def _is_begun(folder: Path) -> bool:
-    return (folder / SETTINGS_FILE).is_file()
 
 
 def backend_notes(runs: Mapping[str, Sequence[RunRecord]]) -> list[str]:
@@ -540,19 +507,23 @@ def _of_those_left(
 
 
 def _run_all(
-    runs: Sequence[PlannedRun],
-    observer_of: Callable[[str, int], Sequence[Observer]] | None,
+    plan: StudyPlan,
+    observer_of: ObserverOf,
     *,
     accept_code: bool,
     tell: Callable[[str], None],
 ) -> None:
+    division = plan.division
+    if division.packed:
+        run_packed(division, observer_of, accept_code=accept_code, tell=tell)
     session: RaySession | None = None
+    runs = division.alone
     try:
         # Runs that another process is making come last: two commands share the work.
         for waits in (False, True):
             left = []
             for each in runs:
-                if each.settings.engine.backend == "ray" and session is None:
+                if each.settings.engine.on_ray and session is None:
                     session = open_session(each.settings.engine)
                 made = make_run(
                     each,
@@ -568,49 +539,3 @@ def _run_all(
     finally:
         if session is not None:
             session.close()
-
-
-def make_run(
-    each: PlannedRun,
-    observer_of: Callable[[str, int], Sequence[Observer]] | None,
-    *,
-    accept_code: bool,
-    session: "RaySession | None",
-    waits: bool,
-    tell: Callable[[str], None],
-) -> bool:
-    """Make a run of a study, or go on with it, unless another process has done so or does so.
-
-    Args:
-        each: the run.
-        observer_of: see `compare`; not called where there is nothing to run.
-        accept_code: see `compare`.
-        session: of Ray, where the run needs one.
-        waits: wait for another process that is making it.
-        tell: is told that another process is waited for, or that it has made the run.
-
-    Returns:
-        Whether the run is finished; False where another process is making it, and was not waited
-        for.
-    """
-    label = f"{each.arm} seed {each.settings.seed}"
-
-    def waiting(process: str) -> None:
-        tell(f"{label}: process {process} is making this run; waiting for it")
-
-    make_folder(each.settings.output, each.folder)
-    with turn(each.folder, waiting=waiting if waits else None) as ours:
-        if not ours:
-            return False
-        if each.finished:
-            tell(f"{label}: another command has made this run; it is taken as it is")
-            return True
-        run(
-            each.settings,
-            folder=each.folder,
-            resume=each.folder if each.begun else None,
-            accept_code=accept_code,
-            observers=observer_of(each.arm, each.settings.seed) if observer_of is not None else (),
-            session=session,
-        )
-    return True

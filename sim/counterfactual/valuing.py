@@ -434,7 +434,7 @@ class _Telling(Observer):
 @contextmanager
 def _session(own: Settings) -> "Iterator[RaySession | None]":
     """Open one Ray session for all runs, where the run was on Ray."""
-    if own.engine.backend != "ray":
+    if not own.engine.on_ray:
         yield None
         return
     session = open_session(own.engine)

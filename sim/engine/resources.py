@@ -25,7 +25,7 @@ def check_engine(engine: EngineSettings) -> None:
     if engine.address is not None:
         return
     cpus = available_cpus()
-    if engine.backend == "ray" and engine.cpus_per_worker > cpus:
+    if engine.on_ray and engine.cpus_per_worker > cpus:
         raise SettingsError(
             f"engine.cpus_per_worker must be at most the {cpus} CPUs of this machine, "
             f"got {engine.cpus_per_worker:g}"
@@ -36,7 +36,7 @@ def check_engine(engine: EngineSettings) -> None:
             f"engine.gpus_per_worker must be at most the {gpus} GPUs that PyTorch sees here, "
             f"got {engine.gpus_per_worker:g}"
         )
-    if engine.gpus_per_worker and engine.backend == "inline":
+    if engine.gpus_per_worker and not engine.on_ray:
         raise SettingsError(
             f"engine.gpus_per_worker needs engine.backend: ray, got {engine.gpus_per_worker:g} "
             "with inline"

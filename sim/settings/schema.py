@@ -381,8 +381,11 @@ class CounterfactualSettings(_Section):
 class EngineSettings(_Section):
     """What runs the clients (``engine``)."""
 
-    backend: Literal["ray", "inline"] = Field(
-        "ray", description="ray: worker processes; inline: this process, for debugging"
+    backend: Literal["auto", "ray", "inline"] = Field(
+        "auto",
+        description="ray: worker processes that share the clients of a run; inline: one process "
+        "for all of them; auto: ray, but several small runs of a study are each made whole by one "
+        "of study.parallel processes",
     )
     cpus_per_worker: Real = Field(
         1.0,
@@ -429,6 +432,11 @@ class EngineSettings(_Section):
         description="retry: ask those who failed again, then abort; skip: leave the round out",
     )
     round_retries: Few = Field(1, description="how often a round below the quorum is asked")
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether a run by itself is on Ray."""
+        return self.backend != "inline"
 
 
 class NodesSettings(_Section):
@@ -531,6 +539,11 @@ class StudySettings(_Section):
         "unsound; stop: nothing runs; show: the others run, and these are listed with the reason",
     )
     seeds: Few = Field(3, description="paired seeds: seed, seed + 1, ...")
+    parallel: Literal["auto"] | Annotated[Whole, Field(ge=1, le=1024)] = Field(
+        "auto",
+        description="small runs that are made at a time, each whole in a warm process with one "
+        "thread; auto: as many as there are CPUs, where that is faster; 1: one after the other",
+    )
     baseline: Text | None = Field(
         None, description="the arm that the others are compared with; none: the first"
     )
@@ -766,7 +779,7 @@ class Settings(_Section):
                 "its noise is drawn anew wherever a release differs, so nothing would be paired"
             )
         kinds = [rule.kind for rule in self.faults if rule.kind in PROCESS_FAULTS]
-        if kinds and self.engine.backend == "inline":
+        if kinds and not self.engine.on_ray:
             raise ValueError(
                 f"faults.kind {kinds[0]!r} would end this process: it needs engine.backend: ray, "
                 "got inline"
