@@ -65,6 +65,9 @@ class Signs(AbstractContextManager["Signs"]):
     def ended(self, task: int) -> None:
         """It is over, wherever it stands."""
 
+    def overall(self, completed: int, total: int, note: str) -> None:
+        """So much is done of all that goes on here."""
+
     def say(self, line: str) -> None:
         """Something happened that is worth a line."""
 
@@ -81,6 +84,7 @@ class Bars(Signs):
     def __init__(self, console: Console, unit: str) -> None:
         super().__init__(unit)
         self._console = console
+        self._overall: TaskID | None = None
         self._progress = Progress(*_columns(console.width, unit), console=console)
 
     def __enter__(self) -> "Bars":
@@ -125,6 +129,12 @@ class Bars(Signs):
                 seconds = each.finished_time if each.finished_time is not None else each.elapsed
                 self.say(_line(each.description, state, each.fields["note"], seconds or 0.0))
 
+    def overall(self, completed: int, total: int, note: str) -> None:
+        """Move a bar that stands above the others until all is over."""
+        if self._overall is None:
+            self._overall = self._progress.add_task("all", total=total, note=note)
+        self._progress.update(self._overall, completed=completed, total=total, note=note)
+
     def say(self, line: str) -> None:
         """Print above the bars."""
         self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
@@ -157,6 +167,7 @@ class Lines(Signs):
         self._over = threading.Event()
         self._begun = self._spoke = clock()
         self._silent = True
+        self._all = ""
         self._thread = threading.Thread(target=self._keep_alive, name="signs of life", daemon=True)
 
     def __enter__(self) -> "Lines":
@@ -211,6 +222,11 @@ class Lines(Signs):
             if found is not None and found.state and not found.told and long:
                 self._tell(found)
 
+    def overall(self, completed: int, total: int, note: str) -> None:
+        """Let the lines that follow say so as well."""
+        with self._lock:
+            self._all = f"; all: {_state(completed, total, self._unit)}, {note}"
+
     def say(self, line: str) -> None:
         """Write a line."""
         with self._lock:
@@ -228,7 +244,8 @@ class Lines(Signs):
     def _tell(self, task: "_LogTask", so_far: str = "") -> None:
         task.told = not so_far
         seconds = self._clock() - task.begun
-        self.say(_line(task.label, task.state or "starting", task.note, seconds) + so_far)
+        line = _line(task.label, task.state or "starting", task.note, seconds)
+        self.say(f"{line}{so_far}{self._all}")
 
     def _silence(self) -> float:
         return self._clock() - self._spoke
@@ -329,6 +346,76 @@ class ProgressObserver(Observer):
     def event(self, row: Row) -> None:
         """Name what happened, such as a rejected reply, above the bar."""
         self._signs.say(f"{self._label}: {event_words(row)}")
+
+
+class StudyProgress:
+    """Counts the runs and rounds of a whole study beside those of each run.
+
+    Args:
+        signs: where they are shown.
+        clock: in seconds.
+    """
+
+    def __init__(self, signs: Signs, clock: Callable[[], float] = time.monotonic) -> None:
+        self._signs = signs
+        self._clock = clock
+        self._begun = clock()
+        self._runs = self._rounds = 0
+        self._made = 0
+        self._reached: dict[tuple[str, int], int] = {}
+        self._over = 0
+
+    def planned(self, rounds: Sequence[int]) -> None:
+        """So many rounds each of the runs has that are left."""
+        self._begun = self._clock()
+        self._runs, self._rounds = len(rounds), sum(rounds)
+
+    def observers(self, arm: str, seed: int) -> list[Observer]:
+        """Return who is told about one of the runs."""
+        # This one first: the line on a run's last round counts it among those that are done.
+        part = _PartObserver(self, (arm, seed))
+        return [part, ProgressObserver(self._signs, f"{arm} seed {seed}")]
+
+    def reached(self, run: tuple[str, int], at: int, total: int, *, made: int) -> None:
+        """A run stands at the end of a round, and made so many since it was told of last."""
+        was = self._reached.get(run, 0)
+        self._over += (at >= total) - (was >= total)
+        self._reached[run] = at
+        self._made += made
+        if self._runs < 2:
+            return
+        done = sum(self._reached.values())
+        running = len(self._reached) - self._over
+        parts = [f"{self._over}/{self._runs} runs", *([f"{running} running"] if running else [])]
+        if self._made and done < self._rounds:
+            left_s = (self._clock() - self._begun) / self._made * (self._rounds - done)
+            parts.append(f"{timedelta(seconds=round(left_s))} left")
+        self._signs.overall(done, self._rounds, ", ".join(parts))
+
+
+class _PartObserver(Observer):
+    """Tells a `StudyProgress` of one run."""
+
+    def __init__(self, study: StudyProgress, run: tuple[str, int]) -> None:
+        self._study = study
+        self._run = run
+        self._total = 1
+        self._round = 0
+
+    def started(self, settings: "Settings", data: "FederatedData") -> None:
+        """The first round is about to start."""
+        self._total = settings.rounds
+        self._study.reached(self._run, self._round, self._total, made=0)
+
+    def returned(self, round: int) -> None:
+        """The run goes on after this round."""
+        self._round = round
+        self._study.reached(self._run, round, self._total, made=0)
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        """A round is over."""
+        self._round += 1
+        self._study.reached(self._run, self._round, self._total, made=1)
 
 
 class AttackProgress:

@@ -23,6 +23,9 @@ from sim.settings.permission import code_in
 MOST_KEPT = 2
 """So many loaded data sets are kept: the arms of a study learn, seed by seed, from the same."""
 
+_STATE = attrgetter("st_ino", "st_mtime_ns", "st_size")
+"""Whether a file was written anew shows in these."""
+
 _kept: dict[Hashable, FederatedData] = {}
 
 
@@ -55,10 +58,12 @@ def _key(settings: Settings) -> Hashable:
     if any(code_in(own)):
         # What a function of one's own gives may differ from call to call.
         return None
-    files = [*source_files(own), *public_source_files(own), *chain(*view_files(own))]
-    states = [
-        (path, *attrgetter("st_ino", "st_mtime_ns", "st_size")(path.stat())) for path in files
-    ]
+    try:
+        files = [*source_files(own), *public_source_files(own), *chain(*view_files(own))]
+        states = [(path, *_STATE(path.stat())) for path in files]
+    except (OSError, ValueError):
+        # Whoever loads it says what is wrong with it.
+        return None
     return (own.model_dump_json(), settings.clients.count, settings.seed, tuple(states))
 
 

@@ -14,6 +14,7 @@ from sim.commands.cli.words import split_words, sweep_words
 
 if TYPE_CHECKING:
     from sim.commands.arms import Study
+    from sim.commands.study import StudyPlan
 
 
 def compare(
@@ -72,6 +73,13 @@ def compare(
             "nothing is written.",
         ),
     ] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="How many small runs are made at a time, or auto; study.parallel by default.",
+        ),
+    ] = None,
     accept_code: AcceptCode = False,
     allow: Allow = None,
     quiet: Quiet = False,
@@ -92,6 +100,7 @@ def compare(
     - `fedkd compare --sweep rounds=20,10 --sweep clients.local.epochs=1,2
       --together rounds,clients.local.epochs`
     - `fedkd compare conf/quickstart.yaml --baseline local`
+    - `fedkd compare conf/quickstart.yaml --parallel 4` : four small runs at a time
     - `fedkd compare conf/examples/byzantine.yaml --dry-run` : runs, time and bytes beforehand
     """
     from sim.commands.arms import load_study
@@ -99,11 +108,13 @@ def compare(
     chosen = [name.strip() for name in arms.split(",")] if arms else None
     config, words = split_words(arguments, arms or "")
     words += sweep_words(sweep, together, only, without)
+    if parallel is not None:
+        words.append(f"study.parallel={parallel}")
     planned = load_study(config, words, arms=chosen, allow=allow or ())
     if dry_run:
         _foresee(planned, seeds, baseline, accept_code, quiet=quiet, wide=wide, json=json)
         return
-    from sim.commands.progress import ProgressObserver, signs_of_life
+    from sim.commands.progress import StudyProgress, signs_of_life
     from sim.commands.study import compare as compare_arms
     from sim.keeping.records import to_json
     from sim.reports import plane_tables, summary_table, verdicts
@@ -111,6 +122,7 @@ def compare(
     from sim.reports.families import family_tables
 
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
+    progress = StudyProgress(signs)
     folder = planned.settings.output / planned.settings.name
     goes_on = f"the same command goes on in {folder}"
     # Ray prints to standard output when a worker dies; what is printed there is for programs.
@@ -121,14 +133,19 @@ def compare(
             told.append(note)
             say(note)
 
+        def planned_now(plan: "StudyPlan") -> None:
+            progress.planned([run.settings.rounds for run in plan.left])
+            if not (quiet or json):
+                say(plan.told())
+
         study = compare_arms(
             planned,
             seeds=seeds,
             baseline=baseline,
             accept_code=accept_code,
             tell=tell,
-            planned=lambda plan: None if quiet or json else say(plan.told()),
-            observer_of=lambda arm, seed: [ProgressObserver(signs, f"{arm} seed {seed}")],
+            planned=planned_now,
+            observer_of=progress.observers,
         )
     if json:
         typer.echo(to_json(study.to_row()))
