@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sim.commands.arms import Study
+from sim.commands.packing import saved_s
 from sim.commands.planned import PlannedRun
 from sim.commands.running import load_data
 from sim.commands.study import StudyPlan, plan_study
@@ -170,8 +171,9 @@ class StudyOutlook:
     Attributes:
         plan: what will run.
         arms: a row for each, refused ones too.
-        workers: that the time is for.
+        workers: that the time is for: of Ray, or processes that make whole runs.
         once_s: seconds that a study takes once, beside its runs.
+        packed: arms whose runs are made several at a time.
         tried: how many arms were tried.
         distinct: how many arms there were to try.
         notes: what the figures leave out, a sentence each.
@@ -181,6 +183,7 @@ class StudyOutlook:
     arms: Sequence[ArmEstimate]
     workers: int
     once_s: float
+    packed: frozenset[str]
     tried: int
     distinct: int
     notes: Sequence[str]
@@ -195,8 +198,18 @@ class StudyOutlook:
         """All runs that are left together, as far as they are known."""
         known = [(arm.left, arm.cost) for arm in self.arms if arm.cost is not None]
         runs_left = any(arm.left for arm in self.arms)
+        together_s, alone_s = (
+            sum(
+                arm.left * arm.cost.seconds
+                for arm in self.arms
+                if arm.cost is not None and (arm.arm in self.packed) is packed
+            )
+            for packed in (True, False)
+        )
+        # What does not save time is made one after the other.
+        together_s -= max(saved_s(together_s, self.plan.division.processes), 0.0)
         return RunCost(
-            sum((left * cost.seconds for left, cost in known), self.once_s * runs_left),
+            together_s + alone_s + self.once_s * runs_left,
             sum(left * cost.bytes_up for left, cost in known),
             sum(left * cost.bytes_down for left, cost in known),
         )
@@ -481,10 +494,11 @@ def foresee(
     first: dict[str, PlannedRun] = {}
     for run in plan.left:
         first.setdefault(run.arm, run)
+    made_as = {run.arm: run.settings for run in (*plan.division.alone, *plan.division.packed)}
     known = {
         arm: cost
-        for arm, run in first.items()
-        if (cost := _finished_cost(plan.folders[arm], run.settings)) is not None
+        for arm in first
+        if (cost := _finished_cost(plan.folders[arm], made_as[arm])) is not None
     }
     # Arms that are equal are tried once.
     distinct: dict[str, list[str]] = {}
@@ -495,7 +509,9 @@ def foresee(
     kinds = {arm: kind_of(run.settings) for arm, run in first.items()}
     tried: dict[str, RunCost] = {}
     count = 0
-    workers = _workers(study.settings)
+    division = plan.division
+    packed = frozenset(run.arm for run in division.packed)
+    workers = division.processes if packed else _workers(study.settings)
     begun = time.perf_counter()
     chosen = sample([kinds[arms[0]] for arms in groups])
     for place in chosen:
@@ -511,7 +527,9 @@ def foresee(
             error.add_note(f"when arm {arms[0]} was tried")
             raise
         cost = trial.cost(
-            rounds=settings.rounds, every=settings.evaluation.every, workers=_workers(settings)
+            rounds=settings.rounds,
+            every=settings.evaluation.every,
+            workers=1 if arms[0] in packed else _workers(settings),
         )
         tried |= dict.fromkeys(arms, replace(cost, seconds=cost.seconds + AROUND_S))
         count += 1
@@ -519,7 +537,8 @@ def foresee(
         plan,
         estimates(plan, known, tried, kinds),
         workers,
-        REPORT_S + RAY_S * any(run.settings.engine.backend == "ray" for run in plan.left),
+        REPORT_S + RAY_S * any(run.settings.engine.on_ray for run in division.alone),
+        packed,
         count,
         len(groups),
         (),
@@ -530,7 +549,7 @@ def foresee(
 def _workers(settings: Settings) -> int:
     """Return how many workers the engine would have on this machine."""
     engine = settings.engine
-    if engine.backend == "inline":
+    if not engine.on_ray:
         return 1
     return max(1, math.floor(available_cpus() / engine.cpus_per_worker))
 

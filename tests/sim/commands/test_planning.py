@@ -136,7 +136,7 @@ def test_what_would_end_this_process_is_left_out_of_a_trial(small: Small) -> Non
 
 
 def test_finished_runs_tell_what_a_run_costs(small: Small) -> None:
-    settings = small(TWO)
+    settings = small(TWO, "study.parallel=1")
     made = compare(settings, arms=["mutual"], seeds=1)
     outlook = foresee(study_of(settings), seeds=3)
     alone, mutual = outlook.arms
@@ -148,7 +148,8 @@ def test_finished_runs_tell_what_a_run_costs(small: Small) -> None:
     assert mutual.cost.seconds == result["seconds"] + planning.AROUND_S
     assert outlook.plan.finished == 1
     assert outlook.plan.told() == (
-        "6 runs: 2 arms x 3 seeds; 1 finished already and taken as they are; 5 to run"
+        "6 runs: 2 arms x 3 seeds; 1 finished already and taken as they are; 5 to run; "
+        "one after the other (study.parallel is 1)"
     )
     # In another engine it took another time.
     ray = settings.model_copy(
