@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
@@ -247,20 +247,26 @@ class Pack(AbstractContextManager["Pack"]):
         observer_of: see `sim.commands.study.compare`.
         accept_code: see `sim.commands.study.compare`.
         tell: is told what is worth a line.
+        nursery: whose processes make the runs; None: one that lives as long as this.
     """
 
     waiting: deque[PlannedRun]
     observer_of: ObserverOf
     accept_code: bool
     tell: Callable[[str], None]
+    nursery: InitVar[Nursery | None] = None
     _again: deque[_Job] = field(default_factory=deque)
     _elsewhere: deque[_Job] = field(default_factory=deque)
     _processes: list[_Process] = field(default_factory=list)
     _nursery: Nursery | None = None
+    _borrowed: bool = False
+
+    def __post_init__(self, nursery: Nursery | None) -> None:
+        self._nursery, self._borrowed = nursery, nursery is not None
 
     @property
     def begun(self) -> bool:
-        """Whether processes were started."""
+        """Whether processes are there."""
         return self._nursery is not None
 
     def open(self, count: int) -> None:
@@ -374,7 +380,7 @@ class Pack(AbstractContextManager["Pack"]):
                 return self._nursery.process()
             except OSError:
                 self._nursery.close()
-        self._nursery = Nursery()
+        self._nursery, self._borrowed = Nursery(), False
         return self._nursery.process()
 
     def _lost(self, process: _Process) -> None:
@@ -421,9 +427,8 @@ class Pack(AbstractContextManager["Pack"]):
             for process in left:
                 process.connection.close()
             left.clear()
-            if self._nursery is not None:
+            if self._nursery is not None and not self._borrowed:
                 self._nursery.close()
-                self._nursery = None
 
 
 def _error_of(message: Row) -> Exception:
@@ -483,6 +488,7 @@ def run_packed(
     *,
     accept_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
+    nursery: Nursery | None = None,
 ) -> None:
     """Make the packed runs of a study.
 
@@ -492,6 +498,7 @@ def run_packed(
             but what travels (`Observer.travelled`).
         accept_code: see `sim.commands.study.compare`.
         tell: is told what is worth a line.
+        nursery: whose processes make the runs; None: one for these runs alone.
 
     Raises:
         KeyboardInterrupt: a signal; every run was saved at its last complete round.
@@ -499,7 +506,7 @@ def run_packed(
         EngineLostError: a run takes every process with it that makes it.
     """
     count = division.processes
-    with Pack(deque(division.packed), observer_of, accept_code, tell) as pack:
+    with Pack(deque(division.packed), observer_of, accept_code, tell, nursery) as pack:
 
         def observers(arm: str, seed: int) -> Sequence[Observer]:
             return [*observer_of(arm, seed), _Pays(pack, count)]
