@@ -290,10 +290,11 @@ def test_a_comparison_ends_with_its_answer(
 ) -> None:
     monkeypatch.setattr("sim.reports.figures.DOTS_PER_INCH", 20)
     words = ["--arms", "local,fedavg", "--seeds", "2", "--baseline", "fedavg"]
+    words += ["--parallel", "1"]
     code, out, err = fedkd("compare", *words, *small_words, f"output={tmp_path}")
     assert code == 0
     assert [line.split(",")[0] for line in err.splitlines()] == [
-        "fedkd: 4 runs: 2 arms x 2 seeds",
+        "fedkd: 4 runs: 2 arms x 2 seeds; one after the other (study.parallel is 1)",
         "local seed 0: 1/2 rounds",
         *(f"{arm} seed {seed}: 2/2 rounds" for seed in (0, 1) for arm in ("local", "fedavg")),
     ]
