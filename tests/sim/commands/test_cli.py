@@ -301,7 +301,7 @@ def test_a_comparison_ends_with_its_answer(
     *_, heading, answer, remark = out.splitlines()
     assert heading.startswith("Against fedavg, by mean client accuracy at the last round")
     assert "whether local beats fedavg" in answer or answer.startswith("local ")
-    assert remark.startswith("* 2 seeds are few")
+    assert remark.startswith("* two seeds are few")
     monkeypatch.setenv("COLUMNS", "40")
     code, out, _ = fedkd("compare", *words, *small_words, f"output={tmp_path}")
     table = out.split("report ")[0]
