@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         compare,
         cost,
         distill,
+        doctor,
         load_distill_settings,
         load_model,
         load_settings,
@@ -41,6 +42,7 @@ OFFERED = {
     "distill": "distill",
     # `fedkd.data` is the package of data sets.
     "data_overview": "data",
+    "doctor": "doctor",
     "report": "report",
     "cost": "cost",
     "ranks": "ranks",
@@ -64,6 +66,7 @@ __all__ = [
     "cost",
     "data_overview",
     "distill",
+    "doctor",
     "load_distill_settings",
     "load_model",
     "load_settings",

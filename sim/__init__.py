@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
     from sim.commands.distilling.running import distill
+    from sim.commands.doctor import doctor
     from sim.commands.models import load_model
     from sim.commands.overview import data
     from sim.commands.running import run
@@ -36,6 +37,7 @@ _FUNCTIONS = {
     "watch": "sim.commands.watch",
     "distill": "sim.commands.distilling.running",
     "data": "sim.commands.overview",
+    "doctor": "sim.commands.doctor",
     "report": "sim.reports",
     "cost": "sim.reports.costs",
     "ranks": "sim.reports.rankings",
@@ -59,6 +61,7 @@ __all__ = [
     "cost",
     "data",
     "distill",
+    "doctor",
     "load_distill_settings",
     "load_model",
     "load_settings",

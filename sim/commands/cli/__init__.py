@@ -10,7 +10,7 @@ from sim.commands.cli.answers import cost, ranks
 from sim.commands.cli.beginning import new
 from sim.commands.cli.distillation import distill
 from sim.commands.cli.ending import main
-from sim.commands.cli.looking import algorithms, data, privacy
+from sim.commands.cli.looking import algorithms, data, doctor, privacy
 from sim.commands.cli.reporting import report
 from sim.commands.cli.runs import attack, replay, run, value
 from sim.commands.cli.shell import Command, ManyTimes, app
@@ -28,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     watch,
     distill,
     data,
+    doctor,
     privacy,
     attack,
     replay,

@@ -1,5 +1,6 @@
-"""Commands that run nothing: ``data``, ``privacy``, ``algorithms``."""
+"""Commands that write no run: ``data``, ``doctor``, ``privacy``, ``algorithms``."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 from rich.console import Console
 
 from sim.commands.cli.printing import print_table, print_words
-from sim.commands.cli.shell import Allow, AsJson, ConfigAndOverrides, Wide
+from sim.commands.cli.shell import Allow, AsJson, ConfigAndOverrides, Quiet, Wide
 from sim.commands.cli.words import split_words
 
 if TYPE_CHECKING:
@@ -45,6 +46,56 @@ def data(
         return
     print_table(shown.table(), wide=wide)
     typer.echo(f"figure {shown.figure}")
+
+
+def doctor(
+    arguments: ConfigAndOverrides = None,
+    epochs: Annotated[
+        int,
+        typer.Option(
+            min=1, max=1000, help="Passes over its private rows that a client learns for."
+        ),
+    ] = 4,
+    quiet: Quiet = False,
+    wide: Wide = False,
+    allow: Allow = None,
+    json: AsJson = False,
+) -> None:
+    """Say how well a public set would serve, before anything is exchanged.
+
+    Clients learn alone for a few epochs and answer the public rows. From these answers: are public
+    rows like private ones, do clients agree, which classes nobody covers, what gain to expect, with
+    an interval and what such forecasts were worth. Nothing is written. docs/doctor.md
+
+    Examples:
+    - `fedkd doctor conf/quickstart.yaml`
+    - `fedkd doctor conf/quickstart.yaml data.public.size=40`
+    - `fedkd doctor data.public.source=path/to/mnist data.public.size=300`
+    - `fedkd doctor conf/mnist.yaml --epochs 2 --json`
+    """
+    from contextlib import redirect_stdout
+
+    from sim.commands.doctor import doctor as examined
+    from sim.commands.progress import ProgressObserver, signs_of_life
+    from sim.keeping.records import to_json
+    from sim.settings import load_settings
+
+    config, words = split_words(arguments)
+    settings = load_settings(config, words, allow=allow or ())
+    signs = signs_of_life(Console(stderr=True), quiet=quiet, unit="epochs", json=json)
+    # What a model of one's own prints is no part of the answer.
+    with signs, redirect_stdout(sys.stderr):
+        checkup = examined(
+            settings,
+            epochs=epochs,
+            observers=[ProgressObserver(signs, "local")],
+            tell=lambda what: signs.say_once("doctor", what),
+        )
+    if json:
+        typer.echo(to_json(checkup.to_row()))
+        return
+    print_table(checkup.table(), wide=wide)
+    print_words("", *checkup.sentences())
 
 
 def privacy(

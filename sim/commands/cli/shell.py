@@ -166,6 +166,7 @@ def root(
     - `fedkd watch runs/quickstart` : how far it is, from another window
     - `fedkd distill` : one machine, a teacher, a student
     - `fedkd data conf/quickstart.yaml` : who holds which rows
+    - `fedkd doctor conf/quickstart.yaml` : will its public set serve
     - `fedkd algorithms` : who learns from whom, what travels
     - `fedkd museum` : what faults of published code cost
     - `fedkd attack RUN` : what a run tells of private rows
