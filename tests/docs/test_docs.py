@@ -214,7 +214,8 @@ def commands(page: Path) -> Iterator[str]:
     blocks = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     lines = [line for body in blocks.findall(text) for line in body.splitlines()]
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", blocks.sub("", text))]
-    return (line for line in lines if re.match(r"fedkd (run|compare|distill|data|doctor|privacy)\b", line))
+    known = re.compile(r"fedkd (run|compare|distill|data|doctor|privacy)\b")
+    return (line for line in lines if known.match(line))
 
 
 # Code of the reader's own, what is left open, and a mistake made to show what is said of it.

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from sim.commands.cli.printing import print_table, print_words
-from sim.commands.cli.shell import Allow, AsJson, ConfigAndOverrides, Quiet, Wide
+from sim.commands.cli.shell import Allow, AsJson, ConfigAndOverrides, Wide
 from sim.commands.cli.words import split_words
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def doctor(
             min=1, max=1000, help="Passes over its private rows that a client learns for."
         ),
     ] = 4,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     wide: Wide = False,
     allow: Allow = None,
     json: AsJson = False,
