@@ -1,9 +1,11 @@
 """``fedkd watch``: how far a study is, in the terminal, in a log or in the browser."""
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from rich.console import Console
 
@@ -22,6 +24,20 @@ def watch(
     folder: Annotated[
         Path, typer.Argument(metavar="STUDY", help="The folder of a study or of a run.")
     ],
+    port: Annotated[
+        int | None,
+        typer.Argument(
+            metavar="[PORT]",
+            min=1,
+            max=65535,
+            show_default=False,
+            help="With --serve: where; by default 8420, or another if that is taken.",
+        ),
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Show it in the browser, on this machine alone."),
+    ] = False,
     once: Annotated[bool, typer.Option("--once", help="Print how far it is, and end.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -37,7 +53,13 @@ def watch(
     - `fedkd watch runs/quickstart --once`
     - `fedkd watch runs/default/20260101-120000-1a2b3c` : a single run
     - `fedkd watch runs/quickstart | tee log` : a line for each change
+    - `fedkd watch runs/quickstart --serve` : in the browser, until Ctrl-C
     """
+    if serve:
+        _serve(folder, port, once=once, json=json)
+        return
+    if port is not None:
+        raise click.UsageError(f"PORT {port} is for --serve: fedkd watch {folder} --serve {port}")
     from sim.commands.watch import watch as look_at
 
     console = Console()
@@ -54,6 +76,23 @@ def watch(
     if sight.condition != "finished":
         say(sight.ended())
         raise typer.Exit(1)
+
+
+def _serve(folder: Path, port: int | None, *, once: bool, json: bool) -> None:
+    """Serve it until Ctrl-C, which is how this ends."""
+    from sim.watching.serving import StudyServer
+
+    for option, given in (("--once", once), ("--json", json)):
+        if given:
+            raise click.UsageError(f"{option} and --serve exclude each other")
+    with StudyServer(folder, port) as server:
+        typer.echo(f"{server.url} shows {folder} to this machine; Ctrl-C ends it")
+        # Whoever waits for the line may read a pipe.
+        sys.stdout.flush()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("ended; what was watched goes on")
 
 
 def _print_once(sight: "Sight", console: Console, *, json: bool) -> None:

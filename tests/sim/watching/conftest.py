@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from sim.keeping.plans import announced
 from sim.keeping.records import sealed
+from sim.watching.serving import StudyServer
 
 
 class HandMade:
@@ -56,3 +59,24 @@ def run_at(tmp_path: Path) -> Callable[..., HandMade]:
         return HandMade(tmp_path / name, rounds=rounds, seed=seed)
 
     return make
+
+
+PLAN = {
+    "arms": {"<b>dml</b>": [{"seed": 0, "folder": "dml/seed-0-0", "rounds": 4}]},
+    "refused": {"bad": "cannot work"},
+}
+
+
+@pytest.fixture
+def server(run_at: Callable[..., Any], tmp_path: Path) -> Iterator[StudyServer]:
+    """Serve a study whose run has done two rounds."""
+    run = run_at("dml/seed-0-0")
+    with announced(tmp_path, PLAN), run.running(), StudyServer(tmp_path, 0) as serving:
+        run.round(1, 0.25)
+        run.round(2, 0.5)
+        run.event(round=2, client=1, event="reply rejected", reason="<script>")
+        thread = threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield serving
+        serving.shutdown()
+        thread.join()
