@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkd.names import nearest
+from sim.commands.budgets import Matching
 from sim.commands.sweeps import Draft, drafts, grid_of, name_of, patch_of, settle
 from sim.keeping.identity import fingerprint, numbers_of
 from sim.reports.families import Families
@@ -50,6 +51,7 @@ class Study:
         notes: arms that are equal, and what makes them so.
         grid: how arms that come from a sweep lie side by side.
         families: arms that are compared with each other, by the family's name.
+        matching: how arms were made equal in steps or bytes; None where nobody asked for that.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class Study:
     notes: Sequence[str] = ()
     grid: Grid | None = None
     families: Families = field(default_factory=dict)
+    matching: Matching | None = None
 
     @property
     def combinations(self) -> int:

@@ -6,32 +6,27 @@ a teacher's training, the second stands for all that follow. Bytes are those of 
 are exact where an algorithm's payloads do not change with the rounds.
 """
 
-import heapq
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from sim.commands.arms import Study
+from sim.commands.matching import matched
 from sim.commands.packing import saved_s
 from sim.commands.planned import PlannedRun
-from sim.commands.running import load_data
-from sim.commands.study import StudyPlan, plan_study
-from sim.engine.grid import Outcome, PackedCall
-from sim.engine.inline import InlineGrid
+from sim.commands.study import StudyPlan, baseline_arm, plan_study
+from sim.commands.trials import RunCost, try_out
 from sim.engine.resources import available_cpus
 from sim.keeping.identity import fingerprint
 from sim.keeping.records import SETTINGS_FILE, is_finished, read_result
 from sim.reports.tables import kilobytes
 from sim.reports.terminal import NOTHING, Column, FittedTable
-from sim.server.observers import Observer, Row
-from sim.server.rounds import RoundLoop
+from sim.server.observers import Row
 from sim.settings import Settings
 from sim.settings.tables import read_yaml
 
@@ -52,94 +47,6 @@ RAY_S = 18.0
 
 This and the two above were measured with two cores and two workers.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What something took: a part that only this process can do, and calls that workers share.
-
-    Attributes:
-        serial_s: seconds of the server's half and of all around the calls.
-        calls_s: seconds of each cohort's call, in the order in which they are handed out.
-    """
-
-    serial_s: float = 0.0
-    calls_s: tuple[float, ...] = ()
-
-    def seconds(self, workers: int) -> float:
-        """Return how long it takes with so many workers; each takes the next call when free.
-
-        Args:
-            workers: >= 1.
-        """
-        free = [0.0] * max(workers, 1)
-        for call_s in self.calls_s:
-            heapq.heapreplace(free, free[0] + call_s)
-        return self.serial_s + max(free)
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What the first rounds of a run took and moved.
-
-    Attributes:
-        load: reading data and building models.
-        first: the first round, and what came before it.
-        further: each round after it.
-        judging: one evaluation.
-        first_bytes, further_bytes: bytes up and down of the first round, and of each after it.
-    """
-
-    load: Work
-    first: Work
-    further: Work
-    judging: Work
-    first_bytes: tuple[int, int]
-    further_bytes: tuple[int, int]
-
-    def cost(self, *, rounds: int, every: int, workers: int = 1) -> "RunCost":
-        """Extrapolate to a whole run.
-
-        Args:
-            rounds: of the run, >= 1.
-            every: rounds between evaluations; the last round is always judged.
-            workers: that share the calls.
-        """
-        judged = math.ceil(rounds / every)
-        seconds = (
-            self.load.seconds(workers)
-            + self.first.seconds(workers)
-            + (rounds - 1) * self.further.seconds(workers)
-            + judged * self.judging.seconds(workers)
-        )
-        up, down = (
-            first + (rounds - 1) * further
-            for first, further in zip(self.first_bytes, self.further_bytes, strict=True)
-        )
-        return RunCost(seconds, up, down)
-
-
-@dataclass(frozen=True, slots=True)
-class RunCost:
-    """What one run takes and moves.
-
-    Attributes:
-        seconds: wall time.
-        bytes_up, bytes_down: of all clients together; a mean over several runs is a fraction.
-    """
-
-    seconds: float
-    bytes_up: float
-    bytes_down: float
-
-    @classmethod
-    def mean(cls, costs: Sequence["RunCost"]) -> "RunCost":
-        """Return the mean of one or more."""
-        return cls(
-            fmean(cost.seconds for cost in costs),
-            fmean(cost.bytes_up for cost in costs),
-            fmean(cost.bytes_down for cost in costs),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +133,7 @@ class StudyOutlook:
             "left": len(self.plan.left),
             "finished": self.plan.finished,
             "refused": dict(self.plan.refused),
+            **({"match": matching.to_row()} if (matching := self.plan.study.matching) else {}),
             "seconds": total.seconds,
             "bytes_up": round(total.bytes_up),
             "bytes_down": round(total.bytes_down),
@@ -351,102 +259,6 @@ def kind_of(settings: Settings) -> Hashable:
     return (settings.strategy.name, settings.rounds, repr(parts))
 
 
-# -- trying ------------------------------------------------------------------------------------
-
-
-class _EnoughError(Exception):
-    """The rounds that a trial needs are over."""
-
-
-class _TimedGrid(InlineGrid):
-    """Takes the time of every call."""
-
-    def __init__(self, settings: Settings, data: Any) -> None:
-        super().__init__(settings, data)
-        self._times: dict[str, list[float]] = {}
-
-    def _execute(self, calls: Sequence[PackedCall]) -> Iterator[tuple[int, Outcome]]:
-        for position, packed in enumerate(calls):
-            started = time.perf_counter()
-            # One at a time: what the server does in between is not the client's.
-            ((_, outcome),) = super()._execute([packed])
-            spent = time.perf_counter() - started
-            self._times.setdefault(packed.call.phase, []).append(spent)
-            yield position, outcome
-
-    def take(self, phase: str) -> tuple[float, ...]:
-        """Return, once, what the calls of a phase took."""
-        return tuple(self._times.pop(phase, ()))
-
-
-class _Rows(Observer):
-    """Keeps the last round's row of the federation."""
-
-    def __init__(self) -> None:
-        self.last: Row = {}
-
-    def metrics(self, rows: Sequence[Row]) -> None:
-        """A round is over."""
-        self.last = next(row for row in rows if row["scope"] == "federation")
-
-
-def try_out(settings: Settings) -> Trial:
-    """Run the first two rounds in this process, and leave nothing behind.
-
-    Schedules and progress are those of the whole run.
-
-    Raises:
-        SettingsError: names the setting that cannot work.
-        AuthorError: an algorithm's or a model's own code is wrong.
-        QuorumError: too few clients gave a usable answer.
-    """
-    settings = _for_trial(settings)
-    rows, found, moved = _Rows(), [], []
-    started = time.perf_counter()
-    data = load_data(settings)
-    grid = _TimedGrid(settings, data)
-    loop = RoundLoop(grid, settings, data, [rows])
-    load = Work(time.perf_counter() - started)
-    begun = time.perf_counter()
-    judging = Work()
-
-    def after_round() -> None:
-        nonlocal begun, judging
-        row, now = rows.last, time.perf_counter()
-        train, evaluate = grid.take("train"), grid.take("evaluate")
-        judged_s = row["seconds"] - row["train_seconds"]
-        if evaluate:
-            judging = Work(max(judged_s - sum(evaluate), 0.0), evaluate)
-        found.append(Work(max(now - begun - judged_s - sum(train), 0.0), train))
-        moved.append((row["bytes_up"], row["bytes_down"]))
-        begun = time.perf_counter()
-        if len(found) == 2:
-            raise _EnoughError
-
-    try:
-        loop.run(after_round)
-    except _EnoughError:
-        pass
-    finally:
-        grid.close()
-    return Trial(load, found[0], found[-1], judging, moved[0], moved[-1])
-
-
-def _for_trial(settings: Settings) -> Settings:
-    """Return settings that run in this process, and judge in one of the first two rounds."""
-    engine = settings.engine.model_copy(
-        update={"backend": "inline", "address": None, "gpus_per_worker": 0.0}
-    )
-    evaluation = settings.evaluation
-    if evaluation.every > 2:
-        evaluation = evaluation.model_copy(update={"every": 2})
-    # Others take time or the whole process, which would be this one.
-    faults = tuple(rule for rule in settings.faults if rule.kind == "dropout")
-    return settings.model_copy(
-        update={"engine": engine, "evaluation": evaluation, "faults": faults}
-    )
-
-
 def _finished_cost(folders: Sequence[Path], settings: Settings) -> RunCost | None:
     """Return the mean of an arm's finished runs; None where none ran in the engine asked for."""
     costs = []
@@ -488,6 +300,9 @@ def foresee(
     Raises:
         SettingsError: what would end the study before anything runs.
     """
+    study, trials = matched(
+        study, baseline_arm(study.settings, study.arms, baseline), trying=trying
+    )
     plan = plan_study(
         study, seeds=seeds, baseline=baseline, accept_code=accept_code, tell=tell, writes=False
     )
@@ -513,16 +328,17 @@ def foresee(
     packed = frozenset(run.arm for run in division.packed)
     workers = division.processes if packed else _workers(study.settings)
     begun = time.perf_counter()
-    chosen = sample([kinds[arms[0]] for arms in groups])
+    # What was tried to be matched is known of every arm.
+    chosen = range(len(groups)) if trials else sample([kinds[arms[0]] for arms in groups])
     for place in chosen:
         arms = groups[place]
-        if count and time.perf_counter() - begun > TRIAL_S:
+        if count and not trials and time.perf_counter() - begun > TRIAL_S:
             break
-        if trying is not None:
+        if trying is not None and not trials:
             trying(arms[0], count, len(chosen))
         settings = first[arms[0]].settings
         try:
-            trial = try_out(settings)
+            trial = trials.get(arms[0]) or try_out(settings)
         except Exception as error:
             error.add_note(f"when arm {arms[0]} was tried")
             raise

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd.names import nearest
 from sim.commands.arms import Study, difference_notes, refused_notes, study_of
+from sim.commands.budgets import Matching
+from sim.commands.matching import matched
 from sim.commands.packing import Division, divide, run_packed
 from sim.commands.planned import ObserverOf, PlannedRun, is_begun, make_run, nobody
 from sim.commands.running import load_data, open_session
@@ -57,6 +59,7 @@ class StudyResult:
         families: arms that belong to one question, by its name; the pairs of others are not
             compared where there are any.
         precision: the half width of an interval that is wanted, a share.
+        matching: how arms were made equal in steps or bytes; None where nobody asked for that.
     """
 
     folder: Path
@@ -69,6 +72,7 @@ class StudyResult:
     grid: Grid | None = None
     families: Families = field(default_factory=dict)
     precision: float = PRECISION
+    matching: Matching | None = None
 
     def to_row(self) -> Row:
         """Return the table as plain values."""
@@ -85,6 +89,7 @@ class StudyResult:
             "differs": {path: dict(values) for path, values in self.differs.items()},
             "refused": dict(self.refused),
             **({"grid": self.grid.to_row()} if self.grid is not None else {}),
+            **({"match": self.matching.to_row()} if self.matching is not None else {}),
             "weights_sha256": {
                 arm: [record.result.get("weights_sha256") for record in records]
                 for arm, records in self.runs.items()
@@ -298,6 +303,9 @@ def compare(
         KeyboardInterrupt: the next call goes on where this one stopped, in the middle of a run.
     """
     study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
+    if study.settings.study.match != "none":
+        (tell or _ignore)("study.match: two rounds of each arm are tried, to count what they take")
+        study, _ = matched(study, baseline_arm(study.settings, study.arms, baseline))
     plan = plan_study(study, seeds=seeds, baseline=baseline, accept_code=accept_code, tell=tell)
     settings, folder, folders = study.settings, plan.folder, plan.folders
     baseline, notes, refused = plan.baseline, plan.notes, plan.refused
@@ -332,6 +340,7 @@ def compare(
             "notes": notes,
             "refused": refused,
             **({"grid": study.grid.to_row()} if study.grid is not None else {}),
+            **({"match": study.matching.to_row()} if study.matching is not None else {}),
             **({"families": dict(study.families)} if study.families else {}),
         }
         write_text(place / STUDY_FILE, to_json(table, indent=2) + "\n")
@@ -356,6 +365,7 @@ def compare(
         grid=study.grid,
         families=study.families,
         precision=settings.study.precision / 100,
+        matching=study.matching,
     )
 
 

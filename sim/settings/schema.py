@@ -526,6 +526,15 @@ class StudySettings(_Section):
         max_length=MOST_ARMS,
         description="combinations of the sweep that are left out, as under only",
     )
+    match: Literal["none", "steps", "bytes"] = Field(
+        "none",
+        description="sets the rounds of each arm beforehand, so that all are equal in optimizer "
+        "steps (of clients and server, a teacher's training included) or in bytes (up and down), "
+        "as near as whole rounds allow",
+    )
+    match_to: Text | None = Field(
+        None, description="the arm whose rounds stay under match; none: the baseline"
+    )
     families: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         max_length=MOST_ARMS,

@@ -65,6 +65,14 @@ def compare(
             metavar="SETTING=VALUE,...", help="Leave out these combinations of the sweep."
         ),
     ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="steps|bytes",
+            help="Set each arm's rounds so that all take as many optimizer steps, or bytes, as the "
+            "baseline; study.match_to names another arm.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -99,6 +107,7 @@ def compare(
     - `fedkd compare --arms one_way,dml --sweep strategy.temperature=1,2,4 --sweep rounds=5,10`
     - `fedkd compare --sweep rounds=20,10 --sweep clients.local.epochs=1,2
       --together rounds,clients.local.epochs`
+    - `fedkd compare --arms one_way,dml --match steps` : rounds set so that budgets are equal
     - `fedkd compare conf/quickstart.yaml --baseline local`
     - `fedkd compare conf/quickstart.yaml --parallel 4` : four small runs at a time
     - `fedkd compare conf/examples/byzantine.yaml --dry-run` : runs, time and bytes beforehand
@@ -110,6 +119,8 @@ def compare(
     words += sweep_words(sweep, together, only, without)
     if parallel is not None:
         words.append(f"study.parallel={parallel}")
+    if match is not None:
+        words.append(f"study.match={match}")
     planned = load_study(config, words, arms=chosen, allow=allow or ())
     if dry_run:
         _foresee(planned, seeds, baseline, accept_code, quiet=quiet, wide=wide, json=json)

@@ -4,15 +4,17 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedkd.names import printable
-from sim.commands import planning
+from sim.commands import planning, trials
 from sim.commands.arms import study_of
-from sim.commands.planning import RunCost, Trial, Work, foresee, kind_of, sample, try_out
+from sim.commands.planning import foresee, kind_of, sample
 from sim.commands.running import run
 from sim.commands.study import compare, plan_study
+from sim.commands.trials import RunCost, Trial, Work, try_out
 from sim.keeping import provenance
 from sim.settings import Settings, SettingsError
 
@@ -106,13 +108,13 @@ def test_a_trial_has_two_rounds_of_the_whole_run_s_schedule(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds: list[tuple[int, int]] = []
-    through = planning.RoundLoop._round
+    through = trials.RoundLoop._round
 
-    def noting(self: planning.RoundLoop, before: planning.Any) -> bool:
+    def noting(self: trials.RoundLoop, before: Any) -> bool:
         rounds.append((before.round + 1, self._settings.rounds))
         return through(self, before)
 
-    monkeypatch.setattr(planning.RoundLoop, "_round", noting)
+    monkeypatch.setattr(trials.RoundLoop, "_round", noting)
     trial = try_out(small("rounds=9", "evaluation.every=7"))
     assert rounds == [(1, 9), (2, 9)]
     # Judged although the run would do so in its seventh round only.
