@@ -113,7 +113,7 @@ class Matching:
         )
 
     def _amount(self, count: int) -> str:
-        return f"{kilobytes(count)} kB" if self.budget == "bytes" else f"{count:,} steps"
+        return f"{kilobytes(float(count))} kB" if self.budget == "bytes" else f"{count:,} steps"
 
 
 def _names(arms: Sequence[str]) -> str:

@@ -1,9 +1,10 @@
 """`compare --match`: rounds set beforehand so that all arms have equal budgets.
 
 What a round takes is counted, not timed: the first two rounds of each arm are tried in this process
-with the study's first seed, and every round after the second takes what the second took. So the
-same settings have the same rounds whenever and wherever they are asked for, and a study that is
-gone on with finds its runs again.
+with the study's first seed, and every round after the second is taken to take what the second took.
+So the same settings have the same rounds whenever and wherever they are asked for, and a study that
+is gone on with finds its runs again. Where rounds are not alike (few participants, training that
+stops early) it is an estimate; what was really taken stands beside every accuracy.
 """
 
 from collections.abc import Callable, Mapping

@@ -98,9 +98,9 @@ class RunCost:
         bytes_up, bytes_down: of all clients together; a mean over several runs is a fraction.
     """
 
-    seconds: float
-    bytes_up: float
-    bytes_down: float
+    seconds: int | float
+    bytes_up: int | float
+    bytes_down: int | float
 
     @classmethod
     def mean(cls, costs: Sequence["RunCost"]) -> "RunCost":

@@ -154,7 +154,7 @@ def test_many_arms_of_which_the_same_is_true_are_told_together() -> None:
 # -- against runs --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["one_way", "dml", "feddf", "local"])
+@pytest.mark.parametrize("name", ["one_way", "dml", "fedmd", "local"])
 def test_steps_are_those_of_the_run(small: Small, name: str) -> None:
     settings = small(f"strategy.name={name}", "rounds=4")
     trial = try_out(settings)
