@@ -218,6 +218,8 @@ def commands(page: Path) -> Iterator[str]:
     return (line for line in lines if known.match(line))
 
 
+SWEPT_BY = ("--sweep", "--together", "--only", "--without")
+
 # Code of the reader's own, what is left open, and a mistake made to show what is said of it.
 NOT_OURS = {
     *("strategy.name=my_package.my_module:MyMethod", "strategy.name=vote:Vote"),
@@ -229,6 +231,7 @@ NOT_OURS = {
 def test_commands_on_a_page_name_settings_that_there_are(
     page: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sim.commands.cli.words import sweep_words
     from sim.settings import SettingsError, load_distill_settings, load_settings
 
     monkeypatch.chdir(ROOT)
@@ -237,7 +240,12 @@ def test_commands_on_a_page_name_settings_that_there_are(
         _, name, *words = shlex.split(command, comments=True)
         load = load_distill_settings if name == "distill" else load_settings
         config = next((word for word in words if word.endswith(".yaml")), None)
+        swept: dict[str, list[str]] = {name: [] for name in SWEPT_BY}
+        for option, value in zip(words, words[1:], strict=False):
+            swept.get(option, []).append(value)
+        of_options = [value for values in swept.values() for value in values]
         given = [word for word in words if "=" in word and not word.startswith("--")]
+        given = [word for word in given if word not in of_options] + sweep_words(*swept.values())
         if NOT_OURS & {*given}:
             continue
         try:
