@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_commands_on_a_page_name_settings_that_there_are(
         load = load_distill_settings if name == "distill" else load_settings
         config = next((word for word in words if word.endswith(".yaml")), None)
         swept: dict[str, list[str]] = {name: [] for name in SWEPT_BY}
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in pairwise(words):
             swept.get(option, []).append(value)
         of_options = [value for values in swept.values() for value in values]
         given = [word for word in words if "=" in word and not word.startswith("--")]
