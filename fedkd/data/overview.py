@@ -46,6 +46,17 @@ def split_table(data: FederatedData) -> list[dict[str, int | float | str]]:
     ]
 
 
+def split_sizes(data: FederatedData) -> dict[str, int]:
+    """Return the rows of the private, public, validation and test sets, of all views together."""
+    every = (data, *data.views)
+    return {
+        "private": sum(len(each.train_labels) for each in every),
+        "public": len(data.public_inputs),
+        "validation": sum(len(each.validation_labels) for each in every),
+        "test": sum(len(each.test_labels) for each in every),
+    }
+
+
 def label_entropy(counts: Int64[np.ndarray, "clients classes"]) -> Float64[np.ndarray, "clients"]:
     """Return the entropy of each client's class shares in nats; 0 for a client without rows."""
     from scipy.special import entr  # imported late: no run needs it

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkd.data.overview import plot_split, shortened, split_table
+from fedkd.data.overview import plot_split, shortened, split_sizes, split_table
 from fedkd.figures.saving import save_figure
 from sim.engine.data import data_of
 from sim.keeping.records import make_folder
@@ -103,12 +103,7 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
         source=loaded.name,
         inputs=str(loaded.input_shape),
         rows=split_table(loaded),
-        sizes={
-            "private": sum(len(each.train_labels) for each in (loaded, *loaded.views)),
-            "public": len(loaded.public_inputs),
-            "validation": sum(len(each.validation_labels) for each in (loaded, *loaded.views)),
-            "test": sum(len(each.test_labels) for each in (loaded, *loaded.views)),
-        },
+        sizes=split_sizes(loaded),
         figure=figure,
         notes=loaded.notes,
     )

@@ -332,6 +332,7 @@ def run(
     privacy: Row = {}
     kept_exchange = [ExchangeFolder(place)] if settings.keeps_exchange else []
     with RunFolder(place, settings, made_of.to_row()) as recorder:
+        recorder.split(data)
         trackers = tracking_of(place, settings, recorder.event)
         try:
             with interruptible(), open_grid(settings, data, session) as grid:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from statistics import fmean
 from typing import Any
 
-from sim.reports.html import flatten
+from sim.reports.html.settings import flatten
 from sim.reports.runs import RunRecord, number
 from sim.server.observers import Row
 

@@ -13,10 +13,12 @@ coefficients, gates, and generators, which are trained by steps of their own.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from fedkd import own_code
 from fedkd.compression.cost import row_flops
@@ -24,6 +26,8 @@ from fedkd.inputs import InputShape, Shape, input_shape_of
 from fedkd.models import ModelSettings, build_model
 from fedkd.training import Network, RowFlops, Work
 from strategies.contract import Strategy
+
+Cost = TypeVar("Cost")
 
 PREFIX = "effort_"
 """Begins what a client reports of its effort, which is summed up and in no row of its own."""
@@ -139,6 +143,34 @@ class Effort:
 # -- operations ----------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1024)
+def _row_flops(
+    model: str, sides: tuple[int, ...], vocabulary: int | None, num_classes: int
+) -> RowFlops:
+    module, shape = _built(model, sides, vocabulary, num_classes)
+    return row_flops(module, shape)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(
+    model: str, sides: tuple[int, ...], vocabulary: int | None, num_classes: int
+) -> int:
+    module, _ = _built(model, sides, vocabulary, num_classes)
+    return sum(each.numel() for each in module.parameters())
+
+
+def _built(
+    model: str, sides: tuple[int, ...], vocabulary: int | None, num_classes: int
+) -> tuple[nn.Module, Shape]:
+    try:
+        shape: Shape = InputShape(sides, vocabulary)
+    except ValueError:
+        # Of features that another network puts out.
+        shape = sides
+    settings = ModelSettings.model_validate_json(model)
+    return build_model(settings, input_shape=shape, num_classes=num_classes, seed=0), shape
+
+
 def network_rows(networks: Sequence[Network], num_classes: int) -> list[dict[str, Any]]:
     """Return networks as plain values, for the record."""
     return [
@@ -172,36 +204,32 @@ def operations(
                 place = key.removeprefix(start)
                 if not place.isdigit() or int(place) >= len(networks):
                     return None
-                cost = _cost_of(networks[int(place)])
+                cost = _cost_of(networks[int(place)], _row_flops)
                 if cost is None:
                     return None
                 total += int(row[key]) * int(getattr(cost, kind))
     return float(total)
 
 
-def _cost_of(network: Mapping[str, Any]) -> RowFlops | None:
+def parameters(network: Mapping[str, Any]) -> int | None:
+    """Return how many numbers a network learns; None where it is not known, or the user's own.
+
+    Args:
+        network: one of those that `network_rows` wrote.
+    """
+    return _cost_of(network, _parameters)
+
+
+def _cost_of(network: Mapping[str, Any], cost: Callable[..., Cost]) -> Cost | None:
+    """Return what a network costs by a function of what `network_rows` wrote of it."""
     try:
         if own_code.is_own_code(network["model"]["name"]):
             # Reading a record runs nobody's code.
             return None
         model = ModelSettings.model_validate(network["model"])
         sides, vocabulary = tuple(network["sides"]), network["vocabulary"]
-        return _row_flops(model.model_dump_json(), sides, vocabulary, int(network["classes"]))
+        return cost(model.model_dump_json(), sides, vocabulary, int(network["classes"]))
     except Exception:
         # Of another version, or what torch's counter cannot follow; a number that is only for
         # information ends no report.
         return None
-
-
-@lru_cache(maxsize=1024)
-def _row_flops(
-    model: str, sides: tuple[int, ...], vocabulary: int | None, num_classes: int
-) -> RowFlops:
-    try:
-        shape: Shape = InputShape(sides, vocabulary)
-    except ValueError:
-        # Of features that another network puts out.
-        shape = sides
-    settings = ModelSettings.model_validate_json(model)
-    module = build_model(settings, input_shape=shape, num_classes=num_classes, seed=0)
-    return row_flops(module, shape)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fedkd.data import FederatedData
+from fedkd.data.overview import split_sizes
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError
 
@@ -27,10 +29,14 @@ EXCHANGE_FILE = "exchange.jsonl"
 EVENTS_FILE = "events.jsonl"
 RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
+SPLIT_FILE = "split.json"
 IDENTITY_FILE = "identity.json"
 LOCK_FILE = ".lock"
 TURN_FILE = ".turn"
 ROW_FILES = (METRICS_FILE, EXCHANGE_FILE, EVENTS_FILE)
+
+MOST_COUNTS = 100_000
+"""Clients times classes; of a larger split only the clients' totals are written."""
 
 Marks = dict[str, dict[str, Any]]
 """For each file of rows, how long it was at some moment and what the SHA-256 of that was."""
@@ -448,6 +454,18 @@ class RunFolder(Recorder, Observer):
     def event(self, row: Row) -> None:
         """Append one event."""
         self.append(EVENTS_FILE, [row])
+
+    def split(self, data: FederatedData) -> None:
+        """Write who holds how many rows of which class, for reports; large splits in sums only."""
+        counts = data.label_counts()
+        row = {
+            "sizes": split_sizes(data),
+            "rows": counts.sum(axis=1).tolist(),
+            "classes": list(data.class_names),
+            **({"counts": counts.tolist()} if counts.size <= MOST_COUNTS else {}),
+        }
+        with storing(self.folder):
+            write_text(self.folder / SPLIT_FILE, to_json(row) + "\n")
 
     def completed(self, round: int) -> None:
         """Note where the files stand at the end of a round; see `rewind`."""

@@ -5,18 +5,17 @@ from types import MappingProxyType
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fedkd.figures.saving import Style
-from fedkd.figures.style import DASHES, color
+from fedkd.figures.style import DASHES, color, visible
 from sim.reports.attacks import ATTACKS, LEADING, LEAKS, PLACES, leak_estimate
 from sim.reports.figures import (
     MARKERS,
     STYLE,
+    WIDE,
     Runs,
     new_figure,
     place_legend,
@@ -30,7 +29,7 @@ MOST_CURVES = 8
 """More arms than these have no ROC curves: nobody could tell them apart."""
 
 
-def membership_roc(runs: Runs) -> Figure | None:
+def membership_roc(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw true against false positives of membership from each place, on logarithmic axes.
 
     Of one arm all attacks, of several the leading one; of the first seed that counts.
@@ -49,7 +48,7 @@ def membership_roc(runs: Runs) -> Figure | None:
     ]
     if not places:
         return None
-    figure, panels = new_figure(len(places), height=3.9)
+    figure, panels = new_figure(len(places), height=3.9, columns=columns)
     alone = len(first) == 1
     handles: dict[str, Line2D] = {}
     for axes, place in zip(panels, places, strict=True):
@@ -69,6 +68,7 @@ def membership_roc(runs: Runs) -> Figure | None:
                     linestyle=DASHES[look % len(DASHES)],
                     lw=1.7,
                     drawstyle="steps-post",
+                    label=visible(name),
                 )
                 handles.setdefault(name, line)
         axes.plot([least, 1], [least, 1], color="#999999", lw=1)
@@ -92,7 +92,7 @@ def _places(run: RunRecord) -> Row:
     return places
 
 
-def accuracy_by_leak(runs: Runs) -> Figure | None:
+def accuracy_by_leak(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw mean client accuracy against each leak.
 
     Algorithms differ in colours, defences in markers.
@@ -115,13 +115,8 @@ def accuracy_by_leak(runs: Runs) -> Figure | None:
     kinds = {arm: (_algorithm(runs[arm][0]), defence_of(runs[arm][0])) for arm in measured}
     algorithms = list(dict.fromkeys(algorithm for algorithm, _ in kinds.values()))
     defences = list(dict.fromkeys(defence for _, defence in kinds.values()))
-    columns = min(3, len(leaks))
-    rows = -(-len(leaks) // columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(8.2, 1.2 + 2.9 * rows), layout=layout)
-    FigureCanvasAgg(figure)
-    for place, (leak, by_arm) in enumerate(leaks.items()):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    figure, panels = new_figure(len(leaks), height=3.2, columns=columns, most=3)
+    for axes, (leak, by_arm) in zip(panels, leaks.items(), strict=True):
         for arm, value in by_arm.items():
             algorithm, defence = kinds[arm]
             factor = 100 if leak in ("inversion", "stealing") else 1
@@ -133,6 +128,7 @@ def accuracy_by_leak(runs: Runs) -> Figure | None:
                 markersize=6.5,
                 alpha=0.85,
                 linestyle="",
+                label=visible(arm),
             )
         if leak in PLACES:
             axes.axhline(0.5, color="#999999", lw=1, linestyle=(0, (4, 3)))
@@ -182,16 +178,16 @@ def defence_of(run: RunRecord) -> str:
     return ", ".join(words) or "no defence"
 
 
-ATTACK_FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
+ATTACK_FIGURES: Mapping[str, Callable[[Runs, int], Figure | None]] = MappingProxyType(
     {"membership_roc": membership_roc, "accuracy_by_leak": accuracy_by_leak}
 )
 """What a report draws of attacks, by file name."""
 
 
 def draw_attacks(
-    runs: Mapping[str, Sequence[RunRecord]], style: Style = STYLE
+    runs: Mapping[str, Sequence[RunRecord]], style: Style = STYLE, columns: int = WIDE
 ) -> dict[str, Figure]:
     """Draw all figures that attacks have something to show in, by name."""
     with matplotlib.rc_context(style):
-        drawn = {name: draw(runs) for name, draw in ATTACK_FIGURES.items()}
+        drawn = {name: draw(runs, columns) for name, draw in ATTACK_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

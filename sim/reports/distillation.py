@@ -1,6 +1,5 @@
 """Reports on distillations: the table for the terminal, and the HTML file."""
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,18 +17,13 @@ from sim.keeping.records import (
     read_rows,
     write_text,
 )
-from sim.reports.html import (
-    FIGURES_FOLDER,
-    REPORT_FILE,
-    Image,
-    Table,
-    flatten,
-    relative_path,
-    template,
-    value_text,
-    versions_of,
-    write_bytes,
-)
+from sim.reports.html.drawings import Scale, interval_bar, interval_text
+from sim.reports.html.origins import machines_of, relative_path, versions_of
+from sim.reports.html.pages import template
+from sim.reports.html.pictures import picture, write_figures
+from sim.reports.html.settings import flatten, value_text
+from sim.reports.html.tables import Table
+from sim.reports.html.writing import REPORT_FILE
 from sim.reports.runs import STUDY_FILE, number
 from sim.reports.statistics import (
     SHARES,
@@ -39,10 +33,10 @@ from sim.reports.statistics import (
     difference_by_seed,
     estimate,
 )
-from sim.reports.tables import FEW, p_text, points
+from sim.reports.tables import FEW, p_text, percent, points
 from sim.reports.terminal import NOTHING, FittedTable
 from sim.reports.terminal import Column as TerminalColumn
-from sim.reports.verdicts import few_seeds
+from sim.reports.verdicts import few_seeds, verdict
 from sim.server.observers import Row
 from sim.settings import SettingsError
 from sim.settings.tables import fill_in, read_yaml
@@ -229,7 +223,7 @@ def report_distillations(paths: Sequence[Path], output: Path | None = None) -> P
 
 
 def write_distill_report(runs: Sequence[DistillRecord], folder: Path, *, title: str) -> Path:
-    """Write ``report.html`` and ``figures/<name>.png`` and return the path of the former.
+    """Write ``report.html`` and ``figures/<name>.svg`` and return the path of the former.
 
     Args:
         runs: of one distillation, one a seed; those that did not finish show how far they got.
@@ -240,48 +234,51 @@ def write_distill_report(runs: Sequence[DistillRecord], folder: Path, *, title: 
         SettingsError: if there is no run, or the folder cannot be written.
     """
     # matplotlib takes a second, and whoever reads or lists runs draws nothing.
-    from sim.reports.distillation_figures import draw_distillation
-    from sim.reports.figures import to_png
+    from sim.reports.distillation_figures import CURVES, draw_distillation
+    from sim.reports.figures import NARROW, WIDE
 
     if not runs:
         raise SettingsError("a report needs at least one run, got none")
-    drawn = draw_distillation(
-        {run.seed: run.epochs for run in runs},
-        next((run.diagnostics for run in runs if run.diagnostics), {}),
+    wide, narrow = (
+        draw_distillation(
+            {run.seed: run.epochs for run in runs},
+            next((run.diagnostics for run in runs if run.diagnostics), {}),
+            columns,
+        )
+        for columns in (WIDE, NARROW)
     )
-    images = {name: (to_png(figure), alt) for name, (figure, alt) in drawn.items()}
+    found = [
+        picture(name, title, figure, narrow[name][0] if name in CURVES else None)
+        for name, (figure, title) in wide.items()
+    ]
     first = runs[0]
     text = template("distillation.html").render(
         title=title,
         overview=_overview(runs),
         models=_model_table(runs),
         differences=_difference_table(runs),
-        figures=[
-            Image(name, alt, base64.b64encode(image).decode())
-            for name, (image, alt) in images.items()
-        ],
+        pictures=[embedded for embedded, _ in found],
+        answer=distill_answer(runs),
+        remarks=distill_remarks(runs),
         pictured=None if len(runs) == 1 else first.seed,
         notes=[
             (key, value_text(value))
             for key, value in flatten(first.result.get("notes", {})).items()
         ],
-        settings=[
+        told=[
             (key, value_text(value))
             for key, value in flatten(first.settings).items()
             if key not in ("name", "output", "seed", "seeds") and not key.startswith("search.")
         ],
         run_table=_run_table(runs, folder),
+        machines=machines_of(run.environment for run in runs),
         versions=versions_of(run.environment for run in runs),
         many_seeds=len(runs) > 1,
         few=FEW,
         nothing=NOTHING,
     )
     make_folder(folder, folder)
-    figures = make_folder(folder, folder / FIGURES_FOLDER)
-    for old in figures.glob("*.png"):
-        old.unlink()
-    for name, (image, _) in images.items():
-        write_bytes(figures / f"{name}.png", image)
+    write_figures(folder, {embedded.name: text for embedded, text in found})
     write_text(folder / REPORT_FILE, text)
     return folder / REPORT_FILE
 
@@ -392,6 +389,16 @@ def distill_table(runs: Sequence[DistillRecord]) -> FittedTable:
     )
 
 
+def distill_answer(runs: Sequence[DistillRecord]) -> tuple[str, ...]:
+    """Say what distillation changed in accuracy; where there is no twin, what was reached."""
+    found = differences(runs).get("accuracy")
+    if found is not None:
+        said = verdict(found, found.p_value, arm="the student", baseline="its undistilled twin")
+        return (said[0].upper() + said[1:],)
+    reached = estimates(runs, "student").get("accuracy")
+    return () if reached is None else (f"The student has {percent(reached)} % on the test split.",)
+
+
 def distill_remarks(runs: Sequence[DistillRecord]) -> tuple[str, ...]:
     """Say what so few seeds cannot show, where they are few."""
     return few_seeds(list(differences(runs).values()))
@@ -427,30 +434,29 @@ def _model_table(runs: Sequence[DistillRecord]) -> Table:
         [model, *(cell(COLUMNS[key], found.get(key), intervals=several) for key in shown)]
         for model, found in by_model.items()
     ]
-    return Table(["model", *(COLUMNS[key].title for key in shown)], rows)
+    header = ["model", *(COLUMNS[key].title for key in shown)]
+    return Table(header, rows, caption="What every model is worth on the test split, and costs")
 
 
 def _difference_table(runs: Sequence[DistillRecord]) -> Table | None:
     rows = []
-    for key, value in differences(runs).items():
-        few = FEW if value.few else ""
-        interval = (
-            NOTHING
-            if value.low is None or value.high is None
-            else f"{points(value.low)} to {points(value.high)}{few}"
-        )
+    found = differences(runs)
+    scale = Scale.of(found.values())
+    for key, value in found.items():
         rows.append(
             [
                 COMPARED[key],
                 points(value.mean),
-                interval,
+                interval_text(value),
+                interval_bar(value, scale),
                 p_text(value.p_value, few=value.few),
                 p_text(value.p_sign_flip),
                 str(value.n),
             ]
         )
-    header = ["measure", "student - twin (points)", "95 % interval", "p", "p (sign-flip)", "pairs"]
-    return Table(header, rows) if rows else None
+    header = ["measure", "student - twin (points)", "95 % interval", scale.text]
+    header += ["p", "p (sign-flip)", "pairs"]
+    return Table(header, rows, caption="Student minus twin") if rows else None
 
 
 def _run_table(runs: Sequence[DistillRecord], folder: Path) -> Table:
@@ -472,4 +478,5 @@ def _run_table(runs: Sequence[DistillRecord], folder: Path) -> Table:
             ]
         )
     header = ["folder", "status", "seed", "student (%)", "twin (%)", "seconds"]
-    return Table([*header, "student's weights (SHA-256)"], rows, left=2)
+    header.append("student's weights (SHA-256)")
+    return Table(header, rows, left=2, caption="Every run")

@@ -22,16 +22,21 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from fedkd.figures.saving import Style, figure_bytes
+from fedkd.figures.saving import Style
 from fedkd.figures.style import STYLE as HOUSE_STYLE
-from fedkd.figures.style import color, dash
+from fedkd.figures.style import color, dash, visible
 from sim.reports.runs import RunRecord, number
 from sim.reports.statistics import SHARES, counted, epsilon_of, estimate, values_by_seed
 
 Runs = Mapping[str, Sequence[RunRecord]]
 
+WIDE, NARROW = 2, 1
+"""Panels side by side, and by that the width of a figure: for a screen, and for a phone."""
+
+PANEL_WIDTH = 4.1
+"""Inches: text of 9 points is 11 pixels on a phone of 400, and 12 on a report's 820."""
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DOTS_PER_INCH = 160
 STYLE: Any = MappingProxyType(
     {
         **HOUSE_STYLE,
@@ -124,12 +129,12 @@ def band_note(curves: Sequence[Curve]) -> str:
     return "; ".join(parts)
 
 
-def accuracy_by_round(runs: Runs) -> Figure | None:
+def accuracy_by_round(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw mean client accuracy by round."""
     curves = _curves(runs, "accuracy")
     if not curves:
         return None
-    figure, (axes,) = new_figure(1, height=4.4)
+    figure, (axes,) = new_figure(1, height=4.4, columns=columns)
     _draw_curves(axes, runs, curves, percent=True)
     title_axes(
         axes,
@@ -142,7 +147,7 @@ def accuracy_by_round(runs: Runs) -> Figure | None:
     return figure
 
 
-def accuracy_by_exchange(runs: Runs) -> Figure | None:
+def accuracy_by_exchange(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw mean client accuracy against the bytes that a client had exchanged by then.
 
     Arms without any exchange have no place on the axis: a dashed line shows where they end.
@@ -154,7 +159,7 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
     silent = [arm for arm, spent in exchanged.items() if spent[-1] == 0]
     if len(silent) == len(curves):
         return None
-    figure, (axes,) = new_figure(1, height=4.4)
+    figure, (axes,) = new_figure(1, height=4.4, columns=columns)
     looks = _looks(runs)
     totals = [spent[-1] for arm, spent in exchanged.items() if arm not in silent]
     logarithmic = max(totals) / min(totals) >= 5
@@ -163,13 +168,20 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
     for arm, curve in curves.items():
         look = looks[arm]
         if arm in silent:
-            axes.axhline(100 * curve.mean[-1], color=look.color, linestyle=(0, (6, 3)), lw=1.6)
+            axes.axhline(
+                100 * curve.mean[-1],
+                color=look.color,
+                linestyle=(0, (6, 3)),
+                lw=1.6,
+                label=visible(arm),
+            )
             continue
         begun = exchanged[arm] > 0
         kilobytes = exchanged[arm][begun]
         axes.plot(
             kilobytes,
             100 * curve.mean[begun],
+            label=visible(arm),
             color=look.color,
             linestyle=look.dash,
             marker=look.marker,
@@ -180,7 +192,7 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
         _draw_band(axes, kilobytes, low, high, curve.seeds, look)
     if not logarithmic:
         axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain_kilobytes))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
     title_axes(
         axes,
         "Mean client accuracy (%) against kB sent and received per client until then",
@@ -192,7 +204,7 @@ def accuracy_by_exchange(runs: Runs) -> Figure | None:
     return figure
 
 
-def accuracy_by_time(runs: Runs) -> Figure | None:
+def accuracy_by_time(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw mean client accuracy against what the simulated clock showed, where there is one."""
     curves = _curves(runs, "accuracy")
     clocked = {
@@ -202,13 +214,14 @@ def accuracy_by_time(runs: Runs) -> Figure | None:
     }
     if not clocked:
         return None
-    figure, (axes,) = new_figure(1, height=4.4)
+    figure, (axes,) = new_figure(1, height=4.4, columns=columns)
     looks = _looks(runs)
     for arm, seconds in clocked.items():
         look, curve = looks[arm], curves[arm]
         axes.plot(
             seconds,
             100 * curve.mean,
+            label=visible(arm),
             color=look.color,
             linestyle=look.dash,
             marker=look.marker,
@@ -246,7 +259,7 @@ def _clock_by_round(runs: Sequence[RunRecord], rounds: np.ndarray) -> np.ndarray
     return np.asarray(np.mean(np.array(of_runs, np.float64), axis=0))
 
 
-def accuracy_by_epsilon(runs: Runs) -> Figure | None:
+def accuracy_by_epsilon(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw mean client accuracy in the last judged round against epsilon, and bytes beside it.
 
     Arms that promise nothing have no place on the axis: a line shows their accuracy. Arms that
@@ -263,7 +276,8 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
     if not private:
         return None
     looks = _looks(runs)
-    figure, (axes, beside) = new_figure(2, height=max(4.4, 1.9 + 0.3 * len(measured)))
+    height = max(4.4, 1.9 + 0.3 * len(measured))
+    figure, (axes, beside) = new_figure(2, height=height, columns=columns)
     if max(private.values()) / min(private.values()) >= 5:
         axes.set_xscale("log")
     families: dict[tuple[str, ...], list[tuple[float, float]]] = {}
@@ -272,7 +286,7 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
         look, mean = looks[arm], 100 * found.mean
         low, high = (100 * (found.mean if end is None else end) for end in (found.low, found.high))
         if arm not in private:
-            axes.axhline(mean, color=look.color, linestyle=(0, (6, 3)), lw=1.6)
+            axes.axhline(mean, color=look.color, linestyle=(0, (6, 3)), lw=1.6, label=visible(arm))
             continue
         families.setdefault(_family(runs[arm][0]), []).append((private[arm], mean))
         # Arms of one epsilon stand side by side, or their bars would hide each other.
@@ -283,6 +297,7 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
             [private[arm]],
             [mean],
             yerr=[[mean - low], [high - mean]],
+            label=visible(arm),
             color=look.color,
             marker=look.marker,
             markersize=6,
@@ -295,7 +310,7 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
     for joined in families.values():
         axes.plot(*zip(*sorted(joined), strict=True), color="#999999", lw=1, zorder=1)
     axes.autoscale_view()
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain_kilobytes))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
     axes.xaxis.set_minor_formatter(NullFormatter())
     several = any(found.n > 1 for found in measured.values())
     title_axes(
@@ -309,7 +324,7 @@ def accuracy_by_epsilon(runs: Runs) -> Figure | None:
     axes.set_ylabel("mean client accuracy (%)")
     totals = [_kilobytes_of_run(runs[arm]) for arm in measured]
     beside.barh(range(len(measured)), totals, color=[looks[arm].color for arm in measured])
-    beside.set_yticks(range(len(measured)), _short(measured))
+    beside.set_yticks(range(len(measured)), shortened(measured, LONGEST_TICK[columns]))
     beside.set_ylim(len(measured) - 0.5, -0.5)
     beside.grid(visible=False, axis="y")
     title_axes(beside, "kB sent and received per client", "over the whole run; mean over seeds")
@@ -332,7 +347,7 @@ def _kilobytes_of_run(runs: Sequence[RunRecord]) -> float:
     return sum(totals) / len(totals)
 
 
-def accuracy_by_client(runs: Runs) -> Figure | None:
+def accuracy_by_client(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw each client's accuracy in the last judged round, in a lane for each architecture."""
     points = {
         arm: [
@@ -348,7 +363,8 @@ def accuracy_by_client(runs: Runs) -> Figure | None:
         return None
     models = list(dict.fromkeys(model for of_arm in points.values() for model, _ in of_arm))
     looks = _looks(runs)
-    figure, (axes,) = new_figure(1, height=1.7 + len(points) * max(0.55, 0.16 * len(models)))
+    height = 1.7 + len(points) * max(0.55, 0.16 * len(models))
+    figure, (axes,) = new_figure(1, height=height, columns=columns)
     for position, (arm, of_arm) in enumerate(points.items()):
         values = np.array([value for _, value in of_arm])
         _draw_box(axes, position, values, looks[arm].color)
@@ -361,15 +377,12 @@ def accuracy_by_client(runs: Runs) -> Figure | None:
                 linestyle="none",
                 marker=MARKERS[lane % len(MARKERS)],
                 markersize=5 if len(values) <= 120 else 3.2,
-                color=_shade(lane, len(models)),
+                color=SHADES[lane % len(SHADES)],
                 markeredgecolor="white",
                 markeredgewidth=0.4,
                 alpha=0.9,
             )
-    axes.set_yticks(range(len(points)), _short(points))
-    for label, arm in zip(axes.get_yticklabels(), points, strict=True):
-        label.set_color(looks[arm].color)
-        label.set_fontweight("bold")
+    axes.set_yticks(range(len(points)), shortened(points, LONGEST_TICK[columns]))
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -381,21 +394,24 @@ def accuracy_by_client(runs: Runs) -> Figure | None:
         + "; box: quartiles and median; whiskers: lowest and highest",
     )
     axes.set_xlabel("accuracy (%)")
+    figure.set_label(
+        "; ".join(_spread(arm, [value for _, value in of_arm]) for arm, of_arm in points.items())
+    )
     handles = [
         Line2D(
             [],
             [],
             linestyle="none",
             marker=MARKERS[lane % len(MARKERS)],
-            color=_shade(lane, len(models)),
+            color=SHADES[lane % len(SHADES)],
         )
         for lane in range(len(models))
     ]
-    place_legend(figure, handles, _short(models))
+    place_legend(figure, handles, shortened(models))
     return figure
 
 
-def targets_by_round(runs: Runs) -> Figure | None:
+def targets_by_round(runs: Runs, columns: int = WIDE) -> Figure | None:
     """Draw the entropy of the shared targets and the peers' disagreement, where arms have them."""
     panels = [
         (
@@ -418,7 +434,7 @@ def targets_by_round(runs: Runs) -> Figure | None:
     ]
     if not filled:
         return None
-    figure, all_axes = new_figure(len(filled), height=3.9)
+    figure, all_axes = new_figure(len(filled), height=3.9, columns=columns)
     note = band_note([curve for curves, *_ in filled for curve in curves.values()])
     shown: list[str] = []
     for axes, (curves, title, label, percent) in zip(all_axes, filled, strict=True):
@@ -432,7 +448,7 @@ def targets_by_round(runs: Runs) -> Figure | None:
     return figure
 
 
-FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
+FIGURES: Mapping[str, Callable[[Runs, int], Figure | None]] = MappingProxyType(
     {
         "accuracy_by_round": accuracy_by_round,
         "accuracy_by_exchange": accuracy_by_exchange,
@@ -445,28 +461,50 @@ FIGURES: Mapping[str, Callable[[Runs], Figure | None]] = MappingProxyType(
 """What a report draws, by file name."""
 
 
-def draw_figures(runs: Runs, style: Style = STYLE) -> dict[str, Figure]:
+def draw_figures(runs: Runs, style: Style = STYLE, columns: int = WIDE) -> dict[str, Figure]:
     """Draw all figures that the runs have something to show in, by name."""
     figures = {}
     with matplotlib.rc_context(style):
         for name, draw in FIGURES.items():
-            figure = draw(runs)
+            figure = draw(runs, columns)
             if figure is not None:
                 figures[name] = figure
     return figures
 
 
-def to_png(figure: Figure) -> bytes:
-    """Render a figure for a report; the same figure gives the same bytes."""
-    return figure_bytes(figure, "png", style={**STYLE, "savefig.dpi": DOTS_PER_INCH})
+def new_figure(
+    panels: int,
+    *,
+    height: int | float,
+    columns: int = WIDE,
+    share: bool = False,
+    most: int | None = None,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with its panels: side by side for a screen, below each other for a phone.
 
-
-def new_figure(columns: int, *, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of the report's width with its panels side by side."""
+    Args:
+        panels: how many.
+        height: of each line of panels, in inches.
+        columns: `WIDE` or `NARROW`.
+        share: whether all panels have one scale.
+        most: panels side by side on a screen; all by default.
+    """
+    beside = 1 if columns == NARROW else min(panels, most or panels)
+    lines = math.ceil(panels / beside)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-    figure = Figure(figsize=(8.2, height), layout=layout)
+    figure = Figure(figsize=(PANEL_WIDTH * columns, height * lines), layout=layout)
     FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    axes: list[Axes] = []
+    for place in range(panels):
+        first = axes[0] if axes and share else None
+        axes.append(figure.add_subplot(lines, beside, place + 1, sharex=first, sharey=first))
+    return figure, axes
+
+
+def is_leftmost(axes: Axes) -> bool:
+    """Tell whether a panel has none to its left, which would share the name of its axis."""
+    place = axes.get_subplotspec()
+    return place is None or place.is_first_col()
 
 
 def _curves(runs: Runs, key: str) -> dict[str, Curve]:
@@ -483,6 +521,7 @@ def _draw_curves(axes: Axes, runs: Runs, curves: Mapping[str, Curve], *, percent
         axes.plot(
             curve.rounds,
             factor * curve.mean,
+            label=visible(arm),
             color=look.color,
             linestyle=look.dash,
             marker=look.marker,
@@ -517,6 +556,7 @@ def title_axes(axes: Axes, title: str, note: str) -> None:
         textcoords="offset points",
         fontsize=8.5,
         color="#555555",
+        gid="note",  # a page takes it out and writes it itself
     )
     written.set_in_layout(False)
 
@@ -535,9 +575,14 @@ def _draw_box(axes: Axes, position: int, values: np.ndarray, color: str) -> None
         axes.plot([start, end], [position, position], color=color, lw=1, alpha=0.7)
 
 
-def _shade(lane: int, lanes: int) -> Any:
-    """A grey-to-dark scale: hues stand for arms, so architectures get shapes and shades."""
-    return str(round(0.12 + 0.45 * lane / max(lanes - 1, 1), 3))
+SHADES = ("#222222", "#666666", "#999999")
+"""Hues stand for arms, so architectures get shapes and shades."""
+
+
+def _spread(arm: str, values: Sequence[float]) -> str:
+    """Say in words what a box shows."""
+    low, median, high = np.percentile(values, (0, 50, 100))
+    return f"{arm}: median client {median:.1f} %, from {low:.1f} to {high:.1f}"
 
 
 def _kilobytes_by_round(runs: Sequence[RunRecord], rounds: np.ndarray) -> np.ndarray:
@@ -557,11 +602,16 @@ def _kilobytes_by_round(runs: Sequence[RunRecord], rounds: np.ndarray) -> np.nda
     return np.asarray(np.mean(of_runs, axis=0))
 
 
-def _plain_kilobytes(value: float, _: int | None = None) -> str:
+def plain_number(value: int | float, _: int | None = None) -> str:
+    """Write a number along an axis: whole ones without a point, powers of ten written out."""
     return f"{value:,.0f}" if value >= 10 or value == round(value) else f"{value:g}"
 
 
-def _short(names: Iterable[str], longest: int = 36) -> list[str]:
+LONGEST_TICK: Mapping[int, int] = {WIDE: 36, NARROW: 18}
+"""Letters of an arm's name beside an axis."""
+
+
+def shortened(names: Iterable[str], longest: int = 36) -> list[str]:
     """Shorten names in their middle, as arms often differ at either end; if they do not, don't."""
     full = list(names)
     half = (longest - 1) // 2
@@ -584,16 +634,15 @@ def _legend(figure: Figure, runs: Runs, arms: Sequence[str], dashed: Sequence[st
         )
         for arm in arms
     ]
-    place_legend(figure, handles, _short(arms))
+    place_legend(figure, handles, shortened(arms))
 
 
 def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
     """Put a legend of all panels below them."""
     longest = max(len(label) for label in labels)
-    columns = max(1, min(len(labels), 96 // (longest + 9)))
-    # A label that starts with _ would be left out of the legend; a zero-width space is not seen.
-    shown = [f"\u200b{label}" if label.startswith("_") else label for label in labels]
     # A legend of many lines grows the figure, not shrinks the axes.
     width, height = figure.get_size_inches()
+    columns = max(1, min(len(labels), int(96 * width / (WIDE * PANEL_WIDTH)) // (longest + 9)))
+    shown = [visible(label) for label in labels]
     figure.set_size_inches(width, height + 0.2 * (math.ceil(len(labels) / columns) - 1))
     figure.legend(handles, shown, loc="outside lower center", ncols=columns, handlelength=3)

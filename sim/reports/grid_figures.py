@@ -19,15 +19,9 @@ from matplotlib.ticker import NullLocator
 
 from fedkd.figures.saving import Style
 from fedkd.figures.style import DASHES, color, readable_on, visible
-from sim.reports.figures import MARKERS, STYLE, Runs
+from sim.reports.figures import MARKERS, PANEL_WIDTH, STYLE, WIDE, Runs
 from sim.reports.grids import Grid, Plane
 from sim.reports.statistics import Estimate, measured, measured_title
-
-WIDE, NARROW = 2, 1
-"""Panels side by side."""
-
-_PANEL_WIDTH = 4.1
-"""Inches: text of 9 points is 11 pixels on a phone of 400, and 12 on a report's 820."""
 
 _ENOUGH = 3
 """Seeds; the t-interval of two is several times wider than their distance."""
@@ -60,42 +54,33 @@ def accuracy_in_grid(runs: Runs, grid: Grid, columns: int = WIDE) -> Figure | No
     colors = matplotlib.colormaps["viridis"].with_extremes(bad=_LOST)
     # A hair's breadth of colours where all cells are equal.
     low, high = min(known), max(max(known), min(known) + 1)
-    images = []
     for place, (plane, table, axes) in enumerate(zip(planes, tables, panels, strict=True)):
-        image = axes.imshow(table, cmap=colors, vmin=low, vmax=high, aspect="auto")
-        images.append(image)
+        # Cells are drawn, not painted: they stay sharp at any size.
+        image = axes.pcolormesh(
+            np.ma.masked_invalid(table), cmap=colors, vmin=low, vmax=high, edgecolors="none"
+        )
         shades = np.asarray(image.to_rgba(np.ma.masked_invalid(table)))
         for (row, column), value in np.ndenumerate(table):
             lost = math.isnan(value)
             axes.text(
-                column,
-                row,
+                column + 0.5,
+                row + 0.5,
                 "–" if lost else f"{value:.1f}",  # noqa: RUF001
                 ha="center",
                 va="center",
                 fontsize=9 if len(plane.columns.values) <= 6 else 7,
                 color="black" if lost else readable_on(shades[row, column]),
             )
-        axes.set_xticks(range(len(plane.columns.values)), plane.columns.labels)
-        axes.set_yticks(range(len(plane.rows.values)), plane.rows.labels)
+        axes.set_xticks(np.arange(len(plane.columns.values)) + 0.5, plane.columns.labels)
+        axes.set_yticks(np.arange(len(plane.rows.values)) + 0.5, plane.rows.labels)
+        axes.set_ylim(len(plane.rows.values), 0)
         # Panels side by side share the names of their rows.
         axes.tick_params(length=0, labelleft=place % columns == 0)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_title(plane.title)
         axes.set_xlabel(plane.columns.title)
-    bar = figure.colorbar(
-        images[0],
-        ax=panels,
-        location="bottom",
-        shrink=0.7,
-        # Both are relative to the panels; below many lines of them it looks as below one.
-        aspect=20 * columns,
-        pad=0.06 / math.ceil(len(planes) / columns),
-    )
-    bar.outline.set_visible(False)
-    bar.set_label("accuracy (%)")
-    _head(figure, f"{measured_title(runs)}, last round", "")
+    _head(figure, f"{measured_title(runs)} (%), last round", "the lighter, the higher")
     return figure
 
 
@@ -187,7 +172,7 @@ def _panels(
     """Return a figure with a panel for each plane, all to one scale."""
     lines = math.ceil(len(planes) / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
-    figure = Figure(figsize=(_PANEL_WIDTH * columns, height * lines + more), layout=layout)
+    figure = Figure(figsize=(PANEL_WIDTH * columns, height * lines + more), layout=layout)
     FigureCanvasAgg(figure)
     panels: list[Axes] = []
     for place in range(len(planes)):

@@ -17,6 +17,7 @@ from sim.keeping.records import (
     METRICS_FILE,
     RESULT_FILE,
     SETTINGS_FILE,
+    SPLIT_FILE,
     DamagedFileError,
     is_charge,
     read_result,
@@ -57,6 +58,7 @@ class RunRecord:
         bits: under a budget the mean bits of a number, by direction.
         attacks: content of ``attacks.json``; empty if there is none.
         value: content of ``value.json``; empty if there is none.
+        split: content of ``split.json``; empty if there is none.
         environment: content of ``environment.json``; empty if there is none.
     """
 
@@ -75,6 +77,7 @@ class RunRecord:
     bits: Mapping[str, float] = field(default_factory=dict)
     attacks: Mapping[str, Any] = field(default_factory=dict)
     value: Mapping[str, Any] = field(default_factory=dict)
+    split: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def backends(self) -> dict[str, list[str]]:
@@ -291,6 +294,7 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
         bits={direction: fmean(found) for direction, found in bits.items()},
         attacks=_read_json(folder, ATTACKS_FILE),
         value=_read_json(folder, VALUE_FILE),
+        split=_read_json(folder, SPLIT_FILE),
     )
 
 

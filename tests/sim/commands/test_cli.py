@@ -149,7 +149,7 @@ def test_run_leaves_a_report_where_asked(fedkd: Fedkd, tmp_path: Path, small_wor
     assert code == 0
     assert f"report {folder / 'report.html'}\n" in out
     assert (folder / "report.html").is_file()
-    assert (folder / "figures" / "accuracy_by_round.png").is_file()
+    assert (folder / "figures" / "accuracy_by_round.svg").is_file()
     _, out, _ = fedkd("run", "--resume", str(folder), "--report", "--json")
     assert json.loads(out)["report"] == str(folder / "report.html")
 
@@ -288,7 +288,6 @@ def test_quiet_prints_nothing(fedkd: Fedkd, tmp_path: Path, small_words: Words) 
 def test_a_comparison_ends_with_its_answer(
     fedkd: Fedkd, tmp_path: Path, small_words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sim.reports.figures.DOTS_PER_INCH", 20)
     words = ["--arms", "local,fedavg", "--seeds", "2", "--baseline", "fedavg"]
     words += ["--parallel", "1"]
     code, out, err = fedkd("compare", *words, *small_words, f"output={tmp_path}")

@@ -48,11 +48,6 @@ SMALL = (
 Fedkd = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def _coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.reports.figures.DOTS_PER_INCH", 20)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., DistillSettings]:
     def settings(*words: str) -> DistillSettings:
@@ -104,7 +99,7 @@ def test_a_run_leaves_a_folder_that_tells_everything(fedkd: Fedkd, tmp_path: Pat
         assert set(model["latency_s"]) == {"1", "64"}
     assert result["weights_sha256"] == result["models"]["student"]["weights_sha256"]
     assert result["models"]["teacher"]["agreement"] == 1.0
-    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    names = {path.stem for path in (folder / "figures").glob("*.svg")}
     assert {
         "validation_by_epoch",
         "losses_by_epoch",
@@ -215,7 +210,7 @@ def test_an_interrupted_run_is_one_line_exit_130_and_leaves_what_there_is(
     record = load_distillation(folder)
     page = write_distill_report([record], folder, title="stopped").read_text()
     assert "interrupted" in page
-    assert (folder / "figures" / "validation_by_epoch.png").exists()
+    assert (folder / "figures" / "validation_by_epoch.svg").exists()
 
 
 def test_a_search_prints_its_grid_and_the_command_that_uses_the_best_cell(

@@ -167,7 +167,7 @@ def test_a_sweep_runs_and_its_grid_is_in_the_files(small: Small) -> None:
     table = json.loads((study.folder / "study.json").read_text())
     names = ["fedmd-float32", "fedmd-top_k-2", "fedavg-float32", "fedavg-top_k-2"]
     assert table["grid"]["arms"] == study.to_row()["grid"]["arms"] == list(study.runs) == names
-    assert (study.folder / "figures" / "accuracy_in_grid.png").is_file()
+    assert (study.folder / "figures" / "accuracy_in_grid.svg").is_file()
     assert (
         study.notes[0] == "swept over strategy.name (fedmd, fedavg), exchange.up (float32, top_k 2)"
     )

@@ -128,12 +128,6 @@ def spent(settings: Settings) -> dict[str, Any]:
 
 
 @pytest.fixture
-def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw with fewer dots, for tests that do not look at figures."""
-    monkeypatch.setattr("sim.reports.figures.DOTS_PER_INCH", 40)
-
-
-@pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., RunRecord]:
     """Write a run with the settings of `write_run` into a new folder and read it back."""
     count = 0

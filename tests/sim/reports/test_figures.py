@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from scipy import stats
 
+from fedkd.figures.saving import figure_bytes
 from fedkd.figures.style import COLORS
 from sim.reports.figures import (
     FIGURES,
@@ -22,7 +23,6 @@ from sim.reports.figures import (
     curve_of,
     draw_figures,
     targets_by_round,
-    to_png,
 )
 
 
@@ -139,23 +139,23 @@ def test_one_run_draws_every_figure_and_twice_the_same(make_run):
     measured = {**EXCHANGED, "simulated_s": 12.5}
     privacy = {"mechanism": "dp_sgd", "epsilon": 8}
     runs = {"dml": [make_run(accuracies=(0.5,), federation=measured, privacy=privacy)]}
-    first = {name: to_png(figure) for name, figure in draw_figures(runs).items()}
+    first = {name: figure_bytes(figure) for name, figure in draw_figures(runs).items()}
     assert list(first) == list(FIGURES)
     assert all(is_png(content) for content in first.values())
-    assert first == {name: to_png(figure) for name, figure in draw_figures(runs).items()}
+    assert first == {name: figure_bytes(figure) for name, figure in draw_figures(runs).items()}
 
 
 def test_nothing_measured_draws_nothing(make_run):
     assert draw_figures({"dml": [make_run(accuracies=(), status=None)]}) == {}
 
 
-def test_names_are_neither_formulas_nor_hidden(make_run, coarse_figures):
+def test_names_are_neither_formulas_nor_hidden(make_run):
     run = make_run()
     runs = {"a$x_1$": [run], "_hidden": [run], "w" * 64: [run]}
     figure = draw_figures(runs)["accuracy_by_round"]
     assert legend(figure)[:2] == ["a$x_1$", "_hidden"]
     assert legend(figure)[2] == "w" * 17 + "…" + "w" * 17
-    assert is_png(to_png(figure))
+    assert is_png(figure_bytes(figure))
 
 
 def test_long_names_that_differ_only_in_their_middle_stay_whole(make_run):
@@ -177,13 +177,13 @@ def test_more_arms_than_colours_differ_in_their_lines(make_run):
     accuracies=st.lists(st.none() | st.just(float("nan")) | st.floats(0, 1), max_size=3),
     count=st.integers(1, 3),
 )
-def test_any_measured_values_can_be_drawn(make_run, coarse_figures, accuracies, count):
+def test_any_measured_values_can_be_drawn(make_run, accuracies, count):
     run = make_run(accuracies=(0.5,) * len(accuracies), status=None)
     rows = [{**row, "accuracy": value} for row, value in zip(run.federation, accuracies)]  # noqa: B905
     object.__setattr__(run, "federation", tuple(rows))
     runs = {f"arm-{i}": [run] for i in range(count)}
     for figure in draw_figures(runs).values():
-        assert is_png(to_png(figure))
+        assert is_png(figure_bytes(figure))
 
 
 def test_accuracy_over_simulated_time_stands_where_there_is_a_clock(make_run):
@@ -230,7 +230,7 @@ def test_accuracy_against_epsilon_has_intervals_and_a_line_for_who_promises_noth
     assert [bar.get_width() for bar in beside.patches] == [pytest.approx(8)] * 3
     assert "dashed: no guarantee" in axes.texts[0].get_text()
     assert legend(figure) == ["none", "dp-16", "dp-1"]
-    assert is_png(to_png(figure))
+    assert is_png(figure_bytes(figure))
 
 
 def test_without_a_promise_nothing_is_drawn_against_epsilon(make_run):

@@ -12,7 +12,8 @@ from sim.commands.cli import app
 from sim.commands.privacy import privacy as outlook
 from sim.commands.running import load_data, run
 from sim.engine.runtime import build_strategy, federation_of
-from sim.reports.html import audits_of, write_report
+from sim.reports.html import write_report
+from sim.reports.html.protection import audits_of
 from sim.reports.runs import load_run
 from sim.reports.tables import audit_text
 from sim.server.audit import audit_told, audited
