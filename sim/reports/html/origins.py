@@ -10,7 +10,7 @@ from typing import Any
 from sim.keeping.records import SETTINGS_FILE
 from sim.reports.html.settings import flatten
 from sim.reports.html.tables import Table
-from sim.reports.runs import RunRecord, model_label, number
+from sim.reports.runs import STUDY_FILE, RunRecord, model_label, number
 from sim.reports.terminal import NOTHING
 
 _PACKAGES = "packages."
@@ -146,7 +146,7 @@ def commands_of(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> list[t
     of_run = relative_path(first.folder, folder)
     settings = f"{of_run}/{SETTINGS_FILE}" if of_run != "." else SETTINGS_FILE
     folders = [relative_path(run.folder, folder) for of_arm in runs.values() for run in of_arm]
-    here = "." if len(folders) > 1 or folders == ["."] else folders[0]
+    given = ["."] if (folder / STUDY_FILE).is_file() else folders
     return [
         (
             f"fedkd run {shlex.quote(settings)}",
@@ -154,5 +154,5 @@ def commands_of(runs: Mapping[str, Sequence[RunRecord]], folder: Path) -> list[t
             "weights, digit for digit"
             + ("" if len(folders) == 1 else "; so has every other run of the list"),
         ),
-        (f"fedkd report {shlex.quote(here)}", "this page again, from the runs' folders"),
+        (f"fedkd report {shlex.join(given)}", "this page again, from the runs' folders"),
     ]
