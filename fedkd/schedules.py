@@ -45,6 +45,11 @@ def linear(progress: float, *, start: float, end: float) -> float:
 
     Raises:
         ValueError: if ``progress`` is outside [0, 1].
+
+    Examples:
+        >>> from fedkd.schedules import linear
+        >>> linear(0.25, start=4.0, end=0.0)
+        3.0
     """
     _check_progress(progress)
     return _between(start, end, progress)
@@ -59,6 +64,11 @@ def cosine(progress: float, *, start: float, end: float) -> float:
     Source:
         Loshchilov and Hutter, 2017, equation 5, without restarts.
         https://arxiv.org/abs/1608.03983
+
+    Examples:
+        >>> from fedkd.schedules import cosine
+        >>> [cosine(progress, start=4.0, end=1.0) for progress in (0.0, 0.5, 1.0)]
+        [4.0, 2.5, 1.0]
     """
     _check_progress(progress)
     return _between(start, end, (1 - math.cos(math.pi * progress)) / 2)
@@ -69,6 +79,11 @@ def exponential(progress: float, *, start: float, end: float) -> float:
 
     Raises:
         ValueError: if ``progress`` is outside [0, 1], or ``start`` or ``end`` is not positive.
+
+    Examples:
+        >>> from fedkd.schedules import exponential
+        >>> exponential(0.5, start=4.0, end=1.0)
+        2.0
     """
     _check_progress(progress)
     for name, value in (("start", start), ("end", end)):
@@ -87,6 +102,11 @@ def step(progress: float, *, values: Sequence[float], milestones: Sequence[float
 
     Raises:
         ValueError: if ``progress`` is outside [0, 1], or ``values`` and ``milestones`` do not fit.
+
+    Examples:
+        >>> from fedkd.schedules import step
+        >>> step(0.6, values=[4.0, 1.0], milestones=[0.5])
+        1.0
     """
     _check_progress(progress)
     _check_steps(values, milestones)
@@ -111,6 +131,11 @@ def ramp_up(progress: float, *, start: float = 0.0, end: float, until: float = 1
     Source:
         Laine and Aila, 2017, section 2.1. https://arxiv.org/abs/1610.02242; used as the weight
         of distillation by Lan et al., 2018 (ONE). https://arxiv.org/abs/1806.04606
+
+    Examples:
+        >>> from fedkd.schedules import ramp_up
+        >>> ramp_up(1.0, end=2.0)
+        2.0
     """
     _check_progress(progress)
     if not 0 < until <= 1:

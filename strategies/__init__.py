@@ -91,6 +91,11 @@ def strategy_class(name: object) -> type[Strategy[Any, Any]]:
     Raises:
         ValueError: one line: an unknown name; or code that may not be loaded, cannot be, or is no
             algorithm with settings of its own.
+
+    Examples:
+        >>> from strategies import strategy_class
+        >>> strategy_class("dml").__name__
+        'DML'
     """
     if isinstance(name, str) and name in STRATEGIES:
         return STRATEGIES[name]

@@ -37,6 +37,7 @@ ROOMS: dict[str, dict[str, Room]] = {
         "settings": Room("Settings", ("sim.settings",)),
         "reports": Room("Reports", ("sim.reports",)),
         "observers": Room("Observers of a run", ("sim.server.observers",)),
+        "trackers": Room("Trackers", ("sim.trackers",)),
     },
     "What is learnt": {
         "losses": Room("Losses", ("fedkd.losses",)),

@@ -84,6 +84,12 @@ def mean_of(
     Args:
         count: clients, >= 1.
         weights: how much each counts, >= 0, not all 0; None: all the same.
+
+    Examples:
+        >>> from fedkd.closed_forms import mean_of
+        >>> mean_of(2)
+        array([[0.5, 0.5],
+               [0.5, 0.5]])
     """
     counted = np.ones(count) if weights is None else np.asarray(weights, float)
     if counted.shape != (count,) or (counted < 0).any() or not counted.sum() > 0:
@@ -96,6 +102,13 @@ def mean_of_others(count: int) -> Float[Array, "clients clients"]:
 
     Args:
         count: clients, >= 2.
+
+    Examples:
+        >>> from fedkd.closed_forms import mean_of_others
+        >>> mean_of_others(3)
+        array([[0. , 0.5, 0.5],
+               [0.5, 0. , 0.5],
+               [0.5, 0.5, 0. ]])
     """
     if count < 2:
         raise ValueError(f"a client alone has no others, got {count}")
@@ -106,7 +119,15 @@ def mean_of_others(count: int) -> Float[Array, "clients clients"]:
 
 
 def one_before(count: int) -> Float[Array, "clients clients"]:
-    """Return the mixing in which everybody's target is what the client before it says: a ring."""
+    """Return the mixing in which everybody's target is what the client before it says: a ring.
+
+    Examples:
+        >>> from fedkd.closed_forms import one_before
+        >>> one_before(3)
+        array([[0., 0., 1.],
+               [1., 0., 0.],
+               [0., 1., 0.]])
+    """
     return np.roll(np.eye(count), -1, axis=1)
 
 

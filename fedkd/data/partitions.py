@@ -212,7 +212,16 @@ def _deal(
 def dirichlet_parts(
     labels: Int64[np.ndarray, "rows"], num_clients: int, *, alpha: float, rng: np.random.Generator
 ) -> Sequence[Rows]:
-    """Cut the rows of each class into consecutive pieces with shares from Dirichlet(alpha)."""
+    """Cut the rows of each class into consecutive pieces with shares from Dirichlet(alpha).
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.data.partitions import dirichlet_parts
+        >>> labels = np.repeat(np.arange(10), 100)
+        >>> parts = dirichlet_parts(labels, 3, alpha=0.1, rng=np.random.default_rng(0))
+        >>> sum(len(rows) for rows in parts)  # every row has one owner
+        1000
+    """
     pieces: list[list[Rows]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -268,7 +277,16 @@ def shard_parts(
     shards_per_client: int,
     rng: np.random.Generator,
 ) -> Sequence[Rows]:
-    """Sort the rows by class, cut them into equal shards and deal these by lot."""
+    """Sort the rows by class, cut them into equal shards and deal these by lot.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.data.partitions import shard_parts
+        >>> labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+        >>> parts = shard_parts(labels, 2, shards_per_client=2, rng=np.random.default_rng(0))
+        >>> [len(set(labels[rows])) for rows in parts]  # classes of each client
+        [2, 2]
+    """
     in_order = np.argsort(labels, kind="stable")
     needed = num_clients * shards_per_client
     size = len(labels) // needed

@@ -29,6 +29,12 @@ def logit_mse(
 
     Source:
         Kim et al., 2021. https://arxiv.org/abs/2105.08919
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.losses.distances import logit_mse
+        >>> logit_mse(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
+        tensor(5.)
     """
     return row_mean(logit_mse_rows(student_logits, teacher_logits), sample_weights)
 
@@ -57,6 +63,12 @@ def logit_l1(
     Source:
         The digest loss in the published code of FedMD, Li and Wang, 2019.
         https://arxiv.org/abs/1910.03581
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.losses.distances import logit_l1
+        >>> logit_l1(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
+        tensor(2.)
     """
     return row_mean(logit_l1_rows(student_logits, teacher_logits), sample_weights)
 

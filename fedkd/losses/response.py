@@ -30,6 +30,12 @@ def hard_label_loss(
         sample_weights: >= 0, one per row, as in `soft_target_kl`.
         label_smoothing: share of the target's probability that is spread over all classes, in
             [0, 1). Szegedy et al., 2016, section 7. https://arxiv.org/abs/1512.00567
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.losses.response import hard_label_loss
+        >>> hard_label_loss(torch.zeros(3, 2), torch.tensor([0, 1, 1]))  # ln 2
+        tensor(0.6931)
     """
     if sample_weights is None and len(logits) > 0 and not classes_first(logits):
         return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=label_smoothing)
@@ -147,6 +153,15 @@ def soft_target_loss(
 
     Source:
         Hinton, Vinyals, Dean, 2015, section 2. https://arxiv.org/abs/1503.02531
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.losses.response import soft_target_loss
+        >>> same = torch.tensor([[2.0, 0.0]])
+        >>> soft_target_loss(same, same, temperature=4.0)
+        tensor(9.5367e-07)
+        >>> round(soft_target_loss(torch.zeros(1, 2), same, temperature=1.0).item(), 4)
+        0.3278
     """
     check_temperature(temperature)
     if teacher_temperature is None:
@@ -186,6 +201,12 @@ def soft_cross_entropy(
 
     Raises:
         ValueError: if ``temperature`` is not positive and finite.
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.losses.response import soft_cross_entropy
+        >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.9, 0.1]]))  # ln 2
+        tensor(0.6931)
     """
     rows = soft_cross_entropy_rows(student_logits, target_probabilities, temperature=temperature)
     return row_mean(rows, sample_weights) * t2_factor(temperature, scale_by_t2)

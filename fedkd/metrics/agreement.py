@@ -98,6 +98,14 @@ def agreement_matrix(
     """Return `top1_agreement` of every two models on the same rows: symmetric, 1 on the diagonal.
 
     NaN without rows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import agreement_matrix
+        >>> scores = np.array([[[2.0, 1.0], [0.0, 1.0]], [[3.0, 0.0], [1.0, 0.0]]])
+        >>> agreement_matrix(scores)  # 2 models, 2 rows, 2 classes
+        array([[1. , 0.5],
+               [0.5, 1. ]])
     """
     top_classes = as_float64(scores).argmax(axis=2)
     num_models, num_rows = top_classes.shape

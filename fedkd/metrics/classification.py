@@ -30,6 +30,13 @@ def confusion_counts(
 
     Raises:
         ValueError: if a label or prediction is not in ``[0, num_classes)``.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import confusion_counts
+        >>> confusion_counts(np.array([0, 0, 1]), np.array([0, 1, 1]), 2)
+        array([[1, 1],
+               [0, 1]])
     """
     true_classes = as_classes("labels", labels, num_classes)
     predicted = as_classes("predictions", predictions, num_classes)
@@ -43,7 +50,14 @@ def confusion_counts(
 
 
 def accuracy(counts: Integer[np.ndarray, "classes classes"]) -> float:
-    """Return the share of rows predicted right; NaN without rows."""
+    """Return the share of rows predicted right; NaN without rows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import accuracy
+        >>> accuracy(np.array([[3, 1], [0, 4]]))
+        0.875
+    """
     rows = counts.sum()
     return float(np.trace(counts) / rows) if rows else NAN
 
@@ -51,7 +65,14 @@ def accuracy(counts: Integer[np.ndarray, "classes classes"]) -> float:
 def per_class_recall(
     counts: Integer[np.ndarray, "classes classes"],
 ) -> Float[np.ndarray, " classes"]:
-    """Return the share of each class's rows predicted right; NaN for a class without rows."""
+    """Return the share of each class's rows predicted right; NaN for a class without rows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import per_class_recall
+        >>> per_class_recall(np.array([[3, 1], [0, 4]]))
+        array([0.75, 1.  ])
+    """
     return _diagonal_share(counts, counts.sum(axis=1))
 
 
@@ -108,7 +129,14 @@ def class_table(counts: Integer[np.ndarray, "classes classes"]) -> ClassTable:
 
 
 def macro_recall(counts: Integer[np.ndarray, "classes classes"]) -> float:
-    """Return the mean recall over the classes that occur (balanced accuracy); NaN without rows."""
+    """Return the mean recall over the classes that occur (balanced accuracy); NaN without rows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import macro_recall
+        >>> macro_recall(np.array([[3, 1], [0, 4]]))
+        0.875
+    """
     recall = per_class_recall(counts)
     return mean_or_nan(recall[~np.isnan(recall)])
 
@@ -117,6 +145,12 @@ def worst_class_recall(counts: Integer[np.ndarray, "classes classes"]) -> float:
     """Return the lowest recall over the classes that occur; NaN without rows.
 
     Under label skew this is the number that moves first.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import worst_class_recall
+        >>> worst_class_recall(np.array([[3, 1], [0, 4]]))
+        0.75
     """
     return float(np.fmin.reduce(per_class_recall(counts)))
 
@@ -141,6 +175,12 @@ def personal_accuracy(
 
     Raises:
         ValueError: if a share is negative or not finite, or all are 0.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import personal_accuracy
+        >>> personal_accuracy(np.array([[1, 1], [0, 2]]), np.array([9, 1]))  # 0.9 * 0.5 + 0.1 * 1
+        0.55
     """
     shares = as_float64(label_mix)
     if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.any()):

@@ -164,6 +164,12 @@ def pairwise_disagreement(predicted_classes: Integer[Array, "clients rows"]) -> 
 
     Raises:
         ValueError: if a class is negative.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.metrics import pairwise_disagreement
+        >>> pairwise_disagreement(np.array([[0, 1, 2, 2], [0, 1, 1, 2]]))
+        0.25
     """
     classes = as_int64(predicted_classes)
     if not classes.size:

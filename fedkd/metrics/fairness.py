@@ -44,6 +44,11 @@ def worst_mean(values: Iterable[int | float], *, share: int | float = WORST_SHAR
         Li, Sanjabi, Beirami, Smith, 2020 (q-FFL), section 4.1. https://arxiv.org/abs/1905.10497
         The worst client alone is what Mohri, Sivek, Suresh, 2019 (AFL), look at.
         https://arxiv.org/abs/1902.00146
+
+    Examples:
+        >>> from fedkd.metrics.fairness import worst_mean
+        >>> worst_mean([0.5, 0.75, 1.0, 1.0], share=0.25)
+        0.5
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
@@ -70,6 +75,11 @@ def forgetting(before: Iterable[int | float], now: int | float) -> float:
         Chaudhry, Dokania, Ajanthan, Torr, 2018, equation 3. https://arxiv.org/abs/1801.10112
         Lee et al., 2022 (FedNTD), measure forgetting of a federation in this way.
         https://arxiv.org/abs/2106.03097
+
+    Examples:
+        >>> from fedkd.metrics.fairness import forgetting
+        >>> forgetting([0.5, 1.0], 0.75)
+        0.25
     """
     known = _known(before)
     return float(known.max()) - now if len(known) else float("nan")

@@ -40,6 +40,11 @@ def before(client: int, senders: Sequence[int], distance: int = 1) -> tuple[int,
         client: who hears; it takes its place by its id where it has sent nothing.
         senders: who has sent something, in order.
         distance: >= 1, and below the number of those on the circle.
+
+    Examples:
+        >>> from fedkd.mutual.graphs import before
+        >>> before(2, [0, 2, 5]), before(0, [0, 2, 5])
+        ((0,), (5,))
     """
     place = bisect_left(senders, client)
     circle = list(senders)
@@ -49,7 +54,13 @@ def before(client: int, senders: Sequence[int], distance: int = 1) -> tuple[int,
 
 
 def exponentially_before(client: int, senders: Sequence[int], round: int) -> tuple[int, ...]:
-    """Return the sender 1, 2, 4, ... places before a client, in turn by the round (from 1 on)."""
+    """Return the sender 1, 2, 4, ... places before a client, in turn by the round (from 1 on).
+
+    Examples:
+        >>> from fedkd.mutual.graphs import exponentially_before
+        >>> [exponentially_before(0, [0, 1, 2, 3, 4], round) for round in (1, 2, 3)]
+        [(4,), (3,), (1,)]
+    """
     others = len(senders) - (client in senders)
     return before(client, senders, exponential_distance(round, others + 1)) if others else ()
 
@@ -57,7 +68,14 @@ def exponentially_before(client: int, senders: Sequence[int], round: int) -> tup
 def random_peers(
     client: int, senders: Sequence[int], k: int, rng: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw k of the other senders, all of them where there are no more; in order."""
+    """Draw k of the other senders, all of them where there are no more; in order.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.mutual.graphs import random_peers
+        >>> random_peers(1, [0, 1, 2], 5, np.random.default_rng(0))  # no more than there are
+        (0, 2)
+    """
     others = [sender for sender in senders if sender != client]
     drawn = rng.choice(len(others), min(k, len(others)), replace=False) if others else ()
     return tuple(others[place] for place in sorted(drawn))

@@ -76,7 +76,13 @@ def term_class(kind: object, setting: str) -> type[Term]:
 
 
 def describe_terms() -> list[dict[str, Any]]:
-    """Return name, meaning, source and defaults of every kind of term."""
+    """Return name, meaning, source and defaults of every kind of term.
+
+    Examples:
+        >>> from fedkd.objectives import describe_terms
+        >>> len(describe_terms()) == len(TERMS)
+        True
+    """
     return [
         {
             "name": name,

@@ -71,6 +71,12 @@ def spent(events: Iterable[Event], *, delta: int | float, grid: int | float = GR
 
     Raises:
         ValueError: if ``delta`` or ``grid`` is out of range, or ``dp-accounting`` is not there.
+
+    Examples:
+        >>> from fedkd.privacy import Gaussian, spent
+        >>> once, twice = [Gaussian(1, 5.0)], [Gaussian(2, 5.0)]
+        >>> spent(once, delta=1e-5).epsilon < spent(twice, delta=1e-5).epsilon
+        True
     """
     _check_delta(delta)
     if not 0 < grid <= 1:
@@ -244,7 +250,13 @@ def gaussian_delta(mu: int | float, epsilon: int | float) -> float:
 
 
 def gaussian_epsilon(mu: int | float, *, delta: int | float) -> float:
-    """Return the smallest epsilon of Gaussian releases: see `gaussian_delta`."""
+    """Return the smallest epsilon of Gaussian releases: see `gaussian_delta`.
+
+    Examples:
+        >>> epsilon = gaussian_epsilon(1.0, delta=1e-5)
+        >>> round(gaussian_delta(1.0, epsilon) / 1e-5, 6)  # the one is the other's inverse
+        1.0
+    """
     from scipy.optimize import brentq
 
     if gaussian_delta(mu, 0.0) <= delta:

@@ -39,6 +39,12 @@ def noise_for_gaussian(epsilon: int | float, delta: int | float, *, count: int =
 
     Source:
         Balle and Wang, 2018, algorithm 1. https://arxiv.org/abs/1805.06530
+
+    Examples:
+        >>> from fedkd.privacy import noise_for_gaussian
+        >>> once = noise_for_gaussian(1.0, 1e-5)
+        >>> round(noise_for_gaussian(1.0, 1e-5, count=4) / once, 6)  # Gaussians add up as squares
+        2.0
     """
     from scipy.optimize import brentq
 
@@ -150,6 +156,11 @@ def noise_for_laplace(
 
     Raises:
         ValueError: naming what is out of range.
+
+    Examples:
+        >>> from fedkd.privacy import noise_for_laplace
+        >>> 0 < noise_for_laplace(2.0, 1e-5) < noise_for_laplace(1.0, 1e-5)
+        True
     """
     _check(epsilon, delta, count)
 

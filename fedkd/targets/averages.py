@@ -27,6 +27,13 @@ def mean_probability(
 
     Raises:
         ValueError: if ``temperature`` or ``weights`` is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import mean_probability
+        >>> two_clients = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]])  # clients, rows, classes
+        >>> mean_probability(two_clients)
+        tensor([[0.6155, 0.3845]])
     """
     return _weighted_mean(soften(logits, temperature=temperature), weights)
 
@@ -47,6 +54,12 @@ def mean_logit(
 
     Source:
         Li and Wang, 2019, Algorithm 1 (consensus). https://arxiv.org/abs/1910.03581
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import mean_logit
+        >>> mean_logit(torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]))
+        tensor([[1., 2.]])
     """
     return _weighted_mean(logits, weights)
 
@@ -68,6 +81,13 @@ def leave_one_out(
 
     Source:
         Jeong et al., 2018, Algorithm 1, line 15. https://arxiv.org/abs/1811.11479
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import leave_one_out
+        >>> clients = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]], [[0.0, 1.0]]])
+        >>> leave_one_out(clients)[0]  # what the first hears: the mean of the others
+        tensor([[0.2500, 0.7500]])
     """
     num_clients = len(values)
     if num_clients < 2:
@@ -100,6 +120,12 @@ def coordinate_median(
 
     Source:
         Yin, Chen, Ramchandran, Bartlett, 2018, Definition 1. https://arxiv.org/abs/1803.01498
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import coordinate_median
+        >>> coordinate_median(torch.tensor([[[0.1]], [[0.2]], [[9.0]]]))
+        tensor([[0.2000]])
     """
     return _mean_of_the_middle(values, drop=(len(values) - 1) // 2, scale=scale)
 

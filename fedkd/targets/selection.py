@@ -34,6 +34,12 @@ def confidence_mask(
 
     Raises:
         ValueError: if ``threshold`` is negative or NaN.
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import confidence_mask
+        >>> confidence_mask(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), 0.8)
+        tensor([1., 0.])
     """
     if not threshold >= 0:
         raise ValueError(f"confidence threshold must be >= 0, got {threshold}")
@@ -43,7 +49,14 @@ def confidence_mask(
 
 
 def entropy(probabilities: Float[Tensor, "rows classes"]) -> Float[Tensor, "rows"]:
-    """Return each row's entropy in nats, from 0 (one class) to log(classes) (uniform)."""
+    """Return each row's entropy in nats, from 0 (one class) to log(classes) (uniform).
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import entropy
+        >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))  # ln 2, and 0
+        tensor([0.6931, 0.0000])
+    """
     terms: Tensor = torch.special.entr(at_least_float32(probabilities))
     return terms.sum(dim=-1)
 

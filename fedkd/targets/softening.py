@@ -38,6 +38,15 @@ def soften(
 
     Raises:
         ValueError: if ``temperature`` is not positive and finite.
+
+    Examples:
+        >>> import torch
+        >>> from fedkd.targets import soften
+        >>> logits = torch.tensor([[4.0, 0.0]])
+        >>> soften(logits, temperature=1.0).round(decimals=2)
+        tensor([[0.9800, 0.0200]])
+        >>> soften(logits, temperature=4.0).round(decimals=2)
+        tensor([[0.7300, 0.2700]])
     """
     check_temperature(temperature)
     return torch.softmax(at_least_float32(logits) / temperature, dim=-1)

@@ -75,6 +75,11 @@ def algorithms(name: str | None = None) -> tuple[Algorithm, ...]:
 
     Raises:
         ValueError: for a name that is none, with the nearest that is.
+
+    Examples:
+        >>> from sim.commands.algorithms import algorithms
+        >>> algorithms("dml")[0].command
+        'fedkd run strategy.name=dml'
     """
     return tuple(_algorithm(each) for each in ([name] if name else STRATEGIES))
 

@@ -45,6 +45,14 @@ def load_model(
     Raises:
         SettingsError: there is no such model, the file is damaged, does not say what its model is,
             does not fit it, or names code that is not allowed; says what would work.
+
+    Examples:
+        >>> import fedkd
+        >>> words = ["rounds=1", "clients.count=2", "clients.models=[mlp]", "engine.backend=inline"]
+        >>> result = fedkd.run(fedkd.load_settings(None, words))
+        >>> model = fedkd.load_model(result.folder)
+        >>> model.info.model.name, model.info.input_shape, len(model.info.class_names)
+        ('mlp', (1, 8, 8), 10)
     """
     file = find_model(Path(path), model)
     try:

@@ -84,6 +84,12 @@ def data(settings: Settings | None = None, *, figure: Path | None = None) -> Dat
 
     Raises:
         SettingsError: names the setting that cannot work.
+
+    Examples:
+        >>> import fedkd
+        >>> settings = fedkd.load_settings(None, ["clients.count=4"])
+        >>> fedkd.data_overview(settings).sizes
+        {'private': 844, 'public': 500, 'validation': 94, 'test': 359}
     """
     settings = settings or Settings()
     if figure is not None:

@@ -298,6 +298,15 @@ def run(
         StorageError: the folder cannot be written.
         KeyboardInterrupt: SIGINT or SIGTERM. After this and the errors above the run can be
             resumed from its last complete round.
+
+    Examples:
+        >>> import fedkd
+        >>> words = ["rounds=1", "clients.count=2", "clients.models=[mlp]", "engine.backend=inline"]
+        >>> result = fedkd.run(fedkd.load_settings(None, words))  # leaves runs/default/...
+        >>> result.status, len(result.history.federation)
+        ('finished', 1)
+        >>> fedkd.run(resume=result.folder).weights_sha256 == result.weights_sha256  # only read
+        True
     """
     if resume is not None:
         # What was handed over in Python is allowed by that; what only the folder says is not.

@@ -301,6 +301,13 @@ def compare(
     Raises:
         SettingsError: before anything runs, names the setting that cannot work.
         KeyboardInterrupt: the next call goes on where this one stopped, in the middle of a run.
+
+    Examples:
+        >>> import fedkd
+        >>> words = ["rounds=1", "clients.count=2", "clients.models=[mlp]", "engine.backend=inline"]
+        >>> study = fedkd.compare(fedkd.load_settings(None, words), arms=["local", "dml"], seeds=2)
+        >>> [arm["arm"] for arm in study.to_row()["arms"]]
+        ['local', 'dml']
     """
     study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
     if study.settings.study.match != "none":

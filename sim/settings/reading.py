@@ -56,6 +56,16 @@ def load_settings(
     Raises:
         SettingsError: a file that cannot be read, an unknown key, a value that cannot work, a
             callable that only the file names.
+
+    Examples:
+        >>> import fedkd
+        >>> settings = fedkd.load_settings(None, ["strategy.name=fedmd", "rounds=2"])
+        >>> settings.strategy.name, settings.rounds
+        ('fedmd', 2)
+        >>> fedkd.load_settings(None, ["rouns=2"])
+        Traceback (most recent call last):
+            ...
+        sim.settings.schema.SettingsError: unknown setting 'rouns'; did you mean 'rounds'?
     """
     with asked(overrides, allow):
         settings = settings_from_table(_read_table(config, overrides, _objectives_of_strategy))

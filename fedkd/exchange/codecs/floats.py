@@ -44,6 +44,19 @@ class Float16(Coding):
     Numbers are rounded to the nearest, by at most 1/2048 of their size, or 3e-8 where that is less;
     those beyond 65504 become 65504. Arrays that hold NaN or infinity, such as a mask of -inf, stay
     as they are.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fedkd.exchange.codecs import Float16, Float32
+        >>> from fedkd.exchange.payloads import Predictions
+        >>> said = np.array([[1.0, 0.1], [70000.0, 2.0]], np.float32)
+        >>> table = Predictions(rows=np.arange(2), values=said)
+        >>> sent, memory = Float16().encode(table, {}, np.random.default_rng(0))
+        >>> got, memory = Float16().decode(sent, {})
+        >>> got.values.tolist()
+        [[1.0, 0.0999755859375], [65504.0, 2.0]]
+        >>> sent.payload_bytes, table.payload_bytes
+        (8, 16)
     """
 
     kind: Literal["float16"] = "float16"
