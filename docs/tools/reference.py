@@ -80,7 +80,7 @@ ROOMS: dict[str, dict[str, Room]] = {
 }
 """The pages by group and file name."""
 
-WITHOUT_PAGE = {"sim", "sim.commands.cli"}
+WITHOUT_PAGE = {"sim", "sim.commands.cli", "sim.reports.html"}
 """Packages that offer what ``fedkd`` offers, or offer it to other code of ours alone."""
 
 
