@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sim.reports.families import compare_families
+from sim.reports.families import compare_families, questions_of
 from sim.reports.runs import RunRecord, load_study, study_families
 from sim.reports.statistics import MEASURES, ArmSummary, summarize
 from sim.reports.tables import kilobytes, p_text, percent
@@ -58,7 +58,7 @@ def _both(found: Sequence[ArmSummary], name: str) -> str:
 
 def pairs_table(runs: Runs, families: Mapping[str, Sequence[str]]) -> str:
     """Return a line for each pair of each family, with the differences for both splits."""
-    found = compare_families(runs, families)
+    found = compare_families(runs, questions_of(families))
     head = [f"{what}, {alpha}" for alpha in ALPHAS for what in ("points", "p (Holm)", "sign-flip")]
     lines = [f"| family | pair | {' | '.join(head)} |", "|---|---|" + "---:|" * len(head)]
     for family in dict.fromkeys(name.rpartition("-")[0] for name in found):

@@ -301,7 +301,7 @@ def foresee(
         SettingsError: what would end the study before anything runs.
     """
     study, trials = matched(
-        study, baseline_arm(study.settings, study.arms, baseline), trying=trying
+        study, baseline_arm(study.settings, study.arms, baseline, study.grid), trying=trying
     )
     plan = plan_study(
         study, seeds=seeds, baseline=baseline, accept_code=accept_code, tell=tell, writes=False

@@ -28,7 +28,7 @@ from sim.keeping.records import (
     write_text,
 )
 from sim.reports import load_run, pair_rows, summary_rows, verdicts, write_report
-from sim.reports.families import Families, family_rows
+from sim.reports.families import Families, Questions, family_rows, questions_of
 from sim.reports.grids import Grid
 from sim.reports.power import PRECISION
 from sim.reports.runs import REPORT_OF, STUDY_FILE, RunRecord
@@ -74,6 +74,11 @@ class StudyResult:
     precision: float = PRECISION
     matching: Matching | None = None
 
+    @property
+    def questions(self) -> Questions:
+        """The pairs that are compared; none: every arm with the baseline."""
+        return questions_of(self.families, self.grid, self.baseline)
+
     def to_row(self) -> Row:
         """Return the table as plain values."""
         return {
@@ -81,8 +86,8 @@ class StudyResult:
             "report": str(self.report),
             "baseline": self.baseline,
             "arms": summary_rows(self.runs, self.baseline, self.precision),
-            "pairs": family_rows(self.runs, self.families, self.precision)
-            if self.families
+            "pairs": family_rows(self.runs, self.questions, self.precision)
+            if self.questions
             else pair_rows(self.runs, self.precision),
             "verdicts": list(verdicts(self.runs, self.baseline, self.precision)),
             "notes": list(self.notes),
@@ -98,14 +103,18 @@ class StudyResult:
 
 
 def baseline_arm(
-    settings: Settings, arms: Mapping[str, object], baseline: str | None = None
+    settings: Settings,
+    arms: Mapping[str, object],
+    baseline: str | None = None,
+    grid: Grid | None = None,
 ) -> str:
     """Return the arm that the others are compared with.
 
     Args:
         settings: ``study.baseline`` counts where none is asked for and it is among the arms.
         arms: that are compared, in their order; the first is the default.
-        baseline: the arm asked for.
+        baseline: the arm asked for; of one that was swept over it is the first.
+        grid: how arms that come from a sweep lie side by side.
 
     Raises:
         SettingsError: if it is none of the arms; or if ``study.baseline`` names no arm at all.
@@ -113,6 +122,9 @@ def baseline_arm(
     wanted = baseline if baseline is not None else settings.study.baseline
     if wanted is None or wanted in arms:
         return wanted or next(iter(arms))
+    swept = () if grid is None else grid.arms_of(wanted)
+    if swept:
+        return swept[0]
     left_out = baseline is None and (wanted in settings.study.arms or wanted in STRATEGIES)
     if left_out:
         # The file's question is about arms that this study is not.
@@ -226,7 +238,7 @@ def plan_study(
     count = seeds if seeds is not None else settings.study.seeds
     check_seeds(settings.seed, count)
     named = baseline is not None or settings.study.baseline in by_arm
-    baseline = baseline_arm(settings, by_arm, baseline)
+    baseline = baseline_arm(settings, by_arm, baseline, study.grid)
     check_engine(settings.engine)
     folder = settings.output / settings.name
     if writes:
@@ -312,7 +324,7 @@ def compare(
     study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
     if study.settings.study.match != "none":
         (tell or _ignore)("study.match: two rounds of each arm are tried, to count what they take")
-        study, _ = matched(study, baseline_arm(study.settings, study.arms, baseline))
+        study, _ = matched(study, baseline_arm(study.settings, study.arms, baseline, study.grid))
     plan = plan_study(study, seeds=seeds, baseline=baseline, accept_code=accept_code, tell=tell)
     settings, folder, folders = study.settings, plan.folder, plan.folders
     baseline, notes, refused = plan.baseline, plan.notes, plan.refused

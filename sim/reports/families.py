@@ -1,57 +1,96 @@
-"""Families of arms: those that belong to one question are compared with each other, and no others.
+"""Pairs of arms by the question that they belong to: those are compared, and no others.
 
 A study of many arms has more pairs than anybody asked about, and a correction for all of them hides
-what was asked. Within a family every pair is compared, and p is corrected for the pairs of the
-family.
+what was asked. p is corrected for the pairs of a question.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
+from math import prod
 from typing import Any
 
+from sim.reports.grids import Grid
 from sim.reports.power import PRECISION
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import Difference, compare_pairs, corrected, smallest_p
 from sim.reports.tables import difference_row, p_text, percent, points
 from sim.reports.terminal import NOTHING, Column, FittedTable
+from sim.settings.combinations import ARM
 
 Families = Mapping[str, Sequence[str]]
 """The arms of each family, by its name."""
 
+Questions = Mapping[str, Sequence[tuple[str, str]]]
+"""The pairs that a study asks about, (first, other), by the name of the question."""
+
+
+def questions_of(
+    families: Families, grid: Grid | None = None, baseline: str | None = None
+) -> dict[str, list[tuple[str, str]]]:
+    """Return the pairs that a study asks about.
+
+    They are those of its families. A study without, which sweeps over several arms, asks how these
+    compare at every combination of values: with the arm that the baseline is made of, in a question
+    of all these pairs.
+
+    Args:
+        families: every pair of each is asked about.
+        grid: how the arms of a sweep lie side by side.
+        baseline: an arm of the study.
+
+    Returns:
+        Nothing where the study asks about its arms against the baseline, as any other does.
+    """
+    if families or grid is None or grid.axes[0].name != ARM:
+        return {name: list(combinations(arms, 2)) for name, arms in families.items()}
+    bases = [str(base) for base in grid.axes[0].values]
+    each = prod(len(axis.values) for axis in grid.axes[1:])
+    rows = [grid.arms[number * each : (number + 1) * each] for number in range(len(bases))]
+    reference = next((number for number, row in enumerate(rows) if baseline in row), 0)
+    pairs = [
+        (first, other)
+        for number, row in enumerate(rows)
+        if number != reference
+        for first, other in zip(rows[reference], row, strict=True)
+        if first and other and first != other
+    ]
+    return {f"against {bases[reference]}": list(dict.fromkeys(pairs))} if pairs else {}
+
 
 def compare_families(
-    runs: Mapping[str, Sequence[RunRecord]], families: Families
+    runs: Mapping[str, Sequence[RunRecord]], questions: Questions
 ) -> dict[str, dict[tuple[str, str], tuple[Difference | None, float | None]]]:
-    """Compare every pair of arms of each family: mean client accuracy at the last round.
+    """Compare the pairs of each question: mean client accuracy at the last round.
 
     Args:
         runs: of each arm, one a seed.
-        families: arms that have no runs are left out.
+        questions: pairs of arms that have no runs are left out.
 
     Returns:
-        By family and (first, other): other - first, and its p corrected by Holm for the pairs of
-        the family.
+        By question and (first, other): other - first, and its p corrected by Holm for the pairs of
+        the question.
     """
     found = {}
-    for name, arms in families.items():
-        of_family = {arm: runs[arm] for arm in arms if runs.get(arm)}
-        differences = compare_pairs(of_family, "accuracy", "last")
+    for name, pairs in questions.items():
+        asked = [pair for pair in pairs if all(runs.get(arm) for arm in pair)]
+        differences = compare_pairs(runs, "accuracy", "last", asked)
         p_holm = corrected(differences)
         found[name] = {pair: (value, p_holm[pair]) for pair, value in differences.items()}
     return {name: pairs for name, pairs in found.items() if pairs}
 
 
 def family_tables(
-    runs: Mapping[str, Sequence[RunRecord]], families: Families, precision: float = PRECISION
+    runs: Mapping[str, Sequence[RunRecord]], questions: Questions, precision: float = PRECISION
 ) -> list[FittedTable]:
-    """Return a table of its pairs for each family, for the terminal.
+    """Return a table of its pairs for each question, for the terminal.
 
     Args:
         runs: of each arm, one a seed.
-        families: arms that have no runs are left out.
+        questions: pairs of arms that have no runs are left out.
         precision: the half width of an interval that is wanted, a share.
     """
     tables = []
-    for name, pairs in compare_families(runs, families).items():
+    for name, pairs in compare_families(runs, questions).items():
         values = list(pairs.values())
         few = [value is not None and value.few for value, _ in values]
 
@@ -111,9 +150,9 @@ def _smallest(differences: Sequence[Difference | None]) -> str:
 
 
 def family_rows(
-    runs: Mapping[str, Sequence[RunRecord]], families: Families, precision: float = PRECISION
+    runs: Mapping[str, Sequence[RunRecord]], questions: Questions, precision: float = PRECISION
 ) -> list[dict[str, Any]]:
-    """Return one flat row for every pair of every family, see `pair_rows`."""
+    """Return one flat row for every pair of every question, see `pair_rows`."""
     return [
         {
             "family": name,
@@ -121,6 +160,6 @@ def family_rows(
             "other": other,
             **difference_row("difference", value, p, precision),
         }
-        for name, pairs in compare_families(runs, families).items()
+        for name, pairs in compare_families(runs, questions).items()
         for (first, other), (value, p) in pairs.items()
     ]

@@ -475,13 +475,23 @@ def compare_arms(
 
 
 def compare_pairs(
-    runs: Mapping[str, Sequence[RunRecord]], key: str, at: At
+    runs: Mapping[str, Sequence[RunRecord]],
+    key: str,
+    at: At,
+    pairs: Sequence[tuple[str, str]] | None = None,
 ) -> dict[tuple[str, str], Difference | None]:
-    """Compare every arm with every other: by (first, other), other - first."""
+    """Compare pairs of arms: by (first, other), other - first.
+
+    Args:
+        runs: of each arm, one a seed.
+        key: of `ACCURACIES`.
+        at: which round.
+        pairs: of arms that have runs; by default every arm with every other.
+    """
     values = _values_by_arm(runs, key, at)
     return {
         (first, other): difference_by_seed(values[first], values[other])
-        for first, other in combinations(values, 2)
+        for first, other in (combinations(values, 2) if pairs is None else pairs)
     }
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from sim.reports.families import Questions, compare_families
 from sim.reports.power import CONFIDENCE, PRECISION
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
@@ -43,15 +44,57 @@ def verdicts(
     p_values = corrected(differences)
     tests = sum(p is not None for p in p_values.values())
     return (
-        f"Against {reference}, by mean client accuracy at the last round"
-        + ("; p of the paired t-test" if tests else "")
-        + (f", corrected for {tests} comparisons by Holm" if tests > 1 else "")
-        + ":",
+        f"Against {reference}, by {_measure_told(tests)}:",
         *(
             verdict(difference, p_values[arm], arm=arm, baseline=reference, precision=precision)
             for arm, difference in differences.items()
         ),
         *few_seeds(list(differences.values()), comparisons=max(tests, 1)),
+    )
+
+
+MOST_SAID = 16
+"""Of more pairs tables say enough."""
+
+
+def answers(
+    runs: Mapping[str, Sequence[RunRecord]], questions: Questions, precision: float = PRECISION
+) -> tuple[str, ...]:
+    """Say of each pair that a study asks about which arm is ahead.
+
+    Args:
+        runs: of each arm, one a seed.
+        questions: pairs of arms that have no runs are left out.
+        precision: the half width of an interval that is wanted, a share.
+
+    Returns:
+        For each question a heading, a sentence for each pair, and a remark where seeds are few;
+        nothing where there are no pairs, or more than `MOST_SAID`.
+    """
+    found = compare_families(runs, questions)
+    if not 0 < sum(map(len, found.values())) <= MOST_SAID:
+        return ()
+    told: list[str] = []
+    for name, pairs in found.items():
+        tests = sum(p is not None for _, p in pairs.values())
+        told.append(f"{_upper(name)}, by {_measure_told(tests)}:")
+        told += [
+            verdict(difference, p, arm=other, baseline=first, precision=precision)
+            for (first, other), (difference, p) in pairs.items()
+        ]
+        told += few_seeds([value for value, _ in pairs.values()], comparisons=max(tests, 1))
+    return tuple(told)
+
+
+def _upper(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+def _measure_told(tests: int) -> str:
+    return (
+        "mean client accuracy at the last round"
+        + ("; p of the paired t-test" if tests else "")
+        + (f", corrected for {tests} comparisons by Holm" if tests > 1 else "")
     )
 
 

@@ -131,6 +131,7 @@ def compare(
     from sim.reports import plane_tables, summary_table, verdicts
     from sim.reports.attacks import is_attacked, leakage_table
     from sim.reports.families import family_tables
+    from sim.reports.verdicts import answers
 
     signs = signs_of_life(Console(stderr=True), quiet=quiet, json=json)
     progress = StudyProgress(signs)
@@ -167,17 +168,15 @@ def compare(
         print_words(*(note for note in study.notes if note not in told))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
-        for table in family_tables(study.runs, study.families, study.precision):
+        planes = plane_tables(study.runs, study.grid, study.refused) if study.grid else []
+        families = family_tables(study.runs, study.questions, study.precision)
+        for table in [*([] if study.families else planes), *families]:
             typer.echo()
             print_table(table, wide=wide)
-        if study.families:
-            return
-        if study.grid is None:
+        if study.grid is None and not study.families:
             print_words("", *verdicts(study.runs, study.baseline, study.precision))
-            return
-        for table in plane_tables(study.runs, study.grid, study.refused):
-            typer.echo()
-            print_table(table, wide=wide)
+        elif not study.families:
+            print_words("", *answers(study.runs, study.questions, study.precision))
 
 
 def museum(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sim.reports.families import Families, compare_families
+from sim.reports.families import Questions, compare_families
 from sim.reports.html.drawings import Scale, interval_bar, interval_text
 from sim.reports.html.tables import Table
 from sim.reports.runs import RunRecord
@@ -19,7 +19,7 @@ from sim.reports.statistics import (
 )
 from sim.reports.tables import FEW, p_text, percent, points
 from sim.reports.terminal import NOTHING
-from sim.reports.verdicts import verdicts
+from sim.reports.verdicts import answers, verdicts
 
 COMPARED: Sequence[tuple[str, At, str]] = (
     ("accuracy", "last", "mean client, last round"),
@@ -65,14 +65,19 @@ def answer(
     summaries: Sequence[ArmSummary],
     baseline: str | None,
     precision: float,
+    questions: Questions,
 ) -> Answer:
     """Say what came out, as sentences and as intervals drawn to one scale."""
-    said = verdicts(runs, baseline, precision)
+    asked = answers(runs, questions, precision) if len(questions) == 1 else ()
+    said = asked or verdicts(runs, baseline, precision)
     if not said:
         return Answer("", [_reached(summary) for summary in summaries], (), None)
     remarks = [sentence for sentence in said if sentence.startswith(FEW)]
     question, *sentences = (sentence for sentence in said if sentence not in remarks)
     differences = compare_arms(runs, "accuracy", "last", baseline)
+    if asked:
+        (pairs,) = compare_families(runs, questions).values()
+        differences = {f"{other} - {first}": value for (first, other), (value, _) in pairs.items()}
     counts = {value.n for value in differences.values() if value is not None}
     if counts == {1}:
         remarks.insert(0, "One seed says nothing of another: there is no interval and no test.")
@@ -161,9 +166,9 @@ def pair_table(runs: Mapping[str, Sequence[RunRecord]], precision: float) -> Tab
 
 
 def family_tables(
-    runs: Mapping[str, Sequence[RunRecord]], families: Families, precision: float
+    runs: Mapping[str, Sequence[RunRecord]], questions: Questions, precision: float
 ) -> list[Table]:
-    """Compare every pair of arms of each family."""
+    """Compare the pairs of each question."""
     return [
         Table(
             _header("arm", "minus", precision=precision),
@@ -173,9 +178,9 @@ def family_tables(
             ],
             left=2,
             title=name,
-            caption=f"Every pair of {name}",
+            caption=f"Pairs that belong together: {name}",
         )
-        for name, pairs in compare_families(runs, families).items()
+        for name, pairs in compare_families(runs, questions).items()
     ]
 
 

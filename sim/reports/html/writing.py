@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from sim.keeping.records import make_folder, write_text
 from sim.reports.counterfactual import VALUE_WORDS
-from sim.reports.families import Families
+from sim.reports.families import Families, questions_of
 from sim.reports.grids import Grid
 from sim.reports.html import arms, clients, comparisons, origins, protection
 from sim.reports.html.pages import template
@@ -75,6 +75,7 @@ def write_report(
     if not runs:
         raise SettingsError("a report needs at least one run, got none")
     summaries = [summarize(arm, of_arm) for arm, of_arm in runs.items()]
+    questions = questions_of(families, grid, baseline)
     crowded = grid is not None and len(runs) > MOST_BY_ARM
     pictures, files = _drawn(runs, grid, crowded=crowded)
     differing, common = split_settings(runs)
@@ -82,7 +83,7 @@ def write_report(
     text = template("report.html").render(
         title=title,
         overview=arms.overview(summaries, runs),
-        answer=comparisons.answer(runs, summaries, baseline, precision),
+        answer=comparisons.answer(runs, summaries, baseline, precision, questions),
         accuracies=arms.accuracy_table(summaries, order),
         selected=arms.selected_table(summaries),
         qualities=arms.quality_table(summaries),
@@ -92,8 +93,8 @@ def write_report(
         measured=measured_title(runs),
         crowded=MOST_BY_ARM if crowded else 0,
         differences=comparisons.difference_table(runs, baseline, precision),
-        pairs=None if crowded or families else comparisons.pair_table(runs, precision),
-        families=comparisons.family_tables(runs, families, precision),
+        pairs=None if crowded or questions else comparisons.pair_table(runs, precision),
+        families=comparisons.family_tables(runs, questions, precision),
         by_seed=arms.seed_table(runs),
         privacy=protection.privacy_table(runs),
         promises=protection.promises_of(runs),

@@ -22,6 +22,7 @@ from sim.commands.study import StudyResult, baseline_arm, compare, plan_study
 from sim.keeping.identity import fingerprint
 from sim.keeping.records import is_finished, only_one, turn
 from sim.reports import load_study, report
+from sim.reports.grids import Axis, Grid
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError
 
@@ -89,6 +90,11 @@ def test_the_baseline_is_the_arm_asked_for_the_study_s_or_the_first(small: Small
     assert baseline_arm(asks, arms) == "hot"
     assert baseline_arm(asks, arms, "cold") == "cold"
     # A file's question is about arms that are not all asked for.
+    # Of an arm that was swept over it is the first combination.
+    grid = Grid((Axis("arm", ("hot", "cold")), Axis("rounds", (1, 2))), ("h1", "", "c1", "c2"))
+    swept = dict.fromkeys(("h1", "c1", "c2"))
+    assert baseline_arm(asks, swept, "cold", grid) == "c1"
+    assert baseline_arm(asks, swept, None, grid) == "h1"
     assert baseline_arm(asks, {"alone": None, "cold": None}) == "alone"
     for settings, baseline in ((asks, "hott"), (small(ARMS, "study.baseline=hott"), None)):
         with pytest.raises(SettingsError, match=r"baseline must be one of .* did you mean 'hot'"):

@@ -2,10 +2,12 @@
 
 import pytest
 
-from sim.reports.families import compare_families, family_rows, family_tables
+from sim.reports.families import compare_families, family_rows, family_tables, questions_of
+from sim.reports.grids import Axis, Grid
 from sim.reports.statistics import compare_pairs, corrected
+from sim.reports.verdicts import answers
 
-FAMILIES = {"first": ["a", "b", "c"], "second": ["c", "d"], "gone": ["a", "refused"]}
+FAMILIES = questions_of({"first": ["a", "b", "c"], "second": ["c", "d"], "gone": ["a", "refused"]})
 RISES = {"a": 0.0, "b": 0.05, "c": 0.02, "d": 0.3}
 
 
@@ -58,3 +60,36 @@ def test_tables_and_rows_say_what_was_compared(runs):
         "two seeds, no verdict"
         in family_tables({arm: of_arm[:2] for arm, of_arm in runs.items()}, FAMILIES)[0].caption
     )
+
+
+def test_a_sweep_over_arms_asks_how_they_compare_at_every_combination():
+    # local has no temperature: one arm for both; a condition left dml at 4 out.
+    arms = Axis("arm", ("local", "one_way", "dml"))
+    temperature = Axis("strategy.temperature", (1, 4))
+    grid = Grid((arms, temperature), ("local", "local", "one_way-1", "one_way-4", "dml-1", ""))
+    assert questions_of({}, grid, "one_way-4") == {
+        "against one_way": [
+            ("one_way-1", "local"),
+            ("one_way-4", "local"),
+            ("one_way-1", "dml-1"),
+        ]
+    }
+    assert questions_of({}, grid, "local") == {
+        "against local": [("local", "one_way-1"), ("local", "one_way-4"), ("local", "dml-1")]
+    }
+    # What the study asks itself comes first; a sweep over one arm has a baseline like any other.
+    assert questions_of({"mine": ["local", "dml-1"]}, grid) == {"mine": [("local", "dml-1")]}
+    assert questions_of({}, Grid((temperature,), ("dml-1", "dml-4")), "dml-1") == {}
+
+
+def test_each_pair_that_is_asked_about_is_answered_in_a_sentence(runs):
+    questions = {"against a": [("a", "b"), ("a", "d")]}
+    told = answers(runs, questions)
+    assert told[0] == (
+        "Against a, by mean client accuracy at the last round; p of the paired t-test, corrected "
+        "for 2 comparisons by Holm:"
+    )
+    assert told[2].startswith("d beats a by 31.0 points (95 % interval ")
+    # Of very many the tables say enough.
+    assert answers(runs, {str(number): [("a", "b")] for number in range(17)}) == ()
+    assert answers(runs, {"gone": [("a", "refused")]}) == ()
