@@ -45,6 +45,9 @@ START_S = 4.0
 STOP: Row = {"stop": True}
 """The order to drop the round in progress, save the run, and end."""
 
+GOODBYE_S = 1.0
+"""A nursery that still imports, or waits for a process that hangs, is not waited for longer."""
+
 MOST_LOSSES = 3
 """A run that has taken so many processes with it is not tried again."""
 
@@ -206,8 +209,11 @@ class Nursery:
     def close(self) -> None:
         """End it; processes that were forked go on until they are told to stop."""
         self._requests.close()
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @dataclass(slots=True)

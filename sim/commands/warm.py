@@ -44,12 +44,13 @@ def nursery(descriptor: int) -> None:
         while True:
             message, sockets, *_ = socket.recv_fds(requests, 1, 1)
             if not message:
-                return
+                break
             if os.fork() == 0:
                 requests.close()
                 _be_one(sockets[0])
             os.close(sockets[0])
-            _bury()
+            _bury(os.WNOHANG)
+    _bury(0)
 
 
 def _be_one(descriptor: int) -> None:
@@ -66,10 +67,10 @@ def _be_one(descriptor: int) -> None:
         os._exit(0)
 
 
-def _bury() -> None:
-    """Take note of processes that have ended; the system keeps them until then."""
+def _bury(how: int) -> None:
+    """Take note of processes that have ended, or wait for all; the system keeps them until then."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
+        while os.waitpid(-1, how)[0]:
             pass
     except ChildProcessError:
         pass
