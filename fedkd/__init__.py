@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         DistillSettings,
         Settings,
         SettingsError,
+        bundle,
         check_strategy,
+        cite,
         compare,
         cost,
         distill,
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
         ranks,
         report,
         run,
+        table,
         watch,
     )
     from sim import data as data_overview
+    from sim import figures as study_figures
 
 OFFERED = {
     "run": "run",
@@ -46,6 +50,11 @@ OFFERED = {
     "report": "report",
     "cost": "cost",
     "ranks": "ranks",
+    "table": "table",
+    # `fedkd.figures` is a package too.
+    "study_figures": "figures",
+    "cite": "cite",
+    "bundle": "bundle",
     "new": "new",
     "load_model": "load_model",
     "check_strategy": "check_strategy",
@@ -61,7 +70,9 @@ __all__ = [
     "DistillSettings",
     "Settings",
     "SettingsError",
+    "bundle",
     "check_strategy",
+    "cite",
     "compare",
     "cost",
     "data_overview",
@@ -74,6 +85,8 @@ __all__ = [
     "ranks",
     "report",
     "run",
+    "study_figures",
+    "table",
     "watch",
 ]
 

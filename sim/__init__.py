@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from sim.commands.study import compare
     from sim.commands.watch import watch
     from sim.contract import check_strategy
+    from sim.publishing.bundle import bundle
+    from sim.publishing.figures import figures
+    from sim.publishing.methods import cite
+    from sim.publishing.tables import table
     from sim.reports import report
     from sim.reports.costs import cost
     from sim.reports.rankings import ranks
@@ -41,6 +45,10 @@ _FUNCTIONS = {
     "report": "sim.reports",
     "cost": "sim.reports.costs",
     "ranks": "sim.reports.rankings",
+    "table": "sim.publishing.tables",
+    "figures": "sim.publishing.figures",
+    "cite": "sim.publishing.methods",
+    "bundle": "sim.publishing.bundle",
     "new": "sim.scaffold",
     "load_model": "sim.commands.models",
     "check_strategy": "sim.contract",
@@ -56,12 +64,15 @@ __all__ = [
     "DistillSettings",
     "Settings",
     "SettingsError",
+    "bundle",
     "check_strategy",
+    "cite",
     "compare",
     "cost",
     "data",
     "distill",
     "doctor",
+    "figures",
     "load_distill_settings",
     "load_model",
     "load_settings",
@@ -69,6 +80,7 @@ __all__ = [
     "ranks",
     "report",
     "run",
+    "table",
     "watch",
 ]
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 OURS = (fedkd, sim, strategies)
 SHOWING = (
     "sim/reports/",
+    "sim/publishing/",
     "sim/commands/cli/",
     "sim/commands/progress.py",
     "sim/commands/overview.py",

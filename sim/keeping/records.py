@@ -86,6 +86,16 @@ def sealed(row: Row) -> Row:
     return {**row, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
+def sealed_anew(row: Row, files: Mapping[str, bytes]) -> Row:
+    """Return a result whose files of rows are other bytes than the run wrote, sealed with those."""
+    marks = {
+        name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        for name in row.get(_FILES, {})
+    }
+    unsealed = _without_seal(row)
+    return sealed({**unsealed, _FILES: marks} if _FILES in row else unsealed)
+
+
 def _without_seal(row: Row) -> Row:
     return {key: value for key, value in row.items() if key != _SEAL}
 

@@ -11,6 +11,7 @@ from sim.commands.cli.beginning import new
 from sim.commands.cli.distillation import distill
 from sim.commands.cli.ending import main
 from sim.commands.cli.looking import algorithms, data, doctor, privacy
+from sim.commands.cli.publishing import bundle, cite, figures, table
 from sim.commands.cli.reporting import report
 from sim.commands.cli.runs import attack, replay, run, value
 from sim.commands.cli.shell import Command, ManyTimes, app
@@ -39,6 +40,10 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     cost,
     ranks,
+    table,
+    figures,
+    cite,
+    bundle,
     new,
 )
 """In the order of the help."""

@@ -108,7 +108,21 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NO_SETTINGS = ("report", "predict", "export", "replay", "value", "new", "watch", "cost", "ranks")
+NO_SETTINGS = (
+    "report",
+    "predict",
+    "export",
+    "replay",
+    "value",
+    "new",
+    "watch",
+    "cost",
+    "ranks",
+    "table",
+    "figures",
+    "cite",
+    "bundle",
+)
 """Commands that take no settings."""
 ConfigAndOverrides = Annotated[
     list[str] | None,
@@ -172,6 +186,9 @@ def root(
     - `fedkd attack RUN` : what a run tells of private rows
     - `fedkd replay RUN --without-client 3` : what would have been
     - `fedkd report runs/quickstart` : the report again, or over several runs
+    - `fedkd table runs/quickstart` : a study as LaTeX, Markdown, CSV or Parquet
+    - `fedkd cite runs/quickstart` : BibTeX of what it is from, or its methods paragraph
+    - `fedkd bundle runs/quickstart` : one archive with what a reviewer needs
     - `fedkd predict RUN FILES` : what a run's model sees in files
     - `fedkd export RUN` : a run's model as ONNX or torch.export
     """

@@ -1,0 +1,91 @@
+from dataclasses import replace
+
+import pytest
+
+from sim.publishing.bibliography import references
+from sim.publishing.methods import cite, keys_of_study, methods
+from sim.settings import SettingsError
+
+
+def test_the_paragraph_says_what_the_settings_say_and_cites_what_they_use(study):
+    text = methods(study)
+    for words in (
+        r"the digits of scikit-learn~\cite{alpaydin1998digits,pedregosa2011sklearn}",
+        "30 unlabelled rows were public",
+        r"dealt to 2 clients by a Dirichlet distribution over classes with concentration 1~\cite{"
+        "yurochkin2019dirichlet}, at least 2 to each.",
+        "one architecture, mlp(hidden=[8]).",
+        r"for 1 local epoch a round, with Adam~\cite{kingma2015adam} at a learning rate of 0.001, "
+        "in batches of 32, over 2 rounds.",
+        r"\texttt{local} and \texttt{dml}~\cite{zhang2018dml}; others are compared",
+        "as float32 in both directions",
+        "2 seeds (0 and 1)",
+        "cannot fall below p = 0.5.",
+    ):
+        assert words in text, text
+    # Nothing ran on Ray.
+    assert "moritz2018ray" not in text
+    assert "None" not in text
+    assert "nan" not in text.split()
+
+
+def test_every_key_that_is_cited_is_printed_as_bibtex(finished, study):
+    keys = keys_of_study(study)
+    assert {"zhang2018dml", "holm1979simple", "paszke2019pytorch"} <= set(keys) <= set(references())
+    text = cite([str(finished)])
+    assert [line.partition("{")[2][:-1] for line in text.splitlines() if line[:1] == "@"] == keys
+    assert cite([str(finished)], "methods") == methods(study)
+
+
+def test_what_arms_differ_in_is_left_out(swept):
+    text = cite([str(swept)], "methods")
+    assert "dealt to" not in text
+    assert "in 4 arms" in text
+    assert "one seed, 0" in text
+
+
+def with_settings(study, **settings):
+    runs = {
+        arm: [replace(run, settings={**run.settings, **settings}) for run in of_arm]
+        for arm, of_arm in study.runs.items()
+    }
+    return replace(study, runs=runs)
+
+
+def test_a_data_folder_is_named_by_its_end_alone(study):
+    data = {**study.runs["dml"][0].settings["data"], "source": "/home/somebody/sets/mnist"}
+    text = methods(with_settings(study, data=data))
+    assert r"The data were MNIST~\cite{lecun1998gradient}" in text
+    assert "somebody" not in text
+    of_own = methods(with_settings(study, data={**data, "source": "/home/somebody/my_table.csv"}))
+    assert r"The data were my\_table.csv;" in of_own
+    assert "somebody" not in of_own
+
+
+def test_adversaries_and_ray_and_own_algorithms_are_told(study):
+    settings = study.runs["dml"][0].settings
+    told = methods(
+        with_settings(
+            study,
+            adversary={"kind": "sign_flip"},
+            engine={**settings["engine"], "backend": "ray"},
+            strategy={"name": "my_package.my_module:Method"},
+        )
+    )
+    assert r"dishonest (sign\_flip)" in told
+    assert "moritz2018ray" in told
+    assert r"\texttt{my\_package.my\_module:Method} (of our own)" in told
+
+
+@pytest.mark.parametrize(
+    ("names", "format", "said"),
+    [
+        (["dlm"], "bibtex", "unknown algorithm 'dlm'"),
+        ([], "bibtex", "name a study's folder"),
+        (["dml"], "methods", "format methods is about a study"),
+        (["dml"], "bib", "format must be one of bibtex, text, methods, got 'bib'"),
+    ],
+)
+def test_slips_are_named(names, format, said):
+    with pytest.raises(SettingsError, match=said):
+        cite(names, format)
