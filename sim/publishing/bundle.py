@@ -32,7 +32,8 @@ from sim.publishing.latex import label_of
 from sim.publishing.methods import keys_of_study, methods
 from sim.publishing.studies import Study, open_study
 from sim.publishing.tables import table_texts, to_csv, to_latex
-from sim.reports.html import REPORT_FILE, flatten, write_bytes
+from sim.reports.html.settings import flatten
+from sim.reports.html.writing import REPORT_FILE
 from sim.reports.runs import ATTACKS_FILE, STUDY_FILE, VALUE_FILE, RunRecord
 from sim.settings import SettingsError
 
@@ -77,7 +78,7 @@ def bundle(
     )
     files[DIGESTS_FILE] = digests.encode()
     try:
-        write_bytes(path, _zipped(files))
+        path.write_bytes(_zipped(files))
     except OSError as error:
         raise SettingsError(f"output: cannot write {str(path)!r}: {error.strerror}") from None
     return path

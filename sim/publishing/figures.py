@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from fedkd.names import nearest
 from sim.keeping.records import make_folder
 from sim.publishing.studies import Study, open_study
-from sim.reports.html import FIGURES_FOLDER, write_bytes
+from sim.reports.html.pictures import FIGURES_FOLDER
 from sim.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def figures(
     paths = []
     for name, content in drawn.items():
         paths.append(place / f"{name}.{format}")
-        write_bytes(paths[-1], content)
+        paths[-1].write_bytes(content)
     return paths
 
 
@@ -120,7 +120,7 @@ def draw_study(
     from sim.reports.attack_figures import draw_attacks
     from sim.reports.figures import draw_figures
     from sim.reports.grid_figures import WIDE, draw_grid
-    from sim.reports.html import MOST_BY_ARM
+    from sim.reports.html.writing import MOST_BY_ARM
 
     drawn: dict[str, Figure] = {}
     if study.grid is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sim.keeping.records import SETTINGS_FILE
 from sim.reports.grids import Grid, value_label
-from sim.reports.html import flatten
+from sim.reports.html.settings import flatten
 from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,

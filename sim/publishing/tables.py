@@ -14,7 +14,6 @@ from sim.publishing.latex import escape, label_of
 from sim.publishing.studies import Study, open_study
 from sim.publishing.wording import counted, setting_words
 from sim.reports.grids import Plane
-from sim.reports.html import write_bytes
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
     ACCURACIES,
@@ -148,7 +147,7 @@ def _store(path: Path, content: str | bytes) -> None:
         if isinstance(content, str):
             write_text(path, content)
         else:
-            write_bytes(path, content)
+            path.write_bytes(content)
     except OSError as error:
         raise SettingsError(f"output: cannot write {str(path)!r}: {error.strerror}") from None
 
