@@ -2,16 +2,14 @@
 
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from fedkd.names import nearest
 from sim.keeping.records import make_folder
 from sim.publishing.studies import Study, open_study
 from sim.reports.html.pictures import FIGURES_FOLDER
+from sim.reports.html.writing import draw_report
 from sim.settings import SettingsError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Format = Literal["svg", "pdf", "png"]
 
@@ -115,19 +113,9 @@ def draw_study(
     study: Study, style: Any, *, format: str, width: int | float | None = None
 ) -> dict[str, bytes]:
     """Return the figures of a study as files of a format, by name, in the order of the report."""
-    # matplotlib takes a second.
-    from fedkd.figures import figure_bytes
-    from sim.reports.attack_figures import draw_attacks
-    from sim.reports.figures import draw_figures
-    from sim.reports.grid_figures import WIDE, draw_grid
-    from sim.reports.html.writing import MOST_BY_ARM
+    from fedkd.figures import figure_bytes  # imported late: matplotlib takes a second
 
-    drawn: dict[str, Figure] = {}
-    if study.grid is not None:
-        drawn |= draw_grid(study.runs, study.grid, WIDE, style)
-    if study.grid is None or len(study.runs) <= MOST_BY_ARM:
-        drawn |= draw_figures(study.runs, style)
-    drawn |= draw_attacks(study.runs, style)
+    drawn = draw_report(study.runs, study.grid, style=style)
     for figure in drawn.values():
         if width is not None:
             of_figure, height = figure.get_size_inches()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from sim.keeping.records import make_folder, write_text
 from sim.reports.counterfactual import VALUE_WORDS
@@ -19,6 +20,11 @@ from sim.reports.statistics import measured_title, summarize
 from sim.reports.tables import FEW
 from sim.reports.terminal import NOTHING
 from sim.settings import SettingsError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedkd.figures.saving import Style
 
 REPORT_FILE = "report.html"
 
@@ -76,8 +82,8 @@ def write_report(
         raise SettingsError("a report needs at least one run, got none")
     summaries = [summarize(arm, of_arm) for arm, of_arm in runs.items()]
     questions = questions_of(families, grid, baseline)
-    crowded = grid is not None and len(runs) > MOST_BY_ARM
-    pictures, files = _drawn(runs, grid, crowded=crowded)
+    crowded = is_crowded(runs, grid)
+    pictures, files = _drawn(runs, grid)
     differing, common = split_settings(runs)
     environments = [run.environment for of_arm in runs.values() for run in of_arm]
     text = template("report.html").render(
@@ -129,23 +135,48 @@ def write_report(
     return folder / REPORT_FILE
 
 
-def _drawn(
-    runs: Mapping[str, Sequence[RunRecord]], grid: Grid | None, *, crowded: bool
-) -> tuple[dict[str, Picture], dict[str, str]]:
-    """Return all figures to embed, and the texts of their files, by name."""
+def draw_report(
+    runs: Mapping[str, Sequence[RunRecord]],
+    grid: Grid | None,
+    columns: int | None = None,
+    style: "Style | None" = None,
+) -> "dict[str, Figure]":
+    """Draw all figures of a report, by name and in its order.
+
+    Args:
+        runs: of each arm.
+        grid: how arms that come from a sweep lie side by side.
+        columns: panels side by side; as on a screen by default.
+        style: the report's by default.
+    """
     # matplotlib takes a second, and whoever reads or lists runs draws nothing.
     from sim.reports.attack_figures import draw_attacks
-    from sim.reports.figures import NARROW, WIDE, draw_figures
+    from sim.reports.figures import STYLE, WIDE, draw_figures
     from sim.reports.grid_figures import draw_grid
     from sim.reports.study_figures import draw_study
 
-    wide, narrow = (
-        (draw_grid(runs, grid, columns) if grid is not None else {})
-        | draw_study(runs, columns=columns)
-        | draw_attacks(runs, columns=columns)
-        | ({} if crowded else draw_figures(runs, columns=columns))
-        for columns in (WIDE, NARROW)
+    columns = WIDE if columns is None else columns
+    style = STYLE if style is None else style
+    return (
+        (draw_grid(runs, grid, columns, style) if grid is not None else {})
+        | draw_study(runs, style, columns)
+        | draw_attacks(runs, style, columns)
+        | ({} if is_crowded(runs, grid) else draw_figures(runs, style, columns))
     )
+
+
+def is_crowded(runs: Mapping[str, Sequence[RunRecord]], grid: Grid | None) -> bool:
+    """Return whether a sweep has too many arms for a line each."""
+    return grid is not None and len(runs) > MOST_BY_ARM
+
+
+def _drawn(
+    runs: Mapping[str, Sequence[RunRecord]], grid: Grid | None
+) -> tuple[dict[str, Picture], dict[str, str]]:
+    """Return all figures to embed, and the texts of their files, by name."""
+    from sim.reports.figures import NARROW, WIDE
+
+    wide, narrow = (draw_report(runs, grid, columns) for columns in (WIDE, NARROW))
     pictures, files = {}, {}
     for name, figure in wide.items():
         pictures[name], files[name] = picture(name, TITLES[name], figure, narrow[name])
