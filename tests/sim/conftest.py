@@ -1,7 +1,9 @@
-"""Small runs that finish in a second or two."""
+"""Small runs that finish in a second or two, and a browser for the pages that we make."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,31 @@ SMALL = (
     "data.partition.min_rows=2",
     "engine.backend=inline",
 )
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+PAGE_FAULTS = Path(__file__).with_name("page_faults.js")
+"""A script that returns what is cut, lies outside, or lacks words on a page."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Open a Chromium; tests that need one are skipped where there is none, or no playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    with playwright.sync_playwright() as running:
+        # The sandbox needs what root in a container lacks; the pages are our own.
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def page_faults() -> str:
+    return PAGE_FAULTS.read_text(encoding="utf-8")
 
 
 @pytest.fixture

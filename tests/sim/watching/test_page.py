@@ -1,29 +1,11 @@
 """The page as a browser shows it; needs playwright and a Chromium, and is skipped without."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        # Tests run as root in containers, where Chromium has no sandbox.
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+pytestmark = pytest.mark.slow
 
 
 def opened(browser: Any, url: str, **how: Any) -> tuple[Any, list[str]]:
@@ -39,10 +21,13 @@ def opened(browser: Any, url: str, **how: Any) -> tuple[Any, list[str]]:
 
 @pytest.mark.parametrize("width", [1280, 768, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_and_nothing_is_wrong(browser: Any, server: Any, width: int, scheme: str) -> None:
+def test_it_fits_and_nothing_is_wrong(
+    browser: Any, page_faults: str, server: Any, width: int, scheme: str
+) -> None:
     size = {"width": width, "height": 900}
     page, said = opened(browser, server.url, viewport=size, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(page_faults) == []
     assert said == []
     page.close()
 

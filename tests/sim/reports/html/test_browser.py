@@ -14,24 +14,7 @@ import pytest
 from sim.reports import write_report
 from sim.reports.grids import Axis, Grid
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 WIDTHS = (1280, 768, 400)
-
-FAULTS = Path(__file__).with_name("faults.js").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(NAMES)} is installed")
-    with playwright.sync_playwright() as running:
-        # The sandbox needs what root in a container lacks; the page is our own.
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -102,24 +85,32 @@ def _writer():
     return module.write_run
 
 
-def faults(browser, source, *, width=1280, scheme="light", opened=True):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    try:
-        if isinstance(source, Path):
-            page.goto(source.as_uri())
-        else:
-            page.set_content(source)
-        if opened:
-            page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-        return page.evaluate(FAULTS)
-    finally:
-        page.close()
+@pytest.fixture
+def faults(browser, page_faults):
+    """Look for faults of a page, a file or its text."""
+
+    def found(source, *, width=1280, scheme="light", opened=True):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        try:
+            if isinstance(source, Path):
+                page.goto(source.as_uri())
+            else:
+                page.set_content(source)
+            if opened:
+                page.evaluate(
+                    "document.querySelectorAll('details').forEach(each => each.open = true)"
+                )
+            return page.evaluate(page_faults)
+        finally:
+            page.close()
+
+    return found
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_is_cut_outside_or_without_words(browser, page_file, width, scheme):
-    assert faults(browser, page_file, width=width, scheme=scheme) == []
+def test_nothing_is_cut_outside_or_without_words(faults, page_file, width, scheme):
+    assert faults(page_file, width=width, scheme=scheme) == []
 
 
 def test_a_phone_gets_figures_of_its_own(browser, page_file):
@@ -208,7 +199,7 @@ BASE = (
         ("<main></main>", "no landmark main"),
     ],
 )
-def test_each_fault_is_found_where_it_is_planted(browser, planted, fault):
-    assert faults(browser, BASE.format("fine")) == []
-    found = faults(browser, BASE.format(planted))
+def test_each_fault_is_found_where_it_is_planted(faults, planted, fault):
+    assert faults(BASE.format("fine")) == []
+    found = faults(BASE.format(planted))
     assert any(line.startswith(fault) for line in found), found
