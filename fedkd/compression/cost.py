@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fedkd.compression.pruning import dense_state
 from fedkd.compression.quantisation import quantised_header
@@ -109,15 +110,12 @@ def row_flops(module: nn.Module, input_shape: Shape) -> RowFlops:
     try:
         with torch.no_grad():
             predicted = _count_flops(module, row)
-        with (
-            torch.enable_grad(),
-            _separate_products(),
-            FlopCounterMode(display=False) as counter,
-        ):
+        counter = _OperationCounter()
+        with torch.enable_grad(), _separate_products(), counter:
             logits = module(row)
             if logits.requires_grad:
                 torch.autograd.grad(logits.sum(), learning, allow_unused=True)
-        return RowFlops(int(counter.get_total_flops()), predicted)
+        return RowFlops(counter.total, predicted)
     finally:
         for part, training in modes.items():
             part.training = training
@@ -132,9 +130,45 @@ def model_file(module: nn.Module) -> bytes:
 
 
 def _count_flops(module: nn.Module, inputs: Tensor) -> int:
-    with _separate_products(), FlopCounterMode(display=False) as counter:
+    counter = _OperationCounter()
+    with _separate_products(), counter:
         module(inputs)
-    return int(counter.get_total_flops())
+    return counter.total
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Sums what torch's own formulas say of each operation.
+
+    As ``torch.utils.flop_counter.FlopCounterMode`` does, which imports torch's compiler as well: a
+    second of every report.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the compiler is imported to be told to stay away from here.
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        with self:
+            parts = func.decompose(*args, **named)
+        if parts is not NotImplemented:
+            return parts
+        result = func(*args, **named)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **named, out_val=result))
+        return result
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -305,8 +306,9 @@ def package_versions() -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
+@cache
 def environment(device: str) -> Row:
-    """Describe what the run ran on."""
+    """Describe what the run ran on; asked once in a process, whose code is what it imported."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

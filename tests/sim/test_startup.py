@@ -76,3 +76,9 @@ def test_a_worker_loads_no_more_than_a_run() -> None:
     modules = loaded("import sys, sim.engine.session")
     assert not among(modules, NO_RUN_NEEDS)
     assert {"torch", "ray", "sim.engine.runtime"} <= modules
+
+
+def test_operations_are_counted_without_the_compiler() -> None:
+    counts = "import sys, torch; from fedkd.compression.cost import row_flops as count"
+    modules = loaded(f"{counts}; assert count(torch.nn.Linear(2, 3), (2,)).predicted == 12")
+    assert not among(modules, NO_RUN_NEEDS)
