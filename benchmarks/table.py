@@ -15,6 +15,7 @@ from pathlib import Path
 
 SCRIPTS = (
     "startup",
+    "studies",
     "orchestration",
     "loop_ratio",
     "simulators",

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sim.commands.progress import Bars, FitProgress, Lines, ProgressObserver, Signs, signs_of_life
+from sim.commands.progress import (
+    Bars,
+    FitProgress,
+    Lines,
+    ProgressObserver,
+    Signs,
+    StudyProgress,
+    signs_of_life,
+)
 from sim.commands.running import run
 from sim.settings import Settings
 
@@ -211,3 +219,46 @@ def test_attacks_are_shown_while_they_go_on_and_are_over_when_they_are(terminal:
             "dp: attacks: shadow federation 9 of 16, 0:00:40",
             "dp: attacks: over, 0:00:40",
         ]
+
+
+class Overall(Signs):
+    """Keeps what is said of a whole study."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int, str]] = []
+
+    def overall(self, completed: int, total: int, note: str) -> None:
+        self.told.append((completed, total, note))
+
+
+def test_a_study_counts_rounds_of_all_its_runs_and_what_time_they_leave(
+    small: Callable[..., Settings],
+) -> None:
+    now = 0.0
+    signs = Overall()
+    progress = StudyProgress(signs, lambda: now)
+    progress.planned([2, 2, 2])
+    settings = small("rounds=2")
+    (first, _), (second, _) = progress.observers("local", 0), progress.observers("dml", 0)
+    first.started(settings, None)  # type: ignore[arg-type]
+    second.started(settings, None)  # type: ignore[arg-type]
+    # Its first round was made by another command: it took no time here.
+    second.returned(1)
+    assert signs.told[-1] == (1, 6, "0/3 runs, 2 running")
+    now = 10.0
+    second.metrics([])
+    assert signs.told[-1] == (2, 6, "1/3 runs, 1 running, 0:00:40 left")
+    # It goes back after its last round, and is no more over.
+    second.returned(1)
+    assert signs.told[-1] == (1, 6, "0/3 runs, 2 running, 0:00:50 left")
+
+
+def test_a_study_of_one_run_needs_no_count_of_runs(small: Callable[..., Settings]) -> None:
+    signs = Overall()
+    progress = StudyProgress(signs)
+    progress.planned([2])
+    (part, _) = progress.observers("local", 0)
+    part.started(small("rounds=2"), None)  # type: ignore[arg-type]
+    part.metrics([])
+    assert signs.told == []
