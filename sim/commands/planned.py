@@ -110,5 +110,6 @@ def make_run(
             observers=observer_of(each.arm, each.settings.seed),
             session=session,
             lost=lost,
+            progress=False,
         )
     return True

@@ -59,6 +59,8 @@ from strategies.contract import Strategy
 from strategies.contract.trying import check_models
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sim.engine.session import RaySession
 
 MOST_RETURNS = 3
@@ -82,11 +84,11 @@ class RunResult:
         privacy: what was promised and spent, and what an audit proved; empty where nothing is.
     """
 
-    settings: Settings
+    settings: Settings = field(repr=False)
     folder: Path
     status: str
     weights_sha256: str | None
-    history: History
+    history: History = field(repr=False)
     seconds: float
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     models: Mapping[str, Row] = field(default_factory=dict)
@@ -111,6 +113,44 @@ class RunResult:
                 self.history, self.settings.clients.count, selects=not self.settings.privacy.on
             ),
         }
+
+    def to_pandas(self, rows: str = "rounds") -> "pd.DataFrame":
+        """Return what the run's folder holds as a tidy data frame.
+
+        Args:
+            rows: what a row is: ``rounds`` (the federation's measures), ``clients`` (each client
+                in each round), or ``runs`` (one row: the last and the selected round).
+
+        Returns:
+            One observation a row and one measure a column, beginning with ``arm`` and ``seed``;
+            accuracies are shares in [0, 1]. Columns in which nothing stands are left out.
+
+        Raises:
+            SettingsError: if ``rows`` is none of these, or the folder is gone.
+        """
+        from sim.publishing.frames import tidy_rows, to_pandas
+        from sim.publishing.studies import open_study
+
+        return to_pandas(tidy_rows(open_study(self.folder), rows))
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        from sim.publishing.hypertext import to_html
+        from sim.reports.terminal import NOTHING
+
+        last = self.history.federation[-1] if self.history.federation else {}
+        accuracy = last.get("accuracy")
+        found = [
+            ("strategy", self.settings.strategy.name),
+            ("seed", str(self.settings.seed)),
+            ("status", self.status),
+            ("rounds", str(len(self.history.federation))),
+            ("mean client accuracy", NOTHING if accuracy is None else f"{100 * accuracy:.1f} %"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        return to_html(
+            [name for name, _ in found], [[value for _, value in found]], [str(self.folder)]
+        )
 
 
 def load_data(settings: Settings, *, nodes: bool = False) -> FederatedData:
@@ -268,6 +308,7 @@ def run(
     observers: Sequence[Observer] = (),
     session: "RaySession | None" = None,
     lost: str = "",
+    progress: bool | None = None,
 ) -> RunResult:
     """Run a federation, or go on with one that was stopped.
 
@@ -283,6 +324,8 @@ def run(
         session: a Ray session to run in; by default one is started and stopped.
         lost: what became of the process that made this run before, told as an event; empty if
             nothing did.
+        progress: show how far it is: in a notebook a line that changes in its place, elsewhere as
+            the command line does, on standard error. By default in a notebook only.
 
     Returns:
         The result; the same is on disk in ``result.json``.
@@ -308,6 +351,26 @@ def run(
         >>> fedkd.run(resume=result.folder).weights_sha256 == result.weights_sha256  # only read
         True
     """
+    from sim.commands.notebooks import shown  # imported late: it brings rich
+
+    with shown(progress) as signs:
+        if signs is not None:
+            from sim.commands.progress import ProgressObserver
+
+            label = resume.name if resume else (settings or Settings()).strategy.name
+            observers = [*observers, ProgressObserver(signs, label)]
+        return _run(settings, folder, resume, accept_code, observers, session, lost)
+
+
+def _run(
+    settings: Settings | None,
+    folder: Path | None,
+    resume: Path | None,
+    accept_code: bool,
+    observers: Sequence[Observer],
+    session: "RaySession | None",
+    lost: str,
+) -> RunResult:
     if resume is not None:
         # What was handed over in Python is allowed by that; what only the folder says is not.
         own = (

@@ -38,7 +38,10 @@ from sim.settings import Settings, SettingsError, check_seeds
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sim.engine.session import RaySession
+    from sim.publishing.studies import Study as Published
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,12 @@ class StudyResult:
 
     folder: Path
     report: Path
-    runs: Mapping[str, Sequence[RunRecord]]
+    runs: Mapping[str, Sequence[RunRecord]] = field(repr=False)
     baseline: str
     notes: Sequence[str] = ()
-    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     refused: Mapping[str, str] = field(default_factory=dict)
-    grid: Grid | None = None
+    grid: Grid | None = field(default=None, repr=False)
     families: Families = field(default_factory=dict)
     precision: float = PRECISION
     matching: Matching | None = None
@@ -100,6 +103,43 @@ class StudyResult:
                 for arm, records in self.runs.items()
             },
         }
+
+    def to_pandas(self, rows: str = "runs") -> "pd.DataFrame":
+        """Return the numbers as a tidy data frame.
+
+        Args:
+            rows: what a row is: ``runs`` (each seed of each arm), ``arms`` (means over seeds with
+                intervals), ``rounds`` (the federation in each round) or ``clients`` (each client
+                in each round).
+
+        Returns:
+            One observation a row and one measure a column, beginning with ``arm`` and the settings
+            in which arms differ; accuracies are shares in [0, 1]. Columns in which nothing stands
+            are left out.
+
+        Raises:
+            SettingsError: if ``rows`` is none of these.
+        """
+        from sim.publishing.frames import tidy_rows, to_pandas
+
+        return to_pandas(tidy_rows(self._published(), rows))
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        from sim.publishing.hypertext import to_html
+        from sim.publishing.tables import table_texts
+
+        compared = ["difference", "p_holm"] if len(self.runs) > 1 else []
+        [table] = table_texts(self._published(), ["accuracy", *compared])
+        rows = [[arm, *(cell.text for cell in cells)] for arm, cells in table.rows]
+        below = [table.caption, f"report: {self.report}"]
+        return to_html([table.head, *table.titles], rows, below)
+
+    def _published(self) -> "Published":
+        from sim.publishing.studies import Study as Published
+
+        runs = {arm: of_arm for arm, of_arm in self.runs.items() if of_arm}
+        return Published(self.folder, runs, self.baseline, self.grid, self.refused)
 
 
 def baseline_arm(
@@ -281,6 +321,7 @@ def compare(
     observer_of: ObserverOf | None = None,
     tell: Callable[[str], None] | None = None,
     planned: Callable[["StudyPlan"], None] | None = None,
+    progress: bool | None = None,
 ) -> StudyResult:
     """Run every arm with every seed and report on them.
 
@@ -306,6 +347,9 @@ def compare(
             (``study.parallel``) they are not told what travelled.
         tell: is told, before anything runs, what the notes say about arms and earlier runs.
         planned: is told what is going to run, once that is known and has been checked.
+        progress: show how far it is, where ``observer_of`` does not: in a notebook a line that
+            changes in its place, elsewhere as the command line does, on standard error. By default
+            in a notebook only.
 
     Returns:
         The runs and the path of the report.
@@ -321,6 +365,41 @@ def compare(
         >>> [arm["arm"] for arm in study.to_row()["arms"]]
         ['local', 'dml']
     """
+    from sim.commands.notebooks import shown  # imported late: it brings rich
+
+    with shown(progress if observer_of is None else False) as signs:
+        if signs is not None:
+            from sim.commands.progress import StudyProgress
+
+            counted = StudyProgress(signs)
+            observer_of, tell = counted.observers, tell or signs.say
+            planned = _both(
+                lambda plan: counted.planned([run.settings.rounds for run in plan.left]), planned
+            )
+        return _compare(settings, arms, seeds, baseline, accept_code, observer_of, tell, planned)
+
+
+def _both(
+    first: Callable[["StudyPlan"], None], second: Callable[["StudyPlan"], None] | None
+) -> Callable[["StudyPlan"], None]:
+    def told(plan: StudyPlan) -> None:
+        first(plan)
+        if second is not None:
+            second(plan)
+
+    return told
+
+
+def _compare(
+    settings: Settings | Study | None,
+    arms: Sequence[str] | None,
+    seeds: int | None,
+    baseline: str | None,
+    accept_code: bool,
+    observer_of: ObserverOf | None,
+    tell: Callable[[str], None] | None,
+    planned: Callable[["StudyPlan"], None] | None,
+) -> StudyResult:
     study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
     if study.settings.study.match != "none":
         (tell or _ignore)("study.match: two rounds of each arm are tried, to count what they take")

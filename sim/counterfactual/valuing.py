@@ -474,6 +474,7 @@ def run_coalition(
         resume=place if begun else None,
         observers=observers,
         session=session,
+        progress=False,
     )
     # All clients' models, of every coalition, would fill the disk.
     with suppress(OSError):

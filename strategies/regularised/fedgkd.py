@@ -1,7 +1,7 @@
 """FedGKD: clients are taught by what the global model was in the last rounds.
 
 Source: Yao, Pan, Dai, Wan, Ding, Jin, Xu, Sun, 2021, Local-Global Knowledge Distillation in
-Heterogeneous Federated Learning. https://arxiv.org/abs/2107.00051
+Heterogeneous Federated Learning with Non-IID Data. https://arxiv.org/abs/2107.00051
 FedAvg, whose clients also minimise g * T^2 * KL(teacher || client). The teacher is the mean of the
 weights of the last M global models, or (FedGKD-VOTE) each of them is one, weighted by the softmax
 of its negated loss on validation rows. It stays as it is, in evaluation mode; round 1 has none.

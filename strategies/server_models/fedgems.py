@@ -1,6 +1,6 @@
 """FedGEMS: a large server model learns from itself where it can, and asks clients where it cannot.
 
-Source: Cheng, Wu, Xiao, Liu, 2021, FedGEMS: Federated Learning of Larger Server Models via
+Source: Cheng, Wu, Xiao, Liu, Liu, 2021, FedGEMS: Federated Learning of Larger Server Models via
 Selective Knowledge Fusion. https://arxiv.org/abs/2110.11027
 Of labelled public rows the server keeps its own logits where it gets the label (the pool). A row
 that it gets wrong is taught by the pool, or, where that has none, by the clients that get it right;
