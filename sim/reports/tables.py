@@ -59,7 +59,7 @@ def _end(share: float, *, signed: bool) -> str:
     return points(share, signed=signed).removesuffix(".0")
 
 
-def kilobytes(value: Estimate | float | None) -> str:
+def kilobytes(value: Estimate | int | float | None) -> str:
     """Write bytes as kB of 1000 bytes; few bytes are not written as none."""
     if value is None:
         return NOTHING
