@@ -394,12 +394,12 @@ def _notes(outlook: StudyOutlook) -> list[str]:
     return notes
 
 
-def _size(amount: float) -> str:
+def _size(amount: int | float) -> str:
     """Write bytes in the unit that leaves few digits; a MB is 1000 kB."""
     return f"{amount / 1e6:,.1f} MB" if amount >= 1e7 else f"{kilobytes(amount)} kB"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     """Write seconds so that a person can read them."""
     if seconds < 10:
         return f"{seconds:.2g} s"
