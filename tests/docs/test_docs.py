@@ -224,7 +224,7 @@ SWEPT_BY = ("--sweep", "--together", "--only", "--without")
 # Code of the reader's own, what is left open, and a mistake made to show what is said of it.
 NOT_OURS = {
     *("strategy.name=my_package.my_module:MyMethod", "strategy.name=vote:Vote"),
-    *("data.source=...", "rouns=3"),
+    *("data.source=...", "rouns=3", "study.arms.surest.strategy=surest:Surest"),
 }
 
 
