@@ -451,6 +451,7 @@ def _compare(
             grid=study.grid,
             families=study.families,
             precision=settings.study.precision / 100,
+            notes=notes,
         )
     return StudyResult(
         folder=place,

@@ -1,6 +1,7 @@
 """`ranks`: studies, or the values of a sweep, as data sets over which arms are ranked."""
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -47,7 +48,9 @@ def ranks(paths: Sequence[Path], *, over: Sequence[str] = (), measure: str = "ac
         )
     unique = list({path.resolve(): path for path in paths}.values())
     found: dict[str, dict[str, dict[int, float]]] = {}
+    dealt: dict[str, Path] = {}
     for path in unique:
+        _check_other_data(path, load_arms(path), dealt)
         for name, runs in _data_sets(load_arms(path), over, several=len(unique) > 1).items():
             while name in found:
                 name += "'"
@@ -76,6 +79,27 @@ def ranks(paths: Sequence[Path], *, over: Sequence[str] = (), measure: str = "ac
         seeds=tuple(seeds),
         left_out=tuple(arm for arm in every if arm not in common),
     )
+
+
+def _check_other_data(path: Path, loaded: LoadedArms, dealt: dict[str, Path]) -> None:
+    """Refuse a study of the data that an earlier one has: ranks over copies of one prove nothing.
+
+    Args:
+        path: of the study.
+        loaded: its arms.
+        dealt: the study of each way that data were dealt so far; gets this one's.
+    """
+    first = next((of_arm[0] for of_arm in loaded.runs.values() if of_arm), None)
+    if first is None or loaded.grid is not None:
+        return
+    count = first.settings.get("clients", {}).get("count")
+    key = json.dumps([first.settings.get("data"), count], sort_keys=True, default=str)
+    if key in dealt:
+        raise SettingsError(
+            f"{str(dealt[key])!r} and {str(path)!r} deal the same data to as many clients: they "
+            "are one data set; give studies that differ in data, or sweep over data.*"
+        )
+    dealt[key] = path
 
 
 def _finished(runs: Sequence[RunRecord], measure: str) -> dict[int, float]:

@@ -366,6 +366,14 @@ def study_precision(folder: Path) -> float:
     return number(_read_json(folder, STUDY_FILE), "precision") or PRECISION
 
 
+def study_notes(folder: Path) -> tuple[str, ...]:
+    """Return what a reader of a study's tables has to know, a sentence each."""
+    notes = _read_json(folder, STUDY_FILE).get("notes", [])
+    if not isinstance(notes, list):
+        raise _damaged(folder, STUDY_FILE, "'notes' must be a list of sentences")
+    return tuple(map(str, notes))
+
+
 def study_baseline(folder: Path) -> str | None:
     """Return the arm that a study compares its others with, where its file names one."""
     baseline = _read_json(folder, STUDY_FILE).get("baseline")
@@ -426,7 +434,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(
             f"{str(folder)!r} is not a run folder: it has no {SETTINGS_FILE}"
-            + ("" if folder.is_dir() else " (no such folder)")
+            + (
+                ""
+                if folder.is_dir()
+                else " (no such folder; of a study, the study's command makes a lost run again)"
+            )
         )
     try:
         return fill_in(read_yaml(path))

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedkd_start import OURS
 from sim.settings import SettingsError
+from strategies import STRATEGIES
 
 TEMPLATE = Path(__file__).parent / "template"
 """A package that runs as it is, called `my_method`; our own tests use it."""
@@ -76,6 +77,10 @@ def new(name: str, *, folder: Path | None = None) -> Scaffold:
     place = folder if folder is not None else Path(package)
     if place.exists():
         raise SettingsError(f"{str(place)!r} is there already; nothing was written")
+    if package in STRATEGIES:
+        raise SettingsError(
+            f"NAME must not be one of fedkd's algorithms, got {name!r}; see fedkd algorithms"
+        )
     if package in OURS or package in sys.stdlib_module_names or _is_installed(package):
         raise SettingsError(
             f"NAME must be a package that is not there yet: Python finds another {package!r}"

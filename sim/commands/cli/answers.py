@@ -132,8 +132,14 @@ def _percent(text: str) -> float:
     from sim.settings import SettingsError
 
     try:
-        return float(text.removesuffix("%"))
+        percent = float(text.removesuffix("%"))
     except ValueError:
         raise SettingsError(
             f"--to takes accuracies in percent, such as 60,80, got {text!r}"
         ) from None
+    if 0 < percent <= 1 and not text.endswith("%"):
+        raise SettingsError(
+            f"--to takes accuracies in percent: write {100 * percent:g}, or {text}% if you mean "
+            f"it, got {text!r}"
+        )
+    return percent

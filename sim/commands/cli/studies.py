@@ -165,7 +165,8 @@ def compare(
         print_table(summary_table(study.runs, study.baseline, study.refused), wide=wide)
         if is_attacked(study.runs):
             print_table(leakage_table(study.runs), wide=wide)
-        print_words(*(note for note in study.notes if note not in told))
+        matched = study.matching.sentences() if study.matching is not None else []
+        print_words(*matched, *(note for note in study.notes if note not in [*told, *matched]))
         typer.echo(f"report {study.report}")
         # Last, because it is what the study was for.
         planes = plane_tables(study.runs, study.grid, study.refused) if study.grid else []

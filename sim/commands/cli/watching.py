@@ -67,13 +67,11 @@ def watch(
         if once:
             sight = next(look_at(folder))
             _print_once(sight, console, json=json)
-            return
-        sight = (
-            _follow_in_lines(folder, json=json)
-            if json or not console.is_interactive
-            else _follow_live(folder, console)
-        )
-    if sight.condition != "finished":
+        elif json or not console.is_interactive:
+            sight = _follow_in_lines(folder, json=json)
+        else:
+            sight = _follow_live(folder, console)
+    if sight.condition not in ("finished", *(("running",) if once else ())):
         say(sight.ended())
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ from sim.reports.runs import (
     study_baseline,
     study_families,
     study_grid,
+    study_notes,
     study_precision,
     study_refused,
 )
@@ -93,6 +94,7 @@ def report(
         grid=study_grid(study),
         families=study_families(study),
         precision=study_precision(study),
+        notes=study_notes(study),
     )
 
 

@@ -59,6 +59,7 @@ def write_report(
     grid: Grid | None = None,
     families: Families = MappingProxyType({}),
     precision: float = PRECISION,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write ``report.html`` and ``figures/<name>.svg`` and return the path of the former.
 
@@ -71,6 +72,7 @@ def write_report(
         grid: how arms that come from a sweep lie side by side.
         families: arms that belong to one question; where there are any only their pairs are shown.
         precision: the half width of an interval that is wanted, a share.
+        notes: what a reader has to know, a sentence each.
 
     Raises:
         SettingsError: if there is no run, an arm has two runs with one seed, the baseline is none
@@ -88,6 +90,7 @@ def write_report(
     environments = [run.environment for of_arm in runs.values() for run in of_arm]
     text = template("report.html").render(
         title=title,
+        notes=notes,
         overview=arms.overview(summaries, runs),
         answer=comparisons.answer(runs, summaries, baseline, precision, questions),
         accuracies=arms.accuracy_table(summaries, order),

@@ -35,7 +35,7 @@ def test_precision_is_kept_with_the_study(study):
 
 
 def test_costs_are_told_for_every_arm(fedkd, study):
-    code, out, _ = fedkd("cost", study.folder, "--to", "1", "--at", "rounds=1,bytes=1kB", "--json")
+    code, out, _ = fedkd("cost", study.folder, "--to", "1%", "--at", "rounds=1,bytes=1kB", "--json")
     assert code == 0
     found = json.loads(out)
     assert [row["arm"] for row in found["to"]] == [*study.runs]
@@ -61,6 +61,12 @@ def test_what_cannot_be_asked_is_refused(fedkd, study, words, said):
     code, _, err = fedkd("cost", study.folder, *words)
     assert code == 2
     assert said in err
+
+
+def test_a_share_is_not_taken_for_a_percentage(fedkd, study):
+    code, _, err = fedkd("cost", study.folder, "--to", "0.8")
+    assert code == 2
+    assert "--to takes accuracies in percent: write 80, or 0.8% if you mean it" in err
 
 
 def test_a_sweep_over_the_data_is_ranked_and_drawn(fedkd, study, tmp_path):

@@ -14,7 +14,7 @@ from sim.settings import SettingsError
 RISES = {"one": {"a": 0.0, "b": 0.1, "c": 0.2}, "two": {"b": 0.1, "a": 0.15, "only": 0.3}}
 
 
-def write_study(folder, arms, run_folder, grid=None, seeds=2):
+def write_study(folder, arms, run_folder, grid=None, seeds=2, source=None):
     for arm, accuracy in arms.items():
         for seed in range(seeds):
             run_folder(
@@ -22,6 +22,7 @@ def write_study(folder, arms, run_folder, grid=None, seeds=2):
                 seed=seed,
                 accuracies=[0.5 + accuracy + seed / 100],
                 silent=True,
+                settings={"data": {"source": source or folder.name}},
             )
     table = {
         "name": folder.name,
@@ -82,6 +83,15 @@ def test_what_cannot_be_ranked_is_said(studies):
         ranks(studies, measure="acuracy")
     with pytest.raises(SettingsError, match="with 0"):
         ranks(studies, measure="server_accuracy")
+
+
+def test_two_studies_of_the_same_data_are_no_two_data_sets(tmp_path, run_folder):
+    same = [
+        write_study(tmp_path / name, {"a": 0.0, "b": 0.1}, run_folder, source="digits")
+        for name in ("first", "again")
+    ]
+    with pytest.raises(SettingsError, match=r"'.*first' and '.*again' deal the same data"):
+        ranks(same)
 
 
 def test_the_diagram_names_every_arm_and_joins_those_alike():

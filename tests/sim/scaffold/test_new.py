@@ -101,6 +101,7 @@ def test_what_it_makes_runs_from_its_folder_and_its_study_can_be_planned(
         ("torch", "finds another 'torch'"),
         ("json", "finds another 'json'"),
         ("sim", "finds another 'sim'"),
+        ("fedmd", "one of fedkd's algorithms"),
     ],
 )
 def test_names_that_no_package_can_have_are_refused(

@@ -395,3 +395,10 @@ def test_a_large_sweep_has_no_lines_for_every_arm_and_no_pairs(make_run, tmp_pat
     assert "Every pair" not in page.text
     names = {figure.stem for figure in (tmp_path / "figures").glob("*.svg")}
     assert names == {"accuracy_in_grid", "accuracy_by_value"}
+
+
+def test_what_a_reader_has_to_know_stands_with_the_answer(make_run, tmp_path):
+    runs = {"dml": [make_run(strategy="dml", arm="dml", seed=0)]}
+    page = write_report(runs, tmp_path, title="x", notes=("matched by steps to dml",)).read_text()
+    answer = page[page.index('id="answer"') : page.index('id="arms"')]
+    assert "matched by steps to dml" in answer
