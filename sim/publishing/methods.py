@@ -71,6 +71,14 @@ def cite(names: Sequence[str], format: str = "bibtex") -> str:
     if folders:
         study = open_study(Path(folders[0]))
         return methods(study) if format == "methods" else _written(keys_of_study(study), format)
+    for name in names:
+        if "/" in name:
+            raise SettingsError(f"there is no folder {name}")
+        if ":" in name:
+            raise SettingsError(
+                f"cite knows fedkd's own algorithms only, got {name!r}; `fedkd algorithms {name}` "
+                "shows its source"
+            )
     if format == "methods":
         raise SettingsError("format methods is about a study; name its folder")
     return _written([key for name in names for key in keys_of(name)], format)
@@ -263,7 +271,7 @@ def _seeds(study: Study) -> str:
         if len(seeds) < ENOUGH_SEEDS:
             told += (
                 f". With so few seeds the exact sign-flip test{_cite('fisher1935design')} cannot "
-                f"fall below p = {2 / 2 ** len(seeds):.2g}"
+                f"fall below p = {2 / 2 ** len(seeds):.3g}"
             )
     return f"{told}."
 

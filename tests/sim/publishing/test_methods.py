@@ -77,10 +77,20 @@ def test_adversaries_and_ray_and_own_algorithms_are_told(study):
     assert r"\texttt{my\_package.my\_module:Method} (of our own)" in told
 
 
+def test_the_least_p_is_not_rounded_below_what_it_is(study):
+    runs = {
+        arm: tuple(replace(of_arm[0], seed=s) for s in range(4))
+        for arm, of_arm in study.runs.items()
+    }
+    assert "cannot fall below p = 0.125." in methods(replace(study, runs=runs))
+
+
 @pytest.mark.parametrize(
     ("names", "format", "said"),
     [
         (["dlm"], "bibtex", "unknown algorithm 'dlm'"),
+        (["runs/nowhere"], "bibtex", "there is no folder runs/nowhere"),
+        (["package:Class"], "bibtex", "`fedkd algorithms package:Class` shows its source"),
         ([], "bibtex", "name a study's folder"),
         (["dml"], "methods", "format methods is about a study"),
         (["dml"], "bib", "format must be one of bibtex, text, methods, got 'bib'"),
