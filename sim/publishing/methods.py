@@ -24,6 +24,7 @@ from sim.publishing.wording import (
 from sim.reports.runs import RunRecord, model_label
 from sim.reports.statistics import ENOUGH_SEEDS
 from sim.settings import SettingsError
+from sim.settings.combinations import ARM
 from strategies import STRATEGIES
 
 Format = Literal["bibtex", "text", "methods"]
@@ -108,6 +109,7 @@ def methods(study: Study) -> str:
         _models(runs),
         _training(runs),
         _arms(study),
+        _budget(study),
         _exchange(runs),
         _privacy(study),
         _adversary(runs),
@@ -180,6 +182,8 @@ def _training(runs: Sequence[RunRecord]) -> str:
         parts.append(f"in batches of {batch}")
     if rounds:
         parts.append(f"over {counted(rounds, 'round')}")
+    elif numbers := sorted({run.settings["rounds"] for run in runs}):
+        parts.append(f"over {numbers[0]} to {numbers[-1]} rounds, by arm")
     if not parts:
         return ""
     share = common(runs, "clients.participation")
@@ -203,7 +207,24 @@ def _arms(study: Study) -> str:
     noun = "algorithm" if len(told) == 1 else "algorithms"
     more = f" in {len(study.runs)} arms" if len(study.runs) > len(told) else ""
     against = f"; others are compared with the arm \\texttt{{{escape(study.baseline)}}}"
-    return f"We compared the {noun} {listed(told)}{more}{against}."
+    swept = [
+        f"\\texttt{{{escape(axis.name)}}} in \\{{{', '.join(map(escape, axis.labels))}\\}}"
+        for axis in (study.grid.axes if study.grid is not None else ())
+        if axis.name != ARM and len(axis.values) > 1
+    ]
+    over = f"; we varied {listed(swept)}" if swept else ""
+    return f"We compared the {noun} {listed(told)}{more}{over}{against}."
+
+
+def _budget(study: Study) -> str:
+    if study.matched is None:
+        return ""
+    budget, reference = study.matched
+    what = "optimizer steps" if budget == "steps" else "bytes exchanged"
+    return (
+        f"The number of rounds of each arm was set beforehand so that all take as many {what} as "
+        f"\\texttt{{{escape(reference)}}}, as near as whole rounds allow."
+    )
 
 
 def _exchange(runs: Sequence[RunRecord]) -> str:

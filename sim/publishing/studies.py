@@ -16,6 +16,7 @@ from sim.reports.runs import (
     load_study,
     study_baseline,
     study_grid,
+    study_matched,
     study_refused,
 )
 from sim.settings import SettingsError
@@ -33,6 +34,7 @@ class Study:
         grid: how arms that come from a sweep lie side by side.
         refused: arms that could not run, each with the reason.
         whole: False where ``folder`` is that of a single run.
+        matched: what arms were made equal in, and to which of them: ``("steps", "dml")``.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Study:
     grid: Grid | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     whole: bool = True
+    matched: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +78,7 @@ def open_study(folder: Path) -> Study:
             baseline if baseline in runs else next(iter(runs)),
             study_grid(folder),
             study_refused(folder),
+            matched=study_matched(folder),
         )
     if (folder / SETTINGS_FILE).is_file():
         run = load_run(folder)

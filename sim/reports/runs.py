@@ -380,6 +380,14 @@ def study_baseline(folder: Path) -> str | None:
     return baseline if isinstance(baseline, str) else None
 
 
+def study_matched(folder: Path) -> tuple[str, str] | None:
+    """Return what the arms of a study were made equal in, and to which; None if in nothing."""
+    match = _read_json(folder, STUDY_FILE).get("match")
+    if not isinstance(match, dict):
+        return None
+    return str(match.get("budget")), str(match.get("reference"))
+
+
 def study_refused(folder: Path) -> dict[str, str]:
     """Return the reason of each arm of a study that could not run."""
     refused = _read_json(folder, STUDY_FILE).get("refused", {})

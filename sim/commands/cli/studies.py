@@ -176,8 +176,10 @@ def compare(
             print_table(table, wide=wide)
         if study.grid is None and not study.families:
             print_words("", *verdicts(study.runs, study.baseline, study.precision))
-        elif not study.families:
-            print_words("", *answers(study.runs, study.questions, study.precision))
+        elif not study.families and (
+            sentences := answers(study.runs, study.questions, study.precision)
+        ):
+            print_words("", *sentences)
 
 
 def museum(

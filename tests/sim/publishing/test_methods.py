@@ -44,6 +44,16 @@ def test_what_arms_differ_in_is_left_out(swept):
     assert "one seed, 0" in text
 
 
+def test_what_was_swept_and_matched_is_told_and_rounds_that_differ(swept, study):
+    assert r"; we varied \texttt{" in cite([str(swept)], "methods")
+    first, other = study.runs
+    longer = [replace(run, settings={**run.settings, "rounds": 5}) for run in study.runs[other]]
+    told = methods(replace(study, runs={**study.runs, other: longer}, matched=("steps", first)))
+    assert "over 2 to 5 rounds, by arm" in told
+    assert rf"as many optimizer steps as \texttt{{{first}}}, as near" in told
+    assert "set beforehand" not in methods(study)
+
+
 def with_settings(study, **settings):
     runs = {
         arm: [replace(run, settings={**run.settings, **settings}) for run in of_arm]

@@ -42,7 +42,7 @@ BAD = {
     "exchange.rows_per_round=600": "exchange.rows_per_round must be at most data.public.size (500)",
     "name=../elsewhere": "name must be 1 to 64 letters",
     "name=..": "name must be 1 to 64 letters",
-    "engine.backend=spark": "engine.backend: must be 'ray' or 'inline', got 'spark'",
+    "engine.backend=spark": "engine.backend: must be 'auto', 'ray' or 'inline', got 'spark'",
     "seed=-1": "seed: must be greater than or equal to 0, got -1",
 }
 
