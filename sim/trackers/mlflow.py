@@ -61,7 +61,9 @@ class MLflow(Tracker):
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             known = client.get_experiment_by_name(name)
-        experiment = known.experiment_id  # type: ignore[union-attr]
+        if known is None:
+            raise LookupError(f"MLflow has no experiment {name!r}, which was just made")
+        experiment = known.experiment_id
         # Unlike `mlflow.start_run`, this records neither who runs it nor what git says.
         begun = client.create_run(experiment, run_name=run.title, tags={**run.labels, **self.tags})
         opened = _Run(client, begun.info.run_id)
