@@ -50,8 +50,8 @@ def ranks(paths: Sequence[Path], *, over: Sequence[str] = (), measure: str = "ac
     found: dict[str, dict[str, dict[int, float]]] = {}
     dealt: dict[str, Path] = {}
     for path in unique:
-        _check_other_data(path, load_arms(path), dealt)
         for name, runs in _data_sets(load_arms(path), over, several=len(unique) > 1).items():
+            _check_other_data(path, runs, dealt)
             while name in found:
                 name += "'"
             found[name] = {arm: _finished(of_arm, measure) for arm, of_arm in runs.items()}
@@ -81,25 +81,24 @@ def ranks(paths: Sequence[Path], *, over: Sequence[str] = (), measure: str = "ac
     )
 
 
-def _check_other_data(path: Path, loaded: LoadedArms, dealt: dict[str, Path]) -> None:
-    """Refuse a study of the data that an earlier one has: ranks over copies of one prove nothing.
+def _check_other_data(path: Path, runs: Runs, dealt: dict[str, Path]) -> None:
+    """Refuse data that another study has as well: ranks over copies of one data set prove nothing.
 
     Args:
         path: of the study.
-        loaded: its arms.
+        runs: of a data set of it.
         dealt: the study of each way that data were dealt so far; gets this one's.
     """
-    first = next((of_arm[0] for of_arm in loaded.runs.values() if of_arm), None)
-    if first is None or loaded.grid is not None:
+    first = next((of_arm[0] for of_arm in runs.values() if of_arm), None)
+    if first is None:
         return
     count = first.settings.get("clients", {}).get("count")
     key = json.dumps([first.settings.get("data"), count], sort_keys=True, default=str)
-    if key in dealt:
+    if dealt.setdefault(key, path) != path:
         raise SettingsError(
             f"{str(dealt[key])!r} and {str(path)!r} deal the same data to as many clients: they "
             "are one data set; give studies that differ in data, or sweep over data.*"
         )
-    dealt[key] = path
 
 
 def _finished(runs: Sequence[RunRecord], measure: str) -> dict[int, float]:

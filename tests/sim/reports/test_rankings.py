@@ -92,6 +92,14 @@ def test_two_studies_of_the_same_data_are_no_two_data_sets(tmp_path, run_folder)
     ]
     with pytest.raises(SettingsError, match=r"'.*first' and '.*again' deal the same data"):
         ranks(same)
+    # A sweep over something else than the data is one data set, too.
+    grid = Grid((Axis("strategy.temperature", (1, 4)),), ("a", "b"))
+    swept = [
+        write_study(tmp_path / name, {"a": 0.0, "b": 0.1}, run_folder, grid, source="digits")
+        for name in ("swept", "swept-again")
+    ]
+    with pytest.raises(SettingsError, match=r"'.*swept' and '.*swept-again' deal the same data"):
+        ranks(swept)
 
 
 def test_the_diagram_names_every_arm_and_joins_those_alike():
