@@ -162,9 +162,9 @@ def baseline_arm(
     wanted = baseline if baseline is not None else settings.study.baseline
     if wanted is None or wanted in arms:
         return wanted or next(iter(arms))
-    swept = () if grid is None else grid.arms_of(wanted)
-    if swept:
-        return swept[0]
+    swept = grid.by_base.get(wanted, ()) if grid is not None else ()
+    if made := next(filter(None, swept), None):
+        return made
     left_out = baseline is None and (wanted in settings.study.arms or wanted in STRATEGIES)
     if left_out:
         # The file's question is about arms that this study is not.

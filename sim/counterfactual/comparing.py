@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from statistics import fmean
 from typing import Any
 
-from sim.reports.html.settings import flatten
 from sim.reports.runs import RunRecord, number
 from sim.server.observers import Row
+from sim.settings.tables import dotted
 
 MEASURES = (
     "accuracy",
@@ -142,7 +142,7 @@ def _settings_between(run: RunRecord, replay: RunRecord) -> dict[str, Any]:
     """Return the settings that were changed by name, each with what it was and what it is."""
     left_out = ("counterfactual", "output", "attacks", "study")
     one, other = (
-        flatten({key: value for key, value in each.settings.items() if key not in left_out})
+        dotted({key: value for key, value in each.settings.items() if key not in left_out})
         for each in (run, replay)
     )
     return {

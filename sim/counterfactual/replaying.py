@@ -40,6 +40,7 @@ from sim.reports.runs import load_run
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError, load_settings
 from sim.settings.schema import CounterfactualSettings, StudySettings
+from sim.settings.tables import dotted
 
 REPLAY_FILE = "replay.json"
 """What a replay is of, and how it compares with that."""
@@ -258,18 +259,10 @@ def replayed_settings(
 
 def changed_paths(before: Settings, after: Settings) -> list[str]:
     """Return the settings in which two differ, by their dotted names."""
-    one, other = (dict(_leaves(each.to_table())) for each in (before, after))
+    one, other = (dotted(each.to_table()) for each in (before, after))
     return [
         path for path in dict.fromkeys((*one, *other)) if one.get(path, ...) != other.get(path, ...)
     ]
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _why_fixed(path: str, table: Mapping[str, str]) -> str | None:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedkd.data import FederatedData
 from sim.settings import Settings, SettingsError
+from sim.settings.tables import leaves
 
 if TYPE_CHECKING:
     from fedkd.distillation.settings import DistillSettings
@@ -78,17 +78,6 @@ def check_same_run(ours: Settings, wanted: Settings) -> None:
         raise SettingsError(
             f"{name}: a resumed run cannot change it (it has {old!r}, got {new!r}): {why}"
         )
-
-
-def leaves(
-    table: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every plain value of nested tables, with its path."""
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value
 
 
 def data_digest(data: FederatedData) -> str:

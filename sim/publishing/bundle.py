@@ -32,10 +32,10 @@ from sim.publishing.latex import label_of
 from sim.publishing.methods import keys_of_study, methods
 from sim.publishing.studies import Study, open_study
 from sim.publishing.tables import table_texts, to_csv, to_latex
-from sim.reports.html.settings import flatten
 from sim.reports.html.writing import REPORT_FILE
 from sim.reports.runs import ATTACKS_FILE, STUDY_FILE, VALUE_FILE, RunRecord
 from sim.settings import SettingsError
+from sim.settings.tables import dotted
 
 DIGESTS_FILE = "SHA256SUMS"
 KEPT = (SETTINGS_FILE, IDENTITY_FILE, ENVIRONMENT_FILE, RESULT_FILE, *ROW_FILES)
@@ -246,7 +246,7 @@ def _readme(study: Study, *, with_code: bool) -> str:
     data = [
         path
         for run in study.records
-        for path, value in flatten(run.settings).items()
+        for path, value in dotted(run.settings).items()
         if isinstance(value, str) and PurePath(value).is_absolute() and path != "output"
     ]
     notes = []

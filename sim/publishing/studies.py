@@ -8,7 +8,6 @@ from typing import Any
 
 from sim.keeping.records import SETTINGS_FILE
 from sim.reports.grids import Grid, value_label
-from sim.reports.html.settings import flatten
 from sim.reports.runs import (
     STUDY_FILE,
     RunRecord,
@@ -21,6 +20,7 @@ from sim.reports.runs import (
 )
 from sim.settings import SettingsError
 from sim.settings.combinations import ARM
+from sim.settings.tables import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def varied(study: Study) -> dict[str, dict[str, Any]]:
     """
     first = {arm: of_arm[0] for arm, of_arm in study.runs.items()}
     tables = {
-        arm: flatten({k: v for k, v in run.settings.items() if k not in _NOT_COMPARED})
+        arm: dotted({k: v for k, v in run.settings.items() if k not in _NOT_COMPARED})
         for arm, run in first.items()
     }
     swept = [axis.name for axis in study.grid.axes if axis.name != ARM] if study.grid else []

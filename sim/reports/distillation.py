@@ -21,7 +21,7 @@ from sim.reports.html.drawings import Scale, interval_bar, interval_text
 from sim.reports.html.origins import machines_of, relative_path, versions_of
 from sim.reports.html.pages import template
 from sim.reports.html.pictures import picture, write_figures
-from sim.reports.html.settings import flatten, value_text
+from sim.reports.html.settings import value_text
 from sim.reports.html.tables import Table
 from sim.reports.html.writing import REPORT_FILE
 from sim.reports.runs import STUDY_FILE, number
@@ -39,7 +39,7 @@ from sim.reports.terminal import Column as TerminalColumn
 from sim.reports.verdicts import few_seeds, verdict
 from sim.server.observers import Row
 from sim.settings import SettingsError
-from sim.settings.tables import fill_in, read_yaml
+from sim.settings.tables import dotted, fill_in, read_yaml
 
 DISTILLATIONS = "distillations"
 """Kind of a ``study.json`` whose runs are distillations."""
@@ -262,12 +262,11 @@ def write_distill_report(runs: Sequence[DistillRecord], folder: Path, *, title: 
         remarks=distill_remarks(runs),
         pictured=None if len(runs) == 1 else first.seed,
         notes=[
-            (key, value_text(value))
-            for key, value in flatten(first.result.get("notes", {})).items()
+            (key, value_text(value)) for key, value in dotted(first.result.get("notes", {})).items()
         ],
         told=[
             (key, value_text(value))
-            for key, value in flatten(first.settings).items()
+            for key, value in dotted(first.settings).items()
             if key not in ("name", "output", "seed", "seeds") and not key.startswith("search.")
         ],
         run_table=_run_table(runs, folder),
@@ -420,7 +419,7 @@ def _overview(runs: Sequence[DistillRecord]) -> str:
     first = runs[0]
     seeds = ", ".join(str(run.seed) for run in runs[:10]) + (", ..." if len(runs) > 10 else "")
     sizes = ", ".join(f"{count:,} {name}" for name, count in first.result.get("rows", {}).items())
-    method = flatten(first.settings).get("method.name", "")
+    method = dotted(first.settings).get("method.name", "")
     return f"method {method}, seed{'s' * (len(runs) > 1)} {seeds}" + (
         f"; rows: {sizes}" if sizes else ""
     )

@@ -6,7 +6,6 @@ what was asked. p is corrected for the pairs of a question.
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import prod
 from typing import Any
 
 from sim.reports.grids import Grid
@@ -15,7 +14,6 @@ from sim.reports.runs import RunRecord
 from sim.reports.statistics import Difference, compare_pairs, corrected, smallest_p
 from sim.reports.tables import difference_row, p_text, percent, points
 from sim.reports.terminal import NOTHING, Column, FittedTable
-from sim.settings.combinations import ARM
 
 Families = Mapping[str, Sequence[str]]
 """The arms of each family, by its name."""
@@ -41,20 +39,20 @@ def questions_of(
     Returns:
         Nothing where the study asks about its arms against the baseline, as any other does.
     """
-    if families or grid is None or grid.axes[0].name != ARM:
+    by_base = grid.by_base if grid is not None else {}
+    if families or not by_base:
         return {name: list(combinations(arms, 2)) for name, arms in families.items()}
-    bases = [str(base) for base in grid.axes[0].values]
-    each = prod(len(axis.values) for axis in grid.axes[1:])
-    rows = [grid.arms[number * each : (number + 1) * each] for number in range(len(bases))]
-    reference = next((number for number, row in enumerate(rows) if baseline in row), 0)
+    reference = next(
+        (base for base, arms in by_base.items() if baseline in arms), next(iter(by_base))
+    )
     pairs = [
         (first, other)
-        for number, row in enumerate(rows)
-        if number != reference
-        for first, other in zip(rows[reference], row, strict=True)
+        for base, arms in by_base.items()
+        if base != reference
+        for first, other in zip(by_base[reference], arms, strict=True)
         if first and other and first != other
     ]
-    return {f"against {bases[reference]}": list(dict.fromkeys(pairs))} if pairs else {}
+    return {f"against {reference}": list(dict.fromkeys(pairs))} if pairs else {}
 
 
 def compare_families(

@@ -82,13 +82,17 @@ class Grid:
             raise ValueError(f"no grid of arms: {type(error).__name__}") from None
         return cls(axes, arms)
 
-    def arms_of(self, base: str) -> tuple[str, ...]:
-        """Return what became of an arm that was swept over, in order; nothing of any other."""
-        if not self.axes or self.axes[0].name != ARM or base not in self.axes[0].values:
-            return ()
-        each = len(self.arms) // len(self.axes[0].values)
-        place = self.axes[0].values.index(base)
-        return tuple(arm for arm in self.arms[place * each : (place + 1) * each] if arm)
+    @property
+    def by_base(self) -> dict[str, tuple[str, ...]]:
+        """What became of each arm that was swept over, place by place; empty where none was."""
+        if not self.axes or self.axes[0].name != ARM:
+            return {}
+        bases = self.axes[0].values
+        each = len(self.arms) // len(bases)
+        return {
+            str(base): self.arms[number * each : (number + 1) * each]
+            for number, base in enumerate(bases)
+        }
 
     @property
     def planes(self) -> "tuple[Plane, ...]":

@@ -13,7 +13,7 @@ be written into every run folder.
 import math
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,22 @@ def _plain_text(value: bool | int | float | None) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
+
+
+def leaves(
+    table: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every plain value of nested tables, with its path."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def dotted(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every plain value of nested tables by its dotted name; lists stay whole."""
+    return {".".join(path): value for path, value in leaves(table)}
 
 
 def yaml_text(table: Mapping[str, Any]) -> str:

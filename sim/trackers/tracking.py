@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.data import FederatedData
-from sim.keeping.identity import leaves
 from sim.keeping.records import METRICS_FILE, federated_row, iterate_rows, to_json, write_text
 from sim.server.observers import Observer, Row, event_words
 from sim.settings import Settings, SettingsError
+from sim.settings.tables import dotted
 from sim.trackers.base import Tracked, Tracker, TrackerRun
 
 TRACKERS_FILE = "trackers.json"
@@ -178,7 +178,7 @@ def tracked(folder: Path, settings: Settings, known_as: str | None) -> Tracked:
         name=settings.name,
         arm=above.name if above.parent == study else "",
         seed=settings.seed,
-        settings={".".join(path): value for path, value in leaves(settings.to_table())},
+        settings=dotted(settings.to_table()),
         known_as=known_as,
     )
 

@@ -8,6 +8,10 @@ import typer
 from sim.commands.cli.printing import print_table, print_words
 from sim.commands.cli.shell import AsJson, Wide
 
+Measure = Annotated[
+    str, typer.Option(metavar="KEY", help="Whose accuracy, by its name in metrics.jsonl.")
+]
+
 
 def cost(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study's folder, or a run's.")],
@@ -27,9 +31,7 @@ def cost(
         str | None,
         typer.Option(metavar="ARM", help="The arm that the others are compared with."),
     ] = None,
-    measure: Annotated[
-        str, typer.Option(metavar="KEY", help="Whose accuracy, by its name in metrics.jsonl.")
-    ] = "accuracy",
+    measure: Measure = "accuracy",
     wide: Wide = False,
     json: AsJson = False,
 ) -> None:
@@ -80,9 +82,7 @@ def ranks(
         Path | None,
         typer.Option(help="Draw the critical-difference diagram as .svg, .pdf or .png."),
     ] = None,
-    measure: Annotated[
-        str, typer.Option(metavar="KEY", help="Whose accuracy, by its name in metrics.jsonl.")
-    ] = "accuracy",
+    measure: Measure = "accuracy",
     wide: Wide = False,
     json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.keeping.records import SETTINGS_FILE
-from sim.reports.html.settings import NOT_COMPARED, flatten, value_text
+from sim.reports.html.settings import NOT_COMPARED, value_text
 from sim.reports.html.writing import write_report
 from sim.reports.runs import (
     STUDY_FILE,
@@ -22,6 +22,7 @@ from sim.reports.runs import (
     study_refused,
 )
 from sim.settings import SettingsError
+from sim.settings.tables import dotted
 
 _NO_NUMBERS = ("engine",)
 _ABSENT = object()
@@ -106,7 +107,7 @@ def group_by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         by_name.setdefault(record.arm, {}).setdefault(key, []).append(record)
     arms: dict[str, list[RunRecord]] = {}
     for name, variants in by_name.items():
-        tables = [flatten(_numbers(of_variant[0])) for of_variant in variants.values()]
+        tables = [dotted(_numbers(of_variant[0])) for of_variant in variants.values()]
         for table, of_variant in zip(tables, variants.values(), strict=True):
             label = name if len(variants) == 1 else f"{name} ({_what_differs(table, tables)})"
             for repeat, of_repeat in enumerate(_one_a_seed(of_variant), start=1):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sim.keeping.records import SETTINGS_FILE
-from sim.reports.html.settings import flatten
 from sim.reports.html.tables import Table
 from sim.reports.runs import STUDY_FILE, RunRecord, model_label, number
 from sim.reports.terminal import NOTHING
+from sim.settings.tables import dotted
 
 _PACKAGES = "packages."
 
@@ -61,7 +61,7 @@ def versions_of(environments: Iterable[Mapping[str, Any]]) -> list[tuple[str, st
 def _told(environments: Iterable[Mapping[str, Any]], *, packages: bool) -> list[tuple[str, str]]:
     found: dict[str, dict[str, None]] = {}
     for environment in environments:
-        for key, value in flatten(environment).items():
+        for key, value in dotted(environment).items():
             if value is not None and key.startswith(_PACKAGES) == packages:
                 name = key.removeprefix(_PACKAGES).replace("_", " ")
                 found.setdefault(name, {})[str(value)] = None

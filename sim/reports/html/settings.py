@@ -7,6 +7,7 @@ from typing import Any
 from sim.reports.html.tables import Table
 from sim.reports.runs import RunRecord, model_label
 from sim.reports.terminal import NOTHING
+from sim.settings.tables import dotted
 
 NOT_COMPARED = ("name", "output", "seed", "study")
 """Sections in which runs of a study differ by design, or that change no number."""
@@ -15,17 +16,6 @@ _MOST_COLUMNS = 5
 """Arms, or else settings, that stand side by side; of more of both each arm has a list."""
 
 Settings = list[tuple[str, list[str]]]
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested settings into dotted keys; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def value_text(value: Any) -> str:
@@ -44,7 +34,7 @@ def split_settings(
     """
     by_arm = {
         arm: [
-            flatten({k: v for k, v in run.settings.items() if k not in NOT_COMPARED})
+            dotted({k: v for k, v in run.settings.items() if k not in NOT_COMPARED})
             for run in of_arm
         ]
         for arm, of_arm in runs.items()
