@@ -158,6 +158,13 @@ def _wait_no_more() -> None:
 os.register_at_fork(after_in_child=_wait_no_more)
 
 
+def begin_anew() -> None:
+    """In a forked process: no handlers, as in a new one, and stops wait for who forked it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Keep SIGINT and SIGTERM waiting until the block is done: it happens as a whole."""

@@ -12,18 +12,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import InitVar, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
+import torch
+
 from fedkd.data import FederatedData
 from fedkd.trained.exporting import ExportError
 from sim.adversity.faults import PROCESS_FAULTS
-from sim.commands.interruption import Interruption, interruptible, signals_waiting
+from sim.commands.interruption import (
+    Interruption,
+    begin_anew,
+    interruptible,
+    signals_waiting,
+)
 from sim.commands.planned import ObserverOf, PlannedRun, make_run, nobody
 from sim.engine.data import data_of
 from sim.engine.grid import EngineLostError, StatesLostError
@@ -177,19 +186,19 @@ class Nursery:
     """A process that has imported what runs need, and is forked for each that is asked for.
 
     It is no child of ``multiprocessing``, which would run the caller's script anew in it.
+
+    Args:
+        forked: from this process, which has imported most of that already: only where nothing but
+            our command runs in it, and nothing is computed or locked yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, forked: bool = False) -> None:
         self._requests, theirs = socket.socketpair()
-        # Ctrl-C reaches all processes of a terminal, and here it is this one that passes it on.
-        with theirs, signals_waiting():
-            self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-c", NURSERY, json.dumps(sys.path), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                # What code of one's own prints is not what a program reads.
-                stdout=2,
-            )
+        with theirs:
+            if forked:
+                self._process: _Forked | subprocess.Popen[bytes] = _Forked(self._requests, theirs)
+            else:
+                self._process = _imported_anew(theirs)
 
     def process(self) -> Connection:
         """Let a process be forked; return the way to it, which it may take a while to be there.
@@ -214,6 +223,78 @@ class Nursery:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _imported_anew(requests: socket.socket) -> "subprocess.Popen[bytes]":
+    """Start a nursery that knows nothing of this process but where its code lies."""
+    # Ctrl-C reaches all processes of a terminal, and here it is this one that passes it on.
+    with signals_waiting():
+        return subprocess.Popen(  # noqa: S603
+            [sys.executable, "-P", "-c", NURSERY, json.dumps(sys.path), str(requests.fileno())],
+            pass_fds=[requests.fileno()],
+            stdin=subprocess.DEVNULL,
+            # What code of one's own prints is not what a program reads.
+            stdout=2,
+        )
+
+
+class _Forked:
+    """A nursery that was forked from this process."""
+
+    def __init__(self, ours: socket.socket, theirs: socket.socket) -> None:
+        # What they need is imported before, so that all share it.
+        from sim.commands.warm import nursery
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._ended = False
+        self._pid = os.fork()
+        if self._pid:
+            return
+        try:
+            begin_anew()
+            ours.close()
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, 0)
+            os.dup2(2, 1)
+            nursery(theirs.detach())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it has ended; `subprocess.Popen.wait` says how."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self._ended:
+            self._ended = bool(os.waitpid(self._pid, 0 if until is None else os.WNOHANG)[0])
+            if not self._ended and until is not None:
+                if time.monotonic() > until:
+                    raise subprocess.TimeoutExpired("nursery", GOODBYE_S)
+                time.sleep(0.005)
+
+    def kill(self) -> None:
+        """End it at once."""
+        if not self._ended:
+            os.kill(self._pid, signal.SIGKILL)
+
+
+@contextmanager
+def forked_nursery() -> Iterator[Nursery | None]:
+    """Fork a nursery from this process for the block; None where that is not safe.
+
+    It is in a command that has just begun. Where there are other threads, such as in a notebook or
+    under a test runner, one of them may hold a lock that nobody releases in the fork.
+    """
+    if threading.active_count() > 1 or torch.cuda.is_initialized():
+        yield None
+        return
+    nursery = Nursery(forked=True)
+    try:
+        yield nursery
+    finally:
+        nursery.close()
 
 
 @dataclass(slots=True)
@@ -517,7 +598,9 @@ def run_packed(
         def observers(arm: str, seed: int) -> Sequence[Observer]:
             return [*observer_of(arm, seed), _Pays(pack, count)]
 
-        while division.waits and not pack.begun and (job := pack.next()) is not None:
+        # Processes that are there cost nothing, so nobody need see first whether they pay.
+        waits = division.waits and nursery is None
+        while waits and not pack.begun and (job := pack.next()) is not None:
             made = make_run(job.run, observers, accept_code=accept_code, waits=job.waits, tell=tell)
             if not made:
                 pack.put_off(job)

@@ -265,7 +265,7 @@ def _finished_cost(folders: Sequence[Path], settings: Settings) -> RunCost | Non
     for folder in folders:
         if not is_finished(folder):
             continue
-        before = read_yaml(folder / SETTINGS_FILE).get("engine", {})
+        before = read_yaml(folder / SETTINGS_FILE, fast=True).get("engine", {})
         now = settings.to_table()["engine"]
         if any(before.get(key) != now[key] for key in ("backend", "cpus_per_worker", "address")):
             continue

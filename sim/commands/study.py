@@ -12,7 +12,7 @@ from fedkd.names import nearest
 from sim.commands.arms import Study, difference_notes, refused_notes, study_of
 from sim.commands.budgets import Matching
 from sim.commands.matching import matched
-from sim.commands.packing import Division, divide, run_packed
+from sim.commands.packing import Division, Nursery, divide, run_packed
 from sim.commands.planned import ObserverOf, PlannedRun, is_begun, make_run, nobody
 from sim.commands.running import load_data, open_session
 from sim.commands.sweeps import is_swept, sweep_notes
@@ -322,6 +322,7 @@ def compare(
     tell: Callable[[str], None] | None = None,
     planned: Callable[["StudyPlan"], None] | None = None,
     progress: bool | None = None,
+    nursery: Nursery | None = None,
 ) -> StudyResult:
     """Run every arm with every seed and report on them.
 
@@ -350,6 +351,7 @@ def compare(
         progress: show how far it is, where ``observer_of`` does not: in a notebook a line that
             changes in its place, elsewhere as the command line does, on standard error. By default
             in a notebook only.
+        nursery: whose processes make small runs; None: one that is started once it saves time.
 
     Returns:
         The runs and the path of the report.
@@ -376,7 +378,7 @@ def compare(
             planned = _both(
                 lambda plan: counted.planned([run.settings.rounds for run in plan.left]), planned
             )
-        return _compare(settings, arms, seeds, baseline, accept_code, observer_of, tell, planned)
+        return _compare(settings, arms, seeds, baseline, accept_code, observer_of, tell, planned, nursery)
 
 
 def _both(
@@ -399,6 +401,7 @@ def _compare(
     observer_of: ObserverOf | None,
     tell: Callable[[str], None] | None,
     planned: Callable[["StudyPlan"], None] | None,
+    nursery: Nursery | None,
 ) -> StudyResult:
     study = settings if isinstance(settings, Study) else study_of(settings or Settings(), arms)
     if study.settings.study.match != "none":
@@ -410,7 +413,8 @@ def _compare(
     if planned is not None:
         planned(plan)
     with announced(folder, plan.to_row()):
-        _run_all(plan, observer_of or nobody, accept_code=accept_code, tell=tell or _ignore)
+        told = tell or _ignore
+        _run_all(plan, observer_of or nobody, nursery, accept_code=accept_code, tell=told)
     runs = {
         arm: [load_run(run_folder, arm) for run_folder in of_arm] for arm, of_arm in folders.items()
     }
@@ -618,13 +622,14 @@ def _of_those_left(
 def _run_all(
     plan: StudyPlan,
     observer_of: ObserverOf,
+    nursery: Nursery | None,
     *,
     accept_code: bool,
     tell: Callable[[str], None],
 ) -> None:
     division = plan.division
     if division.packed:
-        run_packed(division, observer_of, accept_code=accept_code, tell=tell)
+        run_packed(division, observer_of, accept_code=accept_code, tell=tell, nursery=nursery)
     session: RaySession | None = None
     runs = division.alone
     try:

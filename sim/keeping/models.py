@@ -292,7 +292,7 @@ def kept_otherwise(folder: Path, settings: Settings) -> str:
     """Say that a finished run kept other models than are asked for now; empty where it did not."""
     if not is_finished(folder):
         return ""
-    before = read_yaml(folder / SETTINGS_FILE)
+    before = read_yaml(folder / SETTINGS_FILE, fast=True)
     now = settings.to_table()
     differs = [
         f"{key}: {before.get(key)} then, {now[key]} now"

@@ -147,7 +147,7 @@ def is_distillation(folder: Path) -> bool:
         if (folder / STUDY_FILE).is_file():
             study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
             return isinstance(study, dict) and study.get("kind") == DISTILLATIONS
-        settings = read_yaml(folder / SETTINGS_FILE)
+        settings = read_yaml(folder / SETTINGS_FILE, fast=True)
     except (OSError, ValueError):
         return False
     return {"teacher", "student", "method"} <= settings.keys()
@@ -160,7 +160,7 @@ def load_distillation(folder: Path) -> DistillRecord:
         SettingsError: names the folder, if a file in it is damaged.
     """
     try:
-        settings = fill_in(read_yaml(folder / SETTINGS_FILE))
+        settings = fill_in(read_yaml(folder / SETTINGS_FILE, fast=True))
         metrics = folder / METRICS_FILE
         return DistillRecord(
             folder=folder,

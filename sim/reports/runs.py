@@ -449,7 +449,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             )
         )
     try:
-        return fill_in(read_yaml(path))
+        return fill_in(read_yaml(path, fast=True))
     except ValueError as error:
         raise _damaged(folder, SETTINGS_FILE, error) from None
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from fedkd.bounds import LONGEST_TEXT, check_text, shown
 
@@ -43,26 +45,10 @@ _SCALARS = (
 """Plain scalars that are no text: tag, pattern, first characters."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads plain data by the rules of YAML 1.2, no deeper than `DEEPEST`."""
+class _Rules(SafeConstructor, Resolver):
+    """Plain data by the rules of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self._depth > DEEPEST:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {DEEPEST} levels",
-                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
-            )
-        self._depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
 
     def construct_table(self, node: Any) -> Any:
         table: dict[Any, Any] = {}
@@ -93,22 +79,59 @@ class _Loader(yaml.SafeLoader):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
+class _Loader(_Rules, yaml.SafeLoader):
+    """Reads by these rules, no deeper than `DEEPEST`."""
+
+    def __init__(self, text: str) -> None:
+        yaml.SafeLoader.__init__(self, text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self._depth > DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {DEEPEST} levels",
+                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+if yaml.__with_libyaml__:
+
+    class _FastLoader(_Rules, yaml.CSafeLoader):
+        """Reads by the same rules in C; what is too deep it does not notice."""
+
+        def __init__(self, text: str) -> None:
+            yaml.CSafeLoader.__init__(self, text)
+
+else:
+    _FastLoader = None
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes text that readers of YAML 1.1 or 1.2 would take for something else."""
 
 
 for _kind, _pattern, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
+    for _class in (_Rules, _Dumper):
         _class.add_implicit_resolver(
             _TAG + _kind, re.compile(rf"^(?:{_pattern})$"), [*_first, *([""] * (_kind == "null"))]
         )
-_Loader.add_constructor(_TAG + "map", _Loader.construct_table)
-_Loader.add_constructor(_TAG + "int", _Loader.construct_whole)
-_Loader.add_constructor(_TAG + "float", _Loader.construct_real)
+_Rules.add_constructor(_TAG + "map", _Rules.construct_table)
+_Rules.add_constructor(_TAG + "int", _Rules.construct_whole)
+_Rules.add_constructor(_TAG + "float", _Rules.construct_real)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, fast: bool = False) -> dict[str, Any]:
     """Read a file that holds one table; references are left as they are.
+
+    Args:
+        path: of the file.
+        fast: with the reader in C, where there is one: for files that `yaml_text` wrote. It takes a
+            few odd texts otherwise, and would tell less about those that people wrote.
 
     Raises:
         ValueError: one line that names the file.
@@ -126,7 +149,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = file.read(LONGEST_FILE + 1)
         if len(content) > LONGEST_FILE:
             raise ValueError(f"config {name} has more than {LONGEST_FILE} bytes: no settings file")
-        table = _parse(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        table = _parse_fast(text) if fast else _parse(text)
     except FileNotFoundError:
         raise ValueError(f"config {name} does not exist") from None
     except IsADirectoryError:
@@ -161,6 +185,21 @@ def read_word(word: str) -> tuple[tuple[str, ...], Any]:
 
 def _parse(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def _parse_fast(text: str) -> Any:
+    if _FastLoader is None:
+        return _parse(text)
+    try:
+        depth = 0
+        for event in yaml.parse(text, _FastLoader):
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                return _parse(text)
+            depth += isinstance(event, yaml.CollectionStartEvent)
+        return yaml.load(text, _FastLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        return _parse(text)  # which says what is wrong, and where
 
 
 def one_line(error: BaseException) -> str:

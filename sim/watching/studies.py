@@ -351,7 +351,7 @@ def _runs_of(path: Path, table: Mapping[str, Any], study: Path) -> Iterator[_Pla
 def _of_settings(folder: Path, arm: str | None) -> _Planned:
     """Read from a run's settings what a plan says of it."""
     try:
-        settings = read_yaml(folder / SETTINGS_FILE)
+        settings = read_yaml(folder / SETTINGS_FILE, fast=True)
         strategy = settings["strategy"]["name"]
         return _Planned(arm or strategy, int(settings["seed"]), folder, int(settings["rounds"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

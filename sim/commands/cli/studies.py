@@ -125,6 +125,7 @@ def compare(
     if dry_run:
         _foresee(planned, seeds, baseline, accept_code, quiet=quiet, wide=wide, json=json)
         return
+    from sim.commands.packing import forked_nursery
     from sim.commands.progress import StudyProgress, signs_of_life
     from sim.commands.study import compare as compare_arms
     from sim.keeping.records import to_json
@@ -138,7 +139,12 @@ def compare(
     folder = planned.settings.output / planned.settings.name
     goes_on = f"the same command goes on in {folder}"
     # Ray prints to standard output when a worker dies; what is printed there is for programs.
-    with signs, stoppable(goes_on), redirect_stdout(sys.stderr):
+    with (
+        forked_nursery() as nursery,
+        signs,
+        stoppable(goes_on),
+        redirect_stdout(sys.stderr),
+    ):
         told: list[str] = []
 
         def tell(note: str) -> None:
@@ -158,6 +164,7 @@ def compare(
             tell=tell,
             planned=planned_now,
             observer_of=progress.observers,
+            nursery=nursery,
         )
     if json:
         typer.echo(to_json(study.to_row()))

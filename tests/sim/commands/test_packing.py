@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -344,6 +345,34 @@ def test_this_process_makes_the_first_run_and_others_the_rest(
     assert makers[0] == os.getpid()
     assert os.getpid() not in makers[1:]
     assert all(is_finished(each.folder) for each in division.packed)
+
+
+FORKED = """
+import sys
+from sim.commands import packing
+from sim.commands.cli import main
+
+def never(requests):
+    raise AssertionError("imported anew")
+
+packing._imported_anew = never
+sys.argv = ["fedkd", *sys.argv[1:]]
+main()
+"""
+
+
+def test_the_command_forks_its_processes_from_itself(
+    small: Small, small_words: Sequence[str], tmp_path: Path
+) -> None:
+    # A process of its own: a test runner has threads, and is not forked.
+    command = [sys.executable, "-c", FORKED, "compare", "--arms", "local,dml", "--json"]
+    command += [*small_words, f"output={tmp_path}", "study.seeds=1", "study.parallel=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    makers = {path.read_text() for path in tmp_path.glob("default/*/*/.lock")}
+    assert len(makers) == 2
+    alone = run(small("strategy=dml")).weights_sha256
+    assert json.loads(done.stdout)["weights_sha256"]["dml"] == [alone]
 
 
 def test_the_command_takes_a_number_or_auto(fedkd: Fedkd, small_words: Sequence[str]) -> None:

@@ -38,10 +38,25 @@ def test_what_is_written_is_read_back_the_same(
     table: dict[str, Any], tmp_path_factory: Any
 ) -> None:
     path = written(yaml_text(table), tmp_path_factory.getbasetemp())
-    again = fill_in(read_yaml(path))
-    assert again == table
-    # 1 == 1.0 == True, so equal is not yet the same.
-    assert repr(again) == repr(table)
+    for fast in (False, True):
+        again = fill_in(read_yaml(path, fast=fast))
+        assert again == table
+        # 1 == 1.0 == True, so equal is not yet the same.
+        assert repr(again) == repr(table)
+
+
+def test_both_readers_refuse_the_same_in_the_same_words(tmp_path: Path) -> None:
+    deep = "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1)
+    for text in (f"a: {deep}", "a: 1\na: 2", "a: [1", "<<: {a: 1}", "a: !!python/name:os.system"):
+        path = written(text, tmp_path)
+        told = []
+        for fast in (False, True):
+            with pytest.raises(ValueError, match=r"cannot read config") as error:
+                read_yaml(path, fast=fast)
+            told.append(str(error.value))
+        assert told[0] == told[1]
+    path = written(f"a: {deep[1:-1]}", tmp_path)
+    assert read_yaml(path, fast=True) == read_yaml(path)
 
 
 @pytest.mark.parametrize(
