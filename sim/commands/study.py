@@ -378,7 +378,9 @@ def compare(
             planned = _both(
                 lambda plan: counted.planned([run.settings.rounds for run in plan.left]), planned
             )
-        return _compare(settings, arms, seeds, baseline, accept_code, observer_of, tell, planned, nursery)
+        return _compare(
+            settings, arms, seeds, baseline, accept_code, observer_of, tell, planned, nursery
+        )
 
 
 def _both(

@@ -351,10 +351,21 @@ def _lies_in(root: Path, name: str) -> bool:
 
 
 def _digest(path: Path) -> str:
+    # A study asks for hundreds of them with every run.
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        found = path.stat()
+        state = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        known, digest = _digests.get(path, (None, UNKNOWN))
+        if known != state:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            _digests[path] = (state, digest)
+        return digest
     except OSError:
         return UNKNOWN
+
+
+_digests: dict[Path, tuple[tuple[int, ...], str]] = {}
+"""Digests of files as they were when they were last read."""
 
 
 # -- data --------------------------------------------------------------------------------------

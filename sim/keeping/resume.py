@@ -43,6 +43,8 @@ from sim.settings import Settings
 CHECKPOINTS_FOLDER = "checkpoints"
 DEAREST = 0.05
 """The fraction of a run's time that checkpoints may take where the settings leave it open."""
+LEAST_S = 2.0
+"""There, seconds of rounds that are made again rather than saved: most of a tiny run."""
 
 _CLIENT = "client-"
 _STATE = "state"
@@ -98,7 +100,7 @@ class Persistence:
         self._grid = grid
         self._loop = loop
         self._saved_round: int | None = None
-        self._saved_at = 0.0
+        self._saved_at = time.monotonic()
         self._seconds = 0.0
 
     @cached_property
@@ -144,10 +146,7 @@ class Persistence:
             return True
         if every is not None:
             return round % every == 0
-        return (
-            self._saved_round is None
-            or time.monotonic() - self._saved_at >= self._seconds / DEAREST
-        )
+        return time.monotonic() - self._saved_at >= max(LEAST_S, self._seconds / DEAREST)
 
     def _values(self, boundary: Boundary) -> dict[str, Any]:
         return {

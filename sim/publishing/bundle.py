@@ -35,12 +35,13 @@ from sim.publishing.tables import table_texts, to_csv, to_latex
 from sim.reports.html.writing import REPORT_FILE
 from sim.reports.runs import ATTACKS_FILE, STUDY_FILE, VALUE_FILE, RunRecord
 from sim.settings import SettingsError
-from sim.settings.tables import dotted
+from sim.settings.tables import dotted, yaml_text
 
 DIGESTS_FILE = "SHA256SUMS"
 KEPT = (SETTINGS_FILE, IDENTITY_FILE, ENVIRONMENT_FILE, RESULT_FILE, *ROW_FILES)
 """Of every run; checkpoints and models are left out."""
 IF_THERE = (ATTACKS_FILE, VALUE_FILE)
+STUDY_YAML = "study.yaml"
 STUDY = "study"
 """The folder of the archive that ``fedkd report`` reads."""
 
@@ -55,7 +56,7 @@ def bundle(
 
     Args:
         folder: of the study or the run.
-        output: the archive; ``<folder's name>.zip`` by default.
+        output: the archive, ``<folder's name>.zip`` by default; an older one is replaced.
         models: take the trained models too.
         code: take the source of packages that settings name (``package.module:callable``) and that
             are not installed. It is yours, so it is not taken unasked.
@@ -68,7 +69,10 @@ def bundle(
     """
     study = open_study(folder)
     path = output if output is not None else Path(f"{folder.resolve().name}.zip")
-    files = _scrubbed(study, _files(study, models=models))
+    files = _files(study, models=models)
+    if (settings := study_table(study)) is not None:
+        files[STUDY_YAML] = yaml_text(settings).encode()
+    files = _scrubbed(study, files)
     files |= _published(study)
     if code:
         files |= dict(_own_code(study))
@@ -77,11 +81,25 @@ def bundle(
         f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files)
     )
     files[DIGESTS_FILE] = digests.encode()
+    if path.exists() and not is_bundle(path):
+        raise SettingsError(
+            f"{str(path)!r} is there already and no bundle, so it is not replaced; name another "
+            "file, such as --output bundle.zip"
+        )
     try:
         path.write_bytes(_zipped(files))
     except OSError as error:
-        raise SettingsError(f"output: cannot write {str(path)!r}: {error.strerror}") from None
+        raise SettingsError(f"--output: cannot write {str(path)!r}: {error.strerror}") from None
     return path
+
+
+def is_bundle(path: Path) -> bool:
+    """Tell whether a file is an archive that `bundle` wrote, sound or not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return DIGESTS_FILE in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _zipped(files: Mapping[str, bytes]) -> bytes:
@@ -263,6 +281,7 @@ def _readme(study: Study, *, with_code: bool) -> str:
             "",
             "Everything that was measured, and what was made of it.",
             "",
+            *_one_file(study),
             "- `study/`: settings, metrics, exchange, events, results; `fedkd report study` reads",
             "  them",
             "- `tables/`, `figures/`, `methods.tex`, `references.bib`: for the paper",
@@ -282,9 +301,60 @@ def _readme(study: Study, *, with_code: bool) -> str:
             *runs,
             "```",
             "",
+            *_all_again(study),
         ]
     )
 
+
+def _one_file(study: Study) -> list[str]:
+    whole = study_table(study) is not None
+    return [f"- `{STUDY_YAML}`: the settings of all runs"] if whole else []
+
+
+def _all_again(study: Study) -> list[str]:
+    if study_table(study) is None:
+        return []
+    command = f"fedkd compare {STUDY_YAML} output=again"
+    return ["All of them, with table and report:", "", "```", command, "```", ""]
+
+
+def study_table(study: Study) -> dict[str, Any] | None:
+    """Return settings with which ``fedkd compare`` makes the whole study.
+
+    Sections that all runs share stand once, and those in which runs differ stand whole in each arm.
+
+    Returns:
+        None for a single run, and where arms have other seeds than each other or seeds with gaps:
+        no settings stand for those.
+    """
+    seeds = study.seeds
+    of_arms = {arm: {run.seed for run in of_arm} for arm, of_arm in study.runs.items()}
+    whole = set(range(seeds[0], seeds[0] + len(seeds)))
+    if not study.whole or any(of_arm != whole for of_arm in of_arms.values()):
+        return None
+    first = {arm: dict(of_arm[0].settings) for arm, of_arm in study.runs.items()}
+    keys = dict.fromkeys(key for table in first.values() for key in table if key not in _OF_STUDY)
+    same = [
+        key
+        for key in keys
+        if len({to_json(table.get(key)) for table in first.values()}) == 1 and key != "strategy"
+    ]
+    some = next(iter(first.values()))
+    return {
+        **{key: some[key] for key in same},
+        "seed": seeds[0],
+        "study": {
+            "seeds": len(seeds),
+            "baseline": study.baseline,
+            "arms": {
+                arm: {key: table[key] for key in keys if key in table and key not in same}
+                for arm, table in first.items()
+            },
+        },
+    }
+
+
+_OF_STUDY = ("output", "seed", "study")
 
 # -- whether it still is that -------------------------------------------------------------------
 
@@ -298,6 +368,9 @@ def check_bundle(path: Path) -> int:
     Raises:
         SettingsError: names what is wrong.
     """
+    if not path.is_file():
+        there = "is a folder" if path.is_dir() else "is not there"
+        raise SettingsError(f"{str(path)!r} {there}; --check takes an archive of fedkd bundle")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _LARGEST:

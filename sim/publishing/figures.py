@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from fedkd.names import nearest
 from sim.keeping.records import make_folder
 from sim.publishing.studies import Study, open_study
+from sim.publishing.wording import check_choice
 from sim.reports.html.pictures import FIGURES_FOLDER
 from sim.reports.html.writing import draw_report
 from sim.settings import SettingsError
@@ -46,13 +47,9 @@ def figures(
         SettingsError: names the option or the folder that cannot work, or a study without
             anything to draw.
     """
-    if format not in get_args(Format):
-        known = get_args(Format)
-        raise SettingsError(
-            f"format must be one of {', '.join(known)}, got {format!r}{nearest(format, known)}"
-        )
+    check_choice("format", format, get_args(Format))
     if width is not None and not WIDTHS[0] <= width <= WIDTHS[1]:
-        raise SettingsError(f"width must be {WIDTHS[0]:g} to {WIDTHS[1]:g} inches, got {width:g}")
+        raise SettingsError(f"--width must be {WIDTHS[0]:g} to {WIDTHS[1]:g} inches, got {width:g}")
     study = open_study(folder)
     drawn = draw_study(study, load_style(style), format=format, width=width)
     if not drawn:

@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedkd.names import nearest
 from sim.publishing.bibliography import bibtex, keys_of, plain_text, references
 from sim.publishing.latex import escape
 from sim.publishing.studies import Study, common, open_study
 from sim.publishing.wording import (
+    check_choice,
     counted,
     data_set,
     data_words,
     listed,
+    matching_words,
     options_words,
+    own_models,
     partition_words,
 )
 from sim.reports.runs import RunRecord, model_label
@@ -59,11 +61,7 @@ def cite(names: Sequence[str], format: str = "bibtex") -> str:
     Raises:
         SettingsError: names what is neither a folder nor an algorithm, or the format.
     """
-    if format not in get_args(Format):
-        known = get_args(Format)
-        raise SettingsError(
-            f"format must be one of {', '.join(known)}, got {format!r}{nearest(format, known)}"
-        )
+    check_choice("format", format, get_args(Format))
     if not names:
         raise SettingsError("name a study's folder, or algorithms, such as dml or fedmd")
     folders = [name for name in names if name not in STRATEGIES and Path(name).is_dir()]
@@ -81,7 +79,7 @@ def cite(names: Sequence[str], format: str = "bibtex") -> str:
                 "shows its source"
             )
     if format == "methods":
-        raise SettingsError("format methods is about a study; name its folder")
+        raise SettingsError("--format methods is about a study; name its folder")
     return _written([key for name in names for key in keys_of(name)], format)
 
 
@@ -156,9 +154,16 @@ def _models(runs: Sequence[RunRecord]) -> str:
     if not models:
         return ""
     names = [escape(model_label(model)) for model in models]
-    if len(names) == 1:
-        return f"Every client had a model of one architecture, {names[0]}."
-    return f"Models of {len(names)} architectures ({listed(names)}) were given to clients in turn."
+    told = (
+        f"Every client had a model of one architecture, {names[0]}"
+        if len(names) == 1
+        else f"Models of {len(names)} architectures ({listed(names)}) were given to clients in turn"
+    )
+    others = [
+        f"the {role} of \\texttt{{{escape(strategy)}}} was {escape(label)}"
+        for strategy, (role, label) in own_models(runs).items()
+    ]
+    return f"{'; '.join([told, *others])}."
 
 
 def _training(runs: Sequence[RunRecord]) -> str:
@@ -217,14 +222,8 @@ def _arms(study: Study) -> str:
 
 
 def _budget(study: Study) -> str:
-    if study.matched is None:
-        return ""
-    budget, reference = study.matched
-    what = "optimizer steps" if budget == "steps" else "bytes exchanged"
-    return (
-        f"The number of rounds of each arm was set beforehand so that all take as many {what} as "
-        f"\\texttt{{{escape(reference)}}}, as near as whole rounds allow."
-    )
+    told = matching_words(study, lambda arm: f"\\texttt{{{escape(arm)}}}")
+    return f"{told[0].upper()}{told[1:]}." if told else ""
 
 
 def _exchange(runs: Sequence[RunRecord]) -> str:

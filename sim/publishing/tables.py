@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from fedkd.names import nearest
 from sim.keeping.records import write_text
-from sim.publishing.frames import tidy_rows, to_pandas
+from sim.publishing.frames import Rows, tidy_rows, to_pandas
 from sim.publishing.latex import escape, label_of
 from sim.publishing.studies import Study, open_study
-from sim.publishing.wording import counted, setting_words
+from sim.publishing.wording import check_choice, counted, matching_words, setting_words
 from sim.reports.grids import Plane
 from sim.reports.runs import RunRecord
 from sim.reports.statistics import (
@@ -110,15 +109,23 @@ def table(
     Raises:
         SettingsError: names the option or the folder that cannot work.
     """
-    _among("format", format, get_args(Format))
-    _among("at", at, get_args(At))
+    check_choice("format", format, get_args(Format))
+    check_choice("at", at, get_args(At))
     tidy = format in ("csv", "parquet")
     if rows is not None and not tidy:
-        raise SettingsError(f"rows: only csv and parquet have tidy rows, got format {format!r}")
+        raise SettingsError(
+            f"--rows is for --format csv and parquet, which have tidy rows, got --format {format}"
+        )
     if measures is not None and tidy:
-        raise SettingsError(f"measures: {format} has every measure that there is; leave it out")
+        raise SettingsError(
+            f"--measures is for latex and markdown: --format {format} has every measure there is"
+        )
     if format == "parquet" and output is None:
-        raise SettingsError("output: parquet is no text; name a file, such as runs.parquet")
+        raise SettingsError(
+            "--format parquet is no text to print: name a file, such as --output runs.parquet"
+        )
+    if tidy:
+        check_choice("rows", rows or "runs", get_args(Rows))
     study = open_study(folder)
     if not tidy:
         write = to_latex if format == "latex" else to_markdown
@@ -135,13 +142,6 @@ def table(
     return text
 
 
-def _among(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise SettingsError(
-            f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
-        )
-
-
 def _store(path: Path, content: str | bytes) -> None:
     try:
         if isinstance(content, str):
@@ -149,7 +149,7 @@ def _store(path: Path, content: str | bytes) -> None:
         else:
             path.write_bytes(content)
     except OSError as error:
-        raise SettingsError(f"output: cannot write {str(path)!r}: {error.strerror}") from None
+        raise SettingsError(f"--output: cannot write {str(path)!r}: {error.strerror}") from None
 
 
 # -- what stands in it --------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def table_texts(
         SettingsError: for a measure that there is not.
     """
     for name in measures or ():
-        _among("measures", name, known_measures())
+        check_choice("measures", name, known_measures())
     planes = study.grid.planes if study.grid is not None else ()
     planes = tuple(plane for plane in planes if plane.rows.name)
     if planes and not set(measures or ()) <= set(ACCURACIES):
@@ -415,6 +415,7 @@ def _caption(study: Study, at: At, told: Sequence[str], *, bold: bool) -> str:
     sentences = [
         "; ".join([*told, f"at {which}"]),
         _sentence(setting_words(study.records)),
+        _sentence(matching_words(study)),
         f"Mean over {counted(count, 'seed')}"
         + (f" (some arms {min(seeds)})" if len(seeds) > 1 else "")
         + ("; ± is the half width of the two-sided 95 % t-interval" if count > 1 else ""),

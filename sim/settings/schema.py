@@ -479,7 +479,8 @@ class CheckpointSettings(_Section):
 
     every: Count | None = Field(
         None,
-        description="rounds between checkpoints; none: as often as costs at most 5 % of the time",
+        description="rounds between checkpoints; none: every 2 s, less often where that costs more "
+        "than 5 % of the time",
     )
     keep: Few = Field(2, description="checkpoints kept; an older one serves if one is bad")
 

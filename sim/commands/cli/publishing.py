@@ -11,19 +11,26 @@ StudyFolder = Annotated[Path, typer.Argument(metavar="STUDY", help="A study or a
 def table(
     study: StudyFolder,
     format: Annotated[
-        str, typer.Option(help="latex (booktabs and siunitx), markdown, csv or parquet.")
+        str,
+        typer.Option(
+            metavar="latex|markdown|csv|parquet", help="LaTeX is for booktabs and siunitx."
+        ),
     ] = "latex",
     measures: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Columns, such as accuracy,worst_accuracy,bytes_up,difference,p_holm,detectable.",
+            help="Columns: accuracy, worst_accuracy, bytes_up, difference, p_holm, detectable, ...",
         ),
     ] = None,
-    at: Annotated[str, typer.Option(help="The last round, or the selected one.")] = "last",
+    at: Annotated[
+        str, typer.Option(metavar="last|selected", help="The round that is shown.")
+    ] = "last",
     rows: Annotated[
         str | None,
-        typer.Option(help="Of csv and parquet: a row for each of arms, runs, rounds or clients."),
+        typer.Option(
+            metavar="arms|runs|rounds|clients", help="What a row of csv or parquet is about."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The file; standard output by default.")
@@ -35,7 +42,8 @@ def table(
 
     Examples:
     - `fedkd table runs/quickstart > table.tex`
-    - `fedkd table runs/quickstart --format markdown --measures accuracy,difference,p_holm`
+    - `fedkd table runs/quickstart --format markdown
+      --measures accuracy,difference,p_holm`
     - `fedkd table runs/quickstart --format csv --rows rounds --output rounds.csv`
     - `fedkd table runs/quickstart --format parquet --output runs.parquet`
     """
@@ -51,7 +59,7 @@ def table(
 
 def figures(
     study: StudyFolder,
-    format: Annotated[str, typer.Option(help="svg, pdf or png.")] = "pdf",
+    format: Annotated[str, typer.Option(metavar="svg|pdf|png", help="Of all figures.")] = "pdf",
     style: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +91,10 @@ def cite(
         list[str], typer.Argument(metavar="STUDY|ALGORITHM...", help="A folder, or algorithms.")
     ],
     format: Annotated[
-        str, typer.Option(help="bibtex, text, or methods: a paragraph for LaTeX that cites them.")
+        str,
+        typer.Option(
+            metavar="bibtex|text|methods", help="Methods are a paragraph for LaTeX that cites them."
+        ),
     ] = "bibtex",
 ) -> None:
     """Print what a study is from: its algorithms, data, tests and tools; or its methods paragraph.
@@ -103,7 +114,10 @@ def bundle(
         Path, typer.Argument(metavar="STUDY", help="A study or a run folder; with --check a file.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The archive; STUDY.zip here by default.")
+        Path | None,
+        typer.Option(
+            help="The archive; STUDY.zip here by default. Only a bundle is replaced.",
+        ),
     ] = None,
     models: Annotated[bool, typer.Option("--models", help="Take the trained models too.")] = False,
     with_code: Annotated[

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sim.publishing.bundle import bundle, check_bundle, own_packages
+from sim.commands.study import compare
+from sim.publishing.bundle import bundle, check_bundle, own_packages, study_table
 from sim.publishing.studies import open_study
 from sim.reports import report
 from sim.reports.tables import summary_rows
-from sim.settings import SettingsError
+from sim.settings import SettingsError, load_settings
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,44 @@ def test_what_is_no_archive_is_named(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no zip")
     with pytest.raises(SettingsError, match="cannot be read as an archive"):
         check_bundle(tmp_path / "a.zip")
+    with pytest.raises(SettingsError, match="is not there; --check takes an archive"):
+        check_bundle(tmp_path / "b.zip")
+    with pytest.raises(SettingsError, match="is a folder; --check takes an archive"):
+        check_bundle(tmp_path)
+
+
+def test_only_a_bundle_is_replaced(finished, tmp_path):
+    path = bundle(finished, tmp_path / "a.zip")
+    assert bundle(finished, path) == path
+    path.write_text("my own notes")
+    with pytest.raises(SettingsError, match="is there already and no bundle"):
+        bundle(finished, path)
+    assert path.read_text() == "my own notes"
+
+
+def test_one_file_makes_the_whole_study_again(archive, study, swept, tmp_path):
+    for names, published in ((contents(archive), study), (None, open_study(swept))):
+        content = (
+            names["study.yaml"]
+            if names
+            else contents(bundle(swept, tmp_path / "s.zip"))["study.yaml"]
+        )
+        (tmp_path / "study.yaml").write_bytes(content)
+        again = compare(load_settings(tmp_path / "study.yaml", [f"output={tmp_path / 'again'}"]))
+        digests = {
+            arm: [run.result["weights_sha256"] for run in of_arm]
+            for arm, of_arm in published.runs.items()
+        }
+        assert again.to_row()["weights_sha256"] == digests
+        assert again.baseline == published.baseline
+
+
+def test_seeds_with_gaps_have_no_file_of_their_own(study):
+    gap = {
+        arm: [replace(run, seed=2 * run.seed) for run in runs] for arm, runs in study.runs.items()
+    }
+    assert study_table(replace(study, runs=gap)) is None
+    assert study_table(replace(study, whole=False)) is None
 
 
 def test_a_single_run_and_its_models(study, tmp_path):

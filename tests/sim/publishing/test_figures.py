@@ -31,8 +31,8 @@ def test_a_width_and_a_style_are_heard(study, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"format": "jpeg"}, "format must be one of svg, pdf, png, got 'jpeg'"),
-        ({"width": 0.1}, "width must be 2 to 20 inches, got 0.1"),
+        ({"format": "jpeg"}, "--format must be one of svg, pdf, png, got 'jpeg'"),
+        ({"width": 0.1}, "--width must be 2 to 20 inches, got 0.1"),
         ({"style": "greyscale"}, "style must be a file or .*'greyscale'.*grayscale"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 
 from sim.publishing.bibliography import references
 from sim.publishing.methods import cite, keys_of_study, methods
+from sim.publishing.tables import table_texts
 from sim.settings import SettingsError
 
 
@@ -52,6 +53,21 @@ def test_what_was_swept_and_matched_is_told_and_rounds_that_differ(swept, study)
     assert "over 2 to 5 rounds, by arm" in told
     assert rf"as many optimizer steps as \texttt{{{first}}}, as near" in told
     assert "set beforehand" not in methods(study)
+    matched = table_texts(replace(study, matched=("bytes", first)))[0].caption
+    assert "The rounds of each arm were set beforehand so that all take as many bytes" in matched
+    assert f"exchanged as {first}," in matched
+
+
+def test_the_model_that_an_algorithm_has_of_its_own_is_told(study):
+    taught = with_settings(
+        study,
+        strategy={"name": "one_way", "direction": "teacher_to_clients", "model": {"name": "cnn"}},
+    )
+    assert r", mlp(hidden=[8]); the teacher of \texttt{one\_way} was cnn." in methods(taught)
+    assert "one_way: teacher cnn" in table_texts(taught)[0].caption
+    server = with_settings(study, strategy={"name": "cfd", "server_model": {"name": "mlp"}})
+    assert r"the server model of \texttt{cfd} was mlp." in methods(server)
+    assert "teacher" not in methods(study) + table_texts(study)[0].caption
 
 
 def with_settings(study, **settings):
@@ -103,7 +119,11 @@ def test_the_least_p_is_not_rounded_below_what_it_is(study):
         (["package:Class"], "bibtex", "`fedkd algorithms package:Class` shows its source"),
         ([], "bibtex", "name a study's folder"),
         (["dml"], "methods", "format methods is about a study"),
-        (["dml"], "bib", "format must be one of bibtex, text, methods, got 'bib'"),
+        (
+            ["dml"],
+            "bib",
+            "--format must be one of .*, got 'bib'; did you mean 'bibtex'",
+        ),
     ],
 )
 def test_slips_are_named(names, format, said):

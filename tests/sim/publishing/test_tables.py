@@ -129,13 +129,14 @@ def test_the_table_of_a_run_has_one_line(study):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"format": "latx"}, "format must be one of latex, .*got 'latx'"),
-        ({"at": "best"}, "at must be one of last, selected, got 'best'"),
+        ({"format": "latx"}, "--format must be one of latex, .*got 'latx'; did you mean 'latex'"),
+        ({"format": "md"}, "--format must be .*got 'md'; did you mean 'markdown'"),
+        ({"at": "best"}, "--at must be one of last, selected, got 'best'"),
         ({"measures": ["acuracy"]}, "measures must be one of accuracy.*got 'acuracy'.*accuracy"),
         ({"format": "csv", "measures": ["accuracy"]}, "csv has every measure"),
-        ({"format": "csv", "rows": "seeds"}, "rows must be one of arms, runs, rounds, clients"),
-        ({"rows": "runs"}, "only csv and parquet have tidy rows, got format 'latex'"),
-        ({"format": "parquet"}, "output: parquet is no text"),
+        ({"format": "csv", "rows": "seeds"}, "--rows must be one of arms, runs, rounds, clients"),
+        ({"rows": "runs"}, "--rows is for .*got --format latex"),
+        ({"format": "parquet"}, "--output runs.parquet"),
     ],
 )
 def test_a_slip_is_named(finished, options, said):
@@ -146,7 +147,7 @@ def test_a_slip_is_named(finished, options, said):
 def test_what_is_no_study_and_what_cannot_be_written_are_named(finished, tmp_path):
     with pytest.raises(SettingsError, match="neither a study folder"):
         table(tmp_path)
-    with pytest.raises(SettingsError, match="output: cannot write"):
+    with pytest.raises(SettingsError, match="--output: cannot write"):
         table(finished, output=tmp_path / "no" / "a.tex")
 
 
