@@ -153,7 +153,7 @@ class Checkup:
                 Column(title="best", cells=[best for _, _, best in lines], rank=2),
             ],
             title=f"{self.name}: {self.seen.public_rows} public rows, {self.seen.clients} clients "
-            f"after {self.epochs} local epochs",
+            f"after {self.epochs} local epoch{'s' * (self.epochs != 1)}",
         )
 
     def _lines(self) -> Iterator[tuple[str, str, str]]:
@@ -479,5 +479,6 @@ def _beyond(
 
 def _training(settings: Settings) -> str:
     local = settings.clients.local
-    how = f"{local.epochs} local epochs" if local.steps is None else f"{local.steps} local steps"
+    count, what = (local.epochs, "epoch") if local.steps is None else (local.steps, "step")
+    how = f"{count} local {what}{'s' * (count != 1)}"
     return f"this run has {settings.rounds} rounds of {how}"

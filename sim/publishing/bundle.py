@@ -337,7 +337,8 @@ def study_table(study: Study) -> dict[str, Any] | None:
     same = [
         key
         for key in keys
-        if len({to_json(table.get(key)) for table in first.values()}) == 1 and key != "strategy"
+        if len({json.dumps(table.get(key), sort_keys=True) for table in first.values()}) == 1
+        and key != "strategy"
     ]
     some = next(iter(first.values()))
     return {

@@ -289,7 +289,7 @@ def _caption(summaries: Sequence[ArmSummary], *, several: bool) -> str:
     count = len(next(iter(seeds))) if len(seeds) == 1 else 0
     parts = [
         (f"{count} seed{'s' * (count != 1)}" if count else "seeds differ between arms")
-        + (f", {FEW} few: see docs/runs.md" if _marked(summaries) else ""),
+        + (f", {FEW} few: intervals and p assume normal differences" if _marked(summaries) else ""),
         "kB per client over the run; s: seconds of the rounds, without start-up",
     ]
     if any("steps" in summary.measures for summary in summaries):

@@ -99,6 +99,7 @@ class _Loader(_Rules, yaml.SafeLoader):
             self._depth -= 1
 
 
+_fast_loader: Any = None
 if yaml.__with_libyaml__:
 
     class _FastLoader(_Rules, yaml.CSafeLoader):
@@ -107,8 +108,7 @@ if yaml.__with_libyaml__:
         def __init__(self, text: str) -> None:
             yaml.CSafeLoader.__init__(self, text)
 
-else:
-    _FastLoader = None
+    _fast_loader = _FastLoader
 
 
 class _Dumper(yaml.SafeDumper):
@@ -120,9 +120,9 @@ for _kind, _pattern, _first in _SCALARS:
         _class.add_implicit_resolver(
             _TAG + _kind, re.compile(rf"^(?:{_pattern})$"), [*_first, *([""] * (_kind == "null"))]
         )
-_Rules.add_constructor(_TAG + "map", _Rules.construct_table)
-_Rules.add_constructor(_TAG + "int", _Rules.construct_whole)
-_Rules.add_constructor(_TAG + "float", _Rules.construct_real)
+_Rules.add_constructor(_TAG + "map", _Rules.construct_table)  # type: ignore[type-var]
+_Rules.add_constructor(_TAG + "int", _Rules.construct_whole)  # type: ignore[type-var]
+_Rules.add_constructor(_TAG + "float", _Rules.construct_real)  # type: ignore[type-var]
 
 
 def read_yaml(path: Path, *, fast: bool = False) -> dict[str, Any]:
@@ -188,16 +188,16 @@ def _parse(text: str) -> Any:
 
 
 def _parse_fast(text: str) -> Any:
-    if _FastLoader is None:
+    if _fast_loader is None:
         return _parse(text)
     try:
         depth = 0
-        for event in yaml.parse(text, _FastLoader):
+        for event in yaml.parse(text, _fast_loader):
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 return _parse(text)
             depth += isinstance(event, yaml.CollectionStartEvent)
-        return yaml.load(text, _FastLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _fast_loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return _parse(text)  # which says what is wrong, and where
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import time
 from collections import Counter
@@ -331,6 +332,8 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _runs_of(path: Path, table: Mapping[str, Any], study: Path) -> Iterator[_Planned]:
     """Yield the runs in a plan, or in a ``study.json``, which only names their folders."""
+    known: list[_Planned] = []
+    lost: list[tuple[str, Path]] = []
     try:
         for arm, of_arm in table.get("arms", {}).items():
             for run in of_arm:
@@ -339,13 +342,27 @@ def _runs_of(path: Path, table: Mapping[str, Any], study: Path) -> Iterator[_Pla
                 if not folder.resolve().is_relative_to(study.resolve()):
                     raise SettingsError(f"{path} is damaged: {folder} lies outside the study")
                 if "rounds" in told:
-                    yield _Planned(arm, int(told["seed"]), folder, int(told["rounds"]))
+                    known.append(_Planned(arm, int(told["seed"]), folder, int(told["rounds"])))
+                elif folder.is_dir():
+                    known.append(_of_settings(folder, arm))
                 else:
-                    yield _of_settings(folder, arm)
+                    lost.append((arm, folder))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, SettingsError):
             raise
         raise SettingsError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    yield from known
+    for arm, folder in lost:
+        # The study makes it again; until then it is one of its runs, as long as those beside it.
+        seed = _SEED.match(folder.name)
+        rounds = {run.arm: run.rounds for run in reversed(known)}
+        if seed is None or not known:
+            yield _of_settings(folder, arm)  # which says what is wrong
+        else:
+            yield _Planned(arm, int(seed[1]), folder, rounds.get(arm, known[0].rounds))
+
+
+_SEED = re.compile(r"seed-(\d{1,9})")
 
 
 def _of_settings(folder: Path, arm: str | None) -> _Planned:

@@ -186,9 +186,13 @@ def root(
     - `fedkd attack RUN` : what a run tells of private rows
     - `fedkd replay RUN --without-client 3` : what would have been
     - `fedkd report runs/quickstart` : the report again, or over several runs
+    - `fedkd cost runs/quickstart --to 0.8` : what an accuracy costs each arm
+    - `fedkd ranks runs/a runs/b runs/c` : ranks of arms over data sets
     - `fedkd table runs/quickstart` : a study as LaTeX, Markdown, CSV or Parquet
-    - `fedkd cite runs/quickstart` : BibTeX of what it is from, or its methods paragraph
+    - `fedkd figures runs/quickstart` : its figures as PDF, SVG or PNG
+    - `fedkd cite runs/quickstart` : BibTeX, or a methods paragraph
     - `fedkd bundle runs/quickstart` : one archive with what a reviewer needs
     - `fedkd predict RUN FILES` : what a run's model sees in files
     - `fedkd export RUN` : a run's model as ONNX or torch.export
+    - `fedkd new my_method` : a package for an algorithm of your own
     """

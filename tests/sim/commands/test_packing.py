@@ -156,7 +156,8 @@ def test_bits_and_rows_are_those_of_the_run_alone(small: Small, nursery: Nursery
         return [told[arm, seed]]
 
     run_packed(division, observers, nursery=nursery)
-    assert list(told) == [("alone", 0), ("mutual", 0), ("alone", 1), ("mutual", 1)]
+    # Two processes begin at once, so either may be heard first.
+    assert sorted(told) == [("alone", 0), ("alone", 1), ("mutual", 0), ("mutual", 1)]
     for each, digest in zip(division.packed, digests(division), strict=True):
         assert digest == run(each.settings).weights_sha256
         own = told[each.arm, each.settings.seed]

@@ -194,3 +194,19 @@ def test_a_thinned_curve_keeps_its_ends_and_its_order(points: int, most: int) ->
 )
 def test_times_are_told_in_words(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_a_run_whose_folder_is_gone_is_still_to_be_made(
+    run_at: Callable[..., Any], tmp_path: Path
+) -> None:
+    run_at("dml/seed-0-ab", rounds=3).ended("finished")
+    runs = {"dml": ["dml/seed-0-ab", "dml/seed-1-cd"], "fedmd": ["fedmd/seed-0-ef"]}
+    (tmp_path / "study.json").write_text(json.dumps({"arms": runs}))
+    sight = Follower(tmp_path).look()
+    assert [(run.label, run.status, run.rounds) for run in sight.runs] == [
+        ("dml seed 0", "finished", 3),
+        ("dml seed 1", "planned", 3),
+        ("fedmd seed 0", "planned", 3),
+    ]
+    assert sight.told() == "stopped, 1 of 3 runs finished"
+    assert "the same fedkd compare goes on" in sight.ended()
