@@ -20,6 +20,7 @@ SCRIPTS = (
     "loop_ratio",
     "simulators",
     "vectorized",
+    "stacked_rounds",
     "scale",
     "aggregation",
     "balance",

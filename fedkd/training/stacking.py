@@ -27,7 +27,7 @@ from fedkd.tensors import as_tensor
 from fedkd.training.cohort import check_weights
 from fedkd.training.gradients import MEASURES, linear_squares
 from fedkd.training.optimizers import FUSED, OptimizerSettings
-from fedkd.training.state import Arrays, ModelState, copy_to_numpy
+from fedkd.training.state import Arrays, Block, ModelState, at_place, copy_to_numpy
 
 TableT = TypeVar("TableT", np.ndarray, Tensor)
 
@@ -314,7 +314,11 @@ class Stack:
 
     @classmethod
     def of(cls, skeleton: Skeleton, states: Sequence[ModelState], device: torch.device) -> "Stack":
-        """Copy the members' states in."""
+        """Copy the members' states in: one by one, or all at once where they lie in one block."""
+        block = _one_block(states)
+        if block is not None:
+            places = [state.home[1] for state in states if state.home is not None]
+            return cls._of_block(skeleton, block, places, device)
         for state in states:
             check_weights(state.weights, skeleton.shapes)
         tensors = stacked_tensors(skeleton, [state.weights for state in states], device)
@@ -330,6 +334,24 @@ class Stack:
                     turned = skeleton.turned(key.split("/", 1)[1], array)
                     stack._slot(key)[position].copy_(as_tensor(turned))
         return stack
+
+    @classmethod
+    def _of_block(
+        cls, skeleton: Skeleton, block: Block, places: Sequence[int], device: torch.device
+    ) -> "Stack":
+        """Copy the members at these places of a block in."""
+        check_weights(at_place(block.weights, 0), skeleton.shapes)
+        everybody = list(places) == list(range(len(block.memory)))
+
+        def copied(name: str, array: np.ndarray) -> Tensor:
+            tensor = as_tensor(array if everybody else array[places])
+            if name in skeleton.transposed:
+                tensor = tensor.transpose(1, 2)
+            return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+        tensors = {name: copied(name, block.weights[name]) for name in skeleton.stored}
+        slots = {key: copied(key.split("/", 1)[1], array) for key, array in block.slots.items()}
+        return cls(skeleton, tensors, slots, [dict(block.memory[place]) for place in places])
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -351,6 +373,11 @@ class Stack:
 
     def load_weights(self, weights: Sequence[Mapping[str, np.ndarray]]) -> None:
         """Give each member its parameters and buffers."""
+        if all(own is weights[0] for own in weights):
+            check_weights(weights[0], self.skeleton.shapes)
+            for name, tensor in self.tensors.items():
+                tensor.copy_(as_tensor(self.skeleton.turned(name, weights[0][name])))
+            return
         for own in weights:
             check_weights(own, self.skeleton.shapes)
         for name, tensor in self.tensors.items():
@@ -368,28 +395,51 @@ class Stack:
         """Drop all optimizer slots."""
         self.memory = [{} for _ in self.memory]
 
-    def weights(self, position: int) -> Arrays:
-        """Return a copy of a member's parameters and buffers."""
-        return self.weights_of(self.tensors, position)
+    def weights(self) -> list[Arrays]:
+        """Return a copy of every member's parameters and buffers, in the order of the stack."""
+        together = self._all_weights()
+        return [at_place(together, place) for place in range(len(self.memory))]
 
     def weights_of(self, tensors: Mapping[str, Tensor], position: int) -> Arrays:
         """Return a copy of a member's part of tensors that lie as those of this stack do."""
         own = {name: self._copy(name, tensor[position]) for name, tensor in tensors.items()}
+        return self._by_all_names(own)
+
+    def states(self) -> list[ModelState]:
+        """Return a copy of every member's weights and slots, in the order of the stack."""
+        kept = {key for memory in self.memory for key, step in memory.items() if step is None}
+        slots = {
+            key: self._copy_all(key.split("/", 1)[1], slot)
+            for key, slot in self.slots.items()
+            if key in kept
+        }
+        return Block(self._all_weights(), slots, self.memory).states()
+
+    def _all_weights(self) -> Arrays:
+        return self._by_all_names(
+            {name: self._copy_all(name, tensor) for name, tensor in self.tensors.items()}
+        )
+
+    def _by_all_names(self, own: Arrays) -> Arrays:
         first_names = self.skeleton.first_names
         return {name: own[first_names.get(name, name)] for name in self.skeleton.shapes}
 
-    def state(self, position: int) -> ModelState:
-        """Return a copy of a member's weights and optimizer slots."""
-        slots = {
-            key: self._copy(key.split("/", 1)[1], self.slots[key][position])
-            if step is None
-            else step.copy()
-            for key, step in self.memory[position].items()
-        }
-        return ModelState(weights=self.weights(position), optimizer=slots)
+    def _copy_all(self, name: str, tensor: Tensor) -> np.ndarray:
+        turned = tensor.transpose(1, 2) if name in self.skeleton.transposed else tensor
+        return copy_to_numpy(turned)
 
     def _copy(self, name: str, tensor: Tensor) -> np.ndarray:
         return copy_to_numpy(tensor.t() if name in self.skeleton.transposed else tensor)
+
+
+def _one_block(states: Sequence[ModelState]) -> Block | None:
+    """Return the block that all these states lie in; None where they do not."""
+    home = states[0].home if states else None
+    if home is None:
+        return None
+    block = home[0]
+    together = all(state.home is not None and state.home[0] is block for state in states)
+    return block if together and all(map(block.holds, states)) else None
 
 
 class StackedOptimizer:

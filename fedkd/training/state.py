@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -23,6 +23,55 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> Arrays:
     return {name: copy_to_numpy(tensor) for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The states of one model of several members, below one another.
+
+    The members' states are views of it: made by one copy, and put back into a stack by one. As
+    long as one of them is kept, so is the whole block.
+
+    Attributes:
+        weights: ``[members, ...]`` by name; each owns its memory.
+        slots: ``[members, ...]`` by ``<slot>/<parameter>``, the same.
+        memory: for each member, which slots it has; a step counter with its value (a scalar),
+            the others with None.
+    """
+
+    weights: Arrays
+    slots: Arrays
+    memory: Sequence[Mapping[str, np.ndarray | None]]
+
+    def states(self) -> "list[ModelState]":
+        """Return the state of every member."""
+        return [
+            ModelState(
+                weights=at_place(self.weights, place),
+                optimizer={
+                    key: self.slots[key][place, ...] if step is None else step
+                    for key, step in memory.items()
+                },
+                home=(self, place),
+            )
+            for place, memory in enumerate(self.memory)
+        ]
+
+    def holds(self, state: "ModelState") -> bool:
+        """Tell whether a state's arrays still are those of this block."""
+        weights, slots = self.weights, self.slots
+        return all(
+            array.base is weights.get(name) for name, array in state.weights.items()
+        ) and all(
+            array.base is slots.get(key)
+            for key, array in state.optimizer.items()
+            if not key.startswith("step/")
+        )
+
+
+def at_place(arrays: Mapping[str, np.ndarray], place: int) -> Arrays:
+    """Return one member's views of arrays ``[members, ...]``; numbers stay arrays."""
+    return {name: array[place, ...] for name, array in arrays.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelState:
     """One model's tensors as NumPy arrays.
@@ -31,10 +80,13 @@ class ModelState:
         weights: parameters and buffers by their dotted names.
         optimizer: optimizer slots by ``<slot>/<parameter>``, such as ``exp_avg/0.weight``;
             empty before the first step.
+        home: the block that its arrays are views of, and the place there; None: they are its own.
+            It says nothing that the arrays do not, and does not leave the process.
     """
 
     weights: Arrays
     optimizer: Arrays = field(default_factory=dict)
+    home: "tuple[Block, int] | None" = field(default=None, repr=False, compare=False)
 
 
 KEPT = "kept/arrays/"
@@ -86,7 +138,10 @@ class ClientState:
             if part not in ("weights", "optimizer") or not name:
                 raise ValueError(f"a client's state has no array {key[:60]!r}")
             tables.setdefault(model, {"weights": {}, "optimizer": {}})[part][name] = array
-        return cls({model: ModelState(**parts) for model, parts in tables.items()}, kept)
+        return cls(
+            {model: ModelState(own["weights"], own["optimizer"]) for model, own in tables.items()},
+            kept,
+        )
 
     def __reduce__(self) -> "tuple[Callable[..., ClientState], tuple[Packing, np.ndarray]]":
         """Travel between processes as one buffer: dozens of small arrays take longer than one."""

@@ -195,7 +195,9 @@ class VmapCohort(BackendCohort):
         return Stack.of(skeleton, states, self._device)
 
     def _keep_parts(self, stack: Stack) -> None:
-        self._parts = [with_parts(own, stack.state(at)) for at, own in enumerate(self._parts)]
+        self._parts = [
+            with_parts(own, made) for own, made in zip(self._parts, stack.states(), strict=True)
+        ]
 
     def _runs(self, fit: Fit) -> list[StackedBatches]:
         """Cut the fit into runs of neighbours whose steps have the same kinds of rows.
@@ -519,7 +521,8 @@ class VmapCohort(BackendCohort):
         if model is not None and model not in self._models:
             return self._weights_at_rest(model)
         stack = self._stacks[model or self._first]
-        return [stack.weights(int(place)) for place in self._places]
+        weights = stack.weights()
+        return [weights[place] for place in self._places]
 
     def load_weights(  # noqa: D102
         self, weights: WeightsForMembers, *, model: str | None = None
@@ -541,8 +544,9 @@ class VmapCohort(BackendCohort):
 
     def states(self) -> list[ClientState]:  # noqa: D102
         states = []
+        of_stacks = {name: stack.states() for name, stack in self._stacks.items()}
         for position, place in enumerate(map(int, self._places)):
-            own = {name: stack.state(place) for name, stack in self._stacks.items()}
+            own = {name: each[place] for name, each in of_stacks.items()}
             parts = self._parts[place]
             models = own if parts is None else {**own, PARTS: parts}
             states.append(ClientState(models, self._kept.of(position)))
