@@ -27,7 +27,7 @@ from sim.adversity.faults import FaultPlan
 from sim.engine.cohorts import CohortCutter
 from sim.engine.runtime import build_strategy, federation_of
 from sim.settings import Settings
-from sim.wire.flower import Run, empty_run, identify_process, set_message_id
+from sim.wire.flower import Run, empty_run, identify_process, reply_to, set_message_id
 from sim.wire.messages import (
     MEMORY_LOST,
     MISTAKE,
@@ -391,4 +391,4 @@ def reply_message(message: Message, reply: ClientReply | str) -> Message:
             code = MEMORY_LOST
         error = Error(code, str(reply))
         return Message(error, reply_to=message)
-    return Message(reply_content(reply), reply_to=message)
+    return reply_to(message, reply_content(reply))

@@ -6,10 +6,11 @@ names, `tests/sim/engine/test_flower.py` fails first.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -21,6 +22,7 @@ __all__ = [
     "empty_run",
     "end_without_traceback",
     "identify_process",
+    "reply_to",
     "set_message_id",
 ]
 
@@ -50,6 +52,32 @@ def end_without_traceback() -> None:
     Flower logs every exception with its traceback; this process serves one run and ends with it.
     """
     sys.tracebacklimit = 0
+
+
+def reply_to(message: Message, content: RecordDict) -> Message:
+    """Return what ``Message(content, reply_to=message)`` returns, in a fifth of the time.
+
+    Flower looks at every argument anew, and asks for the time by way of a date; every client of
+    every round comes through here.
+    """
+    asked = message.metadata.__dict__
+    now = time.time()
+    metadata = Metadata.__new__(Metadata)
+    metadata.__dict__.update(
+        asked,
+        _message_id="",
+        _src_node_id=asked["_dst_node_id"],
+        _dst_node_id=asked["_src_node_id"],
+        _src_task_id=asked["_dst_task_id"],
+        _dst_task_id=asked["_src_task_id"],
+        _reply_to_message_id=asked["_message_id"],
+        _created_at=now,
+        _ttl=asked["_created_at"] + asked["_ttl"] - now,
+        _delivered_at="",
+    )
+    reply = Message.__new__(Message)
+    reply.__dict__.update(_metadata=metadata, _content=content, _error=None)
+    return reply
 
 
 class LazyRecords(RecordDict):

@@ -65,6 +65,18 @@ def test_steps_are_what_was_asked_for_and_begin_like_epochs(rows, batch_size, st
         assert np.array_equal(batch, expected)
 
 
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(1, 70), steps=st.integers(1, 20), epochs=st.integers(1, 3))
+def test_rows_are_spread_as_numpy_splits_them(rows, steps, epochs):
+    passes = Passes(batch_size=4, epochs=epochs).spread_over(steps, rows)
+    stream = rng(5)
+    order = np.concatenate([stream.permutation(rows) for _ in range(passes.epochs)])
+    expected = np.array_split(order, steps)
+    for batch, known in zip(passes.batches(rows, rng(5)), expected, strict=True):
+        assert batch.dtype == known.dtype
+        assert np.array_equal(batch, known)
+
+
 def test_no_epochs_and_no_steps_are_no_batches():
     assert Passes(batch_size=4, epochs=0).batches(5, rng()) == []
     assert Passes(batch_size=4, steps=0).batches(5, rng()) == []

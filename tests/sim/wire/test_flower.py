@@ -36,6 +36,27 @@ def test_a_reply_refers_to_the_id_that_was_set() -> None:
     assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "17"
 
 
+def test_a_reply_made_in_short_is_the_one_that_flower_makes() -> None:
+    flower.identify_process(7)
+    message = Message(RecordDict(), 3, "train", ttl=50.0, group_id="4")
+    flower.set_message_id(message, "17")
+    content = RecordDict({"more": MetricRecord({"x": 1.5})})
+    short, whole = flower.reply_to(message, content), Message(content, reply_to=message)
+    assert type(short) is type(whole)
+    assert short.__dict__.keys() == whole.__dict__.keys()
+    assert short.content is content
+    assert short.has_content()
+    assert not short.has_error()
+    made, known = short.metadata.__dict__, whole.metadata.__dict__
+    times = ("_created_at", "_ttl")
+    assert {name: made[name] for name in made if name not in times} == {
+        name: known[name] for name in known if name not in times
+    }
+    for name in times:
+        assert type(made[name]) is type(known[name])
+        assert made[name] == pytest.approx(known[name], abs=1.0)
+
+
 def test_an_empty_run_carries_its_id() -> None:
     assert flower.empty_run(5).run_id == 5
 
