@@ -7,7 +7,7 @@ The kinds of ours are in `fedkd.exchange.payloads`; one of your own needs no oth
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -93,6 +93,9 @@ class Limit:
             dtype: of the array.
             sizes: of dimensions that had a name before; those of this array are added.
         """
+        if shape == self.shape and dtype == self.dtype:
+            # All of its sizes are numbers, which have no name.
+            return None
         if len(shape) != len(self.shape) or not all(
             _agrees(size, limit, sizes) for size, limit in zip(shape, self.shape, strict=True)
         ):
@@ -167,6 +170,8 @@ class Asked:
 
     def bad_names(self, names: "set[str]") -> str | None:
         """Return which arrays are missing or unexpected, or None."""
+        if names == self.limits.keys():
+            return None
         needed = self.limits.keys() - self.optional
         odd = (names - self.limits.keys()) | (needed - names)
         return f"unexpected or missing arrays: {sorted(odd)[:3]}" if odd else None
@@ -250,6 +255,11 @@ class Payload(Value, ABC):
     def targets_entropy(self) -> float | None:
         """Return the mean entropy, in nats, of the soft labels that are taught; None: none are."""
         return None
+
+    @classmethod
+    def targets_entropies(cls, pieces: "Sequence[Payload]") -> list[float | None]:
+        """Return `targets_entropy` of each; a kind may take them together."""
+        return [piece.targets_entropy() for piece in pieces]
 
     def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> "Payload":
         """Return a payload that differs in some arrays, by place; nothing is checked."""

@@ -191,6 +191,16 @@ def target_entropy(probabilities: Float[Array, "rows classes"]) -> float:
     return mean_or_nan(entropy(as_probabilities(probabilities)))
 
 
+def target_entropies(probabilities: Float[Array, "targets rows classes"]) -> list[float]:
+    """Return `target_entropy` of each of several targets of at least one row, with its bits.
+
+    Raises:
+        ValueError: if a row is no probability distribution.
+    """
+    means: list[float] = entropy(as_probabilities(probabilities)).mean(axis=-1).tolist()
+    return means
+
+
 def jensen_shannon(
     scores: Float[Array, "clients rows classes"], *, from_logits: bool = False
 ) -> float:

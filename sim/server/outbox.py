@@ -107,5 +107,13 @@ class Outbox:
 
     def entropy(self) -> float | None:
         """Return the mean entropy of the soft labels among the pieces; None without any."""
-        found = [e for piece in self.pieces() if (e := piece.targets_entropy()) is not None]
+        kinds: dict[type[Payload], list[Payload]] = {}
+        for piece in self.pieces():
+            kinds.setdefault(type(piece), []).append(piece)
+        found = [
+            entropy
+            for kind, pieces in kinds.items()
+            for entropy in kind.targets_entropies(pieces)
+            if entropy is not None
+        ]
         return fmean(found) if found else None

@@ -1,5 +1,6 @@
 """Predictions: scores or soft labels of public rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -18,13 +19,16 @@ from fedkd.exchange.payload import (
     ids_bytes,
     in_order,
 )
-from fedkd.metrics.diversity import target_entropy
+from fedkd.metrics.diversity import target_entropies, target_entropy
 from fedkd.targets import Targets, soften
 from fedkd.targets.scale import are_distributions, pass_for_soft_labels
 from fedkd.tensors import as_tensor
 
 LARGEST_SCORE = 1e4
 """Logits beyond this are refused: honest training does not produce them, attacks do."""
+
+MOST_TOGETHER = 16_384
+"""Numbers of soft labels that are looked at together: as many as a cache holds."""
 
 Scale = Literal["logits", "probabilities"]
 
@@ -204,6 +208,24 @@ class Predictions(Payload):
     def targets_entropy(self) -> float | None:
         """Return the mean entropy of the soft labels, in nats; None without rows."""
         return target_entropy(self.probabilities()) if len(self.rows) else None
+
+    @classmethod
+    def targets_entropies(cls, pieces: Sequence[Payload]) -> list[float | None]:
+        """Take soft labels of equal shapes together: there may be a table for every client."""
+        # A kind derived from this one may mean something else by its entropy.
+        tables = [
+            piece.values
+            for piece in pieces
+            if type(piece) is Predictions and piece.scale == "probabilities"
+        ]
+        alike = len(tables) == len(pieces) > 0 and len({each.shape for each in tables}) == 1
+        if not alike or not tables[0].size:
+            return super().targets_entropies(pieces)
+        width = max(1, MOST_TOGETHER // tables[0].size)
+        found: list[float | None] = []
+        for start in range(0, len(tables), width):
+            found.extend(target_entropies(np.stack(tables[start : start + width])))
+        return found
 
     # A sum holds for each row the sum of the weights in `weights`: not everybody sends every row.
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedkd.exchange.payload import Asked, Limit, Payload, of_type
+from fedkd.exchange.payload import Asked, Limit, Payload, bad_arrays, of_type
 
 LARGEST_PARAMETER = 1e8
 """Weights and statistics beyond this are refused: one of them ruins every client's model."""
@@ -60,6 +60,13 @@ class Weights(Payload):
         return Asked(kind=cls, limits=limits)
 
     # Written out: every upload of every averaging algorithm passes here.
+
+    def problem(self, asked: Asked) -> str | None:
+        """Return why this is no good answer, or None; what `Payload.problem` says."""
+        arrays = self.arrays
+        if not all(type(n) is str and type(a) is np.ndarray for n, a in arrays.items()):
+            return super().problem(asked)
+        return bad_arrays({f"arrays/{name}": array for name, array in arrays.items()}, asked)
 
     def weighted(self, weight: int | float) -> "Weights":
         """Return the arrays times a weight, in float64."""

@@ -113,6 +113,54 @@ def test_a_table_of_another_form_is_named(payload, asked, _):
                 assert payload.with_arrays({place: other}).problem(asked) is not None, place
 
 
+@pytest.mark.parametrize("pieces", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 64, 300])
+def test_soft_labels_looked_at_together_have_the_entropies_of_each(pieces, rows):
+    tables = RNG.dirichlet(np.full(10, 0.3), (pieces, rows)).astype(np.float32)
+    tables[0, 0] = np.eye(10)[3]
+    taught = [
+        Predictions(rows=np.arange(rows), values=own, scale="probabilities", averaged=True)
+        for own in tables
+    ]
+    assert Predictions.targets_entropies(taught) == [each.targets_entropy() for each in taught]
+
+
+def test_entropies_of_what_is_not_alike_are_those_of_each():
+    soft = Predictions(rows=ROWS[:3], values=SOFT, scale="probabilities")
+    mixed = [soft, Predictions(rows=ROWS, values=LOGITS), soft]
+    nothing = Predictions(rows=ROWS[:0], values=SOFT[:0], scale="probabilities")
+    for pieces in (mixed, [soft, replace(soft, rows=ROWS[:2], values=SOFT[:2])], [nothing], []):
+        found = Predictions.targets_entropies(pieces)
+        assert found == [each.targets_entropy() for each in pieces]
+
+    class Halved(Predictions):
+        def targets_entropy(self):
+            return 0.5
+
+    halved = Halved(rows=ROWS[:3], values=SOFT, scale="probabilities")
+    assert Halved.targets_entropies([halved, halved]) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"w": LOGITS, "n": np.array(3)},
+        {"w": LOGITS},
+        {"w": LOGITS, "n": np.array(3), "more": LOGITS},
+        {"w": LOGITS[:2], "n": np.array(3)},
+        {"w": LOGITS.astype(np.float64), "n": np.array(3)},
+        {"w": np.where(LOGITS > 0, np.nan, LOGITS), "n": np.array(3)},
+        {"w": np.full_like(LOGITS, 1e9), "n": np.array(3)},
+        {"w": LOGITS, "n": np.float64(3)},
+        {"w": LOGITS, "n": 3},
+    ],
+)
+def test_weights_have_the_problems_of_any_payload(arrays):
+    asked = Weights.asked({"w": LOGITS, "n": np.array(3)})
+    sent = Weights(arrays=arrays)
+    assert sent.problem(asked) == Payload.problem(sent, asked)
+
+
 @pytest.mark.parametrize("name", Predictions.lies)
 def test_every_lie_of_predictions_is_noticed(name):
     sent = Predictions(rows=ROWS, values=LOGITS)
