@@ -21,6 +21,7 @@ SCRIPTS = (
     "simulators",
     "vectorized",
     "stacked_rounds",
+    "kernels",
     "scale",
     "aggregation",
     "balance",

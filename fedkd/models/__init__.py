@@ -180,6 +180,11 @@ class ModelSettings(BaseModel):
         """Whether its code is not ours: a callable of the user's, or timm's."""
         return self.name not in _MODELS
 
+    @cached_property
+    def channels_last(self) -> bool:
+        """Whether a processor trains it faster with the channels of a pixel side by side."""
+        return not self.is_own and _validated(self.name, self.options).channels_last
+
     @property
     def label(self) -> str:
         """Short text for tables: the name and the options that differ from their defaults."""

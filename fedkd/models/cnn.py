@@ -56,6 +56,11 @@ class CNNOptions(ModelOptions):
             raise ValueError(f"kernel must be odd with padding=same, got {self.kernel}")
         return self
 
+    @property
+    def channels_last(self) -> bool:  # noqa: D102
+        # Measured: pooling gains most; convolutions that take every other pixel lose.
+        return self.halving != "stride"
+
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Convolution, normalisation, ReLU and halving per stage, then linear layers.
 
@@ -115,6 +120,10 @@ class LeNetOptions(ModelOptions):
     """Options of ``lenet``: none, the layers are the paper's."""
 
     source: ClassVar[str] = "LeCun et al., 1998, LeNet-5, with ReLU and maximum pooling"
+
+    @property
+    def channels_last(self) -> bool:  # noqa: D102
+        return True
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Two 5x5 convolutions (6 and 16 filters), then linear layers of 120, 84 and the classes.

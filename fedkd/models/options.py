@@ -23,6 +23,11 @@ class ModelOptions(BaseModel):
     smallest_side: ClassVar[int] = 8
     """Pixels that a picture needs at least in each direction."""
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether a processor trains it faster with the channels of a pixel side by side."""
+        return False
+
     @abstractmethod
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Return a fresh network that maps [batch, *input_shape] to [batch, num_classes] logits.

@@ -27,6 +27,10 @@ class TutorialTeacherOptions(ModelOptions):
 
     source: ClassVar[str] = "PyTorch distillation tutorial, deep network (64-64-128-128, BatchNorm)"
 
+    @property
+    def channels_last(self) -> bool:  # noqa: D102
+        return True
+
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Two convolutions, halve, two convolutions, halve, then one linear layer."""
         channels, height, width = input_shape

@@ -20,8 +20,9 @@ from torch.optim.sgd import sgd
 from fedkd.bounds import LearningRate, Real, ShareBelowOne
 from fedkd.schedules import ConstantSchedule, NonNegativeSchedule
 
-FUSED = ("sgd", "adam", "adamw")
+_FUSED = ("sgd", "adam", "adamw")
 """Optimizers that torch can apply in one pass over memory."""
+_FUSED_ON = ("cpu", "cuda")
 
 
 class OptimizerSettings(BaseModel):
@@ -63,7 +64,8 @@ class OptimizerSettings(BaseModel):
 
         Args:
             parameters: parameters, or groups of them: ``params``, and ``lr`` where it differs.
-            fused: update in one pass over memory where torch can; the last bits may differ.
+            fused: update in one pass over memory where torch can; the last bits may differ from
+                those of the plain formula, which stays for whatever torch cannot fuse.
         """
         match self.name:
             case "sgd":
@@ -126,8 +128,14 @@ class Optimizer(ABC):
         ]
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self._settings = settings
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        fits = all(each.is_floating_point() and each.device.type in _FUSED_ON for each in every)
         # None and not False: it leaves the choice of the loop to torch.
-        self._fused = True if fused and settings.name in FUSED else None
+        self._fused = True if fused and fits and settings.name in _FUSED else None
+
+    def counts_on(self, parameter: Tensor) -> torch.device:
+        """Return where the step counter of a parameter stays: torch's functions insist on it."""
+        return parameter.device if self._fused else torch.device("cpu")
 
     def zero_grad(self) -> None:
         """Drop all gradients; what the next loss does not reach then rests."""
@@ -140,8 +148,13 @@ class Optimizer(ABC):
         """Update, in place, every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [each for each in group["params"] if each.grad is not None]
-            if parameters:
-                self._update(parameters, [each.grad for each in parameters], group["lr"])
+            if not parameters:
+                continue
+            gradients = [each.grad for each in parameters]
+            if self._fused:
+                # Fused updates walk through memory and take any layout for that of the weights.
+                gradients = list(map(_laid_out_like, gradients, parameters))
+            self._update(parameters, gradients, group["lr"])
 
     @abstractmethod
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], rate: float) -> None:
@@ -161,10 +174,16 @@ class Optimizer(ABC):
 
     def _first_count(self, parameter: Tensor) -> Tensor:
         """Return a step counter at 0, of the type and in the place that torch's functions want."""
-        if self._fused:
-            return torch.zeros((), dtype=torch.float32, device=parameter.device)
-        double = torch.get_default_dtype() == torch.float64
-        return torch.zeros((), dtype=torch.float64 if double else torch.float32)
+        double = not self._fused and torch.get_default_dtype() == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        return torch.zeros((), dtype=dtype, device=self.counts_on(parameter))
+
+
+def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient whose numbers lie in memory in the order of the parameter's."""
+    if gradient.is_sparse or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class SGD(Optimizer):
@@ -198,12 +217,13 @@ class SGD(Optimizer):
         buffers: list[Tensor | None],
         rate: float,
     ) -> None:
+        sparse = any(gradient.is_sparse for gradient in gradients)
         sgd(
             parameters,
             gradients,
             buffers,
-            has_sparse_grad=any(gradient.is_sparse for gradient in gradients),
-            fused=self._fused,
+            has_sparse_grad=sparse,
+            fused=None if sparse else self._fused,
             lr=rate,
             weight_decay=self._settings.weight_decay,
             momentum=self._settings.momentum,

@@ -46,6 +46,8 @@ class Slot:
         optimizer: of its parameters.
         device: where it trains.
         own_code: whether it is somebody else's model, which may keep things outside its state.
+        channels_last: whether its convolutions keep the channels of a pixel side by side in
+            memory. States are the same either way: each weight in the order of its dimensions.
 
     Attributes:
         tensors: its parameters and buffers by name, without gradients.
@@ -58,8 +60,12 @@ class Slot:
         device: torch.device,
         *,
         own_code: bool = False,
+        channels_last: bool = False,
     ) -> None:
         self.module = module.to(device)
+        if channels_last and device.type == "cpu":
+            # torch's types do not list it.
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dropout = connect_dropout(self.module)
         self.outside = Outside(self.module) if own_code else None
         self._parameters = dict(self.module.named_parameters())
@@ -68,7 +74,7 @@ class Slot:
             name: first_name[id(each)]
             for name, each in self.module.named_parameters(remove_duplicate=False)
         }
-        self.optimizer = optimizer.build(self._parameters.values())
+        self.optimizer = optimizer.build(self._parameters.values(), fused=True)
         self.tensors: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in self.module.state_dict().items()
         }
@@ -101,7 +107,7 @@ class Slot:
             yield
             return
         own = self.optimizer
-        self.optimizer = settings.build(self._parameters.values())
+        self.optimizer = settings.build(self._parameters.values(), fused=True)
         try:
             yield
         finally:
@@ -116,9 +122,11 @@ class Slot:
         for key, array in state.optimizer.items():
             slot, name = key.split("/", 1)
             parameter = self._parameters[name]
-            # Step counters stay on the CPU, where torch.optim keeps them.
-            device = torch.device("cpu") if slot == "step" else parameter.device
-            value = as_tensor(array).to(device, copy=True)
+            value = as_tensor(array)
+            if slot == "step":
+                value = value.to(self.optimizer.counts_on(parameter), copy=True)
+            else:
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
             self.optimizer.state[parameter][slot] = value
 
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -198,7 +206,13 @@ class ModelPool:
 
     def take_in(self, name: str, model: ModelSettings, module: nn.Module) -> None:
         """Keep a module at hand as one more slot of a model."""
-        slot = Slot(module, self._optimizer, self._device, own_code=model.is_own)
+        slot = Slot(
+            module,
+            self._optimizer,
+            self._device,
+            own_code=model.is_own,
+            channels_last=model.channels_last,
+        )
         self._slots.setdefault((name, model.key), []).append(slot)
 
     def skeleton(self, model: ModelSettings) -> Skeleton:

@@ -26,7 +26,7 @@ from fedkd.randomness import seeded_for
 from fedkd.tensors import as_tensor
 from fedkd.training.cohort import check_weights
 from fedkd.training.gradients import MEASURES, linear_squares
-from fedkd.training.optimizers import FUSED, OptimizerSettings
+from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.state import Arrays, Block, ModelState, at_place, copy_to_numpy
 
 TableT = TypeVar("TableT", np.ndarray, Tensor)
@@ -510,8 +510,7 @@ class StackedOptimizer:
             if step is None:
                 value = self._stack.slots[key][group.start : group.stop]
             else:
-                device = parameter.device if self._settings.name in FUSED else "cpu"
-                value = torch.tensor(step, device=device)
+                value = torch.tensor(step, device=self._optimizer.counts_on(parameter))
             self._optimizer.state[parameter][slot] = value
 
     def set_learning_rates(self, progress: Callable[[int], float]) -> None:
@@ -528,8 +527,7 @@ class StackedOptimizer:
             for name, parameter in group.parameters.items():
                 gradient = None if resting else gradients[name]
                 if gradient is not None:
-                    # Fused updates walk through memory and take any layout for the usual one.
-                    gradient = gradient[group.start - first : group.stop - first].contiguous()
+                    gradient = gradient[group.start - first : group.stop - first]
                 parameter.grad = gradient
         self._optimizer.step()
 

@@ -1,6 +1,7 @@
 """The loop backend: the arithmetic of a plain PyTorch loop, and nothing that leaks."""
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -86,7 +87,7 @@ kd = partial(distilled, temperature=2.0)
 # -- the arithmetic ----------------------------------------------------------------------------
 
 
-def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
+def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7, plain=False):
     """Plain PyTorch: for each fit (private passes, public lesson), the steps one by one."""
     network = build_model(
         model,
@@ -94,6 +95,8 @@ def by_hand(data, client, model, settings, fits, *, lr_at=None, seed=7):
         num_classes=data.num_classes,
         seed=initial_model_seed(seed, client),
     )
+    if model.channels_last and not plain:
+        network = network.to(memory_format=torch.channels_last)
     dropout = connect_dropout(network)
     optimizer = settings(network.parameters())
     own = torch.arange(12) + 12 * client
@@ -155,17 +158,19 @@ def test_trains_like_a_plain_loop_bit_for_bit(make_cohort, tensors, same_bits, m
     cohort = make_cohort((2,), model=model, data=data)
     for private, public in fits:
         cohort.fit(kd if public is not None else supervised, private=private, public=public)
-    expected = by_hand(data, 2, model, partial(torch.optim.SGD, lr=0.1, momentum=0.9), fits)
+    expected = by_hand(
+        data, 2, model, partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True), fits
+    )
     assert same_bits(cohort.weights()[0], expected)
 
 
 @pytest.mark.parametrize(
     ("options", "plain"),
     [
-        ({"name": "adam", "lr": 0.01}, partial(torch.optim.Adam, lr=0.01)),
+        ({"name": "adam", "lr": 0.01}, partial(torch.optim.Adam, lr=0.01, fused=True)),
         (
             {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
-            partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+            partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, fused=True),
         ),
         (
             {"name": "rmsprop", "lr": 0.01, "momentum": 0.5},
@@ -181,6 +186,67 @@ def test_every_optimizer_trains_like_its_plain_self(
     cohort = make_cohort(data=data, optimizer=OptimizerSettings.model_validate(options))
     cohort.fit(kd, private=PRIVATE, public=lesson())
     assert same_bits(cohort.weights()[0], by_hand(data, 0, MODELS[0], plain, [(PRIVATE, lesson())]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+        {"name": "adam", "lr": 0.01},
+        {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    ],
+    ids=lambda settings: settings["name"],
+)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lenet", {}),
+        ("cnn", {}),
+        ("cnn", {"norm": "group", "hidden": [6]}),
+        ("cnn", {"halving": "stride"}),
+        ("tutorial_teacher", {}),
+    ],
+    ids=str,
+)
+def test_fused_updates_and_channels_last_agree_with_the_plain_formula(
+    make_cohort, tensors, float64, name, options, settings
+):
+    # In float64, where rounding is far below any other arithmetic.
+    data, model = tensors(), ModelSettings(name=name, options=options)
+    data = replace(
+        data, train_inputs=data.train_inputs.double(), public_inputs=data.public_inputs.double()
+    )
+    optimizer = OptimizerSettings.model_validate(settings)
+    cohort = make_cohort(model=model, data=data, optimizer=optimizer)
+    cohort.fit(kd, private=PRIVATE, public=lesson())
+    plain = {key: value for key, value in settings.items() if key != "name"}
+    of_torch = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    slow = partial(of_torch[settings["name"]], **plain, foreach=False, fused=False)
+    expected = by_hand(data, 0, model, slow, [(PRIVATE, lesson())], plain=True)
+    own = cohort.weights()[0]
+    assert own.keys() == expected.keys()
+    for weight, values in expected.items():
+        np.testing.assert_allclose(own[weight], values, rtol=1e-9, atol=1e-9)
+
+
+def test_a_state_does_not_tell_how_its_weights_lay_in_memory(make_cohort, tensors):
+    data, adam = tensors(), OptimizerSettings(name="adam")
+    model = ModelSettings(name="lenet")
+    pool = ModelPool(data, adam)
+    assert not pool.slots("model", model, 1)[0].tensors["3.weight"].is_contiguous()
+    cohort = make_cohort(model=model, data=data, optimizer=adam, pool=pool)
+    cohort.fit(supervised, private=PRIVATE)
+    (state,) = cohort.states()
+    assert all(array.flags.c_contiguous for array in state.to_arrays().values())
+    slot = pool.slots("model", model, 1)[0]
+    slot.load(state.models["model"])
+    again = slot.state()
+    for kind, expected in (
+        (again.weights, state.models["model"].weights),
+        (again.optimizer, state.models["model"].optimizer),
+    ):
+        assert kind.keys() == expected.keys()
+        assert all(np.array_equal(kind[key], expected[key]) for key in expected)
 
 
 def test_learning_rate_follows_warm_up_and_decay_at_every_step(make_cohort, tensors, same_bits):
@@ -204,7 +270,7 @@ def test_learning_rate_follows_warm_up_and_decay_at_every_step(make_cohort, tens
         data,
         0,
         MODELS[0],
-        partial(torch.optim.SGD, lr=0.2),
+        partial(torch.optim.SGD, lr=0.2, fused=True),
         [(PRIVATE, None)],
         lr_at=lr_at,
     )

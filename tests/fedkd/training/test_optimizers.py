@@ -6,8 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedkd.models import ModelSettings
 from fedkd.training import ClientState, ModelPool, OptimizerSettings, Passes, supervised
 
 WITH_MEMORY = {
@@ -100,6 +103,65 @@ def test_a_parameter_may_get_its_first_gradient_later_than_others(options, fused
         assert torch.equal(together[position], parameter)
 
 
+@given(
+    options=st.sampled_from([each for each in OPTIONS if each["name"] != "rmsprop"]),
+    shape=st.lists(st.integers(1, 5), min_size=4, max_size=4),
+    steps=st.integers(1, 6),
+    lies=st.sampled_from(["as the weights", "channels last", "channels first", "backwards"]),
+    weights_last=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=200, deadline=None)
+def test_fused_updates_are_the_plain_formula_however_gradients_lie(
+    options, shape, steps, lies, weights_last, seed
+):
+    draw = torch.Generator().manual_seed(seed)
+    start = torch.randn(shape, generator=draw, dtype=torch.float64)
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    ours = torch.nn.Parameter(start.clone(memory_format=formats[weights_last]))
+    plain = torch.nn.Parameter(start.clone())
+    chosen = OptimizerSettings.model_validate(options)
+    optimizer, slow = chosen.build([ours], fused=True), chosen.build([plain])
+    for _ in range(steps):
+        gradient = torch.randn(shape, generator=draw, dtype=torch.float64)
+        plain.grad = gradient
+        ours.grad = {
+            "as the weights": lambda g: g.clone(memory_format=formats[weights_last]),
+            "channels last": lambda g: g.clone(memory_format=torch.channels_last),
+            "channels first": lambda g: g.clone(),
+            "backwards": lambda g: g.permute(3, 2, 1, 0).clone().permute(3, 2, 1, 0),
+        }[lies](gradient)
+        optimizer.step()
+        slow.step()
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    for slot, values in slow.state[plain].items():
+        torch.testing.assert_close(
+            optimizer.state[ours][slot], values, rtol=1e-9, atol=1e-9, check_dtype=False
+        )
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_what_torch_cannot_fuse_goes_by_the_plain_formula(name):
+    ours, plain = (torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(2))
+    chosen = OptimizerSettings(name=name, lr=0.1)
+    for parameter, fused in ((ours, True), (plain, False)):
+        optimizer = chosen.build([parameter], fused=fused)
+        parameter.grad = torch.full_like(parameter, 2 + 1j)
+        optimizer.step()
+    assert torch.equal(ours, plain)
+    assert not torch.equal(ours, torch.ones(3, dtype=torch.complex64))
+
+
+def test_sparse_gradients_go_by_the_plain_formula():
+    tables = [torch.nn.Embedding(4, 2, sparse=True) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    for table, fused in zip(tables, (True, False), strict=True):
+        optimizer = OptimizerSettings(name="sgd", lr=0.1).build(table.parameters(), fused=fused)
+        table(torch.tensor([1, 3])).sum().backward()
+        optimizer.step()
+    assert torch.equal(tables[0].weight, tables[1].weight)
+
+
 def test_groups_have_learning_rates_of_their_own():
     slow, fast = parameters_of()[:2], parameters_of()[:2]
     groups = [{"params": slow[:1], "lr": 0.01}, {"params": slow[1:]}]
@@ -131,14 +193,16 @@ def test_training_leaves_the_compiler_of_torch_out():
     assert ran.stdout == "False\n"
 
 
+@pytest.mark.parametrize("model", ["mlp", "lenet"])
 @pytest.mark.parametrize("options", WITH_MEMORY.values(), ids=WITH_MEMORY.keys())
 def test_two_steps_and_two_more_through_a_state_are_four_steps(
-    make_cohort, tensors, same_bits, options
+    make_cohort, tensors, same_bits, options, model
 ):
     optimizer, data = OptimizerSettings.model_validate(options), tensors()
     pool = ModelPool(data, optimizer)
     # One row four times: all batches are equal, whatever their order.
     row = {"rows": np.full(4, 5), "optimizer": optimizer, "data": data, "pool": pool}
+    row["model"] = ModelSettings(name=model)
     two, four = (Passes(batch_size=4, steps=steps) for steps in (2, 4))
 
     whole = make_cohort(**row)
