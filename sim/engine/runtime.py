@@ -150,9 +150,31 @@ def first_weights_of(settings: Settings, data: FederatedData, view: int = 0) -> 
     }
 
 
+MOST_ANSWERS = 20_000_000
+"""Clients times test rows times classes up to which clients without an ensemble are compared."""
+
+
 def has_ensemble(strategy: Strategy[Any, Any], data: FederatedData) -> bool:
     """Tell whether clients' predictions of test rows have a mean: all are of the same rows."""
     return strategy.has_ensemble and not data.views
+
+
+def sends_answers(
+    strategy: Strategy[Any, Any], data: FederatedData, settings: Settings, round: int
+) -> bool:
+    """Tell whether judged clients send what their models say of the test rows.
+
+    Those that have an ensemble do in every judged round, and all of a federation that is not large
+    in the last one, where they are compared.
+    """
+    judged = settings.evaluation.clients
+    clients = judged if isinstance(judged, int) else settings.clients.count
+    return has_ensemble(strategy, data) or (
+        round == settings.rounds
+        and strategy.scores_are_logits
+        and not data.views
+        and clients * len(data.test_labels) * data.num_classes <= MOST_ANSWERS
+    )
 
 
 def build_strategy(settings: Settings, federation: Federation) -> Strategy[Any, Any]:
@@ -569,7 +591,7 @@ class ClientRuntime:
             if goal is not None and aimed is not None:
                 metrics[ATTACK_SUCCESS] = goal.success(aimed[position])
             probabilities = None
-            if has_ensemble(strategy, self._data):
+            if sends_answers(strategy, self._data, self._settings, call.round):
                 probabilities = F.softmax(torch.from_numpy(test_scores[position]), -1).numpy()
             replies.append(ClientReply(None, metrics, probabilities, call.round))
         return replies

@@ -31,6 +31,7 @@ EVENTS_FILE = "events.jsonl"
 RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
 SPLIT_FILE = "split.json"
+PEERS_FILE = "peers.json"
 IDENTITY_FILE = "identity.json"
 LOCK_FILE = ".lock"
 TURN_FILE = ".turn"
@@ -478,6 +479,11 @@ class RunFolder(Recorder, Observer):
         }
         with storing(self.folder):
             write_text(self.folder / SPLIT_FILE, to_json(row) + "\n")
+
+    def compared(self, row: Row) -> None:
+        """Write how clients' models compare at the end, for reports."""
+        with storing(self.folder):
+            write_text(self.folder / PEERS_FILE, to_json(row) + "\n")
 
     def completed(self, round: int) -> None:
         """Note where the files stand at the end of a round; see `rewind`."""

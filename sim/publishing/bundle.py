@@ -19,9 +19,11 @@ from fedkd.own_code import folder_of, is_own_code, package_of
 from sim.keeping.records import (
     ENVIRONMENT_FILE,
     IDENTITY_FILE,
+    PEERS_FILE,
     RESULT_FILE,
     ROW_FILES,
     SETTINGS_FILE,
+    SPLIT_FILE,
     sealed_anew,
     to_json,
 )
@@ -40,7 +42,7 @@ from sim.settings.tables import dotted, yaml_text
 DIGESTS_FILE = "SHA256SUMS"
 KEPT = (SETTINGS_FILE, IDENTITY_FILE, ENVIRONMENT_FILE, RESULT_FILE, *ROW_FILES)
 """Of every run; checkpoints and models are left out."""
-IF_THERE = (ATTACKS_FILE, VALUE_FILE)
+IF_THERE = (SPLIT_FILE, PEERS_FILE, ATTACKS_FILE, VALUE_FILE)
 STUDY_YAML = "study.yaml"
 STUDY = "study"
 """The folder of the archive that ``fedkd report`` reads."""

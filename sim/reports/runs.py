@@ -15,6 +15,7 @@ from sim.devices.effort import operations
 from sim.keeping.records import (
     EXCHANGE_FILE,
     METRICS_FILE,
+    PEERS_FILE,
     RESULT_FILE,
     SETTINGS_FILE,
     SPLIT_FILE,
@@ -59,6 +60,7 @@ class RunRecord:
         attacks: content of ``attacks.json``; empty if there is none.
         value: content of ``value.json``; empty if there is none.
         split: content of ``split.json``; empty if there is none.
+        peers: content of ``peers.json``; empty if there is none.
         environment: content of ``environment.json``; empty if there is none.
     """
 
@@ -78,6 +80,7 @@ class RunRecord:
     attacks: Mapping[str, Any] = field(default_factory=dict)
     value: Mapping[str, Any] = field(default_factory=dict)
     split: Mapping[str, Any] = field(default_factory=dict)
+    peers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def backends(self) -> dict[str, list[str]]:
@@ -295,6 +298,7 @@ def load_run(folder: Path, arm: str | None = None) -> RunRecord:
         attacks=_read_json(folder, ATTACKS_FILE),
         value=_read_json(folder, VALUE_FILE),
         split=_read_json(folder, SPLIT_FILE),
+        peers=_read_json(folder, PEERS_FILE),
     )
 
 

@@ -41,6 +41,9 @@ class Observer:
     def travelled(self, exchanged: Exchanged) -> None:
         """What was sent and received in a round; told only under ``exchange.keep``."""
 
+    def compared(self, row: Row) -> None:
+        """How clients' models compare in the last round; see `sim.server.peers.Peers`."""
+
     def event(self, row: Row) -> None:
         """Something worth knowing, such as a rejected reply."""
 

@@ -43,6 +43,7 @@ from sim.engine.runtime import (
     has_ensemble,
     judge,
     presence_of,
+    sends_answers,
     server_tools,
 )
 from sim.server.asking import check_asked
@@ -52,6 +53,7 @@ from sim.server.history import History
 from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
+from sim.server.peers import Peers
 from sim.server.privacy import PrivacyPlan
 from sim.server.replies import Quorum, QuorumError, Replies
 from sim.server.validation import (
@@ -556,12 +558,14 @@ class RoundLoop:
         rows: dict[int, Row] = {}
         apart: dict[int, Row] = {}
         ensemble = StreamingMean()
+        is_last = round.number == self._settings.rounds
+        peers = Peers(clients if is_last else (), self._data.test_labels)
         test_rows = len(self._data.test_labels)
         expected = Expected.evaluation(
             round.number,
             test_rows,
             self._data.num_classes,
-            ensemble=has_ensemble(self._strategy, self._data),
+            answers=sends_answers(self._strategy, self._data, self._settings, round.number),
         )
         counted = [client for client in clients if client not in self._left_out]
         quorum = Quorum(round.number, len(counted), "could be judged", self._settings.engine)
@@ -583,7 +587,10 @@ class RoundLoop:
                     continue
                 rows[client] = dict(reply.metrics)
                 if reply.test_probabilities is not None:
-                    ensemble.add(reply.test_probabilities)
+                    if has_ensemble(self._strategy, self._data):
+                        ensemble.add(reply.test_probabilities)
+                    if is_last:
+                        peers.add(client, reply.test_probabilities)
             self._pass_events_on()
             waiting = [client for client in counted if client not in rows]
             if quorum.is_reached(len(rows)):
@@ -607,6 +614,9 @@ class RoundLoop:
             federation["ensemble_accuracy"] = accuracy(counts)
             federation["ensemble_gain"] = accuracy(counts) - federation["accuracy"]
             federation["ensemble_calibration_error"] = expected_calibration_error(mean, labels)
+        if is_last and (found := peers.row(round.number)):
+            for observer in self._observers:
+                observer.compared(found)
         return rows | {client: {**row, LEFT_OUT: True} for client, row in apart.items()}, federation
 
     def _of_honest(self, rows: Mapping[int, Row]) -> Row:

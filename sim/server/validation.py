@@ -165,16 +165,16 @@ class Expected:
     checks_payload: bool = True
 
     @classmethod
-    def evaluation(cls, round: int, test_rows: int, classes: int, *, ensemble: bool) -> "Expected":
+    def evaluation(cls, round: int, test_rows: int, classes: int, *, answers: bool) -> "Expected":
         """Return what a client that is judged answers.
 
         Args:
             round: 1-based.
             test_rows: rows of the test split.
             classes: how many scores a row has.
-            ensemble: whether it sends its predictions of the test rows.
+            answers: whether it sends its predictions of the test rows.
         """
-        test = Limit(shape=(test_rows, classes)) if ensemble else None
+        test = Limit(shape=(test_rows, classes)) if answers else None
         return cls(round=round, test=test, judged=True)
 
     @property

@@ -42,6 +42,8 @@ TITLES: Mapping[str, str] = {
     "targets_by_round": "What clients are taught by round",
     "accuracy_by_seed": "Mean client accuracy of every run",
     "clients_by_round": "Accuracy of every client by round, and their mean; first seed",
+    "reliability_by_arm": "What clients' confidence is worth, last round",
+    "agreement_by_arm": "Test rows on which two clients answer alike (%), last round, first seed",
     "pareto_fronts": "Mean client accuracy (%) against its costs; grey: what so much buys at best",
     "membership_roc": "Membership: true against false positives, from where an attacker looks",
     "accuracy_by_leak": "Mean client accuracy against what attacks found",
@@ -156,6 +158,7 @@ def draw_report(
     from sim.reports.attack_figures import draw_attacks
     from sim.reports.figures import STYLE, WIDE, draw_figures
     from sim.reports.grid_figures import draw_grid
+    from sim.reports.peer_figures import draw_peers
     from sim.reports.study_figures import draw_study
 
     columns = WIDE if columns is None else columns
@@ -165,6 +168,7 @@ def draw_report(
         | draw_study(runs, style, columns)
         | draw_attacks(runs, style, columns)
         | ({} if is_crowded(runs, grid) else draw_figures(runs, style, columns))
+        | ({} if is_crowded(runs, grid) else draw_peers(runs, style, columns))
     )
 
 

@@ -56,8 +56,8 @@ MODEL = {
 TRAINED = Expected(round=2, asked=ROUND.asked_logits)
 SENT_MODEL = Expected(round=2, asked=Weights.asked(MODEL))
 ONLY_TRAINED = Expected(round=2)
-JUDGED = Expected.evaluation(2, 5, 3, ensemble=True)
-JUDGED_WITHOUT_SCORES = Expected.evaluation(2, 5, 3, ensemble=False)
+JUDGED = Expected.evaluation(2, 5, 3, answers=True)
+JUDGED_WITHOUT_SCORES = Expected.evaluation(2, 5, 3, answers=False)
 
 
 def scores(rows=6, classes=3, seed=0):
