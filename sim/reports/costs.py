@@ -451,6 +451,26 @@ def cost(
     )
 
 
+def to_common_accuracy(
+    runs: Mapping[str, Sequence[RunRecord]], baseline: str | None = None
+) -> FittedTable | None:
+    """Return what arms spent to the highest whole percent that every run reached.
+
+    Args:
+        runs: of each arm.
+        baseline: as for `Spending`; the first arm by default.
+
+    Returns:
+        None for a single arm, and where some run reached not even one percent.
+    """
+    counting = {arm: counted(of_arm) for arm, of_arm in runs.items() if of_arm}
+    target = _reached_by_all(counting, "accuracy") if len(counting) > 1 else 0.0
+    if not target:
+        return None
+    spending = Spending(counting, baseline_of(counting, baseline), [target], [])
+    return spending.tables()[0]
+
+
 def _reached_by_all(runs: Mapping[str, Sequence[RunRecord]], measure: str) -> float:
     best = [
         max((step.accuracy for step in staircase(run, "rounds", measure)), default=0.0)

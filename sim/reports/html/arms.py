@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from sim.reports.costs import to_common_accuracy
 from sim.reports.grids import Grid
 from sim.reports.html.tables import Table, table_of
 from sim.reports.runs import RunRecord
@@ -102,6 +103,14 @@ def cost_table(summaries: Sequence[ArmSummary], order: Sequence[str]) -> Table:
         },
         caption="What each arm spent",
     )
+
+
+def needed_table(runs: Mapping[str, Sequence[RunRecord]], baseline: str | None) -> Table | None:
+    """Return what arms spent to an accuracy that every run reached."""
+    fitted = to_common_accuracy(runs, baseline)
+    if fitted is None:
+        return None
+    return table_of(fitted, note=f"{fitted.title}; {fitted.caption}.")
 
 
 def quality_table(summaries: Sequence[ArmSummary]) -> Table | None:

@@ -99,6 +99,7 @@ def write_report(
         selected=arms.selected_table(summaries),
         qualities=arms.quality_table(summaries),
         costs=arms.cost_table(summaries, order),
+        needed=arms.needed_table(runs, baseline),
         refused=_refused_table(refused),
         planes=arms.sweep_tables(runs, grid, refused) if grid is not None else [],
         measured=measured_title(runs),

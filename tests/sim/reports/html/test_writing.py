@@ -402,3 +402,18 @@ def test_what_a_reader_has_to_know_stands_with_the_answer(make_run, tmp_path):
     page = write_report(runs, tmp_path, title="x", notes=("matched by steps to dml",)).read_text()
     answer = page[page.index('id="answer"') : page.index('id="arms"')]
     assert "matched by steps to dml" in answer
+
+
+def test_what_an_accuracy_costs_stands_with_the_costs(make_run, tmp_path):
+    runs = {
+        "local": [make_run(seed=s, accuracies=(0.4, 0.605), silent=True) for s in range(2)],
+        "dml": [make_run(seed=s, accuracies=(0.625, 0.7)) for s in range(2)],
+    }
+    text = write_report(runs, tmp_path, title="t").read_text()
+    assert "cost to 60 % (mean client): the first judged round that had it" in text
+    assert 'href="#costs"' in text
+    # The second round of local, and the first of dml.
+    row = re.search(r"cost to 60 %.*?</table>", text, re.S)[0]
+    assert re.findall(r'data-label="rounds">([^<]*)<', row) == ["2 ±0*", "1 ±0*"]
+    alone = write_report({"dml": runs["dml"]}, tmp_path, title="t").read_text()
+    assert "the first judged round that had it" not in alone
