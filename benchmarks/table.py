@@ -28,6 +28,7 @@ SCRIPTS = (
     "resilience",
     "faults",
     "soak",
+    "records",
     "objective_overhead",
     "gradients",
     "private_steps",

@@ -37,8 +37,8 @@ from sim.attacks.stealing import stealing_of
 from sim.engine.runtime import fix_numerics
 from sim.keeping.exchange import CLIENTS_FILE, KEPT_FOLDER
 from sim.keeping.identity import data_digest, numbers_of
+from sim.keeping.parts import DamagedFileError
 from sim.keeping.records import (
-    DamagedFileError,
     is_finished,
     read_result,
     storing,

@@ -38,7 +38,8 @@ from sim.engine.data import data_of
 from sim.engine.grid import EngineLostError, StatesLostError
 from sim.engine.resources import available_cpus
 from sim.keeping.checkpoints import CheckpointError
-from sim.keeping.records import DamagedFileError, FolderBusyError, StorageError
+from sim.keeping.parts import DamagedFileError
+from sim.keeping.records import FolderBusyError, StorageError
 from sim.server.observers import Observer, Row
 from sim.server.replies import QuorumError
 from sim.server.validation import AuthorError

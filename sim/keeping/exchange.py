@@ -19,7 +19,8 @@ from fedkd.exchange.values import flatten, unflatten
 from fedkd.training import Arrays
 from fedkd.training.cohort import named_models
 from sim.engine.grid import CohortGrid
-from sim.keeping.records import DamagedFileError, storing
+from sim.keeping.parts import DamagedFileError
+from sim.keeping.records import storing
 from sim.server.exchanged import Exchanged
 from sim.server.observers import Observer
 from sim.server.rounds import RoundLoop

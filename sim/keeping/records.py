@@ -21,6 +21,19 @@ import torch
 
 from fedkd.data import FederatedData
 from fedkd.data.overview import split_sizes
+from sim.keeping.parts import (
+    LEAST_ROWS,
+    DamagedFileError,
+    bytes_before,
+    chunks,
+    counting,
+    header,
+    parts_of,
+    read_part,
+    rows_and_lines,
+    sync_folder,
+    write_parts,
+)
 from sim.server.observers import Observer, Row
 from sim.settings import Settings, SettingsError
 
@@ -103,29 +116,19 @@ def _without_seal(row: Row) -> Row:
 
 
 def _fits(path: Path, mark: Any) -> bool:
+    digest = hashlib.sha256()
+    size = 0
     try:
-        content = path.read_bytes()
-    except OSError:
+        for chunk in chunks(path):
+            size += len(chunk)
+            digest.update(chunk)
+    except (OSError, DamagedFileError):
         return False
-    return bool(mark == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    return bool(mark == {"bytes": size, "sha256": digest.hexdigest()})
 
 
 class StorageError(RuntimeError):
     """The run folder cannot be written; what is in it already is whole."""
-
-
-class DamagedFileError(ValueError):
-    """A file of a run that is not as it was written.
-
-    Attributes:
-        path: of the file.
-        reason: what is wrong with it, and where.
-    """
-
-    def __init__(self, path: Path, reason: object) -> None:
-        self.path = path
-        self.reason = " ".join(str(reason).split())[:200]
-        super().__init__(f"{path} is damaged: {self.reason}")
 
 
 class FolderBusyError(RuntimeError):
@@ -166,35 +169,37 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a JSON-lines file; a last line that was cut off by a crash is left out."""
+    """Read a file of rows and its parts; a last line that was cut off by a crash is left out."""
     return list(iterate_rows(path))
 
 
 def iterate_rows(
-    path: Path, row_of: Callable[[str, bytes], Row | None] | None = None
+    path: Path, row_of: Callable[[str, bytes | Row], Row | None] | None = None
 ) -> Iterator[Row]:
-    """Read a JSON-lines file row by row; see `read_rows`.
+    """Read a file of rows and its parts row by row; see `read_rows`.
 
     Args:
         path: of the file.
-        row_of: returns the row in a line of a file of some name, or None if it is none; by
-            default every table is a row. `federated_row` asks for what a federated run writes.
+        row_of: returns the row in a line of a file of some name, or None if it is none (rows of
+            parts come as rows); by default every table is a row. `federated_row` asks for what a
+            federated run writes.
 
     Raises:
-        DamagedFileError: names the line that is no row.
+        DamagedFileError: names the line that is no row, or the part that cannot be read.
     """
     read = row_of or _table
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                return
-            row = read(path.name, line)
-            if row is None:
-                raise DamagedFileError(path, f"line {number} is no row of {path.name}")
-            yield row
+    for number, line in enumerate(rows_and_lines(path), start=1):
+        if isinstance(line, bytes) and not line.endswith(b"\n"):
+            return
+        row = read(path.name, line)
+        if row is None:
+            raise DamagedFileError(path, f"line {number} is no row of {path.name}")
+        yield row
 
 
-def _table(_: str, line: bytes) -> Row | None:
+def _table(_: str, line: bytes | Row) -> Row | None:
+    if not isinstance(line, bytes):
+        return line
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -213,7 +218,7 @@ _TEXTS = {METRICS_FILE: "scope", EXCHANGE_FILE: "direction", EVENTS_FILE: "event
 """What every row of these files says of itself."""
 
 
-def federated_row(name: str, line: bytes) -> Row | None:
+def federated_row(name: str, line: bytes | Row) -> Row | None:
     """Return the row in a line of one of a federated run's files, or None if there is none."""
     row = _table(name, line)
     if row is None or not isinstance(row.get(_TEXTS[name]), str):
@@ -489,6 +494,15 @@ class RunFolder(Recorder, Observer):
         """Note where the files stand at the end of a round; see `rewind`."""
         self.marks = {name: file.mark() for name, file in self._files.items()}
 
+    def pack(self) -> None:
+        """Move rows of complete rounds into parts where they are many; see `sim.keeping.parts`.
+
+        What the files say, and so their marks, stay the same.
+        """
+        with storing(self.folder):
+            for name, file in self._files.items():
+                file.pack(self.marks[name]["bytes"])
+
     def sync(self) -> None:
         """Force all rows onto the disk."""
         with storing(self.folder):
@@ -514,7 +528,7 @@ class RunFolder(Recorder, Observer):
             for name, file in self._files.items():
                 if file.begins_with(marks[name]):
                     continue
-                kept, lost = _rows_left(name, (self.folder / name).read_bytes(), round)
+                kept, lost = _rows_left(name, file.what_is_left(), round)
                 damaged = file.replace(kept)
                 marks[name] = file.mark()
                 told.append(
@@ -579,12 +593,22 @@ def _longest_rise(items: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class _RowFile:
-    """A file that grows, knows its own SHA-256, and can be cut back."""
+    """A text that grows, knows its own SHA-256, and can be cut back.
+
+    Its last lines are in the file; those before may be in parts, see `sim.keeping.parts`. Sizes and
+    marks are those of the whole text, wherever it lies.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = self._open()
-        self._size, self._digest = self._read(None)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with path.open("rb") as file:
+            first = file.readline()
+        self._before = bytes_before(first)
+        self._beginning = len(first) if self._before else 0
+        self._lines = 0
+        self._remove_leftovers()
+        self._read_all()
 
     def append(self, content: bytes) -> None:
         left = memoryview(content)
@@ -592,32 +616,65 @@ class _RowFile:
             left = left[os.write(self._descriptor, left) :]
         self._size += len(content)
         self._digest.update(content)
+        self._lines += content.count(b"\n")
 
     def mark(self) -> dict[str, Any]:
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def pack(self, size: int) -> None:
+        """Move the lines before byte ``size`` into parts, where they are enough for one."""
+        if self._lines < LEAST_ROWS:
+            return
+        length = size - self._before
+        content = self._path.read_bytes()[self._beginning :]
+        if content.count(b"\n", 0, length) < LEAST_ROWS:
+            return
+        write_parts(self._path, self._before, content[:length])
+        self._rewrite(size, content[length:])
+        self._lines = content.count(b"\n", length)
+
+    def what_is_left(self) -> bytes:
+        """Return all of a damaged text that can be read."""
+        lines = self._path.read_bytes()
+        first = lines[: lines.find(b"\n") + 1]
+        before = bytes_before(first)
+        found = []
+        for part in parts_of(self._path):
+            if part.end <= before:
+                with suppress(DamagedFileError):
+                    found.append(read_part(part))
+        return b"".join([*found, lines[len(first) if before else 0 :]])
 
     def replace(self, content: bytes) -> Path:
         """Start anew with other content; return where the old file is now."""
         number = 1
         while (old := self._path.with_name(f"{self._path.name}.damaged-{number}")).exists():
             number += 1
-        os.close(self._descriptor)
-        os.rename(self._path, old)
-        self._descriptor = self._open()
-        self._size, self._digest = 0, hashlib.sha256()
-        self.append(content)
+        os.link(self._path, old)
+        self._rewrite(0, content)
+        for part in parts_of(self._path):
+            os.replace(part.path, part.path.with_name(f"{part.path.name}.damaged-{number}"))
+        self._read_all()
         return old
 
-    def _open(self) -> int:
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-
     def begins_with(self, mark: Mapping[str, Any]) -> bool:
-        size, digest = self._read(mark["bytes"])
+        try:
+            size, digest = self._read(mark["bytes"])
+        except DamagedFileError:
+            return False
         return (size, digest.hexdigest()) == (mark["bytes"], mark["sha256"])
 
     def cut(self, size: int) -> None:
-        os.ftruncate(self._descriptor, size)
-        self._size, self._digest = self._read(None)
+        if size >= self._before:
+            os.ftruncate(self._descriptor, self._beginning + size - self._before)
+        else:
+            # In the middle of a part: its first lines are lines again.
+            parts = counting(self._path, self._before) if size else []
+            part = next((each for each in parts if each.first < size < each.end), None)
+            kept = b"" if part is None else read_part(part)[: size - part.first]
+            self._rewrite(size - len(kept), kept)
+            self._remove_leftovers()
+        self._read_all()
 
     def sync(self) -> None:
         os.fsync(self._descriptor)
@@ -625,14 +682,52 @@ class _RowFile:
     def close(self) -> None:
         os.close(self._descriptor)
 
+    def _rewrite(self, before: int, lines: bytes) -> None:
+        """Let the file have these lines, and parts all before; in one step."""
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        beginning = header(before)
+        try:
+            with temporary.open("wb") as file:
+                file.write(beginning + lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(self._path.parent)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        self._before, self._beginning = before, len(beginning)
+
+    def _remove_leftovers(self) -> None:
+        """Remove parts that do not count: of lines that were to be moved, or that were cut off."""
+        for part in parts_of(self._path):
+            if part.end > self._before:
+                part.path.unlink()
+
+    def _read_all(self) -> None:
+        """Learn size, SHA-256 and number of lines from what is there."""
+        try:
+            self._size, self._digest = self._read(None)
+        except DamagedFileError:
+            # No mark fits it: whoever opens it cuts it back to nothing, or mends it.
+            self._size, self._digest = -1, hashlib.sha256()
+        with self._path.open("rb") as file:
+            self._lines = sum(1 for _ in file)
+
     def _read(self, limit: int | None) -> "tuple[int, hashlib._Hash]":
         """Return size and SHA-256 of the first ``limit`` bytes, or of all."""
         digest = hashlib.sha256()
         size = 0
-        with self._path.open("rb") as file:
-            while block := file.read(2**20 if limit is None else min(2**20, limit - size)):
-                digest.update(block)
-                size += len(block)
+        for chunk in chunks(self._path):
+            some = chunk if limit is None else chunk[: limit - size]
+            digest.update(some)
+            size += len(some)
+            if size == limit:
+                break
         return size, digest
 
 

@@ -136,6 +136,7 @@ class Persistence:
         self._folder.sync()
         with storing(self._folder.folder):
             self._store.write(boundary.round, self._values(boundary), self._tables(boundary))
+        self._folder.pack()
         self._saved_round = boundary.round
         self._saved_at = time.monotonic()
         self._seconds = self._saved_at - started

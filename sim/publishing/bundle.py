@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fedkd.own_code import folder_of, is_own_code, package_of
+from sim.keeping.parts import chunks
 from sim.keeping.records import (
     ENVIRONMENT_FILE,
     IDENTITY_FILE,
@@ -136,7 +137,11 @@ def _files(study: Study, *, models: bool) -> dict[str, bytes]:
         inside = PurePath(STUDY) / place
         for name in (*KEPT, *IF_THERE):
             if (folder / name).is_file():
-                files[str(inside / name)] = (folder / name).read_bytes()
+                # Lines, wherever the rows are: a zip has them small, and any tool reads them.
+                text = (
+                    chunks(folder / name) if name in ROW_FILES else [(folder / name).read_bytes()]
+                )
+                files[str(inside / name)] = b"".join(text)
         for path in sorted((folder / "models").glob("*")) if models else ():
             files[str(inside / "models" / path.name)] = path.read_bytes()
     if study.whole:

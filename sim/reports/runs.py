@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from fedkd.models import ModelSettings
 from sim.devices.effort import operations
+from sim.keeping.parts import DamagedFileError
 from sim.keeping.records import (
     EXCHANGE_FILE,
     METRICS_FILE,
@@ -19,7 +20,6 @@ from sim.keeping.records import (
     RESULT_FILE,
     SETTINGS_FILE,
     SPLIT_FILE,
-    DamagedFileError,
     is_charge,
     read_result,
     read_rows,

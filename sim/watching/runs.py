@@ -1,12 +1,12 @@
 """A run as its folder tells it while it grows; only what is new is read."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sim.keeping.parts import DamagedFileError, chunks
 from sim.keeping.plans import holder
 from sim.keeping.records import (
     EVENTS_FILE,
@@ -14,7 +14,6 @@ from sim.keeping.records import (
     METRICS_FILE,
     RESULT_FILE,
     SETTINGS_FILE,
-    DamagedFileError,
     federated_row,
     read_result,
 )
@@ -117,19 +116,39 @@ class GrowingRows:
         self._holding = holding
         self._end = 0
         self._last = b""
+        self._seen: object = None
 
     def read(self) -> tuple[list[Row], bool]:
         """Return what rows are new, and whether they replace all that were read before."""
+        # What was read last is looked at again, which is dear where it is in a part by now.
+        written = _written(self._path)
+        if written is not None and written == self._seen:
+            return [], False
+        rows: list[Row] = []
+        anew = False
         try:
-            with self._path.open("rb") as file:
-                goes_on = self._goes_on(file.fileno())
-                if not goes_on:
-                    self._end, self._last = 0, b""
-                file.seek(self._end)
-                content = file.read()
+            text = chunks(self._path, self._end - len(self._last))
+            content = next(text, b"")
+            if not content.startswith(self._last):
+                anew, self._end, self._last = True, 0, b""
+                text = chunks(self._path)
+                content = next(text, b"")
+            content = content[len(self._last) :]
+            while True:
+                rows += self._take(content)
+                if (following := next(text, None)) is None:
+                    break
+                content = following
         except FileNotFoundError:
             anew, self._end, self._last = self._end > 0, 0, b""
             return [], anew
+        except DamagedFileError:
+            # Or it is being cut back at this moment; the next look tells.
+            return rows, anew
+        self._seen = written
+        return rows, anew
+
+    def _take(self, content: bytes) -> list[Row]:
         # A line that is still being written is read the next time.
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines(keepends=True)
@@ -137,12 +156,16 @@ class GrowingRows:
             self._end += len(whole)
             self._last = lines[-1]
         read = (federated_row(self._path.name, line) for line in lines if self._holding in line)
-        return [row for row in read if row is not None], not goes_on
+        return [row for row in read if row is not None]
 
-    def _goes_on(self, descriptor: int) -> bool:
-        """Tell whether the line that was read last still stands where it stood."""
-        before = self._end - len(self._last)
-        return os.pread(descriptor, len(self._last), before) == self._last
+
+def _written(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes with any write to a file of rows; None where there is none."""
+    try:
+        file = path.stat()
+    except OSError:
+        return None
+    return file.st_ino, file.st_mtime_ns, file.st_size
 
 
 class RunFollower:

@@ -67,7 +67,8 @@ def code_of(error: Exception) -> int | None:
     from fedkd.trained.exporting import ExportError
     from sim.engine.grid import EngineLostError, StatesLostError
     from sim.keeping.checkpoints import CheckpointError
-    from sim.keeping.records import DamagedFileError, FolderBusyError, StorageError
+    from sim.keeping.parts import DamagedFileError
+    from sim.keeping.records import FolderBusyError, StorageError
     from sim.server.replies import QuorumError
     from sim.settings import SettingsError
 

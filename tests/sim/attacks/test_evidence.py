@@ -12,7 +12,8 @@ from sim.attacks.evidence import Evidence, attacked_data, evidence_of
 from sim.attacks.running import attack
 from sim.commands.running import load_data, run
 from sim.keeping.exchange import ExchangeFolder, read_clients, read_exchange
-from sim.keeping.records import DamagedFileError, read_result, sealed
+from sim.keeping.parts import DamagedFileError
+from sim.keeping.records import read_result, sealed
 from sim.server.exchanged import Exchanged
 from sim.settings import SettingsError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sim.keeping.parts import DamagedFileError
 from sim.keeping.records import (
-    DamagedFileError,
     FolderBusyError,
     RunFolder,
     StorageError,
