@@ -29,6 +29,7 @@ SCRIPTS = (
     "faults",
     "soak",
     "records",
+    "judging",
     "objective_overhead",
     "gradients",
     "private_steps",

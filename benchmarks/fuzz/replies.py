@@ -108,7 +108,7 @@ def asked(rng: np.random.Generator) -> list[Asked]:
         Asked(
             "evaluation",
             ClientReply(None, dict.fromkeys(ACCURACIES, 0.5), shares, ROUND),
-            expected=Expected.evaluation(ROUND, TEST_ROWS, CLASSES, ensemble=True),
+            expected=Expected.evaluation(ROUND, TEST_ROWS, CLASSES, answers=True),
         ),
     ]
 

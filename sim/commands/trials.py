@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from sim.commands.running import load_data
 from sim.engine.grid import Outcome, PackedCall
 from sim.engine.inline import InlineGrid
+from sim.server.judging import MOST_OF_TIME
 from sim.server.observers import Observer, Row
 from sim.server.rounds import RoundLoop
 from sim.settings import Settings
@@ -67,24 +68,26 @@ class Trial:
     first_steps: int = 0
     further_steps: int = 0
 
-    def cost(self, *, rounds: int, every: int, workers: int = 1) -> "RunCost":
+    def cost(self, *, rounds: int, every: int | Literal["auto"], workers: int = 1) -> "RunCost":
         """Extrapolate to a whole run.
 
         Args:
             rounds: of the run, >= 1.
-            every: rounds between evaluations; the last round is always judged.
+            every: ``evaluation.every``; the last round is always judged.
             workers: that share the calls.
         """
-        judged = math.ceil(rounds / every)
-        seconds = (
-            self.load.seconds(workers)
-            + self.first.seconds(workers)
-            + (rounds - 1) * self.further.seconds(workers)
-            + judged * self.judging.seconds(workers)
-        )
+        further, judging = self.further.seconds(workers), self.judging.seconds(workers)
+        learning = self.first.seconds(workers) + (rounds - 1) * further
+        if every == "auto":
+            # At least the first, the second and the last; rounded up, so that all rounds are many.
+            within = MOST_OF_TIME / (1 - MOST_OF_TIME) * rounds * further
+            judged = min(rounds, 3 + math.ceil(within / judging)) if judging else rounds
+        else:
+            judged = math.ceil(rounds / every)
+        seconds = self.load.seconds(workers) + learning + judged * judging
         up, down = (
-            first + (rounds - 1) * further
-            for first, further in zip(self.first_bytes, self.further_bytes, strict=True)
+            first + (rounds - 1) * later
+            for first, later in zip(self.first_bytes, self.further_bytes, strict=True)
         )
         return RunCost(seconds, up, down)
 
@@ -197,7 +200,7 @@ def _for_trial(settings: Settings) -> Settings:
         update={"backend": "inline", "address": None, "gpus_per_worker": 0.0}
     )
     evaluation = settings.evaluation
-    if evaluation.every > 2:
+    if evaluation.every == "auto" or evaluation.every > 2:
         evaluation = evaluation.model_copy(update={"every": 2})
     # Others take time or the whole process, which would be this one.
     faults = tuple(rule for rule in settings.faults if rule.kind == "dropout")

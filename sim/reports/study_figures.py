@@ -94,8 +94,12 @@ def pareto_fronts(runs: Runs, columns: int = WIDE) -> Figure | None:
                 label=visible(arm) if not crowded or arm in front else "_other",
             )
         _scale(axes, list(spent.values()))
-        whose = "Against" if len(panels) > 1 else "Mean client accuracy (%) against"
-        title_axes(axes, f"{whose} {title}", "")
+        # A panel of several is narrow; the whole name stands at its axis.
+        short = title.partition(" of ")[0]
+        told = (
+            f"Against {short}" if len(panels) > 1 else f"Mean client accuracy (%) against {title}"
+        )
+        title_axes(axes, told, "")
         axes.set_xlabel(title)
         if is_leftmost(axes):
             axes.set_ylabel("accuracy (%)")

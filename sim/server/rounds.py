@@ -50,6 +50,7 @@ from sim.server.asking import check_asked
 from sim.server.budgets import plan_of
 from sim.server.exchanged import Exchanged, Noting
 from sim.server.history import History
+from sim.server.judging import COUNTED_ROUND, rounds_between
 from sim.server.kept import check_clients, check_exchange, check_kept
 from sim.server.observers import Observer, Row
 from sim.server.outbox import Outbox
@@ -355,8 +356,7 @@ class RoundLoop:
         evaluated: dict[int, Row] = {}
         federation: Row = {}
         servers: list[Row] = []
-        every = self._settings.evaluation.every
-        if round.number % every == 0 or round.number == self._settings.rounds:
+        if self._is_judged(round.number, clients):
             judging = self._turn(exchange, round.next())
             evaluated, federation = self._evaluate(round, self._judged(clients), state, judging)
             exchange = judging.skipped()
@@ -531,6 +531,18 @@ class RoundLoop:
             yield reply.metadata.src_node_id - FIRST_NODE_ID, reply
 
     # -- judging ---------------------------------------------------------------------------
+
+    def _is_judged(self, round: int, participants: Sequence[int]) -> bool:
+        """Tell whether models are judged in a round; in the last they always are."""
+        every = self._settings.evaluation.every
+        if every == "auto":
+            rows = len(self._data.test_labels) + len(self._data.validation_labels)
+            judged = rows * len(self._judged(participants))
+            every = rounds_between(self.history.federation, judged)
+            if round == COUNTED_ROUND + 1 and every > 1:
+                reason = f"evaluation.every: auto; every {every} rounds, and in the last"
+                self.tell({"round": round, "event": "judging", "reason": reason})
+        return round % every == 0 or round == self._settings.rounds
 
     def _judged(self, participants: Sequence[int]) -> Sequence[int]:
         """Return whose models are judged in a round: ``evaluation.clients``."""

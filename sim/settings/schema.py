@@ -459,7 +459,11 @@ class NodesSettings(_Section):
 class EvaluationSettings(_Section):
     """When models are judged (``evaluation``)."""
 
-    every: Count = Field(1, description="rounds between evaluations; the last is always judged")
+    every: Literal["auto"] | Count = Field(
+        1,
+        description="rounds between evaluations; the last is always judged; auto: as many as keep "
+        "judging, by the rows that go through networks, within 20 % of the time",
+    )
     clients: Literal["all", "participants"] | Count = Field(
         "all",
         description="whose models: all; participants: the round's; a number: so many, drawn once",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def test_a_run_is_its_first_round_and_so_many_more_like_the_second() -> None:
     assert trial.cost(rounds=10, every=4, workers=2).seconds == 18.25
     assert trial.cost(rounds=1, every=1) == RunCost(6.0, 100, 0)
     assert trial.cost(rounds=8, every=4).seconds == 0.5 + 5 + 7 * 2.25 + 2 * 0.5
+    # A fifth of 100 rounds of 2.25 s is judging for 0.5 s more often than there are rounds; of
+    # judging for 50 s it is once, and the first, the second and the last round come beside it.
+    assert trial.cost(rounds=100, every="auto") == trial.cost(rounds=100, every=1)
+    dear = replace(trial, judging=Work(50.0))
+    assert dear.cost(rounds=100, every="auto").seconds == 0.5 + 5 + 99 * 2.25 + 5 * 50
 
 
 def test_a_sample_has_each_kind_first_and_is_spread_out() -> None:
