@@ -242,8 +242,10 @@ def test_stopped_runs_are_saved_and_gone_on_with(small: Small, nursery: Nursery)
     with pytest.raises(KeyboardInterrupt):
         run_packed(division, lambda *_: [Told(stop)], nursery=nursery)
     begun = [each for each in division.packed if each.begun and not each.finished]
-    assert begun
-    assert {read_result(each.folder)["status"] for each in begun} == {"interrupted"}
+    # Another process may have been stopped before its first round: it has nothing to save.
+    ends = [read_result(each.folder).get("status") for each in begun]
+    assert "interrupted" in ends
+    assert set(ends) <= {"interrupted", None}
     again = division_of(small(TWO, "rounds=4"))
     assert {each.folder for each in begun} <= {each.folder for each in again.packed}
     run_packed(again, nursery=nursery)
