@@ -130,7 +130,7 @@ def main() -> int:
             found.median <= options.at_most,
             options,
         )
-    return exit_status(always, options)
+    return max(exit_status(each, options) for each in (always, auto))
 
 
 if __name__ == "__main__":

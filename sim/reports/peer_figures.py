@@ -144,9 +144,11 @@ def agreement_by_arm(runs: Runs, columns: int = WIDE) -> Figure | None:
         axes.set_title(name)
         axes.set_xlabel("client")
     mean = {arm: matrix[~np.eye(len(matrix), dtype=bool)] for arm, (matrix, _) in found.items()}
+    judged = max(counted(runs[arm])[0].peers.get("judged", 0) for arm in found)
+    some = f"; the first {most} of {judged} clients" if judged > most else ""
     figure.suptitle(
         "Test rows on which two clients answer alike (%), last round, first seed\n"
-        "the lighter, the more",
+        f"the lighter, the more{some}",
         x=0.01,
         ha="left",
         fontsize=10.5,

@@ -50,6 +50,10 @@ def test_pairs_are_cells_with_numbers_and_words(compared):
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["25", "50", "25", "75", "50", "75"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "2", "5"]
+    assert "clients" not in str(figure.get_suptitle()).partition("\n")[2]
+    large = [replace(run, peers={**run.peers, "judged": 60}) for run in compared]
+    told = str(agreement_by_arm({"dml": large}).get_suptitle())
+    assert told.endswith("the first 3 of 60 clients")
     assert "dml: from 25 to 75, on average 50.0; local:" in alternative(figure, "Agreement")
 
 

@@ -48,7 +48,19 @@ def page_file(tmp_path_factory, write_run):
         "classes": [f"class {name}" for name in range(15)],
         "counts": [[4] * 15, [0, 40, *[0] * 13]],
     }
-    runs = {arm: [replace(run, split=split) for run in own] for arm, own in runs.items()}
+    peers = {
+        "judged": 60,
+        "clients": list(range(40)),
+        "agreement": [[1.0 if one == other else 0.5 for one in range(40)] for other in range(40)],
+        "reliability": {
+            "rows": [*[0] * 7, *[50] * 8],
+            "correct": [*[0] * 7, *[30] * 8],
+            "confidence": [*[0.0] * 7, *(50 * (place + 0.5) / 15 for place in range(7, 15))],
+        },
+    }
+    runs = {
+        arm: [replace(run, split=split, peers=peers) for run in own] for arm, own in runs.items()
+    }
     refused = {"refused": "a_word_without_any_space_that_is_much_longer_than_a_phone_is_wide" * 3}
     return write_report(
         {**runs, "refused": []},
