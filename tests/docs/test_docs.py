@@ -225,6 +225,7 @@ SWEPT_BY = ("--sweep", "--together", "--only", "--without")
 NOT_OURS = {
     *("strategy.name=my_package.my_module:MyMethod", "strategy.name=vote:Vote"),
     *("data.source=...", "rouns=3", "study.arms.surest.strategy=surest:Surest"),
+    "study.arms.surest.strategy={name: surest:Surest, digest_loss: l1}",
 }
 
 

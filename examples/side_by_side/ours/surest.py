@@ -26,6 +26,7 @@ class SurestSettings(FedMDSettings):
     """Those of FedMD, without its other rules of aggregation."""
 
     name: str = "surest:Surest"
+    digest_loss: Literal["l1", "mse", "kl"] = "mse"
     aggregation: Literal["mean"] = "mean"
     trust_rate: float = Field(0.0, ge=0, le=0)
 
